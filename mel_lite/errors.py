@@ -1,0 +1,63 @@
+"""Errors a user can meet. Each message states the field, its value, why it is wrong, and the fix."""
+
+
+class MelLiteError(Exception):
+    """Base of every error MEL-Lite raises for a user. `exit_code` is what the CLI exits with."""
+
+    exit_code = 2
+
+
+class ConfigError(MelLiteError, ValueError):
+    """An option, preset or combination of options that cannot work."""
+
+
+class DataError(MelLiteError, ValueError):
+    """A dataset, file or row that cannot be used; names file, row and column where there is one."""
+
+
+class VerifierError(MelLiteError, ValueError):
+    """A verifier that cannot be found, or that broke so often that verdicts mean nothing."""
+
+
+class ModelError(MelLiteError, ValueError):
+    """A model or tokenizer MEL-Lite cannot train: no chat template, wrong base for an adapter, ..."""
+
+
+class EngineError(MelLiteError, RuntimeError):
+    """The generation engine failed or cannot run here."""
+
+    exit_code = 6
+
+
+class CheckpointError(MelLiteError, ValueError):
+    """A checkpoint that is missing, incomplete, corrupt, or of another run."""
+
+    exit_code = 3
+
+
+class ExportError(MelLiteError, ValueError):
+    """An export that would not be faithful to the trained adapter, or cannot be written."""
+
+
+class StoreError(MelLiteError, ValueError):
+    """The run's experience store is missing, locked for writing by another run, or of another version."""
+
+
+class NonFiniteError(MelLiteError, ArithmeticError):
+    """NaN or Inf reached the loss or the gradients too often to go on."""
+
+    exit_code = 5
+
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "ExportError",
+    "MelLiteError",
+    "ModelError",
+    "NonFiniteError",
+    "StoreError",
+    "VerifierError",
+]

@@ -1,0 +1,196 @@
+"""The nouns of one MEL step, in the order the step makes them.
+
+    Rollout -> Group -> Pair -> Analysis -> MetaExperience -> LeakReport -> Replay -> Experience -> Lesson
+
+All are frozen: a stage never edits what an earlier stage made. Token ids are plain tuples of ints, exactly as the
+engine sampled them; text exists only for verifiers, prompts and people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+"""What a dataset row asks: plain text, or a conversation (`[{"role": ..., "content": ...}, ...]`)."""
+
+
+class Verdict(StrEnum):
+    """What a verifier says of one completion."""
+
+    RIGHT = "right"
+    """The final answer matches the reference."""
+    WRONG = "wrong"
+    """There is no final answer, or it does not match."""
+    ABSTAIN = "abstain"
+    """Cannot be judged (unusable reference, deadline passed, verifier error): no reward, no gradient, no pair."""
+
+
+class Finish(StrEnum):
+    """Why the engine stopped a sequence."""
+
+    STOP = "stop"
+    """An end-of-sequence token was sampled; it is the last id."""
+    LENGTH = "length"
+    """`max_new_tokens` was reached."""
+
+
+class Status(StrEnum):
+    """How far a meta-experience got. Every value but KEPT is a reason it was dropped."""
+
+    UNPARSED = "unparsed"
+    LEAKED = "leaked"
+    REPLAY_FAILED = "replay_failed"
+    KEPT = "kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion of a prompt and its verdict."""
+
+    index: int
+    """Row of the completion in this step's generation batch, over all ranks (counter of the seeds)."""
+    completion_ids: tuple[int, ...]
+    text: str
+    """Decoded without special tokens."""
+    verdict: Verdict
+    finish: Finish = Finish.STOP
+    reward: float = float("nan")
+    """Weighted sum of the reward functions; NaN when all abstained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All completions of one prompt in one step."""
+
+    prompt: Prompt
+    prompt_hash: str
+    rollouts: tuple[Rollout, ...]
+    answer: str | None = None
+    """Reference answer y*; None when the verdict comes from a reward function."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The other dataset columns of the row, for verifiers and reward functions."""
+
+    @property
+    def right(self) -> tuple[Rollout, ...]:
+        """Y+, in sampling order."""
+        return tuple(r for r in self.rollouts if r.verdict is Verdict.RIGHT)
+
+    @property
+    def wrong(self) -> tuple[Rollout, ...]:
+        """Y-, in sampling order."""
+        return tuple(r for r in self.rollouts if r.verdict is Verdict.WRONG)
+
+    @property
+    def is_mixed(self) -> bool:
+        """True when the group has both a right and a wrong completion, so that a lesson can be drawn from it."""
+        return bool(self.right) and bool(self.wrong)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A right and a wrong completion of one prompt."""
+
+    group: Group
+    right: Rollout
+    wrong: Rollout
+    common_prefix_tokens: int
+    """Number of leading token ids the two share: the point where they part."""
+    index: int = 0
+    """Position of the pair among this step's pairs, over all ranks (counter of the seeds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What the policy wrote about a pair, as sampled: M before parsing."""
+
+    pair: Pair
+    context_ids: tuple[int, ...]
+    """C_retro = [I, x, y+, y-] as tokens: the very prompt the analysis was sampled from."""
+    analysis_ids: tuple[int, ...]
+    text: str
+    """Prefill (if any) + decoded `analysis_ids`, without special tokens."""
+    finish: Finish
+    nll_nats: float
+    """Mean over tokens of -log pi(M_t | C_retro, M_<t) when it was sampled; NaN if the engine gave no log-probs."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetaExperience:
+    """M = (s*, C, H), the parsed analysis."""
+
+    bifurcation: str
+    critique: str
+    heuristic: str
+
+    def as_text(self) -> str:
+        """The three parts under their headings: what is leak-checked, shown and replayed."""
+        return (
+            f"## Bifurcation\n{self.bifurcation}\n\n## Critique\n{self.critique}\n\n## Heuristics\n{self.heuristic}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LeakReport:
+    """What the leak guard found in a meta-experience. Empty `reasons` = clean."""
+
+    reasons: tuple[str, ...] = ()
+    """One short sentence per finding: rule, part and the offending span."""
+    redacted: MetaExperience | None = None
+    """The meta-experience without the offending spans, where the policy is `redact` and that made it clean."""
+
+    @property
+    def leaks(self) -> bool:
+        return bool(self.reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Verdicts of re-attempting the question with M in the prompt, and of the control without it."""
+
+    verdicts: tuple[Verdict, ...]
+    texts: tuple[str, ...]
+    control_verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def solved_rate(self) -> float:
+        """Share of attempts with M that were right; 0 when there was none."""
+        return sum(v is Verdict.RIGHT for v in self.verdicts) / max(1, len(self.verdicts))
+
+    @property
+    def control_rate(self) -> float | None:
+        """Share of attempts without M that were right; None when no control was run."""
+        if not self.control_verdicts:
+            return None
+        return sum(v is Verdict.RIGHT for v in self.control_verdicts) / len(self.control_verdicts)
+
+    @property
+    def uplift(self) -> float | None:
+        """`solved_rate - control_rate` in [-1, 1]; None when no control was run."""
+        return None if self.control_rate is None else self.solved_rate - self.control_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A meta-experience with everything that led to it and came of it: one row of the store."""
+
+    step: int
+    analysis: Analysis
+    status: Status
+    reason: str = ""
+    """Why it was dropped, in one sentence; empty when kept."""
+    parsed: MetaExperience | None = None
+    leak: LeakReport | None = None
+    replay: Replay | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A kept meta-experience as the tokens the NLL term trains on: -log pi(target_ids | context_ids)."""
+
+    experience_id: int
+    """Row id in the store; 0 when there is no store."""
+    context_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
