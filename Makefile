@@ -1,0 +1,80 @@
+# MEL-Lite. `make train` and `make test` work on a bare machine with Python 3.11 and make.
+#
+#   make train ARGS="--max-steps 2"      further options of `mel-lite train`
+#   make test  ARGS="-k store -x"        further options of pytest
+#   make train TORCH_ARGS="..."          further options of `pip install torch`, such as an index of CPU-only wheels
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+ARGS ?=
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep -m1 -E '^torch==' requirements/cpu.txt | cut -d' ' -f1)
+
+# Python must not put the repository root on sys.path: `kernels/` there would hide the Hub's package of that name.
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test test-all lint format wheel lock clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed  ## make .venv with the locked CPU packages and this checkout
+
+train: venv  ## run MEL on a small model on the CPU, from download to exported model
+	$(BIN)/mel-lite train --gpu cpu $(ARGS)
+
+test: venv $(VENV)/.gym  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: venv $(VENV)/.gym  ## run all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p mel_lite -p kernels
+
+format: venv  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
+	$(BIN)/python -m build --no-isolation
+
+lock: venv  ## write requirements/*.txt from what is installed in .venv
+	$(BIN)/python requirements/lock.py
+
+clean:  ## remove everything made here: environment, builds, caches (not runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps, so that a second call is instant and a failed step is taken up where it stopped.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none found. Set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; \
+	    sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=")'
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.locked: requirements/cpu.txt $(VENV)/.created
+	$(PIP) install --progress-bar off -c requirements/cpu.txt $(TORCH_ARGS) $(TORCH)
+	$(PIP) install --progress-bar off --no-deps -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.locked
+	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) check
+	@touch $@
+
+# One dependency of reasoning-gym is compiled. Without a C compiler the few tests that need it are skipped.
+$(VENV)/.gym: requirements/gym.txt $(VENV)/.locked
+	@if command -v cc >/dev/null; then \
+	    set -x; $(PIP) install --progress-bar off --no-deps --no-build-isolation -r requirements/gym.txt; \
+	else \
+	    echo "no C compiler: tests that need reasoning-gym will be skipped"; \
+	fi
+	@touch $@

@@ -1,0 +1,80 @@
+"""What the operators accept, checked once for all implementations. N rows, V vocabulary, H hidden size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .transform import LogitTransform
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """The value itself, once it is a dense tensor of as many dimensions as `shape` has letters and of a known dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor of shape ({', '.join(shape)})")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        hint = " (a quantised head? dequantise its weight first)" if name == "weight_VH" else ""
+        raise TypeError(f"{name} is {str(value.dtype).removeprefix('torch.')}: expected one of {allowed}{hint}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
+    if value.dim() != len(shape):
+        wanted = f"{len(shape)} dimensions ({', '.join(shape)})"
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {wanted}")
+    return value
+
+
+def check_like(name: str, value: Tensor, size: int, size_of: str, device: torch.device) -> None:
+    """A vector must have the length of the matrix it belongs to, and live where that lives."""
+    if value.shape[0] != size:
+        raise ValueError(f"{name} has {value.shape[0]} entries: expected {size}, as many as {size_of}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: expected {device}, the device of hidden_NH")
+
+
+def check_number(name: str, value: object, *, minimum: float | None = None) -> float:
+    """The value as a finite float: above 0, or at least `minimum` where that is given."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}: expected a number")
+    if not math.isfinite(value) or (value <= 0 if minimum is None else value < minimum):
+        expected = "above 0" if minimum is None else f"of at least {minimum:g}"
+        raise ValueError(f"{name} is {value!r}: expected a finite number {expected}")
+    return float(value)
+
+
+def check_transform(temperature: object, logit_scale: object, softcap: object) -> LogitTransform:
+    """The three numbers between product and softmax, each finite and above zero."""
+    return LogitTransform(
+        temperature=check_number("temperature", temperature),
+        logit_scale=check_number("logit_scale", logit_scale),
+        softcap=None if softcap is None else check_number("softcap", softcap),
+    )
+
+
+def check_head(hidden_NH: object, weight_VH: object, target_N: object, bias_V: object) -> None:
+    """Shapes, dtypes and devices that fit together; the values of the targets are checked in `rows.py`."""
+    hidden = check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
+    weight = check_tensor("weight_VH", weight_VH, "VH", FLOATS)
+    target = check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight_VH is {str(weight.dtype).removeprefix('torch.')} and hidden_NH "
+            f"{str(hidden.dtype).removeprefix('torch.')}: expected one dtype; cast one of them"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight_VH is on {weight.device}: expected {hidden.device}, the device of hidden_NH")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight_VH has shape {tuple(weight.shape)}: expected at least one token and one feature")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight_VH has shape {tuple(weight.shape)} and hidden_NH {tuple(hidden.shape)}: expected equal last sizes"
+        )
+    check_like("target_N", target, hidden.shape[0], "hidden_NH has rows", hidden.device)
+    if bias_V is not None:
+        bias = check_tensor("bias_V", bias_V, "V", FLOATS)
+        check_like("bias_V", bias, weight.shape[0], "weight_VH has rows", hidden.device)

@@ -1,0 +1,142 @@
+"""What stands between a model's last hidden state and its logits, and whether the fused operator may stand in for it.
+
+Reads configs and modules by name; imports no model code. N rows, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .api import Impl, fused_logprobs, reference_logprobs
+from .backends import warn_once
+from .checks import FLOATS, check_number, check_tensor, check_transform
+from .reference import reference_head
+from .rows import live_rows, spread, take
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; Muse
+_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)  # Granite and its kin divide by it
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """Arguments of `fused_logprobs` that belong to a model rather than to a training run."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_spec(model: Any) -> HeadSpec:
+    """Logit scale and softcap of a causal language model (or of its config), by the names its config gives them.
+
+    `check_head_spec` tells whether that was the whole story.
+
+    Raises: TypeError or ValueError for a value that is not a number above 0.
+    """
+    config = getattr(model, "config", model)
+    config = getattr(config, "text_config", None) or config
+    scale, softcap = 1.0, None
+    for name in _FACTORS:
+        if (factor := getattr(config, name, None)) is not None:
+            scale *= check_number(f"config.{name}", factor)
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        scaling = check_number("config.logits_scaling", scaling)
+        scale *= scaling if getattr(config, "model_type", "") in _MULTIPLIES_BY_LOGITS_SCALING else 1.0 / scaling
+    for name in _SOFTCAPS:
+        if (cap := getattr(config, name, None)) is not None:
+            softcap = check_number(f"config.{name}", cap)
+    return HeadSpec(scale, softcap)
+
+
+def why_not_fused(head: Any) -> str | None:
+    """Why hidden @ weight.T + bias is not what this head computes, or not all it trains; None where it is.
+
+    LoRA or another wrapper around it, a quantised or sharded weight, hooks, or a class of its own.
+    """
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        return f"it is wrapped by an adapter ({type(head).__name__})"
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"it has no weight tensor ({type(head).__name__})"
+    if weight.dtype not in FLOATS or type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return f"it is a {type(head).__name__}, not an nn.Linear"
+    # accelerate replaces `forward` to move tensors; only an offloading one changes what the weight is.
+    offload = getattr(getattr(head, "_hf_hook", None), "offload", None)
+    if offload or ("forward" in vars(head) and offload is None):
+        return "its forward is replaced (offloaded, or patched)"
+    if any(vars(head).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
+        return "it has hooks"
+    return None
+
+
+def head_logprobs(
+    head: Any,
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    *,
+    spec: HeadSpec,
+    temperature: float = 1.0,
+    compute_u: bool = True,
+    entropy_grad: bool = False,
+    impl: Impl = "auto",
+    keep_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_logprobs` for a head module: fused where that is exact, else by calling the module on blocks of rows.
+
+    The second way is exact for any head (LoRA with its dropout, quantised, hooked), trains what the head trains, is
+    slower, and is announced by one warning. A plain head that is trained takes the reference path in silence.
+
+    Returns: (logp_N, entropy_N, lse_N); the entropy has a gradient where `entropy_grad` asks for it.
+    Raises: ValueError when `impl` is "triton" or "torch" and the head cannot be fused; else as `fused_logprobs`.
+    """
+    problem = why_not_fused(head)
+    options: dict[str, Any] = {"temperature": temperature, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
+    if problem is None:
+        options |= {"bias_V": head.bias, "keep_N": keep_N}
+        if entropy_grad:
+            return reference_logprobs(hidden_NH, head.weight, target_N, entropy_grad=True, **options)
+        return fused_logprobs(hidden_NH, head.weight, target_N, compute_u=compute_u, impl=impl, **options)
+    if impl in ("triton", "torch"):
+        raise ValueError(f'impl is {impl!r} but this head cannot be fused: {problem}; expected "auto" or "reference"')
+    warn_once(f"log-probabilities take the slower reference path, because of the model's head: {problem}")
+    transform = check_transform(**options)
+    check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
+    check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and compute_u):
+        vocab = head(hidden_NH[:1]).shape[-1] if len(hidden_NH) else 1
+        index_K = live_rows(target_N, vocab, keep_N)
+        hidden_KH, target_K = take(hidden_NH, index_K), take(target_N, index_K)
+        scored = reference_head(head, vocab, hidden_KH, target_K, transform, keep_rng=True)
+        logp_N, entropy_N, lse_N = (spread(part_K, index_K, len(target_N)) for part_K in scored)
+    return logp_N, entropy_N if entropy_grad else entropy_N.detach(), lse_N.detach()
+
+
+@torch.no_grad()
+def check_head_spec(model: Any, spec: HeadSpec, token_ids: list[int] | None = None) -> None:
+    """Compare a model's own log-probabilities on a few tokens with those of its last hidden state under `spec`.
+
+    Catches what no config says: a logit transform of its own, a hidden state scaled or normalised before the head.
+
+    Raises: ValueError with the largest difference, where it is more than rounding explains.
+    """
+    head = model.get_output_embeddings()
+    ids_1T = torch.tensor([token_ids or list(range(1, 9))], device=head.weight.device)
+    logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    hidden_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    top_T = logits_TV.argmax(1)
+    expected_T = logits_TV.log_softmax(1).gather(1, top_T[:, None])[:, 0]
+    found_T, _, _ = head_logprobs(head, hidden_TH, top_T, spec=spec, compute_u=False, impl="reference")
+    # The model rounds its logits to its own dtype: a few units in the last place of the largest.
+    allowed = 8 * torch.finfo(head.weight.dtype).eps * float(logits_TV.abs().max()) + 1e-4
+    difference = float((found_T - expected_T).abs().max())
+    if not difference <= allowed:
+        raise ValueError(
+            f"model {type(model).__name__} does not compute its logits as {spec}: its log-probabilities differ by "
+            f"{difference:.3g}, expected at most {allowed:.3g}; its logit transform is unknown here"
+        )

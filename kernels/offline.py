@@ -1,0 +1,102 @@
+"""Compile the Triton kernels for any NVIDIA card without having one, and read what they need of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .triton_kernels import direction_kernel, finish_kernel, fold_kernel
+from .triton_steps import BLOCK_H, DIRECTION_OPTIONS, FINISH_OPTIONS, FINISH_ROWS, fold_options
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 120)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one compiled kernel takes: registers and stack (spilled) bytes per thread, shared bytes per block."""
+
+    kernel: str
+    architecture: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def fold_usage(
+    architecture: int, operand: str, *, block: int, bias: bool = False, cap: bool = False, ragged: bool = False
+) -> Usage:
+    """`fold_kernel` as `TritonSteps.fold` launches it; `operand` is Triton's name of p's dtype (bf16, fp16, fp32).
+
+    `ragged`: the last tile of a vocabulary that is not a multiple of 16, whose loads cannot be wide.
+    """
+    pointers = {name: "*fp32" for name in ("z_ptr", "m_ptr", "s_ptr", "a_ptr", "z_t_ptr", "acc_ptr")}
+    pointers |= {"p_ptr": f"*{operand}", "target_ptr": "*i64", "bias_ptr": f"*{operand}"}
+    scalars = dict.fromkeys(("first", "columns", "z_stride", "p_stride", "width"), "i32")
+    scalars |= dict.fromkeys(("gain", "inner", "cap"), "fp32")
+    constants = {
+        "BLOCK": block, "BLOCK_H": BLOCK_H, "HAS_BIAS": bias, "HAS_CAP": cap, "WANT_P": True,
+        "P_SCALE": 2.0**15 if operand == "fp16" else 1.0,
+    }  # fmt: skip
+    unaligned = ("columns",) if ragged else ()
+    return _compile(fold_kernel, architecture, pointers | scalars, constants, fold_options(block), unaligned)
+
+
+def finish_usage(architecture: int, *, cap: bool = False) -> Usage:
+    """`finish_kernel` as `TritonSteps.finish` launches it."""
+    names = ("m", "s", "a", "z_t", "logp", "entropy", "lse", "to_target", "to_others")
+    signature = {f"{name}_ptr": "*fp32" for name in names} | {"rows": "i32", "gain": "fp32", "cap": "fp32"}
+    constants = {"BLOCK": FINISH_ROWS, "HAS_CAP": cap, "P_SCALE": 1.0}
+    return _compile(finish_kernel, architecture, signature, constants, FINISH_OPTIONS)
+
+
+def direction_usage(architecture: int, operand: str) -> Usage:
+    """`direction_kernel` as `TritonSteps.direction` launches it."""
+    signature = {
+        "acc_ptr": "*fp32", "weight_ptr": f"*{operand}", "target_ptr": "*i64", "to_target_ptr": "*fp32",
+        "to_others_ptr": "*fp32", "u_ptr": f"*{operand}", "width": "i32", "weight_stride_v": "i32",
+        "weight_stride_h": "constexpr",
+    }  # fmt: skip
+    constants = {"weight_stride_h": 1, "BLOCK_H": BLOCK_H}
+    return _compile(direction_kernel, architecture, signature, constants, DIRECTION_OPTIONS)
+
+
+def _compile(
+    kernel: Any,
+    architecture: int,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    unaligned: tuple[str, ...] = (),
+) -> Usage:
+    """Compile with the specialisation the launcher would find: aligned pointers, integers divisible by 16."""
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if name not in unaligned and (kind == "i32" or kind.startswith("*"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, stack_bytes = _resources(compiled.asm["cubin"])
+    return Usage(kernel.fn.__name__, architecture, registers, stack_bytes, compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, f"no resource usage in {report!r}"
+    return int(found[1]), int(found[2])

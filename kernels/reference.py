@@ -1,0 +1,78 @@
+"""Log-probability and entropy in differentiable torch: exact, slower, with gradients for whatever the head trains.
+
+N rows, R rows of a block, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .gemm import accumulate_dtype
+from .transform import LogitTransform
+
+BLOCK_BYTES = 128 * 2**20
+"""Float32 logits of one block of rows; autograd holds a few copies of them while it works on that block."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+def weight_head(weight_VH: Tensor, bias_V: Tensor | None) -> Head:
+    """hidden -> hidden @ weight.T + bias in float32.
+
+    Converted once, so that the head's gradient is summed over the blocks in float32 and rounded once.
+    """
+    wide = accumulate_dtype(weight_VH.dtype)
+    weight_VH, bias_V = weight_VH.to(wide), None if bias_V is None else bias_V.to(wide)
+    return lambda hidden_RH: F.linear(hidden_RH.to(wide), weight_VH, bias_V)
+
+
+def reference_head(
+    head: Head,
+    vocab: int,
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    transform: LogitTransform,
+    *,
+    keep_rng: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, entropy and log-normaliser of every row, all three attached to the graph; every target must be a token.
+
+    Blocks of rows are recomputed in the backward pass, so no more than one block of logits exists at a time.
+    `keep_rng`: the head draws random numbers (dropout) and must draw the same ones when recomputed.
+    """
+    wide = accumulate_dtype(hidden_NH.dtype)
+    block = max(1, BLOCK_BYTES // (vocab * wide.itemsize))
+    parts = []
+    for start in range(0, max(len(hidden_NH), 1), block):  # one empty block keeps an empty batch in the graph
+        inputs = (head, hidden_NH[start : start + block], target_N[start : start + block], transform)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_block, *inputs, use_reentrant=False, preserve_rng_state=keep_rng))
+        else:
+            parts.append(_block(*inputs))
+    logp_N, entropy_N, lse_N = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return logp_N, entropy_N, lse_N
+
+
+def _block(
+    head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor]:
+    z_RV = head(hidden_RH).to(accumulate_dtype(hidden_RH.dtype))
+    if transform.softcap is None:
+        z_RV = z_RV * transform.gain
+    else:
+        z_RV = torch.tanh(z_RV * (transform.logit_scale / transform.softcap)) * transform.cap
+    target_R1 = target_R.to(torch.int64)[:, None]
+    z_t_R = z_RV.gather(1, target_R1)[:, 0]
+    lse_R = torch.logsumexp(z_RV, 1)
+    if z_RV.shape[1] == 1:
+        return 0.0 * z_t_R, 0.0 * z_t_R, lse_R  # in the graph, and NaN stays NaN
+    # Without the target in the sum, 1 - p_t keeps its digits when p_t is close to 1.
+    others_R = torch.logsumexp(z_RV.scatter(1, target_R1, -torch.inf), 1)
+    log_p_RV = z_RV - lse_R[:, None]
+    entropy_R = -(log_p_RV.exp() * log_p_RV.clamp(min=-1e30)).sum(1)  # 0 * -inf would be NaN
+    return F.logsigmoid(z_t_R - others_R), entropy_R, lse_R

@@ -1,0 +1,59 @@
+"""Which rows are computed, and getting them out of and back into the batch. N rows, K rows computed, H hidden size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_like, check_tensor
+
+IGNORE = -100
+"""Target of a row that is not scored, as in torch's cross entropy."""
+
+
+def live_rows(target_N: Tensor, vocab: int, keep_N: Tensor | None) -> Tensor | None:
+    """Indices of the rows to compute, ascending; None when that is every row.
+
+    A row is computed when its target is not -100 and `keep_N`, where given, is true. Reads two counters from the
+    device, once per call, however many rows there are.
+
+    Raises: ValueError for a target outside [0, vocab) in a row to compute.
+    """
+    live_N = target_N != IGNORE
+    if keep_N is not None:
+        check_tensor("keep_N", keep_N, "N", (torch.bool,))
+        check_like("keep_N", keep_N, len(target_N), "target_N", target_N.device)
+        live_N = live_N & keep_N
+    wrong_N = live_N & ((target_N < 0) | (target_N >= vocab))
+    live, wrong = torch.stack([live_N.sum(), wrong_N.sum()]).tolist()
+    if wrong:
+        row = int(wrong_N.nonzero()[0])
+        raise ValueError(
+            f"target_N[{row}] is {int(target_N[row])}: expected a token id in [0, {vocab}) or {IGNORE} "
+            f"({wrong} of {len(target_N)} rows are wrong)"
+        )
+    if live == len(target_N):
+        return None
+    return torch.argsort(live_N, descending=True, stable=True)[:live]
+
+
+def take(value_N: Tensor, index_K: Tensor | None) -> Tensor:
+    """The computed rows of a tensor; the tensor itself when that is all of them."""
+    return value_N if index_K is None else value_N.index_select(0, index_K)
+
+
+def spread(value_K: Tensor, index_K: Tensor | None, rows: int) -> Tensor:
+    """Put computed rows back in their places, zero elsewhere."""
+    if index_K is None:
+        return value_K
+    return value_K.new_zeros(rows, *value_K.shape[1:]).index_copy(0, index_K, value_K)
+
+
+def scale_rows(u_KH: Tensor, grad_N: Tensor, index_K: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad_i u_i in float32, rounded once to `dtype`; zero rows where nothing was computed.
+
+    u is left as it is: a retained graph may come back for it.
+    """
+    grad_K = take(grad_N, index_K)
+    grad_KH = torch.mul(u_KH, grad_K[:, None], out=torch.empty_like(u_KH, dtype=dtype))
+    return spread(grad_KH, index_K, len(grad_N))

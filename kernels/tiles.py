@@ -1,0 +1,192 @@
+"""The tile loop: logits exist one tile at a time, and both matrix products go to the BLAS library.
+
+For a block of R rows, with o ranging over all tokens but the row's target t, z the logits in float32 and
+slope_o = cap'(.) (1 without a softcap):
+
+    m = max_o z_o      s = sum_o exp(z_o - m)      a = sum_o exp(z_o - m) (z_o - m)
+    acc = sum_o exp(z_o - m) slope_o w_o
+
+are kept current tile by tile, as flash attention does (arXiv 2205.14135), here with the head's weight as both keys and
+values. With d = z_t - m - log s, the log-odds of the target, and gain = dz/d(h.w):
+
+    logp    = log sigmoid(d)
+    entropy = p_t (-logp) + (1 - p_t) (softplus(d) + log s - a / s)
+    u       = (1 - p_t) gain (slope_t w_t - acc / s) = d logp / d h        where 1 - p_t = sigmoid(-d)
+
+The target never enters a sum it would have to be taken out of again, so nothing cancels however close p_t is to 1.
+
+Letters: N rows, R rows of a block, T columns of a tile, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .gemm import accumulate, accumulate_dtype, project
+
+Coefficient = Callable[[slice, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Size of one tile of logits. Fixed per process and shape: another size rounds the sums differently."""
+
+    rows: int
+    columns: int
+
+
+class Scored(NamedTuple):
+    """Per row, in nats. `u_NH` = d logp / d hidden, None where it was not asked for."""
+
+    logp_N: Tensor
+    entropy_N: Tensor
+    lse_N: Tensor
+    u_NH: Tensor | None
+
+
+class Running(NamedTuple):
+    """The sums above after the tiles seen so far, and the target's own logit."""
+
+    m_R: Tensor
+    s_R: Tensor
+    a_R: Tensor
+    z_t_R: Tensor
+
+
+class Steps(Protocol):
+    """The elementwise work between the two products; one implementation in torch, one in Triton."""
+
+    operand_dtype: torch.dtype
+    """Dtype in which hidden, weight and p enter the products."""
+
+    def fold(
+        self,
+        z_RT: Tensor,
+        target_R: Tensor,
+        first: int,
+        bias_T: Tensor | None,
+        run: Running,
+        acc_RH: Tensor | None,
+    ) -> Tensor:
+        """Take the products `z_RT` of tokens first, first + 1, ... into `run`, and rescale `acc_RH` to the new m.
+
+        Returns: p_RT = exp(z - m) slope, zero at the target, times a constant of the implementation. May overwrite
+        `z_RT`; undefined where `acc_RH` is None.
+        """
+        ...
+
+    def finish(self, run: Running, out: Scored) -> tuple[Tensor, Tensor]:
+        """Write logp, entropy and lse of the block.
+
+        Returns: (to_target_R, to_others_R) with u = to_target w_t - to_others acc.
+        """
+        ...
+
+    def direction(
+        self,
+        to_target_R: Tensor,
+        to_others_R: Tensor,
+        acc_RH: Tensor,
+        target_R: Tensor,
+        weight_VH: Tensor,
+        u_RH: Tensor,
+    ) -> None:
+        """Write u, rounded once to its dtype; `u_RH` may be `acc_RH` itself, which is not needed after."""
+        ...
+
+
+class _Scratch:
+    """Everything the loop needs beside inputs and results; reused by all blocks."""
+
+    def __init__(self, weight_VH: Tensor, steps: Steps, tiling: Tiling, rows: int, u_dtype: torch.dtype | None):
+        wide, device = accumulate_dtype(weight_VH.dtype), weight_VH.device
+        columns, width = min(tiling.columns, weight_VH.shape[0]), weight_VH.shape[1]
+        rows = min(tiling.rows, rows)
+        # Whole cache lines per row keep the BLAS library on its fast kernels when the vocabulary is odd.
+        self.tile_RT = torch.empty(rows, -(-columns // 64) * 64, dtype=wide, device=device)
+        self.weight_TH: Tensor | None = None
+        if weight_VH.dtype != steps.operand_dtype:
+            self.weight_TH = torch.empty(columns, width, dtype=steps.operand_dtype, device=device)
+        self.acc_RH: Tensor | None = None
+        if u_dtype not in (None, wide):
+            self.acc_RH = torch.empty(rows, width, dtype=wide, device=device)
+        self.running_4R = torch.empty(4, rows, dtype=wide, device=device)
+
+    def weight(self, weight_TH: Tensor) -> Tensor:
+        return weight_TH if self.weight_TH is None else self.weight_TH[: len(weight_TH)].copy_(weight_TH)
+
+    def running(self, rows: int) -> Running:
+        self.running_4R.zero_()[0].fill_(-torch.inf)
+        return Running(*self.running_4R[:, :rows].unbind())
+
+    def acc(self, out: Scored) -> Tensor | None:
+        if out.u_NH is None:
+            return None
+        return (out.u_NH if self.acc_RH is None else self.acc_RH[: len(out.u_NH)]).zero_()
+
+
+def frozen_head(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None,
+    *,
+    steps: Steps,
+    tiling: Tiling,
+    u_dtype: torch.dtype | None,
+    coefficient: Coefficient | None = None,
+) -> Scored:
+    """Log-probability, entropy and log-normaliser of every row, and u in `u_dtype`; every target must be a token.
+
+    `coefficient(rows, logp_R)` may give a factor c for each row of a block, once its log-probabilities are known: then
+    c u is kept in place of u, the gradient of a loss whose derivative in logp is c.
+
+    Without u (`u_dtype=None`) the second product is left out and no other operation changes, so the results are the
+    same to the bit. Temporary memory is one tile, one block of accumulators and, where weights must be converted, one
+    tile of weight: it grows with neither N nor V.
+    """
+    rows, device, wide = len(hidden_NH), hidden_NH.device, accumulate_dtype(hidden_NH.dtype)
+    logp_N, entropy_N, lse_N = (torch.empty(rows, dtype=wide, device=device) for _ in range(3))
+    u_NH = None if u_dtype is None else torch.empty(hidden_NH.shape, dtype=u_dtype, device=device)
+    scratch = _Scratch(weight_VH, steps, tiling, rows, u_dtype)
+    for start in range(0, rows, tiling.rows):
+        block = slice(start, start + tiling.rows)
+        out = Scored(logp_N[block], entropy_N[block], lse_N[block], None if u_NH is None else u_NH[block])
+        target_R, acc_RH = target_N[block], scratch.acc(out)
+        run = _sums(hidden_NH[block], weight_VH, target_R, bias_V, steps, tiling.columns, scratch, acc_RH)
+        to_target_R, to_others_R = steps.finish(run, out)
+        if acc_RH is None or out.u_NH is None:
+            continue
+        if coefficient is not None:
+            factor_R = coefficient(block, out.logp_N)
+            to_target_R, to_others_R = to_target_R * factor_R, to_others_R * factor_R
+        steps.direction(to_target_R, to_others_R, acc_RH, target_R, weight_VH, out.u_NH)
+    return Scored(logp_N, entropy_N, lse_N, u_NH)
+
+
+def _sums(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    target_R: Tensor,
+    bias_V: Tensor | None,
+    steps: Steps,
+    columns: int,
+    scratch: _Scratch,
+    acc_RH: Tensor | None,
+) -> Running:
+    """One block of rows against the whole vocabulary, a tile at a time."""
+    hidden_RH, run = hidden_RH.to(steps.operand_dtype), scratch.running(len(target_R))
+    for first in range(0, len(weight_VH), columns):
+        tokens = slice(first, first + columns)
+        weight_TH = scratch.weight(weight_VH[tokens])
+        z_RT = scratch.tile_RT[: len(target_R), : len(weight_TH)]
+        project(hidden_RH, weight_TH, z_RT)
+        p_RT = steps.fold(z_RT, target_R, first, None if bias_V is None else bias_V[tokens], run, acc_RH)
+        if acc_RH is not None:
+            accumulate(acc_RH, p_RT, weight_TH)
+    return run

@@ -1,0 +1,175 @@
+"""The Triton kernels of the tile loop: everything between the two matrix products. No tl.dot, so every card runs them.
+
+One program per row (grid axis 0, the only one without a 65535 limit). Offsets that grow with rows are 64-bit. There
+is no log1p, expm1 or tanh in the language itself (libdevice has them, but not in the interpreter): they are below.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-3.0e38)
+"""Stands for -inf wherever a difference with it is formed."""
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1], exact where 1 + x rounds (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
+def _tanh(x):
+    """Taylor series up to |x| = 0.25, where the closed form would lose digits; relative error below 2e-7."""
+    x2 = x * x
+    near_0 = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.25, near_0, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def fold_kernel(
+    z_ptr,
+    p_ptr,
+    target_ptr,
+    bias_ptr,
+    m_ptr,
+    s_ptr,
+    a_ptr,
+    z_t_ptr,
+    acc_ptr,
+    first,
+    columns,
+    z_stride,
+    p_stride,
+    width,
+    gain,
+    inner,
+    cap,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WANT_P: tl.constexpr,
+    P_SCALE: tl.constexpr,
+):
+    """Take one tile of products into the running sums of `tiles.py`; leaves exp(z - m) slope P_SCALE in its place.
+
+    Reads each product once. `p_ptr` may be the same memory as `z_ptr` in a narrower dtype: a program owns its row, and
+    all of the row is in registers before anything is written.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < columns
+    z = tl.load(z_ptr + row * z_stride + column, mask=live, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        t = _tanh(z * inner)
+        z = t * cap
+    else:
+        z = z * gain
+    target = tl.load(target_ptr + row).to(tl.int64) - first
+    at_target = column == target
+    if (target >= 0) & (target < columns):
+        tl.store(z_t_ptr + row, tl.sum(tl.where(at_target, z, 0.0), 0))
+    z = tl.where(live & (column != target), z, float("-inf"))
+
+    m_old = tl.load(m_ptr + row)
+    m_new = tl.maximum(m_old, tl.max(z, 0))
+    shift = tl.maximum(m_old, FLOOR) - tl.maximum(m_new, FLOOR)
+    alpha = tl.exp(shift)
+    d = z - tl.maximum(m_new, FLOOR)
+    e = tl.exp(d)
+    s_old = tl.load(s_ptr + row)
+    tl.store(a_ptr + row, (tl.load(a_ptr + row) + s_old * tl.maximum(shift, FLOOR)) * alpha
+             + tl.sum(e * tl.maximum(d, FLOOR), 0))  # fmt: skip
+    tl.store(s_ptr + row, s_old * alpha + tl.sum(e, 0))
+    tl.store(m_ptr + row, m_new)
+    if WANT_P:
+        if HAS_CAP:
+            e = e * (1.0 - t * t)
+        tl.debug_barrier()
+        tl.store(p_ptr + row * p_stride + column, (e * P_SCALE).to(p_ptr.dtype.element_ty), mask=live)
+        if (m_new > m_old) & (m_old > FLOOR):
+            for start in range(0, width, BLOCK_H):
+                h = start + tl.arange(0, BLOCK_H)
+                at = acc_ptr + row * width + h
+                tl.store(at, tl.load(at, mask=h < width, other=0.0) * alpha, mask=h < width)
+
+
+@triton.jit
+def finish_kernel(
+    m_ptr,
+    s_ptr,
+    a_ptr,
+    z_t_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    to_target_ptr,
+    to_others_ptr,
+    rows,
+    gain,
+    cap,
+    BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    P_SCALE: tl.constexpr,
+):
+    """logp, entropy, lse and the two coefficients of u, from the finished sums."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    m = tl.load(m_ptr + row, mask=live, other=0.0)
+    s = tl.load(s_ptr + row, mask=live, other=1.0)
+    a = tl.load(a_ptr + row, mask=live, other=0.0)
+    z_t = tl.load(z_t_ptr + row, mask=live, other=0.0)
+    alone = s == 0.0  # no other token has any probability
+    log_s = tl.where(alone, float("-inf"), tl.log(tl.where(alone, 1.0, s)))
+    d = (z_t - m) - log_s
+    x = tl.exp(-tl.abs(d))
+    log1p_x = _log1p(x)
+    logp = tl.where(d < 0.0, d, 0.0) - log1p_x
+    logq = tl.where(d < 0.0, 0.0, -d) - log1p_x
+    p = tl.where(d < 0.0, x, 1.0) / (1.0 + x)
+    q = tl.where(d < 0.0, 1.0, x) / (1.0 + x)
+    others = tl.where(alone, 0.0, log_s - a / tl.where(alone, 1.0, s))
+    entropy = tl.where(p == 0.0, 0.0, -p * logp) + tl.where(q == 0.0, 0.0, q * (others - logq))
+    tl.store(logp_ptr + row, logp, mask=live)
+    tl.store(entropy_ptr + row, entropy, mask=live)
+    tl.store(lse_ptr + row, tl.where(d >= 0.0, z_t - logp, m + log_s - logq), mask=live)
+    to_target = q * gain
+    tl.store(to_others_ptr + row, to_target / (tl.where(alone, 1.0, s) * P_SCALE), mask=live)
+    if HAS_CAP:
+        t = z_t / cap
+        to_target = to_target * (1.0 - t * t)
+    tl.store(to_target_ptr + row, to_target, mask=live)
+
+
+@triton.jit
+def direction_kernel(
+    acc_ptr,
+    weight_ptr,
+    target_ptr,
+    to_target_ptr,
+    to_others_ptr,
+    u_ptr,
+    width,
+    weight_stride_v,
+    weight_stride_h,
+    BLOCK_H: tl.constexpr,
+):
+    """u = to_target w_t - to_others acc, rounded once; `u_ptr` may be `acc_ptr`."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    to_target = tl.load(to_target_ptr + row)
+    to_others = tl.load(to_others_ptr + row)
+    for start in range(0, width, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inside = h < width
+        w = tl.load(weight_ptr + target * weight_stride_v + h.to(tl.int64) * weight_stride_h, mask=inside, other=0.0)
+        acc = tl.load(acc_ptr + row * width + h, mask=inside, other=0.0)
+        u = to_target * w.to(tl.float32) - to_others * acc
+        tl.store(u_ptr + row * width + h, u.to(u_ptr.dtype.element_ty), mask=inside)

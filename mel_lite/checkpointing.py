@@ -1,0 +1,79 @@
+"""How the trainer saves and resumes: TRL's checkpoint, built in staging, committed whole, taken back exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mel_lite import checkpoint
+from mel_lite.metrics import truncate_metrics
+
+
+class AtomicCheckpoints:
+    """Mixin over a TRL trainer with `_store()`, `_engine` and the micro-step counter `_step`."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    _step: int
+    _engine: Any
+    _staging: Path | None = None
+    """Where a save that is under way puts its files; None outside of one."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As TRL's. Resuming verifies the checkpoint first and takes the store and metrics back to its step.
+
+        Raises: CheckpointError when there is nothing whole to resume from.
+        """
+        if resume_from_checkpoint:
+            path = checkpoint.resolve(Path(self.args.output_dir), resume_from_checkpoint)
+            self._take_back(path)
+            return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
+        return super().train(**kwargs)  # type: ignore[misc]
+
+    def _take_back(self, path: Path) -> None:
+        """Put counters, store and metrics where they stood when `path` was saved; what came later is redone."""
+        state = checkpoint.read_state(path)
+        if not state:
+            return
+        self._step = state["micro_step"]
+        self._engine.total_generated_tokens = state["generated_tokens"]
+        if self.accelerator.is_main_process:
+            truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", state["step"])
+            self._open_store().truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        if self.accelerator.is_main_process:
+            checkpoint.staging_folder(run_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging = run_dir / checkpoint.STAGING
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._commit(run_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _commit(self, run_dir: Path) -> None:
+        staged = run_dir / checkpoint.STAGING / f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}") if best else None
+        # The Trainer noted the best checkpoint by the path it saw, which was the staging folder's.
+        saved = staged / "trainer_state.json"
+        state = json.loads(saved.read_text()) | {"best_model_checkpoint": self.state.best_model_checkpoint}
+        saved.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+        position = {
+            "step": self.state.global_step,
+            "micro_step": self._step,
+            "generated_tokens": self._engine.total_generated_tokens,
+            "last_experience_id": self._open_store().last_id(),  # type: ignore[attr-defined]
+        }
+        checkpoint.commit(staged, run_dir, position)
+        checkpoint.rotate(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)  # type: ignore[misc]

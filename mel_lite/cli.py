@@ -1,0 +1,254 @@
+"""The `mel-lite` command. Light to import: torch and TRL load when a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mel_lite import __version__
+from mel_lite.errors import ConfigError, MelLiteError
+
+app = typer.Typer(
+    name="mel-lite",
+    help="Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
+app.add_typer(experiences, name="experiences")
+
+RunOption = Annotated[Optional[Path], typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+ConfigOption = Annotated[Optional[Path], typer.Option(help="YAML file over the preset.")]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", help="section.key=value over everything else; may be repeated.")
+]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"mel-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes."""
+
+
+@app.command()
+def train(
+    gpu: Annotated[Optional[str], typer.Option(help="Preset: cpu, 16gb, 24gb, 40gb or 80gb.")] = None,
+    config: ConfigOption = None,
+    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    dataset: Annotated[
+        Optional[str], typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
+    ] = None,
+    output_dir: Annotated[Optional[Path], typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
+    max_steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps.")] = None,
+    algorithm: Annotated[Optional[str], typer.Option(help="mel or grpo.")] = None,
+    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter to go on training.")] = None,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
+) -> None:
+    """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
+    from mel_lite.presets import parse_set, resolve
+    from mel_lite.runs import default_output_dir
+
+    flags = {"model.name": model, "data.train": dataset, "train.max_steps": max_steps, "train.algorithm": algorithm}
+    overrides = [(key, value) for key, value in flags.items() if value is not None]
+    overrides += [parse_set(text) for text in set_ or []]
+    if resume:
+        output_dir = output_dir or _newest_run()
+        # A run goes on as it was begun, unless told otherwise.
+        config = config or (output_dir / "config.yaml" if gpu is None else None)
+    if gpu is None and config is None:
+        raise ConfigError("Nothing says what to train. Use --gpu (cpu, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    recipe = resolve(preset=gpu, config=config, overrides=overrides)
+
+    with _loading("loading"):
+        from mel_lite import run
+    if dry_run:
+        _dry_run(recipe)
+    else:
+        folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
+        run.train(recipe, folder, resume=resume, adapter=adapter, console=_console())
+
+
+def _dry_run(recipe: Any) -> None:
+    from mel_lite import run
+    from mel_lite.models import load_tokenizer
+    from mel_lite.presets import build_args
+
+    args = build_args(recipe, Path("runs"))
+    tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
+    held_out = "none" if tasks.held_out is None else len(tasks.held_out)
+    typer.echo(recipe.as_yaml())
+    typer.echo(f"# {len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}. Not trained.")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
+    dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
+    verifier: Annotated[str, typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn.")] = "math",
+    k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Number of tasks.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
+    system_prompt: Annotated[Optional[str], typer.Option(help="System message before each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the intervals.")] = 42,
+    output: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON to this file.")] = None,
+) -> None:
+    """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
+    with _loading("loading"):
+        from mel_lite.evaluate import evaluate_model
+        from mel_lite.models import ModelSpec
+
+    spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
+    result = evaluate_model(
+        spec,
+        adapter,
+        dataset,
+        verifier=verifier,
+        k=k,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        system_prompt=system_prompt,
+        seed=seed,
+    )
+    _console().print(result.as_table())
+    if output is not None:
+        output.write_text(result.to_json() + "\n")
+
+
+@app.command("export")
+def export_(
+    adapter: Annotated[Optional[Path], typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="adapter or merged-16bit.")] = "merged-16bit",
+    base: Annotated[Optional[str], typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Export an adapter whose LoRA-B is still zero.")
+    ] = False,
+) -> None:
+    """Write a clean adapter or a merged model, reload it, and compare it with the adapter model."""
+    source = adapter or _newest_run()
+    with _loading("loading"):
+        from mel_lite.export import export
+        from mel_lite.models import ModelSpec
+
+    spec = None if base is None else ModelSpec(base)
+    target = output or source / ("exported-adapter" if format_ == "adapter" else format_)
+    report = export(source, target, format=format_, base=spec, dtype=dtype, allow_untrained=allow_untrained)
+    _console().print(report.as_table())
+    typer.echo(str(report.path))
+
+
+@experiences.command("list")
+def list_(
+    run: RunOption = None,
+    status: Annotated[Optional[str], typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    step: Annotated[Optional[int], typer.Option(help="Only this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows at most, newest first.")] = 50,
+) -> None:
+    """List meta-experiences, kept or not, newest first."""
+    from mel_lite.display import experiences_table, store_line
+
+    with _store(run) as store:
+        _console().print(experiences_table(store.list(status=_status(status), step=step, limit=limit)))
+        _console().print(store_line(store.funnel()))
+
+
+@experiences.command("show")
+def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
+    """Show one meta-experience whole, with both rollouts and its replays."""
+    from mel_lite.display import experience_page
+
+    with _store(run) as store:
+        _console().print(experience_page(store.get(id_)))
+
+
+@experiences.command("search")
+def search(
+    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50
+) -> None:
+    """Find meta-experiences by the words in them."""
+    from mel_lite.display import experiences_table
+
+    with _store(run) as store:
+        _console().print(experiences_table(store.search(text, limit=limit)))
+
+
+@experiences.command("export")
+def export_experiences(
+    output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
+    run: RunOption = None,
+    status: Annotated[Optional[str], typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+) -> None:
+    """Write meta-experiences to a JSONL or parquet file."""
+    with _store(run) as store:
+        rows = store.export(output, status=_status(status))
+    typer.echo(f"{rows} rows in {output}")
+
+
+def _status(name: str | None) -> str | None:
+    from mel_lite.types import Status
+
+    if name is not None and name not in list(Status):
+        raise ConfigError(f"--status {name!r} is not one of {', '.join(Status)}.")
+    return name
+
+
+def _store(run: Path | None) -> Any:
+    from mel_lite.store import ExperienceStore
+
+    folder = run or _newest_run()
+    return ExperienceStore(folder / "experiences.sqlite", read_only=True)
+
+
+def _newest_run() -> Path:
+    from mel_lite.runs import newest_run
+
+    return newest_run()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _loading(what: str) -> Any:
+    """A spinner for the seconds that importing torch and TRL takes; silent where there is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
+
+
+def main() -> None:
+    """Run the command; user errors end with one message and an exit code, never a traceback."""
+    # Must be set before the libraries load: no telemetry, and no tokenizer threads across forked workers.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except MelLiteError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
+        sys.exit(130)

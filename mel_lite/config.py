@@ -1,0 +1,116 @@
+"""MELConfig: TRL's GRPOConfig with the options of Meta-Experience Learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.errors import ConfigError
+from mel_lite.trl_base import released_grpo_config
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+else:
+    GRPOConfig = released_grpo_config()
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "algorithm": ("mel", "grpo"),
+    "pair_strategy": ("longest_prefix", "random", "shortest"),
+    "leak_policy": ("reject", "redact", "off"),
+    "replay_criterion": ("solved", "uplift"),
+    "mel_train_on": ("analysis", "experience"),
+    "mel_normalization": ("kept", "prompts"),
+}
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class MELConfig(GRPOConfig):
+    """Options of `MELTrainer`: everything `trl.GRPOConfig` has, plus the fields below.
+
+    Raises: ConfigError (a ValueError) for a value outside its range, naming field, value, reason and fix.
+    """
+
+    algorithm: str = _option("mel", "`mel` (GRPO plus meta-experience) or `grpo` (TRL's loss alone).")
+    verifier: str | None = _option(
+        None,
+        "Verifier that calls a completion right or wrong: math, numeric, exact, multiple-choice, reasoning-gym, or a "
+        "dotted path to `verifier(completion, answer) -> right | wrong | abstain`. None: math if the dataset has an "
+        "`answer` or `solution` column, else a completion is right when its reward reaches `verifier_threshold`.",
+    )
+    verifier_threshold: float = _option(
+        1.0, "With no verifier and no answer column: least weighted reward that counts as right."
+    )
+    verifier_workers: int = _option(2, "Worker processes that run the verifier.")
+    verifier_deadline_s: float = _option(1.0, "Seconds a verifier may take for one answer before it is killed.")
+    mel_weight: float = _option(1.0, "lambda: weight of the meta-experience NLL next to the policy loss.")
+    mel_normalization: str = _option(
+        "kept",
+        "What the NLL of a step is divided by: `kept`, the number of kept meta-experiences (the paper's mean); or "
+        "`prompts`, the number of prompts, so that few survivors weigh little.",
+    )
+    mel_train_on: str = _option(
+        "analysis", "Tokens of the NLL: the whole `analysis` as it was sampled, or the parsed `experience` (s*, C, H)."
+    )
+    pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
+    pair_strategy: str = _option(
+        "longest_prefix", "Which pairs: `longest_prefix` (longest common token prefix), `random` or `shortest`."
+    )
+    analysis_max_tokens: int = _option(1024, "Longest analysis, in tokens.")
+    analysis_temperature: float | None = _option(None, "Temperature of analysis and replay; None = `temperature`.")
+    max_context_tokens: int | None = _option(
+        None, "Longest C_retro prompt in tokens; longer solutions are trimmed. None = what the model's context leaves."
+    )
+    leak_policy: str = _option(
+        "reject", "A meta-experience that gives the answer away is dropped (`reject`), mended (`redact`) or let by."
+    )
+    replay_attempts: int = _option(1, "k: attempts at the question with the meta-experience in the prompt.")
+    replay_control: bool = _option(
+        False, "Also attempt it k times without, on the same seeds, to know the uplift (always on for `uplift`)."
+    )
+    replay_criterion: str = _option(
+        "solved", "Keep M when the replay is `solved` (the paper), or only on `uplift` over the control."
+    )
+    templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
+    grad_norm_every: int = _option(
+        0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}. Set {name}.")
+        for name, least in (
+            ("analysis_max_tokens", 16),
+            ("replay_attempts", 1),
+            ("verifier_workers", 1),
+            ("grad_norm_every", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
+        if self.pairs_per_group < 1 and self.pairs_per_group != -1:
+            raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
+        if not self.mel_weight >= 0:
+            raise ConfigError(f"mel_weight={self.mel_weight} must be 0 or more: a negative weight unlearns the lessons.")
+        if not self.verifier_deadline_s > 0:
+            raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
+        if self.algorithm == "mel" and self.use_vllm:
+            raise ConfigError(
+                "use_vllm=True with algorithm='mel': analysis and replay must come from the same engine as the "
+                "rollouts, and TRL's vLLM merges the adapter into a copy of the weights. Leave use_vllm off (MEL-Lite "
+                "chooses its own engine), or set algorithm='grpo'."
+            )
+
+    @property
+    def with_meta_experience(self) -> bool:
+        """True when lessons are written and trained on."""
+        return self.algorithm == "mel"
+
+    @property
+    def needs_control(self) -> bool:
+        """True when replays also run without the meta-experience."""
+        return self.replay_control or self.replay_criterion == "uplift"

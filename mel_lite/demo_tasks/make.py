@@ -1,0 +1,60 @@
+"""Writes the demo tasks: `python -m mel_lite.demo_tasks.make [folder]`. Needs the `gym` extra; same bytes every time.
+
+No expression occurs twice, so the test questions are none of the training questions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mel_lite.demo_tasks import path
+
+SEED = 20261122
+INSTRUCTION = "Think briefly, then finish with `Answer: <number>`."
+ONE_DIGIT = {"min_digits": 1, "max_digits": 1}
+FAMILIES: tuple[tuple[str, dict[str, Any], int, int], ...] = (
+    ("chain_sum", {"min_terms": 2, "max_terms": 2, **ONE_DIGIT}, 130, 30),
+    ("chain_sum", {"min_terms": 3, "max_terms": 3, **ONE_DIGIT}, 205, 50),
+    ("products", {"min_terms": 2, "max_terms": 2, **ONE_DIGIT}, 65, 20),
+)
+"""(reasoning-gym task, its configuration, rows for training, rows for testing)."""
+_POOL = 4_000
+
+
+def rows(task: str, config: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first `count` generated tasks with different expressions. Raises: ValueError when the family has fewer."""
+    import reasoning_gym
+
+    seen: dict[str, dict[str, Any]] = {}
+    dataset = reasoning_gym.create_dataset(task, seed=SEED, size=_POOL, **config)
+    for index, entry in enumerate(dataset):
+        expression = entry["metadata"]["expression"]
+        options = "&".join(f"{name}={value}" for name, value in config.items())
+        source = f"reasoning-gym=={version('reasoning-gym')} {task}?{options}&seed={SEED} [{index}]"
+        prompt = f"What is {expression}? {INSTRUCTION}"
+        seen.setdefault(expression, {"prompt": prompt, "answer": entry["answer"], "source": source})
+        if len(seen) == count:
+            return list(seen.values())
+    raise ValueError(f"{task} {config} has only {len(seen)} different expressions, {count} are needed")
+
+
+def make(train: Path, test: Path) -> None:
+    """Write both files."""
+    train_rows, test_rows = [], []
+    for task, config, n_train, n_test in FAMILIES:
+        family = rows(task, config, n_train + n_test)
+        train_rows += family[:n_train]
+        test_rows += family[n_train:]
+    for file, content in ((train, train_rows), (test, test_rows)):
+        random.Random(SEED).shuffle(content)
+        file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else path("train").parent
+    make(folder / "train.jsonl", folder / "test.jsonl")

@@ -1,0 +1,175 @@
+"""What a run looks like in a terminal: a line per step, a sample now and then, a summary at the end."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from mel_lite.store import ExperienceRow
+from mel_lite.types import Status
+
+FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
+STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "yellow", Status.REPLAY_FAILED: "yellow"}
+
+
+def plain(text: str | None, limit: int | None = None) -> Text:
+    """Model text for a terminal: no markup, no control characters (they could move the cursor), at most `limit`."""
+    cleaned = "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text or "")
+    if limit is not None and len(cleaned) > limit:
+        cleaned = cleaned[: limit - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    return Text(cleaned)
+
+
+def one_line(text: str | None, limit: int) -> Text:
+    """The same on a single line."""
+    return plain(" ".join((text or "").split()), limit)
+
+
+def prompt_text(prompt: Any) -> str:
+    """The last user turn of a prompt, or the plain prompt."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+class LiveDisplay(TrainerCallback):
+    """Prints one line per logged step above a progress bar with the time left, and a sample every few steps."""
+
+    def __init__(self, console: Console, *, sample_every: int = 10) -> None:
+        self._console = console
+        self._sample_every = sample_every
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self.trainer: Any = None
+        """Set after the trainer is built: where samples come from."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._console.print(_legend(args))
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(), console=self._console, transient=True,
+        )  # fmt: skip
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        self._console.print(step_line(state.global_step, state.max_steps, logs))
+        if self.trainer is not None and state.global_step % self._sample_every == 1:
+            sample = self.trainer.latest_sample()
+            if sample is not None:
+                self._console.print(sample_panel(sample))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the progress bar away; also after an error, or the terminal keeps a stale line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _legend(args: Any) -> Text:
+    if not args.with_meta_experience:
+        return Text("step | reward | policy loss | gradient norm | tokens/s", style="dim")
+    return Text(
+        "step | reward pass rate | groups>mixed>pairs>parsed>leak-free>replay-valid (trained tokens) | "
+        "ret = kept/written, up = replay uplift | policy loss, NLL of lessons (before>after the update) | gradient norms",
+        style="dim",
+    )
+
+
+def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
+    """One step in one line; a figure the step does not have is left out."""
+
+    def figure(name: str, label: str, spec: str) -> str:
+        value = logs.get(name)
+        return "" if value is None else f"{label}{value:{spec}}"
+
+    parts = [f"{step:>{len(str(max_steps))}}/{max_steps}"]
+    parts.append(f"{figure('reward', 'reward ', '.2f')} {figure('mel/pass_rate', 'pass ', '.0%')}".strip())
+    if "mel/groups" in logs:
+        stages = ">".join(f"{logs[f'mel/{stage}']:g}" for stage in FUNNEL)
+        parts.append(f"{stages} ({logs['mel/trained_tokens']:g} tok)")
+        parts.append(
+            f"{figure('mel/retention_ratio', 'ret ', '.2f')} {figure('mel/replay_uplift', 'up ', '+.2f')}".strip()
+        )
+    after = figure("mel/nll_after", ">", ".3f")
+    parts.append(f"policy {logs.get('mel/policy_loss', logs.get('loss', 0.0)):+.4f}{figure('mel/nll', ' nll ', '.3f')}{after}")
+    norms = f"{figure('mel/grad_norm_policy', 'policy ', '.3f')}{figure('mel/grad_norm_nll', ' nll ', '.3f')}"
+    parts.append(f"|g| {norms}" if norms else figure("grad_norm", "|g| ", ".3f"))
+    parts.append(figure("mel/tokens_per_s", "", ".0f") + " tok/s" if "mel/tokens_per_s" in logs else "")
+    return Text(" | ".join(part for part in parts if part))
+
+
+def sample_panel(row: ExperienceRow) -> RenderableType:
+    """One meta-experience with the rollouts it came from."""
+    parts: list[RenderableType] = [
+        _labelled("question", one_line(prompt_text(row.prompt), 300)),
+        _labelled("wrong", one_line(row.wrong_text, 300), "red"),
+        _labelled("right", one_line(row.right_text, 300), "green"),
+    ]
+    if row.heuristic is None:
+        parts.append(_labelled("analysis", one_line(row.analysis, 400)))
+    else:
+        for name in ("bifurcation", "critique", "heuristic"):
+            parts.append(_labelled(name, one_line(getattr(row, name), 400), "cyan"))
+    if row.replay_verdicts:
+        replayed = ", ".join(row.replay_verdicts)
+        control = f" (without it: {', '.join(row.control_verdicts)})" if row.control_verdicts else ""
+        parts.append(_labelled("replay", Text(replayed + control)))
+    if row.nll_before is not None and row.nll_after is not None:
+        parts.append(_labelled("NLL", Text(f"{row.nll_before:.3f} > {row.nll_after:.3f} nats/token by its update")))
+    if row.reason:
+        parts.append(_labelled("dropped", one_line(row.reason, 300), "yellow"))
+    title = f"meta-experience {row.id}, step {row.step}: {row.status}"
+    return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
+
+
+def _labelled(label: str, text: Text, style: str = "bold") -> Text:
+    return Text.assemble((f"{label}: ", style), text)
+
+
+def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
+    """Rows of the store, newest first."""
+    table = Table("id", "step", "status", "question", "heuristic, or why it was dropped", show_lines=False)
+    for row in rows:
+        status = Text(row.status, style=STATUS_STYLE[row.status])
+        lesson = row.heuristic if row.status is Status.KEPT else row.reason
+        table.add_row(
+            str(row.id), str(row.step), status, one_line(prompt_text(row.prompt), 60), one_line(lesson, 110)
+        )
+    return table
+
+
+def comparison_table(before: Any, after: Any) -> Table:
+    """The evaluation before and after training, with 95 % intervals."""
+    table = Table("held-out tasks", "before", "after", title="Evaluation", title_justify="left")
+    for name, first, second in zip(before.labels(), before.figures(), after.figures(), strict=True):
+        table.add_row(name, first, second)
+    return table
+
+
+def funnel_table(totals: dict[str, float]) -> Table:
+    """The funnel summed over the run."""
+    table = Table("stage", "count", "left of the one before", title="Funnel of this run", title_justify="left")
+    previous = None
+    for stage in FUNNEL:
+        count = totals.get(f"mel/{stage}", 0.0)
+        share = "" if not previous else f"{count / previous:.0%}"
+        table.add_row(stage.replace("_", " "), f"{count:g}", share)
+        previous = count
+    table.add_row("trained tokens", f"{totals.get('mel/trained_tokens', 0.0):g}", "")
+    return table

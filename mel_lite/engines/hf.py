@@ -1,0 +1,190 @@
+"""Generation with transformers: runs everywhere, needs nothing but the model that is being trained.
+
+B sequences in one call, T sampled positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.errors import EngineError
+from mel_lite.types import Finish
+
+
+class HFEngine:
+    """Samples with `model.generate`, one uniform number per (seed, position).
+
+    A token is the inverse of the cumulative distribution at that number, so a sequence depends on its prompt and seed
+    alone: not on its neighbours, the global RNG, or how a batch was split after running out of memory.
+
+    Args:
+        model: The causal language model, PEFT-wrapped or not; used where no `unwrap` is given.
+        eos_ids: Every id that ends a completion.
+        pad_id: Id used for padding; masked, so its value is without effect.
+        max_concurrent: Sequences sampled at once, >= 1.
+        unwrap: Opens a context yielding the model to sample from (gathers sharded weights under DeepSpeed or FSDP).
+        autocast: Opens the autocast context training uses, so that sampling and scoring see the same numbers.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_concurrent: int = 64,
+        unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        assert max_concurrent >= 1
+        self._unwrap = unwrap or (lambda: nullcontext(model))
+        self._autocast = autocast
+        self._eos_ids = list(eos_ids)
+        self._pad_id = pad_id
+        self._max_concurrent = max_concurrent
+
+    def wake(self) -> None:
+        """Nothing to do: the model trained is the model sampled."""
+
+    def sleep(self) -> None:
+        """Nothing to give up: the key-value cache lives only during a call."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one completion per request, in their order.
+
+        Raises: EngineError when memory does not suffice for a single sequence.
+        """
+        done: dict[int, Completion] = {}
+        # Neighbours of similar length waste the least padding.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        pending = [order[i : i + self._max_concurrent] for i in range(0, len(order), self._max_concurrent)][::-1]
+        with self._unwrap() as model, _evaluating(model), self._autocast(), torch.no_grad():
+            while pending:
+                rows = pending.pop()
+                try:
+                    completions = self._generate_batch(model, [requests[i] for i in rows], sampling)
+                except torch.OutOfMemoryError as error:
+                    if len(rows) == 1:
+                        raise EngineError(
+                            f"Out of memory while sampling one sequence of {len(requests[rows[0]].prompt_ids)} prompt "
+                            f"and up to {sampling.max_new_tokens} new tokens. Lower max_completion_length or "
+                            "analysis_max_tokens, or use a smaller model."
+                        ) from error
+                    torch.cuda.empty_cache()
+                    self._max_concurrent = max(1, len(rows) // 2)
+                    pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+                    continue
+                done.update(zip(rows, completions, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    def _generate_batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        prompt_tokens = max(len(r.prompt_ids) for r in requests)
+        device = model.device
+        ids = torch.full((len(requests), prompt_tokens), self._pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, prompt_tokens - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, prompt_tokens - len(request.prompt_ids) :] = 1
+        sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self._eos_ids,
+            pad_token_id=self._pad_id,
+            use_cache=True,
+            disable_compile=True,
+        )
+        with _generation_config(model, config):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        sampled = output[:, prompt_tokens:].tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        return [self._completion(a, b) for a, b in zip(sampled, logprobs, strict=True)]
+
+    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos_ids), None)
+        finish = Finish.LENGTH if end is None else Finish.STOP
+        return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
+
+
+class _SeededSampler(LogitsProcessor):
+    """Leaves one finite logit per row: the token drawn for that row's seed. Greedy decoding then picks it."""
+
+    def __init__(self, seeds: Sequence[int], prompt_tokens: int, sampling: Sampling, device: torch.device) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        self._prompt_tokens = prompt_tokens
+        self._warpers = LogitsProcessorList()
+        self._uniform_BT: torch.Tensor | None = None
+        if sampling.temperature == 0:
+            return
+        self._uniform_BT = torch.stack(
+            [
+                torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                for seed in seeds
+            ]
+        ).to(device)
+        if sampling.temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p:
+            self._warpers.append(MinPLogitsWarper(sampling.min_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores_BV = self._warpers(input_ids, scores.float())
+        logp_BV = torch.log_softmax(scores_BV, dim=-1)
+        if self._uniform_BT is None:
+            choice_B = logp_BV.argmax(dim=-1)
+        else:
+            # Float64: in float32 the running sum of 150,000 terms is off by more than a rare token's probability.
+            cdf_BV = logp_BV.double().exp().cumsum(dim=-1)
+            position = input_ids.shape[1] - self._prompt_tokens
+            threshold_B = self._uniform_BT[:, position] * cdf_BV[:, -1]
+            choice_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
+            choice_B = choice_B.clamp(max=scores_BV.shape[-1] - 1)
+        self.logprobs.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, choice_B[:, None], 0.0)  # type: ignore[return-value]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout and gradient checkpointing off while sampling; the training flag comes back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Hide the model's own generation defaults, which would fill every field that `config` leaves open.
+
+    PEFT copies the wrapper's generation config onto the base model when it generates, so both are put back.
+    """
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    originals = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = original

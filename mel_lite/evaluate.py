@@ -1,0 +1,322 @@
+"""How good a model is at verifiable tasks: Pass@1 greedy, Avg@k and unbiased Pass@k, with 95 % intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.errors import ConfigError, DataError
+from mel_lite.judging import AnswerJudge, Judge, answer_column
+from mel_lite.seeds import prompt_hash, seed_for
+from mel_lite.templates import render
+from mel_lite.types import Finish, Group, Verdict
+
+if TYPE_CHECKING:
+    import datasets
+    from rich.table import Table
+
+    from mel_lite.models import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over prompts in [0, 1] and its 95 % percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScore:
+    """Verdicts on one prompt. An abstention counts as not right."""
+
+    prompt_hash: str
+    greedy_right: bool
+    samples_right: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Figures of one evaluation and everything needed to repeat it."""
+
+    pass_at_1: Interval
+    """Greedy answers that are right."""
+    avg_at_k: Interval
+    """Sampled answers that are right."""
+    pass_at_k: Interval
+    """Estimated chance that at least one of k samples is right."""
+    k: int
+    samples: int
+    """Sampled answers per prompt, >= k."""
+    n: int
+    """Prompts that count."""
+    skipped_long: int
+    """Prompts left out because prompt and answer do not fit the context together."""
+    skipped_unjudged: int
+    """Prompts left out because every verdict on them was an abstention, as with an unusable reference answer."""
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    bootstrap: int
+    truncation_rate: float
+    """Share of all answers, greedy and sampled, cut off at `max_new_tokens`."""
+    abstain_rate: float
+    """Share of all answers the verifier could not judge."""
+    mean_tokens: float
+    scores: tuple[PromptScore, ...]
+
+    def to_json(self) -> str:
+        """All fields as a JSON object; `from_json` reads it back to an equal result."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalResult:
+        """Inverse of `to_json`. Raises DataError for text that is not one."""
+        try:
+            values = json.loads(text)
+            for name in ("pass_at_1", "avg_at_k", "pass_at_k"):
+                values[name] = Interval(**values[name])
+            values["scores"] = tuple(PromptScore(**score) for score in values["scores"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"not an evaluation result ({error}). Delete the file and evaluate again.") from error
+
+    def as_table(self, title: str = "evaluation") -> Table:
+        """The figures and their conditions as a rich table."""
+        from rich.table import Table
+
+        table = Table(title=title, caption=self.conditions())
+        for heading in ("measure", "value", "95 % interval"):
+            table.add_column(heading, justify="left" if heading == "measure" else "right")
+        rows = {"Pass@1 (greedy)": self.pass_at_1, f"Avg@{self.k}": self.avg_at_k, f"Pass@{self.k}": self.pass_at_k}
+        for name, interval in rows.items():
+            table.add_row(name, f"{interval.value:.1%}", f"{interval.low:.1%} - {interval.high:.1%}")
+        table.add_row("cut off at the token limit", f"{self.truncation_rate:.1%}", "")
+        table.add_row("not judged", f"{self.abstain_rate:.1%}", "")
+        return table
+
+    def conditions(self) -> str:
+        """What the figures hold for, in one line."""
+        parts = [f"{self.n} prompts", f"{self.samples} samples at T={self.temperature:g}", f"seed {self.seed}"]
+        parts.append(f"at most {self.max_new_tokens} tokens (mean {self.mean_tokens:.0f})")
+        if self.skipped_long:
+            parts.append(f"{self.skipped_long} prompts too long")
+        if self.skipped_unjudged:
+            parts.append(f"{self.skipped_unjudged} prompts without a usable reference")
+        return ", ".join(parts)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k samples is right, from c right ones among n: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for the chance under k fresh samples. Raises ConfigError unless 1 <= k <= n and 0 <= c <= n.
+    Source: Chen et al. 2021 (arXiv 2107.03374), eq. 1.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ConfigError(f"Pass@k needs 1 <= k <= n samples and 0 <= right <= n, not k={k}, n={n}, right={c}.")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap_interval(values: Sequence[float], *, resamples: int, seed: int) -> Interval:
+    """Mean of `values` and its 95 % percentile interval over `resamples` draws with replacement.
+
+    With all values equal (or one value) the interval has no width: it then says nothing about the uncertainty.
+    """
+    import numpy as np
+
+    values_N = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [values_N[generator.integers(0, len(values_N), len(values_N))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(values_N.mean()), float(low), float(high))
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: Any,
+    tasks: datasets.Dataset,
+    judge: Judge,
+    *,
+    k: int = 8,
+    samples: int | None = None,
+    temperature: float = 0.6,
+    max_new_tokens: int = 1024,
+    seed: int = 42,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    bootstrap: int = 2000,
+    limit: int | None = None,
+    context_tokens: int | None = None,
+) -> EvalResult:
+    """Measure the policy `engine` samples from on `tasks` (columns `prompt` and, for most judges, an answer).
+
+    Args:
+        k: of Avg@k and Pass@k.
+        samples: sampled answers per prompt, >= k; None = k. More give a better estimate of Pass@k.
+        limit: evaluate the first so many tasks only.
+        context_tokens: the model's context; prompts that leave no room for `max_new_tokens` are left out, counted.
+    Raises: ConfigError for values out of range; DataError when there is no task to count.
+    """
+    samples = k if samples is None else samples
+    _check(k, samples, temperature, bootstrap, limit)
+    questions = _questions(tasks if limit is None else tasks.select(range(min(limit, len(tasks)))))
+    prompts = [render(g.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs) for g in questions]
+    room_tokens = math.inf if context_tokens is None else context_tokens - max_new_tokens
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room_tokens]
+    if not fitting:
+        raise DataError(
+            f"None of the {len(prompts)} evaluation prompts leaves room for max_new_tokens={max_new_tokens} in a "
+            f"context of {context_tokens} tokens. Lower max_new_tokens, or check that the dataset is not empty."
+        )
+    groups = [questions[i] for i in fitting]
+    completions = _answer(
+        engine, groups, [prompts[i] for i in fitting], samples, temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
+    texts = [tokenizer.decode(list(c.ids), skip_special_tokens=True) for c in completions]
+    verdicts = judge([group for group in groups for _ in range(1 + samples)], texts)
+    scores = _score(groups, verdicts, samples)
+    return EvalResult(
+        **_figures(scores, samples, k, bootstrap, seed),
+        k=k,
+        samples=samples,
+        n=len(scores),
+        skipped_long=len(prompts) - len(groups),
+        skipped_unjudged=len(groups) - len(scores),
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        bootstrap=bootstrap,
+        truncation_rate=sum(c.finish is Finish.LENGTH for c in completions) / len(completions),
+        abstain_rate=sum(v is Verdict.ABSTAIN for v in verdicts) / len(verdicts),
+        mean_tokens=sum(len(c.ids) for c in completions) / len(completions),
+        scores=scores,
+    )
+
+
+def _check(k: int, samples: int, temperature: float, bootstrap: int, limit: int | None) -> None:
+    if not 1 <= k <= samples:
+        raise ConfigError(f"k={k} with samples={samples}: Pass@k needs 1 <= k <= samples. Lower k or raise samples.")
+    if not temperature > 0:
+        raise ConfigError(
+            f"temperature={temperature}: the k samples would all be the greedy answer. Set it above 0 (the paper: "
+            "0.6); Pass@1 is greedy in any case."
+        )
+    for name, value in (("bootstrap", bootstrap), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+
+
+def _questions(tasks: datasets.Dataset) -> list[Group]:
+    column = answer_column(tasks.column_names)
+    return [
+        Group(
+            row["prompt"],
+            prompt_hash(row["prompt"]),
+            (),
+            None if column is None else str(row[column]),
+            {name: value for name, value in row.items() if name not in ("prompt", column)},
+        )
+        for row in tasks
+    ]
+
+
+def _answer(
+    engine: Engine,
+    groups: list[Group],
+    prompts: list[tuple[int, ...]],
+    samples: int,
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Completion]:
+    """Per prompt its greedy answer and then its samples, prompt after prompt."""
+
+    def requests(indices: range) -> list[Request]:
+        return [
+            Request(ids, seed_for(seed, step=0, prompt_hash=group.prompt_hash, index=index, purpose="eval"))
+            for group, ids in zip(groups, prompts, strict=True)
+            for index in indices
+        ]
+
+    engine.wake()
+    try:
+        greedy = engine.generate(requests(range(1)), Sampling(max_new_tokens, temperature=0.0))
+        sampled = engine.generate(requests(range(samples)), Sampling(max_new_tokens, temperature))
+    finally:
+        engine.sleep()
+    return [c for i, first in enumerate(greedy) for c in (first, *sampled[i * samples : (i + 1) * samples])]
+
+
+def _score(groups: list[Group], verdicts: list[Verdict], samples: int) -> tuple[PromptScore, ...]:
+    """Count the right answers per prompt; prompts on which every verdict is an abstention are left out."""
+    scores = []
+    for i, group in enumerate(groups):
+        greedy, *sampled = verdicts[i * (1 + samples) : (i + 1) * (1 + samples)]
+        if any(v is not Verdict.ABSTAIN for v in (greedy, *sampled)):
+            right = sum(v is Verdict.RIGHT for v in sampled)
+            scores.append(PromptScore(group.prompt_hash, greedy is Verdict.RIGHT, right))
+    if not scores:
+        raise DataError(
+            f"The verifier abstained on every answer to all {len(groups)} prompts. Check that it fits the answer "
+            "column: are these reference answers it can parse?"
+        )
+    return tuple(scores)
+
+
+def _figures(scores: Sequence[PromptScore], samples: int, k: int, bootstrap: int, seed: int) -> dict[str, Interval]:
+    per_prompt = {
+        "pass_at_1": [float(s.greedy_right) for s in scores],
+        "avg_at_k": [s.samples_right / samples for s in scores],
+        "pass_at_k": [pass_at_k(samples, s.samples_right, k) for s in scores],
+    }
+    return {name: bootstrap_interval(v, resamples=bootstrap, seed=seed) for name, v in per_prompt.items()}
+
+
+def evaluate_model(
+    spec: ModelSpec | None,
+    adapter: Path | None,
+    dataset: str,
+    *,
+    verifier: str = "math",
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> EvalResult:
+    """Load a model (and adapter) and tasks, and `evaluate` with the transformers engine; `options` go there.
+
+    Args:
+        spec: the base model; None = the one `adapter` was trained on, loaded as it was then.
+        adapter: a run, checkpoint or adapter folder, or None for the base alone.
+        dataset: task spec as `mel_lite.data.load_tasks` takes it.
+    Raises: ConfigError when neither model nor adapter is given; what loading, data and verifier raise.
+    """
+    from mel_lite.adapters import adapter_base, attach_adapter, find_adapter
+    from mel_lite.data import load_tasks
+    from mel_lite.engines.hf import HFEngine
+    from mel_lite.models import context_length, eos_ids, load_base, load_tokenizer
+    from mel_lite.verify_pool import VerifyPool
+
+    adapter = None if adapter is None else find_adapter(adapter)
+    if spec is None:
+        if adapter is None:
+            raise ConfigError("nothing to evaluate: give a model, an adapter, or both.")
+        spec = adapter_base(adapter)
+    tokenizer = load_tokenizer(spec)
+    conversational = tokenizer.chat_template is not None
+    tasks = load_tasks(dataset, limit=limit, system_prompt=system_prompt, conversational=conversational)
+    model: Any = load_base(spec)
+    stops = eos_ids(model, tokenizer)
+    if adapter is not None:
+        model = attach_adapter(model, adapter)
+    engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
+    with VerifyPool(verifier) as pool:
+        return evaluate(engine, tokenizer, tasks, AnswerJudge(pool), context_tokens=context_length(model), **options)

@@ -1,0 +1,174 @@
+"""What a step measures beside TRL's metrics: phases, the funnel, gradient norms of the two terms; and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.types import Experience, Group, Replay, Status
+
+
+class PhaseClock:
+    """Seconds and generated tokens per phase of a step, on a monotonic clock."""
+
+    def __init__(self) -> None:
+        self.seconds_s: Counter[str] = Counter()
+        self.generated_tokens = 0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds_s[phase] += time.monotonic() - start_s
+
+    def drain(self) -> dict[str, float]:
+        """Metrics since the last call: `time/<phase>_s`, `mel/generated_tokens` and `mel/tokens_per_s`."""
+        generation_s = sum(self.seconds_s[p] for p in ("rollout", "analysis", "replay"))
+        metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds_s.items()}
+        metrics["mel/generated_tokens"] = float(self.generated_tokens)
+        if generation_s > 0:
+            metrics["mel/tokens_per_s"] = self.generated_tokens / generation_s
+        self.seconds_s.clear()
+        self.generated_tokens = 0
+        return metrics
+
+
+class MeteredEngine:
+    """An engine that counts what it generates. A run compares algorithms at equal generated tokens."""
+
+    def __init__(self, engine: Engine, clock: PhaseClock) -> None:
+        self.name = engine.name
+        self._engine = engine
+        self._clock = clock
+        self.total_generated_tokens = 0
+
+    def wake(self) -> None:
+        self._engine.wake()
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        completions = self._engine.generate(requests, sampling)
+        tokens = sum(len(c.ids) for c in completions)
+        self._clock.generated_tokens += tokens
+        self.total_generated_tokens += tokens
+        return completions
+
+
+def funnel(
+    groups: Sequence[Group], pairs: int, experiences: Sequence[Experience], trained_tokens: int
+) -> dict[str, float]:
+    """Where the meta-experiences of a step went: each stage counts what is left of the one before.
+
+    `mel/retention_ratio` is kept / written, `mel/leak_rate` leaked / parsed, `mel/replay_uplift` the mean over replayed
+    ones of the solved rate with M minus the rate without; a ratio whose denominator is 0 is left out.
+    """
+    counts = Counter(e.status for e in experiences)
+    replayed = [e.replay for e in experiences if e.replay is not None]
+    parsed = len(experiences) - counts[Status.UNPARSED]
+    metrics = {
+        "mel/groups": len(groups),
+        "mel/mixed_groups": sum(g.is_mixed for g in groups),
+        "mel/pairs": pairs,
+        "mel/written": len(experiences),
+        "mel/parsed": parsed,
+        "mel/leak_free": len(replayed),
+        "mel/replay_valid": counts[Status.KEPT],
+        "mel/trained_tokens": trained_tokens,
+    }
+    judged = [r.verdict for g in groups for r in g.rollouts if r.verdict != "abstain"]
+    rollouts = sum(len(g.rollouts) for g in groups)
+    ratios = {
+        "mel/pass_rate": (sum(v == "right" for v in judged), len(judged)),
+        "mel/abstain_rate": (rollouts - len(judged), rollouts),
+        "mel/retention_ratio": (counts[Status.KEPT], len(experiences)),
+        "mel/leak_rate": (counts[Status.LEAKED], parsed),
+        "mel/replay_solved": (sum(r.solved_rate for r in replayed), len(replayed)),
+        "mel/replay_uplift": _uplift(replayed),
+    }
+    return metrics | {name: total / n for name, (total, n) in ratios.items() if n}
+
+
+def _uplift(replays: Sequence[Replay]) -> tuple[float, int]:
+    uplifts = [r.uplift for r in replays if r.uplift is not None]
+    return sum(uplifts), len(uplifts)
+
+
+class GradientMeter:
+    """Gradient of each loss term over one optimiser step, accumulated apart from the training gradient."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._grads: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, term: str, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, keeping its graph for the backward that trains."""
+        grads = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
+        sums = self._grads.setdefault(term, [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters])
+        for total, grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                total += grad.float()
+
+    def drain(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`mel/grad_norm_<term>` (L2, before clipping) and `mel/grad_cosine` where both terms had a gradient.
+
+        `reduce` averages a tensor over ranks. The cosine is in [-1, 1]: below 0 the two terms pull apart.
+        """
+        flat = {t: reduce(torch.cat([g.flatten() for g in grads])) for t, grads in sorted(self._grads.items())}
+        self._grads.clear()
+        metrics = {f"mel/grad_norm_{term}": grad.norm().item() for term, grad in flat.items()}
+        if len(flat) == 2:
+            a, b = flat.values()
+            if a.norm() > 0 and b.norm() > 0:
+                metrics["mel/grad_cosine"] = torch.dot(a, b).item() / (a.norm() * b.norm()).item()
+        return metrics
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every log of the trainer to `metrics.jsonl`: one JSON object per line, numbers or null only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        row = {"step": state.global_step} | {k: _jsonable(v) for k, v in logs.items()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after `last_step` and any half-written one, so that a resumed run logs each step once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    staged = path.with_suffix(".tmp")
+    staged.write_text("".join(line + "\n" for line in kept))
+    staged.replace(path)

@@ -1,0 +1,116 @@
+"""From token rows of many lengths to a few padded blocks, and back.
+
+Rollouts (short) and meta-experiences (long: two solutions in the prompt) share one forward. Padding all of them to the
+longest would multiply its cost, so rows are grouped by length and each group is padded to its own longest row.
+
+B rows of a block, T tokens of its longest row, N scored positions of all blocks in order, P padded width of a row batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100
+"""Target of a position whose log-probability nobody asked for."""
+
+MAX_PADDING_SHARE = 0.2
+"""A block is closed when more than this share of it would be padding: an extra launch is cheaper than the waste."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence of which the last `scored_tokens` ids want a log-probability given all ids before them."""
+
+    ids: torch.Tensor
+    """(tokens,) int64."""
+    scored_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Right-padded rows of similar length. `target_BT[b, t]` is the id scored at t, or IGNORE."""
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    target_BT: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Blocks and the order in which their rows come."""
+
+    blocks: tuple[Block, ...]
+    order: tuple[int, ...]
+    """Row number of each row, in block order."""
+    scored_tokens: tuple[int, ...]
+    """Scored positions of each row, in block order; they sum to N."""
+
+    def unpack(self, values_N: torch.Tensor) -> list[torch.Tensor]:
+        """Split values of the scored positions by row, in the rows' original order: shapes (scored_tokens,)."""
+        parts = values_N.split(list(self.scored_tokens))
+        rows: list[torch.Tensor] = [values_N[:0]] * len(self.order)
+        for row, part in zip(self.order, parts, strict=True):
+            rows[row] = part
+        return rows
+
+
+def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> Packed:
+    """Group rows by length into right-padded blocks.
+
+    Longest first. A block takes rows until padding would exceed MAX_PADDING_SHARE of it, or B*T would exceed
+    `max_tokens` (a single longer row still gets a block of its own).
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and _fits([len(rows[i].ids) for i in groups[-1]], len(rows[row].ids), max_tokens):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
+    flat = tuple(i for group in groups for i in group)
+    return Packed(blocks, flat, tuple(rows[i].scored_tokens for i in flat))
+
+
+def _fits(lengths: list[int], length: int, max_tokens: int | None) -> bool:
+    area = lengths[0] * (len(lengths) + 1)
+    if max_tokens is not None and area > max_tokens:
+        return False
+    return area - sum(lengths) - length <= MAX_PADDING_SHARE * area
+
+
+def _block(rows: Sequence[Row], pad_id: int) -> Block:
+    width = len(rows[0].ids)
+    device = rows[0].ids.device
+    input_ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long, device=device)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    target_BT = torch.full_like(input_ids_BT, IGNORE)
+    for b, row in enumerate(rows):
+        tokens = len(row.ids)
+        # The first id of a sequence has nothing before it, so it cannot be scored.
+        assert 0 <= row.scored_tokens < tokens, (row.scored_tokens, tokens)
+        input_ids_BT[b, :tokens] = row.ids
+        attention_mask_BT[b, :tokens] = 1
+        start = tokens - row.scored_tokens
+        target_BT[b, start:tokens] = row.ids[start:]
+    return Block(input_ids_BT, attention_mask_BT, target_BT)
+
+
+def rows_of_batch(input_ids_BP: torch.Tensor, attention_mask_BP: torch.Tensor, completion_width: int) -> list[Row]:
+    """Take the padding off a TRL batch: left-padded prompt, right-padded completion in the last `completion_width`.
+
+    A completion that is masked as a whole (dropped because it was cut off) gives a row with nothing scored.
+    """
+    valid_BP = attention_mask_BP.bool()
+    scored_B = valid_BP[:, input_ids_BP.shape[1] - completion_width :].sum(dim=1).tolist()
+    return [Row(ids[valid], scored) for ids, valid, scored in zip(input_ids_BP, valid_BP, scored_B, strict=True)]
+
+
+def pad_rows(values: Sequence[torch.Tensor], mask_BC: torch.Tensor) -> torch.Tensor:
+    """Put per-row values back where `mask_BC` is true, zeros elsewhere: the inverse of `rows_of_batch`. (B, C)."""
+    flat = torch.cat(list(values)) if values else mask_BC.new_zeros(0, dtype=torch.float32)
+    # masked_scatter keeps the result connected to the graph even when no position is valid.
+    return flat.new_zeros(mask_BC.shape).masked_scatter(mask_BC.bool(), flat)

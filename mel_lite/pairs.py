@@ -1,0 +1,78 @@
+"""Which right and wrong completions of a question are laid side by side."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Sequence
+from itertools import product
+
+from mel_lite.errors import ConfigError
+from mel_lite.seeds import seed_for
+from mel_lite.types import Finish, Group, Pair, Rollout
+
+ALL_PAIRS = -1
+STRATEGIES = ("longest_prefix", "random", "shortest")
+
+
+def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading token ids that `a` and `b` share: max n with a[:n] == b[:n]."""
+    for n, (id_a, id_b) in enumerate(zip(a, b, strict=False)):
+        if id_a != id_b:
+            return n
+    return min(len(a), len(b))
+
+
+def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_seed: int, step: int) -> list[Pair]:
+    """Choose up to `per_group` (right, wrong) pairs of every mixed group.
+
+    Strategies: `longest_prefix`, the latest point of parting first (the two differ in the fewest things); `random`;
+    `shortest`, the fewest tokens of both first (the cheapest context). Ties keep sampling order. A wrong completion
+    that was cut off at the token limit ranks after every finished one, since it may have been on its way to the answer.
+    Completions that are token for token the same are never paired: there is no point at which they part.
+
+    Args: `per_group` at least 1, or -1 for all |Y+| x |Y-|; `groups` of all ranks in rank order, since `Pair.index` is
+    the position in the returned list. Raises: ConfigError for a `per_group` or `strategy` that does not exist.
+    """
+    if per_group < 1 and per_group != ALL_PAIRS:
+        raise ConfigError(f"pairs_per_group={per_group} must be 1 or more, or -1 for all pairs.")
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"pair_strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.{hint}")
+    chosen: list[Pair] = []
+    for group in groups:
+        if not group.is_mixed:
+            continue
+        candidates = [
+            Pair(group, right, wrong, common_prefix_tokens(right.completion_ids, wrong.completion_ids))
+            for right, wrong in product(group.right, group.wrong)
+            if right.completion_ids != wrong.completion_ids
+        ]
+        candidates.sort(key=_ranking(strategy, group, run_seed=run_seed, step=step))
+        candidates.sort(key=lambda pair: pair.wrong.finish is Finish.LENGTH)
+        kept = candidates if per_group == ALL_PAIRS else candidates[:per_group]
+        chosen += [
+            Pair(pair.group, pair.right, pair.wrong, pair.common_prefix_tokens, index=len(chosen) + offset)
+            for offset, pair in enumerate(kept)
+        ]
+    return chosen
+
+
+def _ranking(strategy: str, group: Group, *, run_seed: int, step: int) -> Callable[[Pair], float]:
+    """The key that sorts a group's pairs, best first; the sort is stable, so ties stay in sampling order."""
+    if strategy == "longest_prefix":
+        return lambda pair: -pair.common_prefix_tokens
+    if strategy == "shortest":
+        return lambda pair: _tokens(pair.right) + _tokens(pair.wrong)
+    # The first rollout's index tells apart two groups of the same prompt in one step.
+    seed = seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=group.rollouts[0].index, purpose="pair")
+    draw = random.Random(seed)
+    return lambda pair: draw.random()
+
+
+def _tokens(rollout: Rollout) -> int:
+    return len(rollout.completion_ids)
+
+
+__all__ = ["STRATEGIES", "common_prefix_tokens", "select_pairs"]

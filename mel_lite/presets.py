@@ -1,0 +1,201 @@
+"""From a preset, a YAML file and flags to one resolved recipe: what a run does, and where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mel_lite.adapters import LoraSpec
+from mel_lite.errors import ConfigError
+from mel_lite.models import ModelSpec
+
+GPU_PRESETS = {"cpu": "cpu", "16gb": "gpu-16gb", "24gb": "gpu-24gb", "40gb": "gpu-40gb", "80gb": "gpu-80gb"}
+"""`--gpu` value -> file in `mel_lite/configs/`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """Which tasks to train and evaluate on. Specs: `demo`, a file, a Hub id, or `reasoning-gym:<task>`."""
+
+    train: str = "demo"
+    eval: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+    conversational: bool | None = None
+    """Turn plain questions into a user turn; None = when the tokenizer has a chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How the model is measured before and after training."""
+
+    limit: int | None = None
+    k: int = 8
+    temperature: float = 0.6
+    max_new_tokens: int | None = None
+    """None = `train.max_completion_length`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What is written at the end beside the adapter."""
+
+    format: str | None = "merged-16bit"
+    """`merged-16bit`, or null for the adapter alone."""
+    dtype: str = "auto"
+
+
+SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": EvalOptions, "export": ExportOptions}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A resolved run. `train` holds MELConfig options, checked when the MELConfig is built."""
+
+    model: ModelSpec
+    lora: LoraSpec | None
+    data: DataOptions
+    eval: EvalOptions
+    export: ExportOptions
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def as_yaml(self) -> str:
+        """The recipe as a file that `--config` reads back to an equal recipe."""
+        sections: dict[str, Any] = {
+            name: None if getattr(self, name) is None else _plain(getattr(self, name)) for name in SECTIONS
+        }
+        return yaml.safe_dump({**sections, "train": self.train}, sort_keys=False)
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in fields(section)}
+
+
+def resolve(
+    *, preset: str | None = None, config: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Preset, then file, then overrides (`a.b`, value), later ones winning.
+
+    Raises: ConfigError for an unknown preset, section or key (with the nearest known one), or a value of a wrong type.
+    """
+    values: dict[str, Any] = {name: {} for name in [*SECTIONS, "train"]}
+    if preset is not None:
+        _merge(values, _load_preset(preset), f"preset {preset}")
+    if config is not None:
+        _merge(values, _load_yaml(config), str(config))
+    for dotted, value in overrides:
+        section, dot, key = dotted.partition(".")
+        if not dot:
+            raise ConfigError(f"--set {dotted}={value}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
+        _merge(values, {section: {key: value}}, f"--set {dotted}")
+    if "name" not in values["model"]:
+        raise ConfigError("No model is named. Use --gpu, --model, or set model.name in the --config file.")
+    return _build(values)
+
+
+def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
+    for section, options in new.items():
+        if section not in values:
+            raise ConfigError(f"{origin}: unknown section {section!r}{_suggest(section, values)}")
+        if options is None:
+            if section != "lora":
+                raise ConfigError(f"{origin}: section {section!r} is empty. Remove it, or give it options.")
+            values[section] = None
+            continue
+        if not isinstance(options, dict):
+            raise ConfigError(f"{origin}: section {section!r} is {options!r}; it must hold `key: value` lines.")
+        known = [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else None
+        for key in options:
+            if known is not None and key not in known:
+                raise ConfigError(f"{origin}: unknown key {section}.{key}{_suggest(key, known)}")
+        values[section] = {**(values[section] or {}), **options}
+
+
+def _suggest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
+
+
+def _build(values: dict[str, Any]) -> Recipe:
+    built = {}
+    for name, kind in SECTIONS.items():
+        if values[name] is None:
+            built[name] = None
+            continue
+        try:
+            built[name] = kind(**values[name])
+        except TypeError as error:
+            raise ConfigError(f"section {name!r}: {error}") from error
+    return Recipe(**built, train=values["train"])
+
+
+def _load_preset(preset: str) -> dict[str, Any]:
+    name = GPU_PRESETS.get(preset)
+    if name is None:
+        raise ConfigError(f"--gpu {preset!r} is no preset{_suggest(preset, GPU_PRESETS)}")
+    return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}. Name a readable YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path} holds {type(loaded).__name__}, not sections ({', '.join(SECTIONS)}, train).")
+    return loaded
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
+    if isinstance(parsed, str):
+        # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5. People write 1e-5.
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return key.strip(), parsed
+
+
+def build_args(recipe: Recipe, output_dir: Path) -> Any:
+    """The MELConfig of a recipe. Raises ConfigError for an unknown key (with a suggestion) or a bad value."""
+    from mel_lite.config import MELConfig
+
+    known = [f.name for f in fields(MELConfig) if f.init]
+    for key in recipe.train:
+        if key not in known or key == "output_dir":
+            raise ConfigError(f"unknown key train.{key}{_suggest(key, known)}")
+    numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
+    options = {}
+    for key, value in recipe.train.items():
+        options[key] = value
+        if key in numeric and isinstance(value, str):
+            try:
+                options[key] = float(value)
+            except ValueError:
+                if "str" not in str(MELConfig.__dataclass_fields__[key].type):
+                    raise ConfigError(f"train.{key}={value!r} is not a number. Set train.{key}.") from None
+    try:
+        return MELConfig(output_dir=str(output_dir), **options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"section 'train': {error}") from error

@@ -1,0 +1,228 @@
+"""One training run from recipe to exported model, with everything it leaves in the run folder.
+
+    config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  adapter/  merged-16bit/  eval/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mel_lite import checkpoint
+from mel_lite.adapters import attach_adapter, lora_config, write_fingerprint
+from mel_lite.config import MELConfig
+from mel_lite.data import load_tasks
+from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
+from mel_lite.errors import DataError
+from mel_lite.evaluate import EvalResult, evaluate
+from mel_lite.export import export
+from mel_lite.models import context_length, load_base, load_config, load_tokenizer
+from mel_lite.presets import Recipe, build_args
+from mel_lite.runs import run_folder
+from mel_lite.store import ExperienceRow, ExperienceStore
+from mel_lite.templates import render
+from mel_lite.trainer import MELTrainer
+from mel_lite.types import Status
+
+logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """Datasets of a run, prompts ready for the model's chat template or plain."""
+
+    train: Any
+    held_out: Any | None
+    dropped_long: int
+    """Training prompts left out because prompt and completion do not fit the context together."""
+
+
+def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
+    """Load and check the datasets of a recipe.
+
+    Raises: DataError for malformed rows, and when no prompt fits the model's context.
+    """
+    options = recipe.data
+    conversational = options.conversational
+    if conversational is None:
+        conversational = tokenizer.chat_template is not None
+    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    shared: dict[str, Any] = columns | {"system_prompt": options.system_prompt, "conversational": conversational}
+    train = load_tasks(options.train, split=options.split, limit=options.limit, **shared)
+    held_out = None
+    if options.eval:
+        held_out = load_tasks(options.eval, limit=recipe.eval.limit, **shared)
+    room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
+    fits = train.filter(
+        lambda row: len(render(row["prompt"], tokenizer, chat_template_kwargs=args.chat_template_kwargs)) <= room_tokens
+    )
+    if len(fits) == 0:
+        raise DataError(
+            f"None of the {len(train)} prompts of {options.train!r} leaves room for max_completion_length="
+            f"{args.max_completion_length} in the model's context. Lower train.max_completion_length."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if len(fits) < prompts:
+        raise DataError(
+            f"{options.train!r} has {len(fits)} usable rows, but one step takes {prompts} different prompts. Lower "
+            "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
+        )
+    return Tasks(fits, held_out, len(train) - len(fits))
+
+
+def train(recipe: Recipe, folder: Path, *, resume: bool, adapter: Path | None, console: Console) -> None:
+    """Train, evaluate before and after, save the adapter, export, and print what came of it.
+
+    Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
+    """
+    with run_folder(folder, resume=resume):
+        started_s = time.monotonic()
+        args = build_args(recipe, folder)
+        if resume:
+            checkpoint.resolve(folder, True)  # fail before minutes of loading
+        else:
+            (folder / "config.yaml").write_text(recipe.as_yaml())
+        tokenizer = load_tokenizer(recipe.model)
+        tasks = load_run_tasks(recipe, args, tokenizer)
+        console.print(f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: "
+                      f"{len(tasks.train)} tasks, output in {folder}")  # fmt: skip
+        if tasks.dropped_long:
+            console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
+        display = LiveDisplay(console)
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, adapter, display)
+        try:
+            before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
+            trainer.train(resume_from_checkpoint=resume or None)
+        finally:
+            display.close()
+        after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
+        adapter_dir = _save(trainer, recipe, folder)
+        exported = _export(recipe, adapter_dir, folder, console)
+        _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
+
+
+def _build_trainer(
+    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, adapter: Path | None, display: LiveDisplay
+) -> MELTrainer:
+    args.disable_tqdm = True
+    model = load_base(recipe.model)
+    peft_config = None
+    if adapter is not None:
+        model = attach_adapter(model, adapter, trainable=True)
+    elif recipe.lora is not None:
+        peft_config = lora_config(recipe.lora)
+    trainer = MELTrainer(
+        model=model,
+        args=args,
+        train_dataset=tasks.train,
+        processing_class=tokenizer,
+        callbacks=[display],
+        peft_config=peft_config,
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    display.trainer = trainer
+    return trainer
+
+
+def _evaluation(
+    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, console: Console, *, reuse: bool = False
+) -> EvalResult | None:
+    """Measure the model as it is on the held-out tasks; None when the recipe has none."""
+    if tasks.held_out is None:
+        return None
+    if reuse and path.is_file():
+        return EvalResult.from_json(path.read_text())
+    with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"):
+        result = evaluate(
+            trainer.engine,
+            trainer.processing_class,
+            tasks.held_out,
+            trainer.judge,
+            k=recipe.eval.k,
+            temperature=recipe.eval.temperature,
+            max_new_tokens=recipe.eval.max_new_tokens or trainer.args.max_completion_length,
+            seed=trainer.args.seed,
+            chat_template_kwargs=trainer.args.chat_template_kwargs,
+        )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(result.to_json() + "\n")
+    return result
+
+
+def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
+    """Write the trained adapter (or the whole model, without LoRA) in PEFT's layout; returns its folder."""
+    adapted = hasattr(trainer.model, "peft_config")
+    target = folder / ("adapter" if adapted else "model")
+    trainer.model.save_pretrained(target)
+    if adapted:
+        write_fingerprint(target, trainer.model, revision=recipe.model.revision)
+    else:
+        trainer.processing_class.save_pretrained(target)
+    return target
+
+
+def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
+    if recipe.export.format is None or adapter_dir.name != "adapter":
+        return None
+    with console.status(f"exporting {recipe.export.format}"):
+        return export(
+            adapter_dir,
+            folder / recipe.export.format,
+            format=recipe.export.format,
+            base=recipe.model,
+            dtype=recipe.export.dtype,
+            allow_untrained=True,
+        )
+
+
+def _summary(
+    trainer: MELTrainer,
+    folder: Path,
+    adapter_dir: Path,
+    exported: Any,
+    before: EvalResult | None,
+    after: EvalResult | None,
+    elapsed_s: float,
+    console: Console,
+) -> None:
+    console.rule("summary")
+    if before is not None and after is not None:
+        console.print(comparison_table(before, after))
+    if trainer.args.with_meta_experience:
+        console.print(funnel_table(funnel_totals(folder)))
+        with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
+            for row in exemplary(store):
+                console.print(sample_panel(row))
+    if exported is not None:
+        console.print(exported.as_table())
+    if trainer.idle_batches:
+        console.print(f"[yellow]{trainer.idle_advice()}[/]")
+    console.print(f"adapter   {adapter_dir}")
+    if exported is not None:
+        console.print(f"merged    {exported.path}")
+    console.print(f"lessons   mel-lite experiences list --run {folder}")
+    console.print(f"took {elapsed_s / 60:.1f} min")
+
+
+def funnel_totals(folder: Path) -> dict[str, float]:
+    """Funnel counts summed over the steps in metrics.jsonl."""
+    totals: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith("mel/") and isinstance(value, (int, float)):
+                totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def exemplary(store: ExperienceStore, most: int = 3) -> list[ExperienceRow]:
+    """Up to `most` meta-experiences to show: kept ones first, then one of each way to be dropped, newest first."""
+    kept = store.list(status=Status.KEPT, limit=most - 1)
+    dropped = [row for status in Status if status is not Status.KEPT for row in store.list(status=status, limit=1)]
+    return [*kept, *dropped][:most]

@@ -1,0 +1,51 @@
+"""Run folders: where they are, and that one process at a time writes to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from mel_lite.errors import ConfigError
+
+RUNS = Path("runs")
+
+
+def default_output_dir(model: str, algorithm: str) -> Path:
+    """`runs/<date-time>-<model>-<algorithm>`."""
+    return RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{model.rstrip('/').split('/')[-1].lower()}-{algorithm}"
+
+
+def newest_run() -> Path:
+    """The run folder in `runs/` that was begun last. Raises ConfigError when there is none."""
+    folders = [path.parent for path in RUNS.glob("*/config.yaml")]
+    if not folders:
+        raise ConfigError(f"There is no run in {RUNS}/. Name the run's folder (--run, or --output-dir to train).")
+    return max(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+
+
+@contextmanager
+def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the run folder for one process.
+
+    Raises: ConfigError when it holds another run and `resume` is off, or when another process is using it.
+    """
+    if not resume and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise ConfigError(
+            f"output folder {folder} is not empty. Continue that run with --resume, or name another --output-dir."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(f"output folder {folder} is in use by another process. Name another --output-dir.") from error
+    except OSError as error:
+        raise ConfigError(f"output folder {folder} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        lock.release()

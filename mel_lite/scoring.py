@@ -1,0 +1,109 @@
+"""The scoring head: one forward of the model over blocks of rows, ending in the fused log-prob operator.
+
+B rows of a block, T tokens, H hidden size, V vocabulary, N scored positions of all blocks in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from mel_lite.kernels import fused_logprobs, reference_logprobs
+from mel_lite.kernels.head import HeadSpec, head_spec
+from mel_lite.packing import IGNORE, Block, Packed
+
+
+class Scores(NamedTuple):
+    """Per scored position, in block order, float32. The entropy carries a gradient only where it was asked for."""
+
+    logp_N: torch.Tensor
+    entropy_N: torch.Tensor
+
+
+def install_scoring_head(model: Any, *, temperature: float, cast_to_fp32: bool = False) -> None:
+    """Teach a causal language model `model(score_blocks=...) -> (logp_N, entropy_N)`; its other calls are unchanged.
+
+    The blocks go through the backbone one after another and their scored hidden states through one call of the fused
+    operator, all inside the model's own forward, so that DDP, FSDP and ZeRO hooks fire as for any forward. Install it
+    on the base model before anything wraps it; head and backbone are looked up at each call, since wrappers replace
+    them.
+
+    Raises: ModelError for a head whose log-probabilities cannot be computed from its weight (LoRA on it, quantised).
+    """
+    original_forward = model.forward
+    spec = head_spec(model)
+
+    # Keep the signature: `generate` checks its model arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, score_blocks: Any = None, entropy_grad: bool = False, **kwargs: Any) -> Any:
+        if score_blocks is None:
+            return original_forward(*args, **kwargs)
+        hidden_NH, target_N = _scored_hidden(self, score_blocks)
+        return _score(self, spec, hidden_NH, target_N, temperature, cast_to_fp32, entropy_grad)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _scored_hidden(model: Any, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that predict a scored id, and those ids: h_{t-1} predicts id t."""
+    hidden, targets = [], []
+    for block in blocks:
+        output = model.base_model(
+            input_ids=block.input_ids_BT, attention_mask=block.attention_mask_BT, use_cache=False
+        )
+        target_BT = block.target_BT[:, 1:]
+        wanted_BT = target_BT != IGNORE
+        hidden.append(output.last_hidden_state[:, :-1][wanted_BT])
+        targets.append(target_BT[wanted_BT])
+    return torch.cat(hidden), torch.cat(targets)
+
+
+def _score(
+    model: Any,
+    spec: HeadSpec,
+    hidden_NH: torch.Tensor,
+    target_N: torch.Tensor,
+    temperature: float,
+    cast_to_fp32: bool,
+    entropy_grad: bool,
+) -> Scores:
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    head = model.get_output_embeddings()
+    weight_VH, bias_V = head.weight, head.bias
+    if hasattr(weight_VH, "full_tensor"):  # FSDP2 shards parameters as DTensors
+        weight_VH = weight_VH.full_tensor()
+        bias_V = None if bias_V is None else bias_V.full_tensor()
+    hidden_NH, target_N = hidden_NH.to(weight_VH.device), target_N.to(weight_VH.device)
+    options = {"temperature": temperature, "bias_V": bias_V, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
+    device = hidden_NH.device.type
+    # The operator accumulates in float32 whatever it is given; autocast would round its products to 16 bits.
+    with maybe_gather_lm_head_ctx(weight_VH, bias_V), _no_autocast(device):
+        if cast_to_fp32:
+            hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()
+        elif hidden_NH.dtype != weight_VH.dtype:
+            weight_VH = weight_VH.to(hidden_NH.dtype)
+        if entropy_grad:
+            logp_N, entropy_N, _ = reference_logprobs(hidden_NH, weight_VH, target_N, entropy_grad=True, **options)
+        else:
+            compute_u = torch.is_grad_enabled() and hidden_NH.requires_grad
+            logp_N, entropy_N, _ = fused_logprobs(hidden_NH, weight_VH, target_N, compute_u=compute_u, **options)
+    return Scores(logp_N, entropy_N)
+
+
+def _no_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def score(model: Any, packed: Packed, *, entropy_grad: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
+
+    Equals log softmax(z/T)[id] and its entropy, z being the logits of the model the head was installed on.
+    """
+    logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad)
+    return packed.unpack(logp_N), packed.unpack(entropy_N)

@@ -1,0 +1,27 @@
+"""What every test needs before torch is imported: pinned threads, no network, caches outside the user's home."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Sums over threads depend on how many there are: bit-exact tests need the same number everywhere.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"
+
+# Nothing in the tests may go to a network; a test that tries should fail at once, not time out.
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[variable] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+_cache = tempfile.mkdtemp(prefix="mel-lite-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _cache
+
+# Tables and help pages must not depend on the terminal the tests run in.
+os.environ["COLUMNS"] = "120"
+for variable in ("FORCE_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(variable, None)

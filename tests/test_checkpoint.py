@@ -1,0 +1,165 @@
+"""Checkpoints: whole or not there, and a resumed run is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mel_lite import checkpoint
+from mel_lite.errors import CheckpointError
+from tests.trainers import assert_learnt, build, digest, trainable
+
+
+def _state(trainer: Any) -> dict[str, str]:
+    """Hash of everything a run carries: weights, optimiser moments, scheduler, experiences."""
+    moments = {
+        f"{i}.{key}": value
+        for i, state in trainer.optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if torch.is_tensor(value)
+    }
+    return {
+        "weights": digest(trainable(trainer)),
+        "moments": digest(moments),
+        "scheduler": json.dumps(trainer.lr_scheduler.state_dict(), default=str, sort_keys=True),
+        "experiences": trainer._open_store().digest(),
+        "tokens": str(trainer.engine.total_generated_tokens),
+    }
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what a clock measured."""
+    timed = ("time", "_s", "runtime", "_per_second")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward" in row]
+    return [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in steps]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) -> None:
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": scheduler}
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **common)
+    whole.train()
+    assert_learnt(whole)
+
+    # Stopped in its third step, after that step's experiences were written: they are redone, not doubled.
+    cut = build(tmp_path, output_dir=tmp_path / "cut", **common)
+    original = cut._compute_loss
+
+    def dies(model: Any, inputs: Any) -> Any:
+        if cut.state.global_step == 2:
+            raise RuntimeError("power cut")
+        return original(model, inputs)
+
+    cut._compute_loss = dies
+    with pytest.raises(RuntimeError, match="power cut"):
+        cut.train()
+    assert cut._open_store().last_id() > checkpoint.read_state(tmp_path / "cut" / "checkpoint-2")["last_experience_id"]
+
+    resumed = build(tmp_path, output_dir=tmp_path / "cut", **common)
+    resumed.train(resume_from_checkpoint=True)
+    assert _state(resumed) == _state(whole)
+    assert _log(tmp_path / "cut") == _log(tmp_path / "whole")
+    for name in ("adapter_model.safetensors", "mel_state.json"):
+        ours, theirs = (tmp_path / run / "checkpoint-4" / name for run in ("cut", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_the_layout_is_trls_and_pefts(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer.train()
+    run = tmp_path / "run"
+    assert [p.name for p in checkpoint.committed(run)] == ["checkpoint-2"]
+    names = {p.name for p in (run / "checkpoint-2").iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "tokenizer.json"}
+    assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "mel_state.json", "manifest.json"}
+    assert not list(run.glob(f"{checkpoint.STAGING}*")), "staging is swept"
+    assert checkpoint.problem(run / "checkpoint-2") is None
+
+
+@pytest.fixture()
+def saved(tmp_path: Path) -> Path:
+    """A run folder with three committed checkpoints of two files."""
+    for step in (9, 10, 100):
+        staged = checkpoint.staging_folder(tmp_path) / f"checkpoint-{step}"
+        (staged / "sub").mkdir(parents=True)
+        (staged / "weights.bin").write_bytes(bytes([step]) * 1000)
+        (staged / "sub" / "state.json").write_text("{}")
+        checkpoint.commit(staged, tmp_path, {"step": step})
+    return tmp_path
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(saved: Path) -> None:
+    assert [p.name for p in checkpoint.committed(saved)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert checkpoint.resolve(saved, True).name == "checkpoint-100"
+    assert checkpoint.read_state(saved / "checkpoint-100") == {"step": 100}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "garbled manifest"])
+@pytest.mark.parametrize("name", ["weights.bin", "sub/state.json", "mel_state.json"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    saved: Path, damage: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = saved / "checkpoint-100"
+    content = (newest / name).read_bytes()
+    if damage == "flip":
+        (newest / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage == "truncate":
+        (newest / name).write_bytes(content[:-1])
+    elif damage == "remove":
+        (newest / name).unlink()
+    elif damage == "no manifest":
+        (newest / checkpoint.MANIFEST).unlink()
+    else:
+        (newest / checkpoint.MANIFEST).write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.resolve(saved, True).name == "checkpoint-10"
+    assert (saved / "checkpoint-100.corrupt").is_dir() and not newest.exists()
+    assert (checkpoint.MANIFEST if "manifest" in damage else name) in caplog.text
+
+
+def test_when_none_is_whole_all_are_listed_and_kept(saved: Path) -> None:
+    for path in checkpoint.committed(saved):
+        (path / "weights.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.resolve(saved, True)
+    assert all(f"checkpoint-{step}: weights.bin differs" in str(error.value) for step in (9, 10, 100))
+    assert len(checkpoint.committed(saved)) == 3 and error.value.exit_code == 3
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint-N folder"):
+        checkpoint.resolve(tmp_path, True)
+    with pytest.raises(CheckpointError, match="is no folder"):
+        checkpoint.resolve(tmp_path, str(tmp_path / "checkpoint-3"))
+
+
+def test_an_interrupted_save_leaves_the_last_one_and_is_swept(saved: Path) -> None:
+    staged = checkpoint.staging_folder(saved) / "checkpoint-101"
+    staged.mkdir()
+    (staged / "weights.bin").write_bytes(b"half")
+    assert checkpoint.resolve(saved, True).name == "checkpoint-100"
+    assert not any(checkpoint.staging_folder(saved).iterdir())
+
+
+def test_rotation_keeps_newest_and_best(saved: Path) -> None:
+    checkpoint.rotate(saved, keep=None, best=None)
+    assert len(checkpoint.committed(saved)) == 3
+    checkpoint.rotate(saved, keep=1, best=str(saved / "checkpoint-9"))
+    assert [p.name for p in checkpoint.committed(saved)] == ["checkpoint-9", "checkpoint-100"]
+    checkpoint.rotate(saved, keep=1, best=None)
+    assert [p.name for p in checkpoint.committed(saved)] == ["checkpoint-100"]
+
+
+def test_a_redone_step_replaces_its_checkpoint(saved: Path) -> None:
+    staged = checkpoint.staging_folder(saved) / "checkpoint-100"
+    staged.mkdir()
+    (staged / "weights.bin").write_bytes(b"again")
+    checkpoint.commit(staged, saved, {"step": 100})
+    assert (saved / "checkpoint-100" / "weights.bin").read_bytes() == b"again"
+    assert checkpoint.problem(saved / "checkpoint-100") is None

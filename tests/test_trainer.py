@@ -1,0 +1,331 @@
+"""MELTrainer: TRL's loss left as it is, the MEL term beside it, and invariance to how a batch is cut up."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from mel_lite import MELConfig, MELTrainer
+from mel_lite.errors import ConfigError, DataError
+from mel_lite.scoring import install_scoring_head
+from mel_lite.types import Lesson
+from tests.scripted import ScriptedEngine
+from tests.tiny_models import set_lora, tiny_tokenizer
+from tests.trainers import assert_learnt, build, digest, sums, tiny_model, trainable
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
+
+def _inputs(seed: int = 0) -> dict[str, Any]:
+    """A TRL micro-batch of 4 rows: left-padded prompts, right-padded completions, stale old log-probs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(rows: int, width: int) -> torch.Tensor:
+        return torch.randint(4, 320, (rows, width), generator=generator)
+
+    prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    completion_mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6, [1, 1, 1, 1, 1, 0]])
+    return {
+        "prompt_ids": ids(4, 5) * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids(4, 6) * completion_mask,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.2, -0.7, 0.4, -0.9]),
+        "num_items_in_batch": completion_mask.sum(),
+        "old_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
+        "ref_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
+    }
+
+
+def _naive_logps(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, temperature: float) -> torch.Tensor:
+    """Float64 log-softmax over the whole logits, row by row and without padding."""
+    out = torch.zeros(len(ids), keep, dtype=torch.float64)
+    for b in range(len(ids)):
+        row = ids[b][mask[b].bool()]
+        logp = torch.log_softmax(model(row[None]).logits[0].double() / temperature, dim=-1)
+        scored = int(mask[b, -keep:].sum())
+        picked = logp[:-1].gather(1, row[1:, None])[:, 0]
+        out = out.index_put((torch.tensor(b), torch.arange(scored)), picked[len(picked) - scored :])
+    return out
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_without_meta_experience_the_loss_is_trls(tmp_path: Path, loss_type: str) -> None:
+    trainer = build(tmp_path, algorithm="grpo", loss_type=loss_type, beta=0.04, temperature=0.8)
+    set_lora(trainer.model, 0.2)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = _inputs()
+
+    ours = trainer._compute_loss(trainer.model, inputs)
+    ours.backward()
+    our_grads = {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+
+    def naive(model: Any, ids: Any, mask: Any, keep: int, **_: Any) -> Any:
+        logps = _naive_logps(model, ids, mask, keep, 0.8)
+        return logps, torch.ones_like(logps), None
+
+    trainer._get_per_token_logps_and_entropies = naive
+    theirs = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    theirs.backward()
+
+    assert abs(theirs.item()) > 1e-3
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    assert our_grads
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            error = (our_grads[name] - parameter.grad.double()).norm()
+            assert error <= 1e-4 * parameter.grad.norm() + 1e-9, name
+
+
+def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path) -> None:
+    trainer = build(tmp_path, mel_weight=0.5)
+    set_lora(trainer.model, 0.2)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = _inputs()
+    lessons = [
+        Lesson(1, tuple(range(10, 90)), tuple(range(100, 130))),
+        Lesson(2, tuple(range(20, 50)), tuple(range(200, 207))),
+    ]
+    policy = trainer._compute_loss(trainer.model, inputs).item()
+    trainer._share_out(lessons, prompts=2)
+    both = trainer._compute_loss(trainer.model, {**inputs, "lessons": trainer._shares[0]}).item()
+
+    nlls = []
+    for lesson in lessons:
+        ids = torch.tensor([lesson.context_ids + lesson.target_ids])
+        logps = _naive_logps(trainer.model, ids, torch.ones_like(ids), len(lesson.target_ids), 1.0)
+        nlls.append(-logps.mean().item())
+    assert both - policy == pytest.approx(0.5 * sum(nlls) / 2, rel=1e-4)
+
+
+def test_few_survivors_weigh_little_when_normalised_by_prompts(tmp_path: Path) -> None:
+    lesson = Lesson(1, tuple(range(10, 30)), tuple(range(100, 110)))
+    terms = []
+    for normalization in ("kept", "prompts"):
+        trainer = build(tmp_path, mel_normalization=normalization, output_dir=tmp_path / normalization)
+        trainer.current_gradient_accumulation_steps = 1
+        policy = trainer._compute_loss(trainer.model, _inputs()).item()
+        trainer._share_out([lesson], prompts=8)
+        both = trainer._compute_loss(trainer.model, {**_inputs(), "lessons": trainer._shares[0]}).item()
+        terms.append(both - policy)
+    assert terms[0] == pytest.approx(8 * terms[1], rel=1e-3) and terms[0] > 1
+
+
+def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
+    trainer = build(tmp_path, grad_norm_every=1, replay_control=True, max_steps=3)
+    before = trainable(trainer)
+    trainer.train()
+    assert_learnt(trainer)
+    assert digest(before) != digest(trainable(trainer))
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    totals = {name: sum(line.get(name) or 0 for line in steps) for name in steps[0]}
+    funnel = [totals[f"mel/{s}"] for s in ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")]
+    assert funnel[0] == 6 and funnel == sorted(funnel, reverse=True) and funnel[-1] > 0
+    assert totals["mel/trained_tokens"] > 50
+    learnt = [line for line in steps if "mel/nll" in line]
+    for line in learnt:
+        assert line["mel/nll_after"] < line["mel/nll"], "one update on a lesson makes it more likely"
+        assert line["mel/grad_norm_nll"] > 0 and -1 <= line["mel/grad_cosine"] <= 1
+    rows = trainer._open_store().list(limit=100)
+    assert len(rows) == totals["mel/written"]
+    kept = [row for row in rows if row.status == "kept"]
+    assert len(kept) == totals["mel/replay_valid"]
+    assert all(row.nll_after < row.nll_before and row.trained_tokens > 0 for row in kept)
+    assert all(row.uplift is not None for row in kept)
+
+
+def test_gradient_norms_are_those_of_the_two_terms(tmp_path: Path) -> None:
+    trainer = build(tmp_path, grad_norm_every=1)
+    set_lora(trainer.model, 0.2)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._share_out([Lesson(1, tuple(range(10, 40)), tuple(range(100, 120)))], prompts=1)
+    inputs = {**_inputs(), "lessons": trainer._shares[0]}
+    norms = {}
+    for term, batch in (("policy", {**inputs, "lessons": ()}), ("both", inputs)):
+        trainer.model.zero_grad()
+        trainer._compute_loss(trainer.model, batch).backward()
+        norms[term] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    trainer._meter._grads.clear()
+    trainer._compute_loss(trainer.model, inputs)
+    measured = trainer._meter.drain(lambda t: t)
+    nll = norms["both"] - norms["policy"]
+    assert measured["mel/grad_norm_policy"] == pytest.approx(norms["policy"].norm().item(), rel=1e-4)
+    assert measured["mel/grad_norm_nll"] == pytest.approx(nll.norm().item(), rel=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(nll, norms["policy"], dim=0).item()
+    assert measured["mel/grad_cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+def _one_step(tmp_path: Path, name: str, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    trainer = build(tmp_path, output_dir=tmp_path / name, max_steps=1, optim="sgd", max_grad_norm=0.0, **options)
+    trainer.train()
+    assert_learnt(trainer)
+    line = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["mel/replay_valid"] > 0
+    return trainable(trainer), line
+
+
+def test_one_batch_of_16_equals_four_accumulated_ones(tmp_path: Path) -> None:
+    whole, line = _one_step(tmp_path, "whole", per_device_train_batch_size=16)
+    for micro in (4, 1):
+        cut, cut_line = _one_step(
+            tmp_path, f"cut{micro}", per_device_train_batch_size=micro, gradient_accumulation_steps=16 // micro
+        )
+        assert cut_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4) and line["grad_norm"] > 1e-3
+        assert cut_line["mel/nll"] == pytest.approx(line["mel/nll"], rel=1e-5)
+        for key, value in whole.items():
+            torch.testing.assert_close(cut[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    tight, line = _one_step(tmp_path, "tight")
+    padded, padded_line = _one_step(tmp_path, "padded", pad_to_multiple_of=64)
+    assert padded_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
+    for key, value in tight.items():
+        torch.testing.assert_close(padded[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_old_and_new_log_probs_come_from_the_same_code(tmp_path: Path) -> None:
+    """Equal blocks give equal bits, so an on-policy ratio is exactly 1; other blocks differ by rounding alone."""
+    trainer = build(tmp_path)
+    set_lora(trainer.model, 0.2)
+    batch = _inputs()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    new, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
+    with torch.no_grad():
+        old, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
+        by_one, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6, batch_size=1)
+    assert new.requires_grad and torch.equal(new.detach(), old) and old.abs().sum() > 50
+    torch.testing.assert_close(by_one, old, rtol=1e-5, atol=1e-5)
+    assert not (old * ~batch["completion_mask"].bool()).any()
+
+
+def test_several_iterations_on_one_batch_train_its_lessons_again(tmp_path: Path) -> None:
+    trainer = build(tmp_path, num_iterations=2, max_steps=2)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "mel/groups" in lines[0] and "mel/groups" not in lines[1], "one generation batch, two updates"
+    assert lines[1]["mel/nll"] == pytest.approx(lines[0]["mel/nll_after"], rel=1e-4)
+    assert_learnt(trainer)
+
+
+def test_an_unchanged_trl_script_runs_with_the_names_swapped(tmp_path: Path) -> None:
+    """No verifier, no answer column: a reward function is the only judge, in rollouts and in replays."""
+    seen: list[int] = []
+
+    def right_sum(prompts: Any, completions: Any, level: Any, trainer_state: Any, **kwargs: Any) -> list[float]:
+        seen.append(len(prompts))
+        assert len(level) == len(prompts)
+        rewards = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            a, b = (int(w) for w in prompt[-1]["content"].rstrip("?").split() if w.isdigit())
+            rewards.append(1.0 if completion[0]["content"].strip() == f"Answer: {a + b}" else 0.0)
+        return rewards
+
+    dataset = sums().remove_columns("answer")
+    trainer = build(tmp_path, reward_funcs=right_sum, train_dataset=dataset, verifier=None)
+    trainer.train()
+    assert_learnt(trainer)
+    assert any(row.status == "kept" for row in trainer._open_store().list(limit=50))
+    assert any(n not in (4, 8) for n in seen), "replays are judged by the reward function too"
+
+
+def test_constructor_takes_trls_arguments_in_trls_order() -> None:
+    theirs = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    ours = list(inspect.signature(MELTrainer.__init__).parameters)
+    assert ours[: len(theirs)] == theirs
+    assert issubclass(MELTrainer, GRPOTrainer) and issubclass(MELConfig, GRPOConfig)
+
+
+def test_full_fine_tuning_trains_the_head_too(tmp_path: Path) -> None:
+    trainer = build(tmp_path, lora=False, max_steps=1)
+    before = trainable(trainer)
+    trainer.train()
+    after = trainable(trainer)
+    head = "lm_head.weight" if "lm_head.weight" in after else "model.embed_tokens.weight"
+    assert not torch.equal(before[head], after[head])
+
+
+def test_the_entropy_bonus_has_a_gradient(tmp_path: Path) -> None:
+    grads = []
+    for coefficient in (0.0, 0.5):
+        trainer = build(tmp_path, algorithm="grpo", entropy_coef=coefficient, output_dir=tmp_path / str(coefficient))
+        set_lora(trainer.model, 0.2)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._compute_loss(trainer.model, _inputs()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert (grads[1] - grads[0]).norm() > 1e-3 * grads[0].norm()
+
+
+def test_abstention_gives_no_reward_and_no_gradient(tmp_path: Path) -> None:
+    dataset = Dataset.from_list([{**row, "answer": "not a number"} for row in sums()])
+    trainer = build(tmp_path, train_dataset=dataset, max_steps=1)
+    trainer.train()
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["mel/abstain_rate"] == 1.0 and line["reward"] is None and line["grad_norm"] == 0.0
+
+
+def test_the_scoring_head_leaves_other_calls_alone(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "base")
+    ids = torch.arange(10, 30)[None]
+    before = model(ids).logits
+    install_scoring_head(model, temperature=1.0)
+    assert torch.equal(model(ids).logits, before)
+    assert "input_ids" in inspect.signature(model.forward).parameters
+
+
+def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_dataset is empty"):
+        build(tmp_path, train_dataset=Dataset.from_list([]))
+    with pytest.raises(DataError, match="needs a reference answer"):
+        build(tmp_path, train_dataset=sums().remove_columns("answer"))
+    with pytest.raises(ConfigError, match="use_vllm=True"):
+        build(tmp_path, use_vllm=True)
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        build(tmp_path, num_generations=1)
+    with pytest.raises(ConfigError, match="exceeds the model's context"):
+        build(tmp_path, max_context_tokens=9000)
+    with pytest.raises(ConfigError, match="needs a MELConfig"):
+        MELTrainer(
+            tiny_model(tmp_path / "base"),
+            args=GRPOConfig(str(tmp_path / "x"), use_cpu=True, bf16=False),
+            train_dataset=sums(),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": "ppo"}, "algorithm='ppo' is not one of mel, grpo"),
+        ({"pairs_per_group": 0}, "pairs_per_group=0 must be 1 or more, or -1"),
+        ({"mel_weight": -1.0}, "mel_weight=-1.0 must be 0 or more"),
+        ({"mel_weight": float("nan")}, "mel_weight=nan"),
+        ({"replay_attempts": 0}, "replay_attempts=0 must be at least 1"),
+        ({"verifier_deadline_s": 0.0}, "verifier_deadline_s=0.0 must be positive"),
+    ],
+)
+def test_config_names_field_value_reason_and_fix(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        MELConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    assert message in str(error.value)
+
+
+def test_a_dataset_without_mixed_groups_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    engine = ScriptedEngine(tokenizer, answer=lambda question, rng: "Answer: 999")
+    trainer = build(tmp_path, engine=engine, max_steps=5)
+    trainer.train()
+    assert trainer.idle_batches == 5
+    assert "too hard, or answers are not found" in caplog.text and "0% right" in caplog.text

@@ -1,0 +1,72 @@
+"""Tiny random models and a byte-level tokenizer, saved to disk the way a user's base model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>")
+
+
+def tiny_tokenizer(*, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:
+    """One token per byte, and four special tokens (ids 0 to 3)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=pad, chat_template=CHAT_TEMPLATE, model_max_length=512
+    )
+
+
+def tiny_config(kind: str = "llama", *, tied: bool = True, hidden: int = 64, layers: int = 2) -> Any:
+    """Config of a model of about 100k weights; sizes are multiples of 64 so that 4-bit blocks fit."""
+    options = {
+        "vocab_size": 320,
+        "hidden_size": hidden,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return (LlamaConfig if kind == "llama" else Qwen3Config)(**options)
+
+
+def save_tiny(
+    folder: Path, kind: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **config: int
+) -> Path:
+    """Write a random model with tokenizer. The initial weights are spread so that its answers are not near-uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, **config), dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def set_lora(model: Any, scale: float, *, seed: int = 1) -> None:
+    """Give every LoRA-B a random value, as training would, so that the adapter changes the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)

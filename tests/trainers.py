@@ -1,0 +1,93 @@
+"""A MELTrainer on a tiny random model with a scripted policy, the way a user would build one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mel_lite import MELConfig, MELTrainer
+from tests.scripted import ScriptedEngine
+from tests.tiny_models import save_tiny
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def sums(n: int = 24) -> Dataset:
+    """Conversational addition tasks."""
+    pairs = [(3 + i % 7, 2 + i % 5 + i // 7) for i in range(n)]
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": f"What is {a} plus {b}?"}], "answer": str(a + b), "level": i % 3}
+            for i, (a, b) in enumerate(pairs)
+        ]
+    )
+
+
+def tiny_model(folder: Path, **config: Any) -> Any:
+    """A fresh copy each time: the trainer writes the tokenizer's special ids into the config it is given."""
+    if not folder.exists():
+        save_tiny(folder, **config)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: Any) -> MELTrainer:
+    """The trainer of most tests: 2 prompts x 4 completions a step, LoRA, 4-token context trimmed to the tiny model."""
+    base = tmp_path / "base"
+    defaults: dict[str, Any] = {
+        "output_dir": str(options.pop("output_dir", tmp_path / "run")),
+        "verifier": "numeric",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 16,
+        "analysis_max_tokens": 600,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    extras = {key: options.pop(key) for key in ("reward_funcs", "train_dataset", "callbacks") if key in options}
+    extras.setdefault("train_dataset", sums())
+    peft_config = LoraConfig(**LORA) if options.pop("lora", True) else None
+    model = tiny_model(base) if model is None else model
+    model.config.max_position_embeddings = 8192
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return MELTrainer(
+        model,
+        args=MELConfig(**{**defaults, **options}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        engine=engine or ScriptedEngine(tokenizer),
+        **extras,
+    )
+
+
+def trainable(trainer: MELTrainer) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights by name."""
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def assert_learnt(trainer: MELTrainer) -> None:
+    """Something was learnt: LoRA-B, which starts at zero, is no longer zero."""
+    norm = sum(p.detach().abs().sum().item() for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    assert norm > 0, "LoRA-B is still zero"
