@@ -11,21 +11,37 @@ torch (and Triton on a GPU).
 from __future__ import annotations
 
 if __name__ == "kernels":
-    raise ImportError(
-        "this folder is not the package 'kernels' (Hugging Face publishes one): import mel_lite.kernels, and run "
-        "Python with PYTHONSAFEPATH=1 from the repository root"
-    )
+    # The repository root is on sys.path, and a library (transformers, bitsandbytes) asks for Hugging Face's package of
+    # this name. It gets that one; or, where it is not installed, a module without anything, which it takes for absent.
+    # An ImportError would be worse: transformers 5.17 does not survive it.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
 
-from .api import fused_logprobs, reference_logprobs
-from .head import HeadSpec, check_head_spec, head_logprobs, head_spec, why_not_fused
-from .mel_loss import LossTerms, MelLoss, fused_mel_loss
+    _root = Path(__file__).resolve().parents[1]
+    _spec = PathFinder.find_spec("kernels", [path for path in sys.path if Path(path or ".").resolve() != _root])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
 
-__all__ = [
-    "HeadSpec",
-    "LossTerms",
-    "MelLoss",
-    "fused_logprobs",
-    "fused_mel_loss",
-    "head_spec",
-    "reference_logprobs",
-]
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"no {name!r} here: this folder is the package mel_lite.kernels, import it by that name")
+
+else:
+    from .api import fused_logprobs, reference_logprobs
+    from .head import HeadSpec, check_head_spec, head_logprobs, head_spec, why_not_fused
+    from .mel_loss import LossTerms, MelLoss, fused_mel_loss
+
+    __all__ = [
+        "HeadSpec",
+        "LossTerms",
+        "MelLoss",
+        "check_head_spec",
+        "fused_logprobs",
+        "fused_mel_loss",
+        "head_logprobs",
+        "head_spec",
+        "reference_logprobs",
+        "why_not_fused",
+    ]

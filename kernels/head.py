@@ -109,7 +109,7 @@ def head_logprobs(
     check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
     check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
     with torch.set_grad_enabled(torch.is_grad_enabled() and compute_u):
-        vocab = head(hidden_NH[:1]).shape[-1] if len(hidden_NH) else 1
+        vocab = getattr(head, "out_features", None) or head(hidden_NH[:1]).shape[-1]
         index_K = live_rows(target_N, vocab, keep_N)
         hidden_KH, target_K = take(hidden_NH, index_K), take(target_N, index_K)
         scored = reference_head(head, vocab, hidden_KH, target_K, transform, keep_rng=True)

@@ -102,7 +102,7 @@ def resolve(run_dir: Path, wanted: str | bool) -> Path:
             f"Nothing to resume in {run_dir}: it holds no checkpoint-N folder. Start without --resume, or name the "
             "run's folder with --output-dir."
         )
-    troubles = []
+    troubles: list[tuple[Path, str]] = []
     for path in reversed(candidates):
         trouble = problem(path)
         if trouble is None:

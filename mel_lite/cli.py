@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -22,10 +23,10 @@ app = typer.Typer(
 experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
 app.add_typer(experiences, name="experiences")
 
-RunOption = Annotated[Optional[Path], typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
-ConfigOption = Annotated[Optional[Path], typer.Option(help="YAML file over the preset.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
 SetOption = Annotated[
-    Optional[list[str]], typer.Option("--set", help="section.key=value over everything else; may be repeated.")
+    list[str] | None, typer.Option("--set", help="section.key=value over everything else; may be repeated.")
 ]
 
 
@@ -46,18 +47,20 @@ def options(
 
 @app.command()
 def train(
-    gpu: Annotated[Optional[str], typer.Option(help="Preset: cpu, 16gb, 24gb, 40gb or 80gb.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Preset: cpu, 16gb, 24gb, 40gb or 80gb.")] = None,
     config: ConfigOption = None,
-    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
     dataset: Annotated[
-        Optional[str], typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
+        str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
     ] = None,
-    output_dir: Annotated[Optional[Path], typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
-    max_steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps.")] = None,
-    algorithm: Annotated[Optional[str], typer.Option(help="mel or grpo.")] = None,
-    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter to go on training.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="mel or grpo.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
     set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
 ) -> None:
     """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
@@ -93,23 +96,27 @@ def _dry_run(recipe: Any) -> None:
     tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
     held_out = "none" if tasks.held_out is None else len(tasks.held_out)
     typer.echo(recipe.as_yaml())
-    typer.echo(f"# {len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}. Not trained.")
+    typer.echo(
+        f"# {len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}. Not trained."
+    )
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, or `demo`.")] = None,
-    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
-    verifier: Annotated[str, typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn.")] = "math",
+    verifier: Annotated[
+        str, typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn.")
+    ] = "math",
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Number of tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
-    system_prompt: Annotated[Optional[str], typer.Option(help="System message before each task.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message before each task.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the intervals.")] = 42,
-    output: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON to this file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
 ) -> None:
     """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
     with _loading("loading"):
@@ -136,10 +143,12 @@ def evaluate(
 
 @app.command("export")
 def export_(
-    adapter: Annotated[Optional[Path], typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")] = None,
-    output: Annotated[Optional[Path], typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
     format_: Annotated[str, typer.Option("--format", help="adapter or merged-16bit.")] = "merged-16bit",
-    base: Annotated[Optional[str], typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="Export an adapter whose LoRA-B is still zero.")
@@ -161,11 +170,11 @@ def export_(
 @experiences.command("list")
 def list_(
     run: RunOption = None,
-    status: Annotated[Optional[str], typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
-    step: Annotated[Optional[int], typer.Option(help="Only this step.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows at most, newest first.")] = 50,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many rows.")] = 50,
 ) -> None:
-    """List meta-experiences, kept or not, newest first."""
+    """List meta-experiences, kept or not."""
     from mel_lite.display import experiences_table, store_line
 
     with _store(run) as store:
@@ -197,7 +206,7 @@ def search(
 def export_experiences(
     output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
     run: RunOption = None,
-    status: Annotated[Optional[str], typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
 ) -> None:
     """Write meta-experiences to a JSONL or parquet file."""
     with _store(run) as store:
@@ -239,11 +248,20 @@ def _loading(what: str) -> Any:
     return Console(stderr=True).status(what)
 
 
+def _quiet_libraries() -> None:
+    """Keep libraries to what a user of this command must know. Takes effect only before they load."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command; user errors end with one message and an exit code, never a traceback."""
-    # Must be set before the libraries load: no telemetry, and no tokenizer threads across forked workers.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
     try:
         app()
     except MelLiteError as error:

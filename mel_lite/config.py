@@ -95,7 +95,9 @@ class MELConfig(GRPOConfig):
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:
-            raise ConfigError(f"mel_weight={self.mel_weight} must be 0 or more: a negative weight unlearns the lessons.")
+            raise ConfigError(
+                f"mel_weight={self.mel_weight} must be 0 or more: a negative weight unlearns the lessons."
+            )
         if not self.verifier_deadline_s > 0:
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
         if self.algorithm == "mel" and self.use_vllm:

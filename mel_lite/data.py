@@ -3,8 +3,8 @@
     source -> raw rows -> (preset or columns) -> prompt, answer, the other columns -> checks -> datasets.Dataset
 
 Sources (`spec`): `demo`, `demo:test`; a .jsonl, .json, .csv or .parquet file; `reasoning-gym:<task>?size=500&seed=1`
-with any option of the task; a Hub id, `hub_id:config` for one of its configurations. Rows are data: no script of a
-dataset is ever run.
+with any option of the task; a Hub id (or a folder in Hub layout), `hub_id:config` for one of its configurations. Rows
+are data: no script of a dataset is ever run.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def open_source(spec: str, *, split: str | None, config: str | None, seed: int, 
     path = Path(spec)
     if path.suffix.lower() in _READERS:
         return _open_file(path, split)
-    if path.exists() or spec.startswith((".", "/", "~")):
-        raise DataError(f"dataset = {spec!r}: give a file ending in {', '.join(_READERS)}.")
+    if path.is_file() or (spec.startswith((".", "/", "~")) and not path.is_dir()):
+        raise DataError(f"dataset = {spec!r}: give a file ending in {', '.join(_READERS)}, or a folder in Hub layout.")
     return _open_hub(spec, kind, config, split or "train")
 
 
@@ -168,6 +168,7 @@ def _value(text: str) -> Any:
 
 
 def _open_hub(spec: str, hub_id: str, config: str | None, split: str) -> Source:
+    """Rows from the Hub, or from a folder laid out as on the Hub: `datasets` looks for the folder first."""
     from datasets import load_dataset
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -22,7 +22,9 @@ STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "ye
 
 def plain(text: str | None, limit: int | None = None) -> Text:
     """Model text for a terminal: no markup, no control characters (they could move the cursor), at most `limit`."""
-    cleaned = "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text or "")
+    cleaned = "".join(
+        c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text or ""
+    )
     if limit is not None and len(cleaned) > limit:
         cleaned = cleaned[: limit - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
     return Text(cleaned)
@@ -86,7 +88,8 @@ def _legend(args: Any) -> Text:
         return Text("step | reward | policy loss | gradient norm | tokens/s", style="dim")
     return Text(
         "step | reward pass rate | groups>mixed>pairs>parsed>leak-free>replay-valid (trained tokens) | "
-        "ret = kept/written, up = replay uplift | policy loss, NLL of lessons (before>after the update) | gradient norms",
+        "ret = kept/written, up = replay uplift | policy loss, NLL of lessons (before>after the update) | "
+        "gradient norms",
         style="dim",
     )
 
@@ -107,7 +110,9 @@ def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
             f"{figure('mel/retention_ratio', 'ret ', '.2f')} {figure('mel/replay_uplift', 'up ', '+.2f')}".strip()
         )
     after = figure("mel/nll_after", ">", ".3f")
-    parts.append(f"policy {logs.get('mel/policy_loss', logs.get('loss', 0.0)):+.4f}{figure('mel/nll', ' nll ', '.3f')}{after}")
+    parts.append(
+        f"policy {logs.get('mel/policy_loss', logs.get('loss', 0.0)):+.4f}{figure('mel/nll', ' nll ', '.3f')}{after}"
+    )
     norms = f"{figure('mel/grad_norm_policy', 'policy ', '.3f')}{figure('mel/grad_norm_nll', ' nll ', '.3f')}"
     parts.append(f"|g| {norms}" if norms else figure("grad_norm", "|g| ", ".3f"))
     parts.append(figure("mel/tokens_per_s", "", ".0f") + " tok/s" if "mel/tokens_per_s" in logs else "")
@@ -143,23 +148,59 @@ def _labelled(label: str, text: Text, style: str = "bold") -> Text:
 
 
 def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
-    """Rows of the store, newest first."""
+    """Rows of the store."""
     table = Table("id", "step", "status", "question", "heuristic, or why it was dropped", show_lines=False)
     for row in rows:
         status = Text(row.status, style=STATUS_STYLE[row.status])
         lesson = row.heuristic if row.status is Status.KEPT else row.reason
-        table.add_row(
-            str(row.id), str(row.step), status, one_line(prompt_text(row.prompt), 60), one_line(lesson, 110)
-        )
+        table.add_row(str(row.id), str(row.step), status, one_line(prompt_text(row.prompt), 60), one_line(lesson, 110))
     return table
 
 
 def comparison_table(before: Any, after: Any) -> Table:
-    """The evaluation before and after training, with 95 % intervals."""
+    """Two evaluations on the same tasks, with 95 % intervals."""
     table = Table("held-out tasks", "before", "after", title="Evaluation", title_justify="left")
-    for name, first, second in zip(before.labels(), before.figures(), after.figures(), strict=True):
-        table.add_row(name, first, second)
+    table.caption = after.conditions()
+    rows = {"Pass@1 (greedy)": "pass_at_1", f"Avg@{after.k}": "avg_at_k", f"Pass@{after.k}": "pass_at_k"}
+    for label, name in rows.items():
+        table.add_row(label, str(getattr(before, name)), str(getattr(after, name)))
+    table.add_row("cut off at the token limit", f"{before.truncation_rate:.1%}", f"{after.truncation_rate:.1%}")
     return table
+
+
+def store_line(counts: Mapping[Status, int]) -> Text:
+    """How many meta-experiences ended in which way."""
+    total = sum(counts.values())
+    parts = [f"{counts.get(status, 0)} {status.replace('_', ' ')}" for status in Status]
+    return Text(f"{total} meta-experiences: {', '.join(parts)}", style="dim")
+
+
+def experience_page(row: ExperienceRow) -> RenderableType:
+    """One meta-experience whole."""
+    sections = [
+        ("question", prompt_text(row.prompt)),
+        ("reference answer", row.answer),
+        (f"wrong (rollout {row.wrong_index})", row.wrong_text),
+        (f"right (rollout {row.right_index}), {row.common_prefix_tokens} tokens in common", row.right_text),
+        (f"analysis as sampled ({row.analysis_tokens} tokens)", row.analysis),
+        ("bifurcation", row.bifurcation),
+        ("critique", row.critique),
+        ("heuristic", row.heuristic),
+        ("leaks", "\n".join(row.leak_reasons)),
+        *((f"replay: {v}", t) for v, t in zip(row.replay_verdicts, row.replay_texts, strict=False)),
+        ("replay without it", ", ".join(row.control_verdicts)),
+        ("why it was dropped", row.reason),
+    ]
+    figures = [f"{name} {value:.3f}" for name, value in _nlls(row) if value is not None]
+    if figures:
+        sections.append(("NLL in nats per token", ", ".join(figures)))
+    title = f"meta-experience {row.id}, step {row.step}: {row.status}"
+    parts = [Text.assemble((f"{label}\n", "bold cyan"), plain(text), "\n") for label, text in sections if text]
+    return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
+
+
+def _nlls(row: ExperienceRow) -> tuple[tuple[str, float | None], ...]:
+    return (("when written", row.nll_written), ("before its update", row.nll_before), ("after", row.nll_after))
 
 
 def funnel_table(totals: dict[str, float]) -> Table:

@@ -125,8 +125,8 @@ def export(
 
     Args:
         format: `adapter` (PEFT's files alone) or `merged-16bit` (a plain model; checked against the adapter model).
-        base: where to find the base, when not where the adapter says. How it is loaded (dtype, 4-bit) is always what the
-            adapter was trained with, as far as that was recorded.
+        base: where to find the base, when not where the adapter says. How it is loaded (dtype, 4-bit) is always what
+            the adapter was trained with, as far as that was recorded.
         dtype: of the merged weights. `auto` is the base checkpoint's own 16-bit type; float16 for a float32 checkpoint
             whose weights fit its range (on the demo model its rounding costs 60 times less KL than bfloat16's).
         allow_untrained: export an adapter whose LoRA-B is still zero, so that it changes nothing.
@@ -155,8 +155,8 @@ def export(
             raise ExportError(f"cannot publish {out_dir}: {error}. Remove it or name another folder.") from error
     if report.fidelity is not None and not report.fidelity.is_faithful:
         logger.warning(
-            "%s differs from the adapter model: mean KL %.1e nats/token, same top token %.2f%%. Serve the adapter on its "
-            "base (format adapter)%s.",
+            "%s differs from the adapter model: mean KL %.1e nats/token, same top token %.2f%%. Serve the adapter on "
+            "its base (format adapter)%s.",
             out_dir,
             report.fidelity.mean_kl_nats,
             100 * report.fidelity.top1_agreement,
@@ -183,8 +183,8 @@ def _check_adapter_weights(adapter_dir: Path, *, allow_untrained: bool) -> None:
     changes = any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora_embedding_B" in name)
     if not changes and not allow_untrained:
         raise ExportError(
-            f"adapter {adapter_dir} has learnt nothing: every LoRA-B is zero, so it does not change the base. Look at the "
-            "run's reward and funnel for why; allow_untrained (--allow-untrained) exports it all the same."
+            f"adapter {adapter_dir} has learnt nothing: every LoRA-B is zero, so it does not change the base. Look at "
+            "the run's reward and funnel for why; allow_untrained (--allow-untrained) exports it all the same."
         )
 
 
@@ -195,7 +195,7 @@ def _check_target(out_dir: Path) -> None:
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, gone afterwards unless it was renamed; leftovers of dead processes are swept."""
+    """A hidden folder beside the target, gone afterwards unless renamed; leftovers of dead processes are swept."""
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out_dir.parent.glob(f".{out_dir.name}.*.partial"):
@@ -266,8 +266,8 @@ def _check_space(spec: ModelSpec, folder: Path) -> None:
     needed_bytes = 2 * sum(weight.numel() for weight in skeleton.parameters()) + 50_000_000
     if (free_bytes := shutil.disk_usage(folder).free) < needed_bytes:
         raise ExportError(
-            f"the merged model needs {needed_bytes / 1e9:.1f} GB, but {folder.parent} has {free_bytes / 1e9:.1f} GB free. "
-            "Free some, or name a folder on another disk (--output)."
+            f"the merged model needs {needed_bytes / 1e9:.1f} GB, but {folder.parent} has {free_bytes / 1e9:.1f} GB "
+            "free. Free some, or name a folder on another disk (--output)."
         )
 
 
@@ -283,7 +283,7 @@ def merge(adapter_dir: Path, spec: ModelSpec, dtype: str = "auto") -> PreTrained
     from peft.tuners.lora import LoraLayer
 
     base = load_base(spec)
-    if base.is_quantized:
+    if getattr(base, "is_quantized", False):
         base = base.dequantize()
     target = _merged_dtype(base, spec, dtype)
     model = attach_adapter(base, adapter_dir)
@@ -312,7 +312,7 @@ def _merged_dtype(base: PreTrainedModel, spec: ModelSpec, dtype: str) -> torch.d
 
 
 def _untie_adapted_head(base: PreTrainedModel) -> None:
-    """Give a tied head its own copy when the embedding or the head is adapted: the update belongs to one of them only."""
+    """Give a tied head its own copy when the embedding or the head is adapted: the update belongs to one of them."""
     import torch
 
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -372,9 +372,9 @@ def _card(report: ExportReport) -> str:
     if report.fidelity is None:
         body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as {RECORD} says.")
     else:
-        body += [
+        body.append(
             f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter model "
-            f"over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same top token "
-            f"{report.fidelity.top1_agreement:.2%}; all figures in {REPORT}.",
-        ]
+            f"over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same top "
+            f"token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
+        )
     return "\n".join([*front, "", *body, ""])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ class PhaseClock:
     """Seconds and generated tokens per phase of a step, on a monotonic clock."""
 
     def __init__(self) -> None:
-        self.seconds_s: Counter[str] = Counter()
+        self.seconds_s: defaultdict[str, float] = defaultdict(float)
         self.generated_tokens = 0
 
     @contextmanager

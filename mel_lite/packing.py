@@ -3,7 +3,8 @@
 Rollouts (short) and meta-experiences (long: two solutions in the prompt) share one forward. Padding all of them to the
 longest would multiply its cost, so rows are grouped by length and each group is padded to its own longest row.
 
-B rows of a block, T tokens of its longest row, N scored positions of all blocks in order, P padded width of a row batch.
+B rows of a block, T tokens of its longest row, N scored positions of all blocks in order, P width of a padded batch,
+C width of its completions.
 """
 
 from __future__ import annotations

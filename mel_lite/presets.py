@@ -126,7 +126,7 @@ def _suggest(name: str, known: Any) -> str:
 
 
 def _build(values: dict[str, Any]) -> Recipe:
-    built = {}
+    built: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         if values[name] is None:
             built[name] = None
@@ -153,7 +153,9 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path} holds {type(loaded).__name__}, not sections ({', '.join(SECTIONS)}, train).")
+        raise ConfigError(
+            f"--config {path} holds {type(loaded).__name__}, not sections ({', '.join(SECTIONS)}, train)."
+        )
     return loaded
 
 

@@ -1,6 +1,6 @@
 """One training run from recipe to exported model, with everything it leaves in the run folder.
 
-    config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  adapter/  merged-16bit/  eval/
+config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  adapter/  merged-16bit/  eval/
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Tasks:

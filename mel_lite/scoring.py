@@ -12,9 +12,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from mel_lite.kernels import fused_logprobs, reference_logprobs
-from mel_lite.kernels.head import HeadSpec, head_spec
+from mel_lite.errors import ModelError
+from mel_lite.kernels import HeadSpec, check_head_spec, head_logprobs, head_spec
 from mel_lite.packing import IGNORE, Block, Packed
 
 
@@ -25,18 +27,23 @@ class Scores(NamedTuple):
     entropy_N: torch.Tensor
 
 
-def install_scoring_head(model: Any, *, temperature: float, cast_to_fp32: bool = False) -> None:
-    """Teach a causal language model `model(score_blocks=...) -> (logp_N, entropy_N)`; its other calls are unchanged.
+def install_scoring_head(model: Any, *, temperature: float) -> None:
+    """Teach a causal language model `model(score_blocks=...) -> Scores`; its other calls are unchanged.
 
     The blocks go through the backbone one after another and their scored hidden states through one call of the fused
     operator, all inside the model's own forward, so that DDP, FSDP and ZeRO hooks fire as for any forward. Install it
     on the base model before anything wraps it; head and backbone are looked up at each call, since wrappers replace
     them.
 
-    Raises: ModelError for a head whose log-probabilities cannot be computed from its weight (LoRA on it, quantised).
+    Raises: ModelError when the model's logits are not what its config says, so that fused scores would be wrong.
     """
     original_forward = model.forward
-    spec = head_spec(model)
+    try:
+        spec = head_spec(model)
+        if not is_deepspeed_zero3_enabled():  # there the weights are elsewhere until the model is wrapped
+            check_head_spec(model, spec)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{type(model).__name__}: {error}. Train it with TRL's GRPOTrainer instead.") from error
 
     # Keep the signature: `generate` checks its model arguments against it.
     @functools.wraps(type(model).forward)
@@ -44,7 +51,7 @@ def install_scoring_head(model: Any, *, temperature: float, cast_to_fp32: bool =
         if score_blocks is None:
             return original_forward(*args, **kwargs)
         hidden_NH, target_N = _scored_hidden(self, score_blocks)
-        return _score(self, spec, hidden_NH, target_N, temperature, cast_to_fp32, entropy_grad)
+        return _score(self, spec, hidden_NH, target_N, temperature, entropy_grad)
 
     model.forward = types.MethodType(forward, model)
 
@@ -53,9 +60,7 @@ def _scored_hidden(model: Any, blocks: Sequence[Block]) -> tuple[torch.Tensor, t
     """Hidden states that predict a scored id, and those ids: h_{t-1} predicts id t."""
     hidden, targets = [], []
     for block in blocks:
-        output = model.base_model(
-            input_ids=block.input_ids_BT, attention_mask=block.attention_mask_BT, use_cache=False
-        )
+        output = model.base_model(input_ids=block.input_ids_BT, attention_mask=block.attention_mask_BT, use_cache=False)
         target_BT = block.target_BT[:, 1:]
         wanted_BT = target_BT != IGNORE
         hidden.append(output.last_hidden_state[:, :-1][wanted_BT])
@@ -69,30 +74,24 @@ def _score(
     hidden_NH: torch.Tensor,
     target_N: torch.Tensor,
     temperature: float,
-    cast_to_fp32: bool,
     entropy_grad: bool,
 ) -> Scores:
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
     head = model.get_output_embeddings()
-    weight_VH, bias_V = head.weight, head.bias
-    if hasattr(weight_VH, "full_tensor"):  # FSDP2 shards parameters as DTensors
-        weight_VH = weight_VH.full_tensor()
-        bias_V = None if bias_V is None else bias_V.full_tensor()
-    hidden_NH, target_N = hidden_NH.to(weight_VH.device), target_N.to(weight_VH.device)
-    options = {"temperature": temperature, "bias_V": bias_V, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
-    device = hidden_NH.device.type
+    device = head.weight.device
+    hidden_NH, target_N = hidden_NH.to(device), target_N.to(device)
+    if head.weight.dtype.is_floating_point:
+        hidden_NH = hidden_NH.to(head.weight.dtype)
     # The operator accumulates in float32 whatever it is given; autocast would round its products to 16 bits.
-    with maybe_gather_lm_head_ctx(weight_VH, bias_V), _no_autocast(device):
-        if cast_to_fp32:
-            hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()
-        elif hidden_NH.dtype != weight_VH.dtype:
-            weight_VH = weight_VH.to(hidden_NH.dtype)
-        if entropy_grad:
-            logp_N, entropy_N, _ = reference_logprobs(hidden_NH, weight_VH, target_N, entropy_grad=True, **options)
-        else:
-            compute_u = torch.is_grad_enabled() and hidden_NH.requires_grad
-            logp_N, entropy_N, _ = fused_logprobs(hidden_NH, weight_VH, target_N, compute_u=compute_u, **options)
+    with maybe_gather_lm_head_ctx(head.weight, head.bias), _no_autocast(device.type):
+        logp_N, entropy_N, _ = head_logprobs(
+            head,
+            hidden_NH,
+            target_N,
+            spec=spec,
+            temperature=temperature,
+            compute_u=torch.is_grad_enabled() and hidden_NH.requires_grad,
+            entropy_grad=entropy_grad,
+        )
     return Scores(logp_N, entropy_N)
 
 

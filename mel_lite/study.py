@@ -1,6 +1,6 @@
 """Self-verification: from pairs to judged meta-experiences, every stage with the current policy.
 
-    pairs -> analyses -> parsed -> leak-free -> replayed -> kept or dropped, each with its reason
+pairs -> analyses -> parsed -> leak-free -> replayed -> kept or dropped, each with its reason
 """
 
 from __future__ import annotations

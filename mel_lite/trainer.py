@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -63,7 +63,7 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
 
     _tag_names = ("trl", "grpo", "mel", "mel-lite")
     _name = "MEL"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Internalizing Meta-Experience into Memory for Guided Reinforcement Learning in Large Language Models",
         "id": "2602.10224",
     }
@@ -116,7 +116,7 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
             )
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
-            install_scoring_head(base, temperature=self.temperature, cast_to_fp32=args.cast_lm_head_to_fp32)
+            install_scoring_head(base, temperature=self.temperature)
         self._engine = MeteredEngine(engine or build_engine(self), self._clock)
         self._desk = build_desk(self, self._engine, self._judge, self._clock)
         self._store: ExperienceStore | None = None
@@ -221,9 +221,7 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
             question = members[0][0]
             assert all(g.prompt_hash == question.prompt_hash for g, _ in members), "a group was torn apart"
             rollouts = tuple(r for _, r in members)
-            groups.append(
-                Group(question.prompt, question.prompt_hash, rollouts, question.answer, question.columns)
-            )
+            groups.append(Group(question.prompt, question.prompt_hash, rollouts, question.answer, question.columns))
         return groups
 
     def _study(self, groups: list[Group]) -> None:
@@ -244,7 +242,7 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
                 experience_id=experience_id,
             )
             for experience_id, e in zip(self._record(experiences), experiences, strict=True)
-            if e.status is Status.KEPT
+            if e.status is Status.KEPT and e.parsed is not None
         ]
         self._share_out(lessons, prompts=len(groups))
         trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
@@ -296,6 +294,8 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
         lessons: tuple[Lesson, ...] = inputs.get("lessons", ())
         self._riding = lessons
         policy_loss = super()._compute_loss(model, inputs)
+        if self.model.training:
+            self._log_metrics({"mel/policy_loss": policy_loss.item() * self.current_gradient_accumulation_steps})
         measured = self._measures_gradients()
         if measured:
             self._meter.add("policy", policy_loss)

@@ -127,9 +127,7 @@ class MetaExperience:
 
     def as_text(self) -> str:
         """The three parts under their headings: what is leak-checked, shown and replayed."""
-        return (
-            f"## Bifurcation\n{self.bifurcation}\n\n## Critique\n{self.critique}\n\n## Heuristics\n{self.heuristic}"
-        )
+        return f"## Bifurcation\n{self.bifurcation}\n\n## Critique\n{self.critique}\n\n## Heuristics\n{self.heuristic}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,9 @@ def math_verify(completion: str, answer: str) -> Verdict:
     marked = answers.first_sentence(marked)
     if answers.normalise(marked) == answers.normalise(gold_text):
         return Verdict.RIGHT
-    if _equal(gold, _parse_prose(marked) if answers.has_math_delimiters(marked) else _parse_formula(marked)):
+    if _equal(
+        gold, _parse_prose(marked, latex_only=True) if answers.has_math_delimiters(marked) else _parse_formula(marked)
+    ):
         return Verdict.RIGHT
     if "=" in marked or "=" in gold_text:  # which variable has the value matters, and math-verify has looked at it
         return Verdict.WRONG
@@ -118,11 +120,12 @@ def _parse_formula(text: str) -> Any:
     return found[0] if found else None
 
 
-def _parse_prose(text: str) -> Any:
-    """The sympy object of the last formula or number in running text, or None."""
-    from math_verify import parse
+def _parse_prose(text: str, *, latex_only: bool = False) -> Any:
+    """The sympy object of the last formula (or number, unless `latex_only`) in running text, or None."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    found = parse(text, fallback_mode="no_fallback", parsing_timeout=None)
+    kinds = [LatexExtractionConfig()] if latex_only else [LatexExtractionConfig(), ExprExtractionConfig()]
+    found = parse(text, extraction_config=kinds, fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else None
 
 

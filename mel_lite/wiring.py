@@ -72,7 +72,7 @@ def build_judge(
         if args.world_size > 1 and args.with_meta_experience:
             raise ConfigError(
                 "verifier=None on several processes: replays would be judged by reward functions, whose results TRL "
-                f"gathers in lockstep. Set verifier and give the dataset one of the columns {', '.join(ANSWER_COLUMNS)}."
+                f"gathers in lockstep. Set verifier, and name the answer's column one of {', '.join(ANSWER_COLUMNS)}."
             )
         return RewardJudge(rewards_of, args.verifier_threshold), None
     if column is None:

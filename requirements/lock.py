@@ -1,7 +1,7 @@
 """Write the lock files from the environment this runs in: `python requirements/lock.py` (or `make lock`).
 
 A lock file holds the exact version of every package the roots need, found by walking the installed metadata. `cpu.txt`
-installs from wheels alone; what only `reasoning-gym` needs is in `gym.txt`, because one of its dependencies is compiled.
+needs no compiler; what only `reasoning-gym` needs is in `gym.txt`, because one of its dependencies is compiled.
 """
 
 from __future__ import annotations

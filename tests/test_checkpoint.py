@@ -12,7 +12,7 @@ import torch
 
 from mel_lite import checkpoint
 from mel_lite.errors import CheckpointError
-from tests.trainers import assert_learnt, build, digest, trainable
+from trainers import assert_learnt, build, digest, trainable
 
 
 def _state(trainer: Any) -> dict[str, str]:

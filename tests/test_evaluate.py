@@ -19,7 +19,7 @@ from mel_lite.evaluate import EvalResult, bootstrap_interval, evaluate, evaluate
 from mel_lite.models import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.types import Finish, Group, Verdict
-from tests.tiny_models import save_tiny, tiny_tokenizer
+from tiny_models import save_tiny, tiny_tokenizer
 
 # --- estimators ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from mel_lite.errors import EngineError
 from mel_lite.packing import Row, pack
 from mel_lite.scoring import install_scoring_head, score
 from mel_lite.types import Finish
-from tests.tiny_models import save_tiny, set_lora
+from tiny_models import save_tiny, set_lora
 
 EOS, PAD = 2, 0
 
@@ -47,9 +47,7 @@ def test_a_sequence_depends_on_prompt_and_seed_alone(model: Any) -> None:
 def test_reported_log_probs_are_those_the_trainer_scores(model: Any) -> None:
     requests = _requests(3, 4, 5, 6)
     completions = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, Sampling(10, temperature=0.7))
-    rows = [
-        Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids)) for r, c in zip(requests, completions, strict=True)
-    ]
+    rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids)) for r, c in zip(requests, completions, strict=True)]
     with torch.no_grad():
         logps, _ = score(model, pack(rows, pad_id=PAD))
     for completion, logp_T in zip(completions, logps, strict=True):

@@ -23,7 +23,7 @@ from mel_lite.adapters import (
 )
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.models import ModelSpec, context_length, load_base, load_tokenizer, turn_end_id
-from tests.tiny_models import save_tiny, set_lora, tiny_config, tiny_tokenizer
+from tiny_models import save_tiny, set_lora, tiny_config, tiny_tokenizer
 
 IDS_BT = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
 

@@ -16,9 +16,9 @@ from mel_lite import MELConfig, MELTrainer
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.scoring import install_scoring_head
 from mel_lite.types import Lesson
-from tests.scripted import ScriptedEngine
-from tests.tiny_models import set_lora, tiny_tokenizer
-from tests.trainers import assert_learnt, build, digest, sums, tiny_model, trainable
+from scripted import ScriptedEngine
+from tiny_models import set_lora, tiny_tokenizer
+from trainers import assert_learnt, build, digest, sums, tiny_model, trainable
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def write_module(folder: Path, source: str) -> None:
 
 
 @pytest.fixture
-def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to start in; modules in it are importable and forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -186,7 +187,7 @@ def test_columns_go_only_to_those_who_take_them(rules: Path) -> None:
     for name in ("one", "rest", "swapped", "other_names"):
         verifier = get_verifier(f"my_rules:{name}")
         assert verifier("text", "gold", level=3, name="n", completion="not me") is Verdict.RIGHT, name
-    assert get_verifier("my_rules:one").columns == {"level"}
+    assert get_verifier("my_rules:one").columns == frozenset({"level"})
     assert get_verifier("my_rules:rest").columns is None
     assert get_verifier("my_rules:swapped").columns == frozenset()
 
@@ -210,13 +211,10 @@ def test_reasoning_gym_scores_with_the_tasks_own_rules() -> None:
     pytest.importorskip("reasoning_gym")
     verifier = get_verifier("reasoning-gym")
     assert verifier("<answer>3</answer>", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.RIGHT
-    assert (
-        verifier("It is 3", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.WRONG
-    )  # partial credit is no right answer
-    assert (
-        verifier("Answer: (2+3)*4", "4*(3+2)", gym_entry=gym_entry("countdown", "4*(3+2)", **target)) is Verdict.RIGHT
-    )
-    assert verifier("Answer: 2+3*4", "4*(3+2)", gym_entry=gym_entry("countdown", "4*(3+2)", **target)) is Verdict.WRONG
+    assert verifier("It is 3", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.WRONG  # partial credit
+    entry = gym_entry("countdown", "4*(3+2)", numbers=[2, 3, 4], target=20)
+    assert verifier("Answer: (2+3)*4", "4*(3+2)", gym_entry=entry) is Verdict.RIGHT
+    assert verifier("Answer: 2+3*4", "4*(3+2)", gym_entry=entry) is Verdict.WRONG
 
 
 @pytest.mark.parametrize("task", sorted(gym_scorers._EVALUATED | gym_scorers._PARSED))

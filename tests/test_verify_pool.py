@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from answer_pairs import ATTACKS, PAIRS
@@ -22,6 +23,8 @@ from mel_lite.types import Verdict
 from mel_lite.verify_pool import MAX_COMPLETION_CHARS, MAX_REFERENCE_CHARS, PoolStats, VerifyPool
 
 ROOT = Path(__file__).resolve().parents[1]
+
+Items = list[tuple[str, str, dict[str, Any]]]
 
 RULES = """
 import os, sys, time
@@ -121,11 +124,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
-@pytest.mark.slow
 def test_honest_answers_are_right_among_hostile_ones(pool: Callable[..., VerifyPool], tmp_path: Path) -> None:
     before = children()
     honest = [(text, gold, verdict) for name, text, gold, verdict in PAIRS if name == "math"]
-    items, expected = [], []
+    items: Items = []
+    expected: list[tuple[str, set[str]]] = []
     for i in range(max(len(honest), len(ATTACKS))):
         if i < len(ATTACKS):
             items.append((ATTACKS[i][1], ATTACKS[i][2], {}))
@@ -133,12 +136,10 @@ def test_honest_answers_are_right_among_hostile_ones(pool: Callable[..., VerifyP
         if i < len(honest):
             items.append((*honest[i][:2], {}))
             expected.append((honest[i][0], {honest[i][2]}))
-    math = pool("math", deadline_s=2.0)
+    math = pool("math")
     verdicts = math.verify(items)
-    fooled = [
-        (name, verdict) for (name, allowed), verdict in zip(expected, verdicts, strict=True) if verdict not in allowed
-    ]
-    assert fooled == [("reversed asymmetry", "wrong")] or fooled == []
+    judged = [(*want, verdict) for want, verdict in zip(expected, verdicts, strict=True)]
+    assert [(name, verdict) for name, allowed, verdict in judged if verdict not in allowed] == []
     assert 1 <= math.stats.timeouts <= 5  # the tower, the factorial and the expansion at most, and not the honest ones
     assert math.stats.calls == len(items)
     math.close()
@@ -177,20 +178,20 @@ def test_a_chatty_verifier_cannot_write_verdicts_nor_read_requests(
     rules: Path, pool: Callable[..., VerifyPool]
 ) -> None:
     chatty = pool("rules_here:hostile", workers=1)
-    items = [("chat", "no", {}), ("read", "read", {}), ("a", "a", {})]
+    items: Items = [("chat", "no", {}), ("read", "read", {}), ("a", "a", {})]
     assert chatty.verify(items) == ["wrong", "right", "right"]
     assert chatty.stats == PoolStats(calls=3)
 
 
 def test_start_up_is_not_charged_to_an_answer(rules: Path, pool: Callable[..., VerifyPool]) -> None:
-    Path("rules_here.py").write_text("import time\ntime.sleep(1.5)\n" + RULES)
-    late = pool("rules_here:hostile", workers=1, deadline_s=0.5)
+    Path("rules_here.py").write_text("import time\ntime.sleep(0.9)\n" + RULES)
+    late = pool("rules_here:hostile", workers=1, deadline_s=0.3)
     assert late.verify([("hang", "x", {}), ("a", "a", {})]) == ["abstain", "right"]
 
 
 def test_workers_run_side_by_side_and_keep_the_order(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     plain = pool("rules_here:plain", workers=3)
-    items = [(str(i), str(i - i % 3), {}) for i in range(60)]
+    items: Items = [(str(i), str(i - i % 3), {}) for i in range(60)]
     assert plain.verify(items) == ["right" if i % 3 == 0 else "wrong" for i in range(60)]
     slow = pool("rules_here:slow", workers=3)
     slow.verify([("", "", {})] * 3)
@@ -207,7 +208,7 @@ def test_worker_surroundings(rules: Path, pool: Callable[..., VerifyPool], monke
 
 
 def test_long_texts_are_cut_before_the_worker(rules: Path, pool: Callable[..., VerifyPool]) -> None:
-    items = [
+    items: Items = [
         ("x" * (MAX_COMPLETION_CHARS + 5), str(MAX_COMPLETION_CHARS), {}),
         ("x", "1" * (MAX_REFERENCE_CHARS + 1), {}),
     ]
@@ -218,9 +219,8 @@ def test_long_texts_are_cut_before_the_worker(rules: Path, pool: Callable[..., V
 
 
 def test_a_broken_verifier_is_an_error_with_its_first_message(rules: Path, pool: Callable[..., VerifyPool]) -> None:
-    with pytest.raises(
-        VerifierError, match=r"failed in 8 calls in a row.*RuntimeError: no such rule \(.*rules_here.py:11"
-    ):
+    message = r"failed in 8 calls in a row.*RuntimeError: no such rule \(.*rules_here.py:13 in hostile\)"
+    with pytest.raises(VerifierError, match=message):
         pool("rules_here:hostile").verify([("raise", "", {})] * 8)
     some = pool("rules_here:hostile")
     assert some.verify([("raise", "", {})] * 8 + [("a", "a", {})]) == ["abstain"] * 8 + ["right"]
@@ -237,13 +237,13 @@ def test_a_broken_verifier_is_an_error_with_its_first_message(rules: Path, pool:
         (
             "rules_here:plain",
             "import nowhere_at_all",
-            "failed with ModuleNotFoundError: No module named 'nowhere_at_all'",
+            "ModuleNotFoundError: No module named 'nowhere_at_all'",
         ),
         ("rules_here:plain", "raise SystemExit('stop')", "stop"),
         (
             "rules_here:plain",
             "import os; os._exit(7)",
-            r"3 worker processes in a row died while loading it \(exit code 7\)",
+            r"3 worker processes in a row died .*\(exit code 7\)",
         ),
         ("rules_here:text", RULES, "'rules_here:text' returned str 'yes'"),
         ("nummeric", RULES, "Did you mean 'numeric'"),
@@ -302,9 +302,12 @@ def test_any_thread_may_verify(pool: Callable[..., VerifyPool]) -> None:
 def test_an_interrupted_batch_leaves_a_usable_pool(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     hostile = pool("rules_here:hostile", workers=1, deadline_s=30)
     assert hostile.verify([("a", "a", {})]) == ["right"]
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    main = threading.main_thread().ident
+    threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
+    start_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         hostile.verify([("hang", "x", {}), ("a", "b", {})])
+    assert time.monotonic() - start_s < 5
     assert hostile.verify([("b", "b", {}), ("a", "b", {})]) == ["right", "wrong"]
 
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_lite import MELConfig, MELTrainer
-from tests.scripted import ScriptedEngine
-from tests.tiny_models import save_tiny
+from scripted import ScriptedEngine
+from tiny_models import save_tiny
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 

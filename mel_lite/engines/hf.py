@@ -159,7 +159,7 @@ class _SeededSampler(LogitsProcessor):
             choice_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
             choice_B = choice_B.clamp(max=scores_BV.shape[-1] - 1)
         self.logprobs.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
-        return torch.full_like(scores_BV, -torch.inf).scatter_(1, choice_B[:, None], 0.0)  # type: ignore[return-value]
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, choice_B[:, None], 0.0)
 
 
 @contextmanager
