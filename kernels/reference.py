@@ -18,6 +18,9 @@ from .transform import LogitTransform
 BLOCK_BYTES = 128 * 2**20
 """Float32 logits of one block of rows; autograd holds a few copies of them while it works on that block."""
 
+FLOOR = -1e30
+"""Stands for -inf in a logit: exp gives 0, and differences and their gradients stay finite."""
+
 Head = Callable[[Tensor], Tensor]
 
 
@@ -66,13 +69,17 @@ def _block(
         z_RV = z_RV * transform.gain
     else:
         z_RV = torch.tanh(z_RV * (transform.logit_scale / transform.softcap)) * transform.cap
+    z_RV = torch.where(z_RV < FLOOR, FLOOR, z_RV)  # clamp would stop the gradient of a NaN
     target_R1 = target_R.to(torch.int64)[:, None]
-    z_t_R = z_RV.gather(1, target_R1)[:, 0]
-    lse_R = torch.logsumexp(z_RV, 1)
-    if z_RV.shape[1] == 1:
-        return 0.0 * z_t_R, 0.0 * z_t_R, lse_R  # in the graph, and NaN stays NaN
     # Without the target in the sum, 1 - p_t keeps its digits when p_t is close to 1.
-    others_R = torch.logsumexp(z_RV.scatter(1, target_R1, -torch.inf), 1)
-    log_p_RV = z_RV - lse_R[:, None]
-    entropy_R = -(log_p_RV.exp() * log_p_RV.clamp(min=-1e30)).sum(1)  # 0 * -inf would be NaN
-    return F.logsigmoid(z_t_R - others_R), entropy_R, lse_R
+    others_RV = z_RV.scatter(1, target_R1, FLOOR)
+    m_R1 = others_RV.detach().amax(1, keepdim=True)
+    # Differences first: the rounding of a log-normaliser of 1000 would be an error of the probabilities.
+    others_RV = others_RV - m_R1
+    log_s_R = torch.logsumexp(others_RV, 1)
+    odds_R = (z_RV.gather(1, target_R1) - m_R1)[:, 0] - log_s_R
+    log_q_RV = others_RV - log_s_R[:, None]
+    others_entropy_R = -(log_q_RV.exp() * log_q_RV).sum(1)
+    d_R = odds_R.clamp(-200, 200)  # the entropy is 0 beyond, and infinities would make it NaN
+    entropy_R = -F.logsigmoid(d_R) * d_R.sigmoid() + (others_entropy_R - F.logsigmoid(-d_R)) * (-d_R).sigmoid()
+    return F.logsigmoid(odds_R), entropy_R, torch.logsumexp(z_RV, 1)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.demo import demo_path
+from mel_lite.demo import DEMO_ADAPTER, demo_path
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.models import DEMO, ModelSpec
 
@@ -57,6 +57,8 @@ class LoraSpec:
     init: str = "default"
     """How LoRA-A starts (LoRA-B is zero): `default` (Kaiming uniform) or `gaussian`; `orthogonal` starts both non-zero
     with B @ A = 0."""
+    start_from: str | None = None
+    """Folder of an adapter to go on training, or `demo` for the packaged one; its own rank and modules then hold."""
 
 
 def lora_config(spec: LoraSpec) -> LoraConfig:
@@ -174,11 +176,12 @@ def _describe_base(model: Any, revision: str | None) -> ModelSpec:
     )
 
 
-def find_adapter(folder: Path) -> Path:
+def find_adapter(folder: Path | str) -> Path:
     """The adapter in a run, checkpoint or adapter folder: itself, its `adapter/`, or its newest whole checkpoint.
 
-    Raises: ModelError when there is none.
+    `demo` is the packaged warm start of the demo model. Raises: ModelError when there is none.
     """
+    folder = DEMO_ADAPTER if str(folder) == DEMO else Path(folder)
     checkpoints = sorted(folder.glob("checkpoint-*/manifest.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     places = [folder, folder / "adapter", *(path.parent for path in reversed(checkpoints))]
     for place in places:

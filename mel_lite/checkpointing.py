@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite import checkpoint
+from mel_lite.adapters import write_fingerprint
 from mel_lite.metrics import truncate_metrics
 
 
@@ -16,6 +17,7 @@ class AtomicCheckpoints:
     args: Any
     state: Any
     accelerator: Any
+    model: Any
     _step: int
     _engine: Any
     _staging: Path | None = None
@@ -72,6 +74,9 @@ class AtomicCheckpoints:
             "generated_tokens": self._engine.total_generated_tokens,
             "last_experience_id": self._open_store().last_id(),  # type: ignore[attr-defined]
         }
+        if (staged / "adapter_config.json").is_file():
+            # So that the checkpoint can be evaluated, exported or trained on like any adapter of ours.
+            write_fingerprint(staged, self.model)
         checkpoint.commit(staged, run_dir, position)
         checkpoint.rotate(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
 

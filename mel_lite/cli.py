@@ -67,7 +67,13 @@ def train(
     from mel_lite.presets import parse_set, resolve
     from mel_lite.runs import default_output_dir
 
-    flags = {"model.name": model, "data.train": dataset, "train.max_steps": max_steps, "train.algorithm": algorithm}
+    flags = {
+        "model.name": model,
+        "data.train": dataset,
+        "lora.start_from": None if adapter is None else str(adapter),
+        "train.max_steps": max_steps,
+        "train.algorithm": algorithm,
+    }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
     overrides += [parse_set(text) for text in set_ or []]
     if resume:
@@ -84,7 +90,7 @@ def train(
         _dry_run(recipe)
     else:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        run.train(recipe, folder, resume=resume, adapter=adapter, console=_console())
+        run.train(recipe, folder, resume=resume, console=_console())
 
 
 def _dry_run(recipe: Any) -> None:

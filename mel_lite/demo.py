@@ -38,6 +38,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 """Raised whenever the conversion below changes, so that folders made by an older version are not used."""
+DEMO_ADAPTER = Path(__file__).with_name("demo_adapter")
+"""The packaged LoRA adapter the demo starts from: it has seen the format of solutions and analyses."""
 _NEEDED_BYTES = 900_000_000
 _DOWNLOAD_TIMEOUT_S = 1800
 

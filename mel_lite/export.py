@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -199,7 +200,7 @@ def _staging(out_dir: Path) -> Iterator[Path]:
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out_dir.parent.glob(f".{out_dir.name}.*.partial"):
-            if (owner := re.search(r"\.(\d+)\.partial$", leftover.name)) and not _is_running(int(owner[1])):
+            if (owner := re.search(r"\.(\d+)\.partial$", leftover.name)) and not _is_another_process(int(owner[1])):
                 shutil.rmtree(leftover, ignore_errors=True)
         staging = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
         staging.mkdir()
@@ -211,7 +212,9 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _is_running(pid: int) -> bool:
+def _is_another_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -232,7 +235,7 @@ def _export_merged(adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelS
     tokenizer = load_tokenizer(spec, saved_in=adapter_dir)
     prompts = [_prompt_ids(text, tokenizer) for text in CHECK_PROMPTS]
 
-    model = attach_adapter(load_base(spec), adapter_dir)
+    model = attach_adapter(_exact_on_cpu(load_base(spec)), adapter_dir)
     answers = _greedy(model, prompts, tokenizer)
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     expected = _next_token_logps(model, sequences)
@@ -249,12 +252,18 @@ def _export_merged(adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelS
         raise ExportError(f"cannot write the merged model beside {out_dir}: {error}.") from error
     del merged
 
-    reloaded = load_base(ModelSpec(str(staging), dtype=dtype))
+    reloaded = _exact_on_cpu(load_base(ModelSpec(str(staging), dtype=dtype)))
     same = [a == b for a, b in zip(answers, _greedy(reloaded, prompts, tokenizer), strict=True)]
     fidelity = _compare(expected, _next_token_logps(reloaded, sequences), same)
     if not math.isfinite(fidelity.mean_kl_nats):
         raise ExportError(f"the merged model computes NaN or infinity in {dtype}. Set dtype to bfloat16.")
     return ExportReport(out_dir, "merged-16bit", adapter_dir, spec, dtype, fidelity)
+
+
+def _exact_on_cpu(model: PreTrainedModel) -> PreTrainedModel:
+    """On a CPU, compute in float32 (the weights stay the 16-bit values): 16-bit arithmetic is slow and noisy there."""
+    four_bit = getattr(model, "is_quantized", False)
+    return model.float() if model.device.type == "cpu" and not four_bit else model
 
 
 def _check_space(spec: ModelSpec, folder: Path) -> None:
@@ -293,7 +302,9 @@ def merge(adapter_dir: Path, spec: ModelSpec, dtype: str = "auto") -> PreTrained
             layer = module.get_base_layer().float()
             module.merge(safe_merge=True)
             layer.to(target)
-    merged = model.merge_and_unload(safe_merge=True).to(target)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged = model.merge_and_unload(safe_merge=True).to(target)
     if not all(bool(torch.isfinite(weight).all()) for weight in merged.parameters()):
         raise ExportError(f"a merged weight leaves the range of {dtype} ({target}). Set dtype to bfloat16.")
     return merged
@@ -307,7 +318,7 @@ def _merged_dtype(base: PreTrainedModel, spec: ModelSpec, dtype: str) -> torch.d
     stored = load_config(spec).dtype
     if stored in (torch.float16, torch.bfloat16):
         return stored
-    largest = max(float(weight.abs().max()) for weight in base.parameters())
+    largest = max(weight.detach().abs().max().item() for weight in base.parameters())
     return torch.float16 if largest < torch.finfo(torch.float16).max / 2 else torch.bfloat16
 
 
@@ -373,8 +384,8 @@ def _card(report: ExportReport) -> str:
         body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as {RECORD} says.")
     else:
         body.append(
-            f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter model "
-            f"over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same top "
-            f"token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
+            f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter "
+            f"model over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same "
+            f"top token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
         )
     return "\n".join([*front, "", *body, ""])

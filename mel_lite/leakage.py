@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
+from math import prod
 from typing import Any
 
 from mel_lite.errors import ConfigError
@@ -27,6 +28,7 @@ _QUOTED_WORDS = 6
 """So many words in a row that the question has too are a quotation of the question."""
 _MIN_PART_WORDS = 3
 _REDACT_ROUNDS = 3
+_MAX_FINDINGS = 200
 _MAX_EXPRESSIONS = 16
 _MAX_EXPRESSION_CHARS = 48
 
@@ -94,7 +96,7 @@ class _Guard:
         folded = fold(text)
         found: list[_Finding] = []
         for rule in (self._markup, self._answer, self._expressions, self._copied):
-            for new in rule(folded):
+            for new in islice(rule(folded), _MAX_FINDINGS):
                 if not any(new.start < old.end and old.start < new.end for old in found):
                     found.append(new)
         return sorted(found, key=lambda finding: finding.start)
@@ -218,6 +220,8 @@ _EXPRESSION = re.compile(
     r"(?<![\w.$\\])([(\d\u221a-][\d \t().+*/^\u00d7\u00b7\u00f7\u221a\u03c0-]{1,45}[\d)\u03c0](?:\s?pi\b)?)(?!\w)"
 )
 _COMMANDS = frozenset("frac dfrac tfrac sqrt pi cdot times div left right circ".split())
+_SIGNS = "0123456789 \t\\{}()+-*/^.,|\u00d7\u00b7\u00f7\u221a\u03c0"
+_POWER = re.compile(r"\^\s?(?:\{\s?-?(\d{1,2})\s?\}|-?(\d{1,2}))(?!\s?[\w^/])")
 _OPERATOR_NAMES = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/"})
 
 
@@ -255,12 +259,10 @@ def _is_safe(expression: str) -> bool:
     letters = re.sub(r"\\[A-Za-z]+|\bpi\b", " ", expression)
     if re.search(r"[A-Za-z]{2}|_", letters):
         return False
-    limit = 6 if re.search(r"[A-Za-z]", letters) else 64
-    for power in expression.split("^")[1:]:
-        exponent = re.match(r"\s*\{?\s*\(?-?(\d{1,2}(?:/\d)?|[a-z])\)?\s*\}?(?![\d^])", power)
-        if not exponent or (exponent[1].isdigit() and int(exponent[1]) > limit):
-            return False
-    return True
+    powers = _POWER.findall(expression)
+    if len(powers) != expression.count("^"):
+        return False
+    return prod(int(power) for pair in powers for power in pair if power) <= (6 if letters.strip(_SIGNS) else 99)
 
 
 @lru_cache(maxsize=1024)

@@ -6,7 +6,7 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 from __future__ import annotations
 
 import json
-import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from mel_lite import checkpoint
-from mel_lite.adapters import attach_adapter, lora_config, write_fingerprint
+from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks
 from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
-from mel_lite.errors import DataError
+from mel_lite.errors import DataError, ExportError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
@@ -29,8 +29,6 @@ from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import render
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     return Tasks(fits, held_out, len(train) - len(fits))
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool, adapter: Path | None, console: Console) -> None:
+def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
@@ -86,16 +84,17 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, adapter: Path | None, c
         args = build_args(recipe, folder)
         if resume:
             checkpoint.resolve(folder, True)  # fail before minutes of loading
-        else:
-            (folder / "config.yaml").write_text(recipe.as_yaml())
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
-        console.print(f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: "
-                      f"{len(tasks.train)} tasks, output in {folder}")  # fmt: skip
+        console.print(
+            f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: {len(tasks.train)} tasks, "
+            f"output in {folder}"
+        )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, adapter, display)
+        (folder / "config.yaml").write_text(recipe.as_yaml())
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None)
@@ -107,14 +106,12 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, adapter: Path | None, c
         _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
 
 
-def _build_trainer(
-    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, adapter: Path | None, display: LiveDisplay
-) -> MELTrainer:
+def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay) -> MELTrainer:
     args.disable_tqdm = True
     model = load_base(recipe.model)
     peft_config = None
-    if adapter is not None:
-        model = attach_adapter(model, adapter, trainable=True)
+    if recipe.lora is not None and recipe.lora.start_from is not None:
+        model = attach_adapter(model, find_adapter(recipe.lora.start_from), trainable=True)
     elif recipe.lora is not None:
         peft_config = lora_config(recipe.lora)
     trainer = MELTrainer(
@@ -172,15 +169,18 @@ def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
 def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
-    with console.status(f"exporting {recipe.export.format}"):
-        return export(
-            adapter_dir,
-            folder / recipe.export.format,
-            format=recipe.export.format,
-            base=recipe.model,
-            dtype=recipe.export.dtype,
-            allow_untrained=True,
-        )
+    target = folder / recipe.export.format
+    if target.exists():  # of the run before it was resumed
+        shutil.rmtree(target)
+    try:
+        with console.status(f"exporting {recipe.export.format}"):
+            return export(
+                adapter_dir, target, format=recipe.export.format, base=recipe.model, dtype=recipe.export.dtype
+            )
+    except ExportError as error:
+        # The adapter is saved; an export can be had later with `mel-lite export`.
+        console.print(f"[yellow]not exported:[/] {error}")
+        return None
 
 
 def _summary(

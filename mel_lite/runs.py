@@ -33,7 +33,7 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
 
     Raises: ConfigError when it holds another run and `resume` is off, or when another process is using it.
     """
-    if not resume and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    if not resume and any(p.is_file() and p.name != ".lock" for p in folder.rglob("*")):
         raise ConfigError(
             f"output folder {folder} is not empty. Continue that run with --resume, or name another --output-dir."
         )

@@ -29,8 +29,7 @@ def main() -> None:
     _limit_resources(setup["memory_bytes"])
     _die_with_parent(setup["parent_pid"])
     sys.path[:] = setup["sys_path"]
-    if importlib.util.find_spec("mel_lite") is None:
-        sys.path.append(setup["package_folder"])
+    _find_our_package(setup["package_folder"])
     try:
         verifier = _load(setup["verifier"])
     except BaseException as error:  # SystemExit at import included: the parent must hear of it
@@ -40,6 +39,17 @@ def main() -> None:
     while line := requests.readline():
         _limit_cpu(setup["deadline_s"])
         _send(replies, _judge(verifier, json.loads(line)))
+
+
+def _find_our_package(folder: str) -> None:
+    """See to it that `import mel_lite` gives the parent's copy, whatever else is installed."""
+    spec = importlib.util.find_spec("mel_lite")
+    if (
+        spec is None
+        or spec.origin is None
+        or os.path.realpath(spec.origin) != os.path.join(folder, "mel_lite", "__init__.py")
+    ):
+        sys.path.insert(0, folder)
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -56,7 +56,7 @@ PAIRS: tuple[tuple[str, str, str, str], ...] = (
     ("math", r"\boxed{0.5}", r"50\%", R),
     ("math", r"\boxed{\$18}", "18", R),
     ("math", r"\boxed{\text{Tuesday}}", "Tuesday", R),
-    ("math", r"\boxed{yadseuT}", "Tuesday", W),
+    ("math", r"\boxed{Spira}", "Paris", W),  # an anagram: equal as a product of variables
     ("math", "It is clear that the answer is 12.", "12", R),
     ("math", "I do not know.", "12", W),
     ("math", "", "12", W),

@@ -60,21 +60,16 @@ def test_recall_and_false_positives_on_the_corpus():
     assert len(wrong[False]) <= 0.03 * (len(CORPUS) - leaks), f"false alarms: {wrong[False]}"
 
 
-def test_redaction_cleans_the_corpus_and_keeps_the_rest():
-    mended = 0
-    for case in CORPUS:
-        report = check_case(case, policy="redact")
-        if not report.leaks:
-            assert report.redacted is None
-            continue
-        if report.redacted is None:
-            continue
-        mended += 1
+def test_redaction_cleans_every_leak_of_the_corpus_and_keeps_the_rest():
+    rest = "\nThe other habits of this solver are sound."
+    for case in (case for case in CORPUS if case["leak"]):
+        report = check_case(case | {"text": case["text"] + rest}, policy="redact")
+        assert report.redacted is not None, case
         text = getattr(report.redacted, case["part"])
-        assert REDACTED in text and check_case(case | {"text": text}).reasons == (), text
+        assert REDACTED in text and text.endswith(rest)
+        assert check_case(case | {"text": text}).reasons == ()
         for part in CLEAN.keys() - {case["part"]}:
             assert getattr(report.redacted, part) == CLEAN[part]
-    assert mended >= 0.8 * sum(case["leak"] for case in CORPUS)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_the_reason_names_both_counts():
 
 
 def test_uplift_without_control_and_unknown_criteria_are_errors():
-    with pytest.raises(ConfigError, match="needs the control attempts. Set replay_control=True"):
+    with pytest.raises(ConfigError, match=r"needs the control attempts\. Set replay_control=True"):
         is_kept(Replay((R,), ("",)), "uplift")
     with pytest.raises(ConfigError, match="replay_criterion='better' is not one of solved, uplift"):
         is_kept(Replay((R,), ("",)), "better")

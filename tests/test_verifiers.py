@@ -120,6 +120,14 @@ def test_text_verifiers_are_quick_on_a_megabyte(name: str) -> None:
         assert time.perf_counter() - start_s < 2.0, (name, text[:30])
 
 
+@pytest.mark.parametrize("delimiter", ["", "$", r"the sum $1$ or $"])
+def test_math_reads_no_final_answer_longer_than_an_honest_one(delimiter: str) -> None:
+    deep = rf"\boxed{{{delimiter}" + "(" * 10_000 + "42" + ")" * 10_000 + delimiter[-1:] + "}"
+    start_s = time.perf_counter()
+    assert get_verifier("math")(deep, "42") is Verdict.WRONG
+    assert time.perf_counter() - start_s < 0.5
+
+
 # ---- verifiers by name ----
 
 

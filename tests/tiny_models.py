@@ -51,13 +51,14 @@ def tiny_config(kind: str = "llama", *, tied: bool = True, hidden: int = 64, lay
 def save_tiny(
     folder: Path, kind: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **config: int
 ) -> Path:
-    """Write a random model with tokenizer. The initial weights are spread so that its answers are not near-uniform."""
+    """Write a random model with tokenizer, opinionated: as initialised, its distributions would be near-uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, **config), dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(5)
+        model.model.norm.weight.mul_(8)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

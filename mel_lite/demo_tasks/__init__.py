@@ -1,10 +1,12 @@
-"""Small arithmetic tasks a 135M-parameter model answers right now and then: `train.jsonl` and `test.jsonl`."""
+"""Small arithmetic tasks the warm-started demo model answers right now and then: `train.jsonl` and `test.jsonl`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SPLITS = ("train", "test")
+INSTRUCTION = "Keep a running total, one step per line, and finish with `Answer: <number>`."
+"""What stands behind every question."""
 
 
 def path(split: str) -> Path:

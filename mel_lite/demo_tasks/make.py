@@ -12,15 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mel_lite.demo_tasks import path
+from mel_lite.demo_tasks import INSTRUCTION, path
 
 SEED = 20261122
-INSTRUCTION = "Think briefly, then finish with `Answer: <number>`."
 ONE_DIGIT = {"min_digits": 1, "max_digits": 1}
 FAMILIES: tuple[tuple[str, dict[str, Any], int, int], ...] = (
-    ("chain_sum", {"min_terms": 2, "max_terms": 2, **ONE_DIGIT}, 130, 30),
-    ("chain_sum", {"min_terms": 3, "max_terms": 3, **ONE_DIGIT}, 205, 50),
-    ("products", {"min_terms": 2, "max_terms": 2, **ONE_DIGIT}, 65, 20),
+    ("chain_sum", {"min_terms": 3, "max_terms": 3, **ONE_DIGIT}, 200, 50),
+    ("chain_sum", {"min_terms": 4, "max_terms": 4, **ONE_DIGIT}, 200, 50),
 )
 """(reasoning-gym task, its configuration, rows for training, rows for testing)."""
 _POOL = 4_000

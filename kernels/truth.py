@@ -1,0 +1,56 @@
+"""The same quantities in float64, by automatic differentiation, for tests and for the benchmark's error columns."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tiles import Scored
+from .transform import LogitTransform
+
+BLOCK_BYTES = 256 * 2**20
+
+
+def true_head(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> Scored:
+    """logp, entropy, lse and u = d logp / d hidden in float64, from the inputs as they are; every target a token.
+
+    Shares no code with the operators: whole rows of logits, target left out of the normaliser, torch's own gradients.
+    """
+    weight_VH = weight_VH.detach().double()
+    block = max(1, BLOCK_BYTES // (len(weight_VH) * 8))
+    parts = [
+        _block(hidden_NH[i : i + block], weight_VH, target_N[i : i + block], bias_V, transform or LogitTransform())
+        for i in range(0, max(len(hidden_NH), 1), block)
+    ]
+    return Scored(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+@torch.enable_grad()
+def _block(
+    hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, bias_V: Tensor | None, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_RH = hidden_RH.detach().double().requires_grad_()
+    z_RV = hidden_RH @ weight_VH.T
+    if bias_V is not None:
+        z_RV = z_RV + bias_V.detach().double()
+    z_RV = z_RV * transform.logit_scale
+    if transform.softcap is not None:
+        z_RV = transform.softcap * torch.tanh(z_RV / transform.softcap)
+    z_RV = z_RV / transform.temperature
+    target_R1 = target_R.long()[:, None]
+    z_t_R = z_RV.gather(1, target_R1)[:, 0]
+    if len(weight_VH) == 1:
+        logp_R = z_t_R - z_t_R
+    else:
+        logp_R = F.logsigmoid(z_t_R - torch.logsumexp(z_RV.scatter(1, target_R1, -torch.inf), 1))
+    (u_RH,) = torch.autograd.grad(logp_R.sum(), hidden_RH)
+    log_p_RV = z_RV.detach().log_softmax(1).scatter(1, target_R1, logp_R.detach()[:, None])
+    entropy_R = -(log_p_RV.exp() * log_p_RV.clamp(min=-1e300)).sum(1)
+    return logp_R.detach(), entropy_R, z_RV.detach().logsumexp(1), u_RH

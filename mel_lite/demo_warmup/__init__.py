@@ -1,0 +1,5 @@
+"""The demo's warm-up: worked sums, slips made on purpose, analyses of them, and solving with such notes in the prompt.
+
+Pure Python and seeded: `python -m mel_lite.demo_warmup examples.jsonl` writes the same bytes every time. README.md in
+the folder of the shipped adapter (`mel_lite.demo_adapter`) tells what was trained on it and what came of it.
+"""

@@ -1,0 +1,381 @@
+"""Warm-up: supervised fine-tuning on formatted examples, so that rollouts and analyses have their form before RL.
+
+TRL's SFTTrainer does the training; the loss is on the completions only. The result is a LoRA adapter that
+`mel-lite train --adapter DIR` goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.adapters import LoraSpec, attach_adapter, lora_config, write_fingerprint
+from mel_lite.data import load_tasks
+from mel_lite.errors import ConfigError, DataError
+from mel_lite.evaluate import EvalResult, evaluate
+from mel_lite.judging import AnswerJudge
+from mel_lite.models import ModelSpec, context_length, eos_ids, load_base, load_tokenizer, turn_end_id
+from mel_lite.templates import render
+from mel_lite.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROLES = ("system", "user", "assistant")
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupOptions:
+    """How the warm-up trains."""
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    """Optimiser steps; -1 = what `epochs` takes."""
+    batch_size: int = 8
+    """Examples per optimiser step."""
+    micro_batch_size: int | None = None
+    """Examples per forward pass; None = `batch_size`."""
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 10
+    max_length_tokens: int | None = None
+    """Longest example, prompt and completion together; None = the model's context. Longer ones are skipped."""
+    save_steps: int | None = None
+    """Also keep the adapter every so many steps, in `checkpoint-N`; None = only at the end."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.micro and self.batch_size % self.micro:
+            raise ConfigError(
+                f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1 and "
+                "the first a multiple of the second. Set them so."
+            )
+        if not self.learning_rate > 0 or self.epochs <= 0 or self.max_steps == 0:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate}, epochs={self.epochs}, max_steps={self.max_steps}: nothing would "
+                "be learnt. Give positive values (max_steps=-1 leaves it to epochs)."
+            )
+
+    @property
+    def micro(self) -> int:
+        """Examples per forward pass."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupEval:
+    """Tasks to measure the model on before and after; fields as `mel_lite.evaluate.evaluate` takes them."""
+
+    dataset: str
+    verifier: str = "math"
+    limit: int | None = None
+    k: int = 8
+    temperature: float = 0.6
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupResult:
+    """What a warm-up left."""
+
+    adapter: Path
+    examples: int
+    skipped_long: int
+    """Examples left out because prompt and completion do not fit the context together."""
+    trained_tokens: int
+    """Completion tokens of the examples, once through."""
+    steps: int
+    final_loss_nats: float
+    """Mean loss per completion token over the last logged steps."""
+    took_s: float
+    """Training alone, without the evaluations."""
+    before: EvalResult | None = None
+    after: EvalResult | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and the completion to learn for it."""
+
+    prompt: Prompt
+    completion: str
+
+
+def load_examples(file: Path) -> list[Example]:
+    """Read a JSONL file of `{"prompt": text or messages, "completion": text}`; other columns are ignored.
+
+    Raises: DataError for a file that cannot be read or is empty, and for a malformed row, with file, row and column.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"examples={str(file)!r} cannot be read: {error}. Give a JSONL file in UTF-8.") from error
+    examples = [_read_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise DataError(f"examples={str(file)!r} holds no examples. Write one JSON object per line.")
+    return examples
+
+
+def _read_row(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}). Write one object per line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object with `prompt` and `completion`.")
+    for column in ("prompt", "completion"):
+        if column not in row:
+            raise DataError(f"{where}: column {column!r} is missing; there is {', '.join(map(repr, row)) or 'none'}.")
+    return Example(_read_prompt(row["prompt"], where), _read_completion(row["completion"], where))
+
+
+def _read_prompt(prompt: Any, where: str) -> Prompt:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise DataError(f"{where}, column 'prompt': empty. Give text or messages.")
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise DataError(f"{where}, column 'prompt': {_short(prompt)} is neither text nor a list of messages.")
+    for number, message in enumerate(prompt, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(
+                f"{where}, column 'prompt': message {number} is {_short(message)}; it must be an object with a `role` "
+                "and `content` as text."
+            )
+        if message.get("role") not in ROLES:
+            raise DataError(
+                f"{where}, column 'prompt': message {number} has the role {_short(message.get('role'))}, which is not "
+                f"one of {', '.join(ROLES)}."
+            )
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(f"{where}, column 'prompt': ends with the assistant's turn. Put that into `completion`.")
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+def _read_completion(completion: Any, where: str) -> str:
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        if completion[0].get("role") == "assistant":  # TRL's conversational form
+            completion = completion[0].get("content")
+    if not isinstance(completion, str) or not completion.strip():
+        raise DataError(f"{where}, column 'completion': {_short(completion)} is not text to learn. Give some.")
+    return completion
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def tokenise(
+    examples: Sequence[Example], tokenizer: Any, *, max_length_tokens: int, turn_end: int | None = None
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Rows of `input_ids` and `labels` (-100 on the prompt), and how many examples were too long and left out.
+
+    The prompt's ids are those a rollout of it would start from. A conversation's completion ends with `turn_end`, plain
+    text with the end-of-sequence id. Raises: DataError when every example is too long.
+    """
+    rows, lengths = [], []
+    for example in examples:
+        prompt_ids = list(render(example.prompt, tokenizer))
+        end = tokenizer.eos_token_id if isinstance(example.prompt, str) or turn_end is None else turn_end
+        completion_ids = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end]
+        lengths.append(len(prompt_ids) + len(completion_ids))
+        if lengths[-1] <= max_length_tokens:
+            labels = [-100] * len(prompt_ids) + completion_ids
+            rows.append({"input_ids": prompt_ids + completion_ids, "labels": labels})
+    if not rows:
+        raise DataError(
+            f"None of the {len(examples)} examples fits {max_length_tokens} tokens; the shortest has {min(lengths)}. "
+            "Shorten them, or raise max_length_tokens if the model's context allows."
+        )
+    return rows, len(examples) - len(rows)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def warmup(
+    examples_file: Path,
+    output_dir: Path,
+    *,
+    model: ModelSpec,
+    lora: LoraSpec | None = None,
+    adapter: Path | None = None,
+    options: WarmupOptions | None = None,
+    evaluation: WarmupEval | None = None,
+    console: Console | None = None,
+) -> WarmupResult:
+    """Fine-tune a LoRA adapter on examples and save it in `output_dir`; measure it before and after if asked to.
+
+    Args:
+        lora: the adapter to train; None = `LoraSpec()`, or the shape of `adapter`.
+        adapter: go on training this one.
+    Raises: ConfigError for an `output_dir` in use or `lora` together with `adapter`; DataError for examples and tasks
+        that cannot be used; ModelError for a model or adapter that cannot.
+    """
+    options = options or WarmupOptions()
+    if lora is not None and adapter is not None:
+        raise ConfigError("lora and adapter together: an adapter brings its own shape. Give one of them.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ConfigError(f"output_dir={str(output_dir)!r} is not empty. Give a new folder; nothing is overwritten.")
+    examples = load_examples(examples_file)
+    tokenizer = load_tokenizer(model)
+    base = load_base(model)
+    room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
+    rows, skipped = tokenise(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
+    if skipped:
+        _say(console, f"{skipped} of {len(examples)} examples left out: longer than {room_tokens} tokens.")
+    stops = eos_ids(base, tokenizer)
+    peft_model = _adapted(base, lora, adapter)
+    measure = _measure(peft_model, tokenizer, stops, evaluation, seed=options.seed)
+    before = measure("before", console)
+    started_s = time.monotonic()
+    trainer = _train(peft_model, tokenizer, rows, output_dir, options, console)
+    took_s = time.monotonic() - started_s
+    save(peft_model, output_dir, revision=model.revision)
+    return WarmupResult(
+        adapter=output_dir,
+        examples=len(rows),
+        skipped_long=skipped,
+        trained_tokens=sum(label != -100 for row in rows for label in row["labels"]),
+        steps=trainer.state.global_step,
+        final_loss_nats=next((log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), float("nan")),
+        took_s=took_s,
+        before=before,
+        after=measure("after", console),
+    )
+
+
+def save(model: Any, folder: Path, *, revision: str | None = None) -> None:
+    """Write a PEFT adapter and the record of its base, so that `attach_adapter` takes it back."""
+    model.save_pretrained(folder)
+    write_fingerprint(folder, model, revision=revision)
+
+
+def _adapted(base: Any, lora: LoraSpec | None, adapter: Path | None) -> Any:
+    from peft import get_peft_model
+
+    if adapter is not None:
+        return attach_adapter(base, adapter, trainable=True)
+    return get_peft_model(base, lora_config(lora or LoraSpec()))
+
+
+def _measure(
+    model: Any, tokenizer: Any, stops: tuple[int, ...], tasks: WarmupEval | None, *, seed: int
+) -> Callable[[str, Console | None], EvalResult | None]:
+    """A function that evaluates the model as it is; the tasks are loaded now, so that mistakes show before training."""
+    if tasks is None:
+        return lambda name, console: None
+    from mel_lite.engines.hf import HFEngine
+    from mel_lite.verify_pool import VerifyPool
+
+    conversational = tokenizer.chat_template is not None
+    questions = load_tasks(tasks.dataset, limit=tasks.limit, conversational=conversational)
+    engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
+
+    def measure(name: str, console: Console | None) -> EvalResult:
+        with VerifyPool(tasks.verifier) as pool:
+            result = evaluate(
+                engine,
+                tokenizer,
+                questions,
+                AnswerJudge(pool),
+                k=tasks.k,
+                temperature=tasks.temperature,
+                max_new_tokens=tasks.max_new_tokens,
+                seed=seed,
+                context_tokens=context_length(model),
+            )
+        if console is not None:
+            console.print(result.as_table(f"{name} the warm-up"))
+        return result
+
+    return measure
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, list[int]]],
+    output_dir: Path,
+    options: WarmupOptions,
+    console: Console | None,
+) -> Any:
+    import datasets
+    import torch
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    on_cpu = not torch.cuda.is_available()
+    args = SFTConfig(
+        output_dir=str(output_dir),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.micro,
+        gradient_accumulation_steps=options.batch_size // options.micro,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_steps,
+        max_length=None,  # what is too long was left out whole
+        train_sampling_strategy="group_by_length",
+        gradient_checkpointing=not on_cpu,
+        bf16=False,  # the base was loaded in its own dtype; LoRA weights stay as PEFT made them
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=_LOG_EVERY,
+        save_strategy="no" if options.save_steps is None else "steps",
+        save_steps=options.save_steps or 500,
+        save_only_model=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_progress(console))
+    trainer.train()
+    return trainer
+
+
+def _progress(console: Console | None) -> Any:
+    """A callback that prints loss, learning rate and time left every few steps."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        started_s = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started_s = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if not logs or "loss" not in logs or not state.global_step:
+                return
+            passed_s = time.monotonic() - self.started_s
+            left_s = passed_s / state.global_step * (state.max_steps - state.global_step)
+            _say(
+                console,
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f} nats/token  "
+                f"{passed_s:.0f} s, {left_s:.0f} s left",
+            )
+
+    return Progress()
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text)
+
+
+__all__ = ["Example", "WarmupEval", "WarmupOptions", "WarmupResult", "load_examples", "save", "tokenise", "warmup"]

@@ -1,0 +1,196 @@
+"""Reading a model's head: real (tiny, random) models against their own log-probabilities. N rows, H hidden size."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+)
+
+from kernel_cases import relative
+from mel_lite.kernels import (
+    HeadSpec,
+    backends,
+    check_head_spec,
+    fused_logprobs,
+    head_logprobs,
+    head_spec,
+    why_not_fused,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[PretrainedConfig, HeadSpec]] = {
+    "llama": (LlamaConfig(**SIZES), HeadSpec()),
+    "gemma2": (Gemma2Config(**SIZES, final_logit_softcapping=4.0), HeadSpec(softcap=4.0)),
+    "cohere": (CohereConfig(**SIZES, logit_scale=0.25), HeadSpec(logit_scale=0.25)),
+    "granite": (GraniteConfig(**SIZES, logits_scaling=8.0), HeadSpec(logit_scale=0.125)),
+    "hyperclovax": (HyperCLOVAXConfig(**SIZES, logits_scaling=0.5), HeadSpec(logit_scale=0.5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def warn_again() -> None:
+    """Warnings come once per process; here, once per test."""
+    backends.warn_once.cache_clear()
+
+
+def tiny(family: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family][0]).eval().requires_grad_(False)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.mul_(8)  # spread the logits, so that caps and scales show
+    return model
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_scale_and_softcap_are_read_and_are_the_models_own(family: str) -> None:
+    model = tiny(family)
+    spec = head_spec(model)
+    assert spec == FAMILIES[family][1]
+    check_head_spec(model, spec)
+    wrong = HeadSpec(spec.logit_scale * 1.1, spec.softcap)
+    with pytest.raises(ValueError, match="does not compute its logits as .* its logit transform is unknown"):
+        check_head_spec(model, wrong)
+
+
+def test_a_transform_no_config_names_is_found() -> None:
+    model = tiny("llama")
+    original = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not compute its logits as HeadSpec"):
+        check_head_spec(model, head_spec(model))
+
+
+def test_unusable_config_value() -> None:
+    with pytest.raises(ValueError, match=r"config.logits_scaling is 0.0: expected a finite number above 0"):
+        head_spec(GraniteConfig(**SIZES, logits_scaling=0.0))
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(9, 32, requires_grad=True), torch.randint(96, (9,))
+
+
+def lora_head(dropout: float = 0.0) -> Any:
+    config = LoraConfig(target_modules=["lm_head"], r=4, lora_dropout=dropout, init_lora_weights=False)
+    return get_peft_model(tiny("llama"), config).get_base_model().lm_head
+
+
+def saved_head() -> Any:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return get_peft_model(tiny("llama"), config).get_base_model().lm_head
+
+
+def quantised_head() -> Any:
+    import bitsandbytes as bnb
+
+    head = bnb.nn.Linear4bit(32, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    head.weight = bnb.nn.Params4bit(torch.randn(96, 32), requires_grad=False, quant_type="nf4")
+    return head.to("cpu")
+
+
+def hooked_head() -> Any:
+    head = nn.Linear(32, 96, bias=False)
+    head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    return head.requires_grad_(False)
+
+
+def patched_head() -> Any:
+    head = nn.Linear(32, 96, bias=False).requires_grad_(False)
+    head.forward = lambda hidden: hidden @ head.weight.T + 0.5 * hidden.sum(-1, keepdim=True).expand(-1, 96)
+    return head
+
+
+class OwnHead(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.tanh())
+
+
+REFUSED = {
+    "lora": (lora_head, "wrapped by an adapter"),
+    "modules_to_save": (saved_head, "wrapped by an adapter"),
+    "quantised": (quantised_head, "quantised or sharded"),
+    "hooked": (hooked_head, "it has hooks"),
+    "patched": (patched_head, "its forward is replaced"),
+    "own class": (lambda: OwnHead(32, 96).requires_grad_(False), "it is a OwnHead, not an nn.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_heads_that_cannot_be_fused_take_the_reference(name: str) -> None:
+    """One warning, the head's own logits, gradients for all that the head trains; or an error when Triton is asked."""
+    make, reason = REFUSED[name]
+    head, (hidden_NH, target_N) = make(), rows()
+    assert reason in why_not_fused(head)
+    with pytest.raises(ValueError, match=f"impl is 'triton' but this head cannot be fused: .*{reason}"):
+        head_logprobs(head, hidden_NH, target_N, spec=HeadSpec(), impl="triton")
+    spec = HeadSpec(logit_scale=0.5, softcap=6.0)
+    with pytest.warns(RuntimeWarning, match=f"slower reference path.*{reason}") as caught:
+        logp_N, entropy_N, lse_N = head_logprobs(head, hidden_NH, target_N, spec=spec, temperature=0.8)
+        head_logprobs(head, hidden_NH, target_N, spec=spec, compute_u=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    z_NV = 6 * torch.tanh(0.5 * head(hidden_NH).float() / 6) / 0.8
+    log_p_NV = z_NV.log_softmax(1)
+    expected_N = log_p_NV.gather(1, target_N[:, None])[:, 0]
+    assert relative(logp_N.detach(), expected_N.detach()) < 1e-6
+    assert relative(lse_N, z_NV.logsumexp(1).detach()) < 1e-6
+    assert relative(entropy_N, -(log_p_NV.exp() * log_p_NV).sum(1).detach()) < 1e-6
+    trained = [hidden_NH, *(p for p in head.parameters() if p.requires_grad)]
+    assert len(trained) == {"lora": 3, "modules_to_save": 2}.get(name, 1)
+    found, truth = (torch.autograd.grad(t.sum(), trained, allow_unused=True) for t in (logp_N, expected_N))
+    for one, other in zip(found, truth, strict=True):
+        assert relative(one, other) < 1e-5 and other.abs().sum() > 0
+
+
+def test_dropout_in_the_head_is_the_same_when_recomputed() -> None:
+    """The gradient must belong to the log-probabilities that were returned."""
+    head, (hidden_NH, target_N) = lora_head(dropout=0.5).train(), rows()
+    torch.manual_seed(7)
+    logp_N, _, _ = head_logprobs(head, hidden_NH, target_N, spec=HeadSpec())
+    (found,) = torch.autograd.grad(logp_N.sum(), hidden_NH)
+    torch.manual_seed(7)
+    expected_N = head(hidden_NH).log_softmax(1).gather(1, target_N[:, None])[:, 0]
+    (truth,) = torch.autograd.grad(expected_N.sum(), hidden_NH)
+    assert relative(logp_N.detach(), expected_N.detach()) < 1e-6 and relative(found, truth) < 1e-5
+
+
+def test_plain_heads_are_fused_in_silence() -> None:
+    """Frozen, trained, and one that accelerate hooked only to move its inputs."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    head, (hidden_NH, target_N) = nn.Linear(32, 96).requires_grad_(False), rows()
+    expected = fused_logprobs(hidden_NH, head.weight, target_N, bias_V=head.bias)
+    hooked = add_hook_to_module(nn.Linear(32, 96).requires_grad_(False), AlignDevicesHook(execution_device="cpu"))
+    assert why_not_fused(head) is None and why_not_fused(hooked) is None
+    offloaded = add_hook_to_module(nn.Linear(32, 96), AlignDevicesHook(execution_device="cpu", offload=True))
+    assert "offloaded" in why_not_fused(offloaded) or "sharded" in why_not_fused(offloaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = head_logprobs(head, hidden_NH, target_N, spec=HeadSpec())
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        head.requires_grad_(True)
+        logp_N, entropy_N, _ = head_logprobs(head, hidden_NH, target_N, spec=HeadSpec(), entropy_grad=True)
+    for value_N in (logp_N, entropy_N):
+        assert torch.autograd.grad(value_N.sum(), head.weight, retain_graph=True)[0].abs().sum() > 0

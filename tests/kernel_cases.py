@@ -1,0 +1,67 @@
+"""Inputs for the operator tests: rows from hopeless to certain, and the criteria all implementations are held to.
+
+N rows, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mel_lite.kernels.tiles import Scored
+
+
+def head_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden_NH, weight_VH, target_N): other logits about N(0, 3), the target's going from -8 to 40 over the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_VH = torch.randn(vocab, width, generator=generator)
+    target_N = torch.randint(vocab, (rows,), generator=generator)
+    target_N[:1] = vocab - 1  # the last, ragged tile
+    noise_NH = torch.randn(rows, width, generator=generator) * (3.0 / width**0.5)
+    direction_NH = weight_VH[target_N]
+    direction_NH = direction_NH / direction_NH.square().sum(1, keepdim=True)
+    hidden_NH = noise_NH + torch.linspace(-8, 40, rows)[:, None] * direction_NH
+    return hidden_NH.to(dtype), weight_VH.to(dtype), target_N
+
+
+def naive_head(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Scored:
+    """What most training loops do: logits in the model's dtype, log_softmax in float32, autograd."""
+    hidden_NH = hidden_NH.detach().requires_grad_()
+    z_NV = (hidden_NH @ weight_VH.T).float()
+    log_p_NV = z_NV.log_softmax(1)
+    logp_N = log_p_NV.gather(1, target_N[:, None])[:, 0]
+    (u_NH,) = torch.autograd.grad(logp_N.sum(), hidden_NH)
+    log_p_NV = log_p_NV.detach()
+    return Scored(logp_N.detach(), -(log_p_NV.exp() * log_p_NV).sum(1), z_NV.detach().logsumexp(1), u_NH)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """|found - truth| / |truth| in Frobenius norm; |found| where the truth is 0."""
+    scale = float(truth.double().norm())
+    return float((found.double() - truth.double()).norm()) / (scale or 1.0)
+
+
+def worst(found: Tensor, truth: Tensor, floor: float = 0.0) -> float:
+    """Largest |found - truth| / max(|truth|, floor) over the rows; 0 where both are 0."""
+    scale_N = truth.double().abs().clamp(min=floor or 1e-300)
+    return float(((found.double() - truth.double()).abs() / scale_N).max()) if len(truth) else 0.0
+
+
+def assert_exact(found: Scored, truth: Scored, *, u_bound: float = 1e-5) -> None:
+    """Errors of a float32 logit and no more.
+
+    A logit z is only known to a few eps |z|, and that is the relative error of logp and 1 - p in a row whose target is
+    certain. Hence the bound of logp and u: 1e-5, and more only where |z| is above 10. The entropy of such a row is
+    exact to 2e-7 nats.
+    """
+    reach = float(torch.cat([truth.lse_N.abs(), (truth.lse_N + truth.logp_N).abs()]).max())
+    bound = max(1e-5, 8 * torch.finfo(torch.float32).eps * reach)
+    errors = {
+        "logp": (worst(found.logp_N, truth.logp_N), bound),
+        "entropy": (worst(found.entropy_N, truth.entropy_N, floor=1e-2), 2 * bound),
+        "lse": (worst(found.lse_N, truth.lse_N, floor=1.0), 1e-6),
+    }
+    if found.u_NH is not None and truth.u_NH is not None:
+        errors["u"] = (relative(found.u_NH, truth.u_NH), max(u_bound, bound))
+    too_large = {name: pair for name, pair in errors.items() if not pair[0] < pair[1]}
+    assert not too_large, f"(error, bound) of {too_large}"
