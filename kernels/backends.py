@@ -58,12 +58,25 @@ def run_frozen(
     """`tiles.frozen_head` with the steps and tiles of an implementation."""
     # float16 cannot hold small components of u; bfloat16 has float32's range.
     u_dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
-    steps, tiling = _steps(impl, hidden_NH.dtype, hidden_NH.device, hidden_NH.shape[1], transform)
+    steps, tiling = make_steps(impl, hidden_NH.dtype, hidden_NH.device, hidden_NH.shape[1], transform)
     with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
         return frozen_head(
             hidden_NH, weight_VH, target_N, bias_V,
             steps=steps, tiling=tiling, u_dtype=u_dtype if want_u else None, coefficient=coefficient,
         )  # fmt: skip
+
+
+def make_steps(
+    impl: str, dtype: torch.dtype, device: torch.device, width: int, transform: LogitTransform
+) -> tuple[Steps, Tiling]:
+    """The elementwise half of the tile loop, and the size of its tiles; neither depends on what varies by call."""
+    if impl == "torch":
+        return TorchSteps(dtype, device, transform), CPU_TILING if device.type == "cpu" else GPU_TILING
+    from .triton_steps import MAX_BLOCK, TritonSteps, gpu_tiling
+
+    if device.type == "cpu":  # the interpreter: small blocks, few launches
+        return TritonSteps(dtype, device, transform), Tiling(64, MAX_BLOCK)
+    return TritonSteps(dtype, device, transform), gpu_tiling(device, width, transform.softcap is not None)
 
 
 @contextmanager
@@ -101,18 +114,6 @@ def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | Non
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
     return _trial_run(dtype, torch.device(device_type, device_index))
-
-
-def _steps(
-    impl: str, dtype: torch.dtype, device: torch.device, width: int, transform: LogitTransform
-) -> tuple[Steps, Tiling]:
-    if impl == "torch":
-        return TorchSteps(dtype, device, transform), CPU_TILING if device.type == "cpu" else GPU_TILING
-    from .triton_steps import MAX_BLOCK, TritonSteps, gpu_tiling
-
-    if device.type == "cpu":  # the interpreter: small blocks, few launches
-        return TritonSteps(dtype, device, transform), Tiling(64, MAX_BLOCK)
-    return TritonSteps(dtype, device, transform), gpu_tiling(device, width, transform.softcap is not None)
 
 
 def _trial_run(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -21,13 +21,17 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one compiled kernel takes: registers and stack (spilled) bytes per thread, shared bytes per block."""
+    """What one compiled kernel takes: registers and stack (spilled) bytes per thread, shared bytes per block.
+
+    `wide_loads` counts its loads of 16 bytes: a tile read 4 bytes at a time would show here.
+    """
 
     kernel: str
     architecture: int
     registers: int
     stack_bytes: int
     shared_bytes: int
+    wide_loads: int
 
 
 def fold_usage(
@@ -86,7 +90,8 @@ def _compile(
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack_bytes = _resources(compiled.asm["cubin"])
-    return Usage(kernel.fn.__name__, architecture, registers, stack_bytes, compiled.metadata.shared)
+    wide_loads = len(re.findall(r"ld\.global\.\S*v4", compiled.asm["ptx"]))
+    return Usage(kernel.fn.__name__, architecture, registers, stack_bytes, compiled.metadata.shared, wide_loads)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

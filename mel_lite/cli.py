@@ -113,8 +113,9 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
     verifier: Annotated[
-        str, typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn.")
-    ] = "math",
+        str | None,
+        typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn. Default: the dataset's."),
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,

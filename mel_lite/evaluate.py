@@ -286,7 +286,7 @@ def evaluate_model(
     adapter: Path | None,
     dataset: str,
     *,
-    verifier: str = "math",
+    verifier: str | None = None,
     system_prompt: str | None = None,
     limit: int | None = None,
     **options: Any,
@@ -297,10 +297,11 @@ def evaluate_model(
         spec: the base model; None = the one `adapter` was trained on, loaded as it was then.
         adapter: a run, checkpoint or adapter folder, or None for the base alone.
         dataset: task spec as `mel_lite.data.load_tasks` takes it.
+        verifier: None = the one recommended for the dataset, else `math`.
     Raises: ConfigError when neither model nor adapter is given; what loading, data and verifier raise.
     """
     from mel_lite.adapters import adapter_base, attach_adapter, find_adapter
-    from mel_lite.data import load_tasks
+    from mel_lite.data import load_tasks, recommended_verifier
     from mel_lite.engines.hf import HFEngine
     from mel_lite.models import context_length, eos_ids, load_base, load_tokenizer
     from mel_lite.verify_pool import VerifyPool
@@ -318,5 +319,5 @@ def evaluate_model(
     if adapter is not None:
         model = attach_adapter(model, adapter)
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
-    with VerifyPool(verifier) as pool:
+    with VerifyPool(verifier or recommended_verifier(dataset) or "math") as pool:
         return evaluate(engine, tokenizer, tasks, AnswerJudge(pool), context_tokens=context_length(model), **options)

@@ -108,7 +108,8 @@ _NAMES = {
     ),
 }
 _NAME = re.compile(
-    r"(?:the |my |our )?(?:" + "|".join(f"(?P<{part}>{names})" for part, names in _NAMES.items()) + r")\b", re.I
+    r"(?:the |my |our )?(?:" + "|".join(f"(?P<{part}>{names})" for part, names in _NAMES.items()) + r")(?![A-Za-z0-9])",
+    re.I,
 )
 _NUMBER = re.compile(r"\(?(?:\d{1,2}|[ivxIVX]{1,4}|[a-dA-D])[.):]\s*|(?:section|part)\s+\d{1,2}\s*[:.)-]?\s*", re.I)
 _DECORATION = " \t#>*_`\"'[-+\u2022"
@@ -194,7 +195,7 @@ def _headed_sections(text: str) -> dict[str, str]:
     sections: dict[str, str] = {}
     part, level = "", 0
     ends = [heading.line for heading in headings[1:]] + [len(lines)]
-    for heading, end in zip(headings, ends, strict=True):
+    for heading, end in zip(headings, ends, strict=False):
         body = "\n".join([heading.rest, *lines[heading.line + 1 : end]])
         if part and not heading.part and heading.level > level:
             body = f"{lines[heading.line].strip(_DECORATION)}\n{body}"  # a subheading of the part above

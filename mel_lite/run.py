@@ -17,7 +17,7 @@ from rich.console import Console
 from mel_lite import checkpoint
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
 from mel_lite.config import MELConfig
-from mel_lite.data import load_tasks
+from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
 from mel_lite.errors import DataError, ExportError
 from mel_lite.evaluate import EvalResult, evaluate
@@ -82,6 +82,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
     with run_folder(folder, resume=resume):
         started_s = time.monotonic()
         args = build_args(recipe, folder)
+        args.verifier = args.verifier or recommended_verifier(recipe.data.train)
         if resume:
             checkpoint.resolve(folder, True)  # fail before minutes of loading
         tokenizer = load_tokenizer(recipe.model)

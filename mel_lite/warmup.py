@@ -19,6 +19,8 @@ from mel_lite.errors import ConfigError, DataError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.judging import AnswerJudge
 from mel_lite.models import ModelSpec, context_length, eos_ids, load_base, load_tokenizer, turn_end_id
+from mel_lite.packing import Block
+from mel_lite.scoring import install_scoring_head
 from mel_lite.templates import render
 from mel_lite.types import Prompt
 
@@ -50,7 +52,7 @@ class WarmupOptions:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.micro and self.batch_size % self.micro:
+        if self.micro < 1 or self.batch_size < 1 or self.batch_size % self.micro:
             raise ConfigError(
                 f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1 and "
                 "the first a multiple of the second. Set them so."
@@ -230,6 +232,7 @@ def warmup(
     examples = load_examples(examples_file)
     tokenizer = load_tokenizer(model)
     base = load_base(model)
+    install_scoring_head(base, temperature=1.0)
     room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
     rows, skipped = tokenise(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
     if skipped:
@@ -248,7 +251,9 @@ def warmup(
         skipped_long=skipped,
         trained_tokens=sum(label != -100 for row in rows for label in row["labels"]),
         steps=trainer.state.global_step,
-        final_loss_nats=next((log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), float("nan")),
+        final_loss_nats=next(
+            (log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), float("nan")
+        ),
         took_s=took_s,
         before=before,
         after=measure("after", console),
@@ -313,7 +318,7 @@ def _train(
     import datasets
     import torch
     from transformers import PrinterCallback, ProgressCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
     args = SFTConfig(
@@ -339,7 +344,7 @@ def _train(
         disable_tqdm=True,
         seed=options.seed,
     )
-    trainer = SFTTrainer(
+    trainer = _trainer_class()(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
     trainer.remove_callback(PrinterCallback)
@@ -347,6 +352,28 @@ def _train(
     trainer.add_callback(_progress(console))
     trainer.train()
     return trainer
+
+
+def _trainer_class() -> type:
+    """TRL's SFTTrainer with its loss, the token-averaged NLL of the completions, through our operator.
+
+    TRL 1.15's own fused head is a Triton kernel, which needs a GPU.
+    """
+    from trl import SFTTrainer
+
+    class CompletionTrainer(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            block = Block(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+            scores = model(score_blocks=[block])
+            tokens = len(scores.logp_N) if num_items_in_batch is None else num_items_in_batch
+            loss = -scores.logp_N.sum() / tokens
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # DDP averages what is to be summed
+            return (loss, scores) if return_outputs else loss
+
+    return CompletionTrainer
 
 
 def _progress(console: Console | None) -> Any:

@@ -70,6 +70,8 @@ PAIRS: tuple[tuple[str, str, str, str], ...] = (
     ("numeric", "Answer: -3", "-3", R),
     ("numeric", "Answer: \u22123", "-3", R),
     ("numeric", "Answer: 3", "-3", W),
+    ("numeric", "Answer: 4\u200b2", "42", W),
+    ("numeric", "Answer:\u200b 42\u200b", "42", R),
     ("numeric", "Answer: 50%", "50", R),
     ("numeric", "Answer: 0.5", "50%", R),
     ("numeric", "Answer: 60 km/h", "60", R),

@@ -5,10 +5,26 @@ N rows, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from mel_lite.kernels.tiles import Scored
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+"""Set for the runs that `test_triton.py` starts: the real kernels, on CPU tensors."""
+
+FROZEN = ("torch", "triton") if DEVICE == "cuda" or INTERPRETED else ("torch",)
+IMPLS = (*FROZEN, "reference")
+HALVES = [
+    (impl, dtype)
+    for impl in FROZEN
+    for dtype in (torch.bfloat16, torch.float16)
+    if not (INTERPRETED and impl == "triton" and dtype == torch.bfloat16)  # the interpreter cannot do bfloat16
+]
+DTYPES = [*((impl, torch.float32) for impl in FROZEN), *HALVES]
 
 
 def head_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import re
 from pathlib import Path
@@ -248,8 +249,6 @@ SHARED = "".join(f"s{i:03d} " for i in range(200))
 RIGHT_REST = "RIGHT" + "".join(f"r{i:03d} " for i in range(80)) + "final 5"
 WRONG_REST = "WRONG" + "".join(f"w{i:03d} " for i in range(160)) + "final 6"
 LONG = pair_of(SHARED + RIGHT_REST, SHARED + WRONG_REST)
-WHOLE = len(analysis_text(LONG))
-FIXED = len(analysis_text(pair_of("", "")))
 
 
 def solutions(text: str) -> tuple[str, str]:
@@ -282,7 +281,7 @@ def test_the_middle_of_the_common_prefix_goes_first(less):
 
 def test_then_the_middle_of_the_rest_goes_and_the_ends_stay():
     full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
-    wrong, right = solutions(analysis_text(LONG, full_tokens - 1700))
+    wrong, right = solutions(analysis_text(LONG, full_tokens - 2100))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
         window = SHARED[-BEFORE_PARTING_TOKENS:] + rest[:AFTER_PARTING_TOKENS]
         assert window in text and text.endswith(rest[-END_TOKENS + 1 :])
@@ -299,8 +298,8 @@ def test_the_smallest_prompt_fits_and_one_token_less_raises():
         except PromptTooLong:
             return False
 
-    smallest = next(limit for limit in range(FIXED // 2, full_tokens) if fits(limit))
-    assert smallest < full_tokens - 1500
+    smallest = bisect.bisect_left(range(full_tokens), True, key=fits)
+    assert smallest < full_tokens - 2500
     with pytest.raises(PromptTooLong, match=f"has {full_tokens} tokens, {smallest - 1} fit"):
         analysis_text(LONG, smallest - 1)
     assert all(fits(limit) for limit in range(smallest, full_tokens, 97))

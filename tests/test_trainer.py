@@ -14,10 +14,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.errors import ConfigError, DataError
+from mel_lite.models import ModelSpec, load_base
 from mel_lite.scoring import install_scoring_head
 from mel_lite.types import Lesson
 from scripted import ScriptedEngine
-from tiny_models import set_lora, tiny_tokenizer
+from tiny_models import save_tiny, set_lora, tiny_tokenizer
 from trainers import assert_learnt, build, digest, sums, tiny_model, trainable
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -255,6 +256,22 @@ def test_full_fine_tuning_trains_the_head_too(tmp_path: Path) -> None:
     after = trainable(trainer)
     head = "lm_head.weight" if "lm_head.weight" in after else "model.embed_tokens.weight"
     assert not torch.equal(before[head], after[head])
+
+
+def test_qlora_trains_on_a_4_bit_base(tmp_path: Path) -> None:
+    """The quantised base stays as it was; every adapter below the first layer gets a gradient, also after sampling."""
+    save_tiny(tmp_path / "base")
+    model = load_base(ModelSpec(str(tmp_path / "base"), dtype="float32", load_in_4bit=True))
+    trainer = build(tmp_path, model=model, max_steps=1)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert any(p.dtype is torch.uint8 for p in frozen.values()), "the base is not quantised"
+    trainer.train()
+    assert_learnt(trainer)
+    for name, parameter in trainer.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+        elif "lora_B" in name:
+            assert parameter.abs().sum() > 0, f"{name} had no gradient"
 
 
 def test_the_entropy_bonus_has_a_gradient(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mel_lite import answers, gym_scorers
 from mel_lite.answers import extract_answer
 from mel_lite.errors import VerifierError
 from mel_lite.types import Verdict
-from mel_lite.verifiers import BUILT_IN, get_verifier
+from mel_lite.verifiers import BUILT_IN, MAX_ANSWER_CHARS, get_verifier
 
 
 @pytest.mark.parametrize(("verifier", "completion", "answer", "verdict"), PAIRS)
@@ -120,12 +120,10 @@ def test_text_verifiers_are_quick_on_a_megabyte(name: str) -> None:
         assert time.perf_counter() - start_s < 2.0, (name, text[:30])
 
 
-@pytest.mark.parametrize("delimiter", ["", "$", r"the sum $1$ or $"])
-def test_math_reads_no_final_answer_longer_than_an_honest_one(delimiter: str) -> None:
-    deep = rf"\boxed{{{delimiter}" + "(" * 10_000 + "42" + ")" * 10_000 + delimiter[-1:] + "}"
-    start_s = time.perf_counter()
-    assert get_verifier("math")(deep, "42") is Verdict.WRONG
-    assert time.perf_counter() - start_s < 0.5
+def test_math_reads_no_final_answer_longer_than_an_honest_one() -> None:
+    math = get_verifier("math")
+    assert math(r"\boxed{" + "so " * 100 + "$42$}", "42") is Verdict.RIGHT
+    assert math(r"\boxed{" + "so " * MAX_ANSWER_CHARS + "$42$}", "42") is Verdict.WRONG
 
 
 # ---- verifiers by name ----

@@ -205,7 +205,8 @@ WORDINGS: dict[str, Wording] = {
     "stale": Wording(
         what=(
             "Step {k}, {move}, does not start from the latest total {left} but from an older one, and gets {bad}.",
-            "At step {k} the incorrect solution goes back to an old total; {move} must start from {left}, and it wrote {bad}.",
+            "At step {k} the incorrect solution goes back to an old total; {move} must start from {left}, "
+            "and it wrote {bad}.",
             "They part at step {k}: {move} was done on an earlier number instead of {left}, giving {bad}.",
         ),
         habit=(
@@ -236,7 +237,8 @@ WORDINGS: dict[str, Wording] = {
     ),
     "unsigned": Wording(
         what=(
-            "Step {k}: {move} at {left} goes below zero, but the incorrect solution writes {bad} without the minus sign.",
+            "Step {k}: {move} at {left} goes below zero, but the incorrect solution writes {bad} without the "
+            "minus sign.",
             "At step {k} the minus sign is lost: {move} at {left} cannot give {bad}.",
             "They part at step {k}. From {left}, {move} ends below zero; {bad} comes from turning the order around.",
         ),

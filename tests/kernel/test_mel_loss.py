@@ -13,13 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import head_case, relative
+from kernel_cases import DEVICE, IMPLS, head_case, relative
 from mel_lite.kernels import LossTerms, fused_logprobs, fused_mel_loss
 from mel_lite.kernels.mel_loss import row_losses
 from mel_lite.kernels.truth import true_head
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ("torch", "reference", "triton") if DEVICE == "cuda" else ("torch", "reference")
 
 
 def case(rows: int = 60, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], LossTerms]:
@@ -135,7 +132,9 @@ def test_rows_that_cannot_matter_are_not_computed(impl: str) -> None:
 def test_numbers_that_are_not_finite_are_left_out_and_counted(impl: str) -> None:
     """A stale log-probability of -inf must not poison the step; what an NLL row does not read is not looked at."""
     inputs, terms = case()
-    clean = fused_mel_loss(*inputs, replace(terms, weight_N=terms.weight_N.clone().index_fill_(0, _rows(1, 4), 0.0)))
+    clean = fused_mel_loss(
+        *inputs, replace(terms, weight_N=terms.weight_N.clone().index_fill_(0, _rows(1, 4), 0.0)), impl=impl
+    )
     terms.old_logp_N[1], terms.advantage_N[4] = -torch.inf, torch.nan
     terms.old_logp_N[0] = terms.ref_logp_N[3] = terms.advantage_N[6] = torch.nan  # NLL rows
     found = fused_mel_loss(*inputs, terms, impl=impl)

@@ -14,13 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import head_case, relative
+from kernel_cases import DEVICE, DTYPES, FROZEN, IMPLS, head_case, relative
 from mel_lite.kernels import fused_logprobs, reference, reference_logprobs
 from mel_lite.kernels.truth import true_head
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FROZEN = ("torch", "triton") if DEVICE == "cuda" else ("torch",)
-IMPLS = (*FROZEN, "reference")
 
 
 def case(rows: int = 30, vocab: int = 500, width: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -32,8 +28,7 @@ def gradient(loss: Tensor, of: Tensor, **options: Any) -> Tensor:
     return torch.autograd.grad(loss, of, **options)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", FROZEN)
+@pytest.mark.parametrize(("impl", "dtype"), DTYPES, ids=str)
 def test_scoring_equals_training_to_the_bit(impl: str, dtype: torch.dtype) -> None:
     """Else the on-policy ratio would not be exactly 1. The rows fill more than one block."""
     inputs = case(1100, 3000, 24, dtype)
@@ -175,7 +170,8 @@ def test_entropy_has_its_gradient_when_asked() -> None:
 def test_auto_takes_the_reference_only_for_a_trained_head() -> None:
     hidden_NH, weight_VH, target_N = case()
     frozen = fused_logprobs(hidden_NH, weight_VH, target_N)[0]
-    assert torch.equal(frozen, fused_logprobs(hidden_NH, weight_VH, target_N, impl=FROZEN[-1])[0])
+    expected = "triton" if DEVICE == "cuda" else "torch"
+    assert torch.equal(frozen, fused_logprobs(hidden_NH, weight_VH, target_N, impl=expected)[0])
     weight_VH.requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
