@@ -148,6 +148,49 @@ def evaluate(
         output.write_text(result.to_json() + "\n")
 
 
+@app.command()
+def warmup(
+    examples: Annotated[Path, typer.Argument(help='JSONL of {"prompt": text or messages, "completion": text}.')],
+    output_dir: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or `demo`.")] = "demo",
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Measure before and after: Hub id, file, `demo:test`, or reasoning-gym:<task>.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks measured.")] = None,
+    epochs: Annotated[float, typer.Option(help="Times through the examples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: what --epochs takes.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank, 16 by default; its alpha is twice that.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens; longer examples are skipped.")] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Keep a checkpoint every so many steps.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order and of LoRA's start.")] = 42,
+) -> None:
+    """Fine-tune an adapter on formatted examples before RL; `train --adapter` goes on from it."""
+    with _loading("loading"):
+        from mel_lite import warmup as room
+        from mel_lite.adapters import LoraSpec
+        from mel_lite.models import ModelSpec
+
+    result = room.warmup(
+        examples,
+        output_dir,
+        model=ModelSpec(model, load_in_4bit=load_in_4bit),
+        lora=None if lora_r is None else LoraSpec(r=lora_r, alpha=2 * lora_r),
+        adapter=adapter,
+        options=room.WarmupOptions(
+            epochs, max_steps, batch_size, micro_batch_size, learning_rate,
+            max_length_tokens=max_length, save_steps=save_steps, seed=seed,
+        ),
+        evaluation=None if eval_dataset is None else room.WarmupEval(eval_dataset, limit=limit),
+        console=_console(),
+    )  # fmt: skip
+    typer.echo(result.summary())
+
+
 @app.command("export")
 def export_(
     adapter: Annotated[

@@ -35,7 +35,7 @@ class PhaseClock:
 
     def drain(self) -> dict[str, float]:
         """Metrics since the last call: `time/<phase>_s`, `mel/generated_tokens` and `mel/tokens_per_s`."""
-        generation_s = sum(self.seconds_s[p] for p in ("rollout", "analysis", "replay"))
+        generation_s = sum(self.seconds_s.get(p, 0.0) for p in ("rollout", "analysis", "replay"))
         metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds_s.items()}
         metrics["mel/generated_tokens"] = float(self.generated_tokens)
         if generation_s > 0:

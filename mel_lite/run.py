@@ -205,7 +205,7 @@ def _summary(
     if exported is not None:
         console.print(exported.as_table())
     if trainer.idle_batches:
-        console.print(f"[yellow]{trainer.idle_advice()}[/]")
+        console.print(f"[yellow]{trainer.idle_advice}[/]")
     console.print(f"adapter   {adapter_dir}")
     if exported is not None:
         console.print(f"merged    {exported.path}")

@@ -3,7 +3,7 @@
 One generation batch, top to bottom:
 
     _generate_and_score_completions   act: G completions per prompt (`_roll_out`), TRL's rewards and advantages
-      _calculate_rewards                verdicts beside the rewards
+      _calculate_rewards                verdicts beside the rewards (`rewards.py`)
       _study                            pairs -> meta-experiences -> leak guard -> replay -> store -> lessons
     _prepare_inputs                   each accumulation step takes its share of the lessons
     _compute_loss                     TRL's policy loss + lambda * token-averaged NLL of the lessons
@@ -28,16 +28,17 @@ from mel_lite.checkpointing import AtomicCheckpoints
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.experience import lesson_from
-from mel_lite.judging import Judge, RewardJudge, completion_text
+from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
 from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
 from mel_lite.pairs import select_pairs
+from mel_lite.rewards import JudgedRewards
 from mel_lite.scoring import install_scoring_head, score
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.study import study
 from mel_lite.trl_base import released_grpo_trainer
-from mel_lite.types import Experience, Finish, Group, Lesson, Rollout, Status
+from mel_lite.types import Experience, Group, Lesson, Rollout, Status
 from mel_lite.wiring import IdleWatch, StepHook, build_desk, build_engine, build_judge, check_arguments, default_args
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ else:
     GRPOTrainer = released_grpo_trainer()
 
 
-class MELTrainer(AtomicCheckpoints, GRPOTrainer):
+class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
     """Trains with GRPO and Meta-Experience Learning: maximises J_RLVR + lambda * J_MEL in one update.
 
     Takes `trl.GRPOTrainer`'s arguments, in its order, plus:
@@ -157,53 +158,6 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
             "completion_ids": [list(c.ids) for c in completions],
             "logprobs": [list(c.logprobs) for c in completions],
         }
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
-        groups = [self._group_of(example) for example in inputs]
-        texts = [completion_text(c) for c in completions]
-        if isinstance(self._judge, RewardJudge):
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            verdicts = [self._judge.verdict(r) for r in self._local_rewards(rewards_per_func, len(texts))]
-        else:
-            with self._clock("verify"):
-                verdicts = self._verdicts = self._judge(groups, texts)
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rewards = self._local_rewards(rewards_per_func, len(texts))
-        first = self.accelerator.process_index * len(texts)
-        self._scored = []
-        for i, (group, ids) in enumerate(zip(groups, completion_ids_list, strict=True)):
-            finish = Finish.STOP if ids[-1] in self.eos_token_ids else Finish.LENGTH
-            rollout = Rollout(first + i, tuple(ids), texts[i], verdicts[i], finish, rewards[i])
-            self._scored.append((group, rollout))
-        return rewards_per_func
-
-    def _verifier_reward(self, completions: Any, **_: Any) -> list[float | None]:
-        """The default reward: 1 for right, 0 for wrong, None (no reward, no gradient) for abstain."""
-        return [{"right": 1.0, "wrong": 0.0}.get(verdict) for verdict in self._verdicts]
-
-    def _local_rewards(self, rewards_per_func: torch.Tensor, rows: int) -> list[float]:
-        """Weighted sum of this rank's rewards; NaN where every function abstained."""
-        first = self.accelerator.process_index * rows
-        local = rewards_per_func[first : first + rows]
-        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
-        return total.masked_fill(local.isnan().all(dim=1), float("nan")).tolist()
-
-    def _rewards_of(self, groups: Any, texts: Any) -> list[float]:
-        """Rewards of replay attempts, where the reward functions are the judge."""
-        inputs = [{"prompt": g.prompt, **g.columns} for g in groups]
-        prompts = [g.prompt for g in groups]
-        completions = [
-            text if isinstance(p, str) else [{"role": "assistant", "content": text}]
-            for p, text in zip(prompts, texts, strict=True)
-        ]
-        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return self._local_rewards(super()._calculate_rewards(inputs, prompts, completions, ids), len(texts))
-
-    def _group_of(self, example: dict[str, Any]) -> Group:
-        """The question of a dataset row, without its rollouts."""
-        columns = {k: v for k, v in example.items() if k not in ("prompt", self._answer_column)}
-        answer = None if self._answer_column is None else str(example[self._answer_column])
-        return Group(example["prompt"], prompt_hash(example["prompt"]), (), answer, columns)
 
     # ---- Self-verify ----
 
@@ -390,6 +344,11 @@ class MELTrainer(AtomicCheckpoints, GRPOTrainer):
     def idle_batches(self) -> int:
         """Generation batches in a row without a mixed group: nothing to learn from."""
         return self._idle.idle_batches
+
+    @property
+    def idle_advice(self) -> str:
+        """What is the likely reason for those, and what to change."""
+        return self._idle.advice()
 
     def latest_sample(self) -> ExperienceRow | None:
         """The newest meta-experience, a kept one of the newest step if there is one."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.adapters import LoraSpec, attach_adapter, lora_config, write_fingerprint
-from mel_lite.data import load_tasks
+from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.judging import AnswerJudge
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROLES = ("system", "user", "assistant")
-_LOG_EVERY = 10
+_LOG_EVERY = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class WarmupEval:
     """Tasks to measure the model on before and after; fields as `mel_lite.evaluate.evaluate` takes them."""
 
     dataset: str
-    verifier: str = "math"
+    verifier: str | None = None
+    """None = the one recommended for the dataset."""
     limit: int | None = None
     k: int = 8
     temperature: float = 0.6
@@ -98,7 +99,14 @@ class WarmupResult:
     """Training alone, without the evaluations."""
     before: EvalResult | None = None
     after: EvalResult | None = None
-    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """What was trained and where it is, in two lines."""
+        return (
+            f"{self.steps} steps on {self.examples} examples ({self.trained_tokens} tokens to learn, "
+            f"{self.skipped_long} too long) in {self.took_s:.0f} s, last loss {self.final_loss_nats:.3f} nats/token\n"
+            f"adapter   {self.adapter}"
+        )
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -288,7 +296,7 @@ def _measure(
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
 
     def measure(name: str, console: Console | None) -> EvalResult:
-        with VerifyPool(tasks.verifier) as pool:
+        with VerifyPool(tasks.verifier or recommended_verifier(tasks.dataset)) as pool:
             result = evaluate(
                 engine,
                 tokenizer,

@@ -373,9 +373,7 @@ def test_demo_model_merges_faithfully(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     chat = [{"role": "user", "content": "What is 3 + 4? Answer with the number only."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    base, merged = load_base(ModelSpec("demo")), plain(tmp_path / "merged")
-    texts = [
-        tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0])
-        for model in (adapter_model(adapter), merged, base)
-    ]
-    assert texts[0] == texts[1] != texts[2]
+    trained, base, merged = adapter_model(adapter), load_base(ModelSpec("demo")), plain(tmp_path / "merged")
+    answers = [model.generate(**ids, max_new_tokens=24, do_sample=False)[0].tolist() for model in (trained, merged)]
+    assert answers[0] == answers[1]
+    assert mean_kl(trained, base) > 0.01

@@ -22,8 +22,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         store models adapters presets demo demo_tasks""",
         "engines",
         "pairs experience replay judging study",
-        "trainer packing scoring checkpoint checkpointing metrics wiring",
-        "evaluate export run runs display",
+        "trainer packing scoring checkpoint checkpointing metrics rewards wiring",
+        "evaluate export run runs display warmup demo_warmup",
         "cli",
     )
 )
@@ -42,7 +42,7 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset(
-    "config kernels packing scoring metrics wiring checkpointing trainer evaluate export run display".split()
+    "config kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run display demo_warmup warmup".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 

@@ -7,8 +7,11 @@ import logging
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import transformers
+from huggingface_hub import errors as hub
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +25,7 @@ from mel_lite.adapters import (
     write_fingerprint,
 )
 from mel_lite.errors import ConfigError, ModelError
-from mel_lite.models import ModelSpec, context_length, load_base, load_tokenizer, turn_end_id
+from mel_lite.models import ModelSpec, context_length, load_base, load_config, load_tokenizer, turn_end_id
 from tiny_models import save_tiny, set_lora, tiny_config, tiny_tokenizer
 
 IDS_BT = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
@@ -86,6 +89,29 @@ def test_a_model_that_cannot_be_had_says_what_to_do(name: str, advice: str) -> N
         with pytest.raises(ModelError, match=advice) as caught:
             load(ModelSpec(name))
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (hub.GatedRepoError, "gated"),
+        (hub.RepositoryNotFoundError, "no such repository"),
+        (hub.RevisionNotFoundError, "no such revision"),
+    ],
+)
+def test_hub_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], advice: str) -> None:
+    """The Hub's answer, wrapped by transformers as it wraps it; no Hub can be asked here."""
+    request = httpx.Request("GET", "https://huggingface.co/owner/name")
+
+    def refuse(*_: object, **__: object) -> None:
+        try:
+            raise kind("refused", response=httpx.Response(403, request=request))
+        except Exception as error:
+            raise OSError("wrapped") from error
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=advice):
+        load_config(ModelSpec("owner/name"))
 
 
 def test_an_adapter_is_not_a_base(base_dir: Path, tmp_path: Path) -> None:
@@ -155,6 +181,9 @@ def test_missing_chat_template_is_reported_and_missing_eos_refused(tmp_path: Pat
 def test_context_length_is_read_from_model_or_config(base_dir: Path) -> None:
     assert context_length(tiny_config()) == 512
     assert context_length(load_base(ModelSpec(str(base_dir)))) == 512
+    assert context_length(load_config(ModelSpec(str(base_dir)))) == 512
+    with pytest.raises(ModelError, match="context length"):
+        context_length(transformers.MambaConfig())
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_without_meta_experience_the_loss_is_trls(tmp_path: Path, loss_type: str
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None:
             error = (our_grads[name] - parameter.grad.double()).norm()
-            assert error <= 1e-4 * parameter.grad.norm() + 1e-9, name
+            assert error <= 3e-4 * parameter.grad.norm() + 1e-9, name
 
 
 def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path) -> None:

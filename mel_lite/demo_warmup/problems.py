@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from mel_lite.demo_tasks import INSTRUCTION
 from mel_lite.types import Message
@@ -60,9 +61,13 @@ def carry_on(total: int, moves: Sequence[tuple[int, int]]) -> tuple[Step, ...]:
 
 
 def draw_problem(rng: random.Random, terms: Sequence[int] = (3, 4)) -> Problem:
-    """One-digit terms, as many as one of `terms` says; every sign and digit as likely as another."""
-    count = rng.choice(terms)
-    return Problem(tuple(rng.randint(0, 9) for _ in range(count)), tuple(rng.choice((1, -1)) for _ in range(count - 1)))
+    """One-digit terms, as many as one of `terms` says; running totals stay where those of four terms can be."""
+    while True:
+        count = rng.choice(terms)
+        numbers = tuple(rng.randint(0, 9) for _ in range(count))
+        problem = Problem(numbers, tuple(rng.choice((1, -1)) for _ in range(count - 1)))
+        if all(-27 <= step.result <= 36 for step in problem.steps()):
+            return problem
 
 
 # ---- solutions as text -----------------------------------------------------------------------------------------------
@@ -191,8 +196,10 @@ def draw_slip(problem: Problem, rng: random.Random) -> Slip:
             kind = rng.choices(list(SLIPS), weights=[weight for _, weight in SLIPS.values()])[0]
             at = rng.randint(1, len(problem.signs))
             steps = SLIPS[kind][0](problem, at, rng)
-            at = next((n for n, (a, b) in enumerate(zip(problem.steps(), steps, strict=False), 1) if a != b), at)
-            wrong_total = steps[at - 1].result if at <= len(steps) else (steps[-1].result if steps else 0)
-            slip = Slip(kind, at, steps, steps[-1].result if steps else problem.terms[0], wrong_total)
+            if kind != "repeated":  # the steps part where a repeated line follows, but the slip is the step before
+                at = next((n for n, (a, b) in enumerate(zip_longest(problem.steps(), steps), 1) if a != b), at)
+            changed = min(at if kind == "repeated" else at - 1, len(steps) - 1)
+            answer = steps[-1].result if steps else problem.terms[0]
+            slip = Slip(kind, at, steps, answer, steps[changed].result if steps else answer)
         if slip.answer != problem.answer:
             return slip

@@ -21,7 +21,7 @@ from mel_lite.warmup import WarmupOptions, warmup
 # bfloat16 halves the time on CPUs that compute in it; the adapter's own weights are float32 while they are trained.
 MODEL = ModelSpec("demo", dtype="bfloat16")
 LORA = LoraSpec(r=8, alpha=16)
-OPTIONS = WarmupOptions(epochs=1, batch_size=8, learning_rate=1.5e-3, warmup_steps=10, save_steps=40, seed=42)
+OPTIONS = WarmupOptions(epochs=1, batch_size=4, learning_rate=1.5e-3, warmup_steps=10, save_steps=40, seed=42)
 
 
 def to_float16(adapter: Path) -> None:

@@ -65,7 +65,7 @@ def test_scale_and_softcap_are_read_and_are_the_models_own(family: str) -> None:
     assert spec == FAMILIES[family][1]
     check_head_spec(model, spec)
     wrong = HeadSpec(spec.logit_scale * 1.1, spec.softcap)
-    with pytest.raises(ValueError, match="does not compute its logits as .* its logit transform is unknown"):
+    with pytest.raises(ValueError, match=r"does not compute its logits as .* its logit transform is unknown"):
         check_head_spec(model, wrong)
 
 

@@ -144,10 +144,6 @@ def test_numbers_that_are_not_finite_are_left_out_and_counted(impl: str) -> None
     assert relative(grads[0], grads[1]) < 1e-5
 
 
-def _rows(*rows: int) -> Tensor:
-    return torch.tensor(rows, device=DEVICE)
-
-
 def test_nan_from_the_model_is_not_hidden() -> None:
     inputs, terms = case()
     with torch.no_grad():
