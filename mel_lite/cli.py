@@ -163,7 +163,7 @@ def warmup(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank, 16 by default; its alpha is twice that.")] = None,
+    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank, by default 16; alpha is twice that.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens; longer examples are skipped.")] = None,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Keep a checkpoint every so many steps.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,

@@ -149,6 +149,7 @@ def _evaluation(
             max_new_tokens=recipe.eval.max_new_tokens or trainer.args.max_completion_length,
             seed=trainer.args.seed,
             chat_template_kwargs=trainer.args.chat_template_kwargs,
+            context_tokens=context_length(trainer.model),
         )
     path.parent.mkdir(exist_ok=True)
     path.write_text(result.to_json() + "\n")
@@ -160,10 +161,9 @@ def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
     adapted = hasattr(trainer.model, "peft_config")
     target = folder / ("adapter" if adapted else "model")
     trainer.model.save_pretrained(target)
+    trainer.processing_class.save_pretrained(target)
     if adapted:
         write_fingerprint(target, trainer.model, revision=recipe.model.revision)
-    else:
-        trainer.processing_class.save_pretrained(target)
     return target
 
 

@@ -30,6 +30,7 @@ from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.experience import lesson_from
 from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
+from mel_lite.models import keep_four_bit_layout
 from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
 from mel_lite.pairs import select_pairs
 from mel_lite.rewards import JudgedRewards
@@ -115,6 +116,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
                 rollout_func=rollout_func or (self._roll_out if ours else None),
                 environment_factory=environment_factory,
             )
+        keep_four_bit_layout(self.model)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
             install_scoring_head(base, temperature=self.temperature)

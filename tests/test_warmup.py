@@ -24,7 +24,8 @@ from mel_lite.models import ModelSpec, load_base, load_tokenizer
 from mel_lite.templates import DEFAULT_TEMPLATES, analysis_prompt, render, replay_prompt
 from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from mel_lite.verifiers import get_verifier
-from mel_lite.warmup import Example, WarmupEval, WarmupOptions, load_examples, tokenise, warmup
+from mel_lite.warmup import WarmupEval, WarmupOptions, warmup
+from mel_lite.warmup_examples import Example, load_examples, tokenise
 from tiny_models import save_tiny, tiny_tokenizer
 
 COUNTS = {"solve": 30, "chain": 10, "analyse": 60, "replay": 30}
