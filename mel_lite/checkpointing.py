@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ class AtomicCheckpoints:
     model: Any
     _step: int
     _engine: Any
+    funnel_totals: Counter[str]
+    """Funnel counts summed over the run."""
     _staging: Path | None = None
     """Where a save that is under way puts its files; None outside of one."""
 
@@ -41,6 +44,7 @@ class AtomicCheckpoints:
             return
         self._step = state["micro_step"]
         self._engine.total_generated_tokens = state["generated_tokens"]
+        self.funnel_totals = Counter(state["funnel_totals"])
         if self.accelerator.is_main_process:
             truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", state["step"])
             self._open_store().truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
@@ -72,6 +76,7 @@ class AtomicCheckpoints:
             "step": self.state.global_step,
             "micro_step": self._step,
             "generated_tokens": self._engine.total_generated_tokens,
+            "funnel_totals": dict(self.funnel_totals),
             "last_experience_id": self._open_store().last_id(),  # type: ignore[attr-defined]
         }
         if (staged / "adapter_config.json").is_file():

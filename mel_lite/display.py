@@ -203,14 +203,13 @@ def _nlls(row: ExperienceRow) -> tuple[tuple[str, float | None], ...]:
     return (("when written", row.nll_written), ("before its update", row.nll_before), ("after", row.nll_after))
 
 
-def funnel_table(totals: dict[str, float]) -> Table:
+def funnel_table(totals: Mapping[str, int]) -> Table:
     """The funnel summed over the run."""
     table = Table("stage", "count", "left of the one before", title="Funnel of this run", title_justify="left")
-    previous = None
+    previous = 0
     for stage in FUNNEL:
-        count = totals.get(f"mel/{stage}", 0.0)
-        share = "" if not previous else f"{count / previous:.0%}"
-        table.add_row(stage.replace("_", " "), f"{count:g}", share)
+        count = totals.get(f"mel/{stage}", 0)
+        table.add_row(stage.replace("_", " "), str(count), f"{count / previous:.0%}" if previous else "")
         previous = count
-    table.add_row("trained tokens", f"{totals.get('mel/trained_tokens', 0.0):g}", "")
+    table.add_row("trained tokens", str(totals.get("mel/trained_tokens", 0)), "")
     return table

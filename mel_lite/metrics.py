@@ -17,6 +17,12 @@ from transformers import TrainerCallback
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.types import Experience, Group, Replay, Status
 
+FUNNEL_COUNTS = tuple(
+    f"mel/{stage}"
+    for stage in ("groups", "mixed_groups", "pairs", "written", "parsed", "leak_free", "replay_valid", "trained_tokens")
+)
+"""The counts among the funnel's metrics, in the order of its stages."""
+
 
 class PhaseClock:
     """Seconds and generated tokens per phase of a step, on a monotonic clock."""

@@ -5,7 +5,6 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -198,7 +197,7 @@ def _summary(
     if before is not None and after is not None:
         console.print(comparison_table(before, after))
     if trainer.args.with_meta_experience:
-        console.print(funnel_table(funnel_totals(folder)))
+        console.print(funnel_table(trainer.funnel_totals))
         with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
             for row in exemplary(store):
                 console.print(sample_panel(row))
@@ -211,16 +210,6 @@ def _summary(
         console.print(f"merged    {exported.path}")
     console.print(f"lessons   mel-lite experiences list --run {folder}")
     console.print(f"took {elapsed_s / 60:.1f} min")
-
-
-def funnel_totals(folder: Path) -> dict[str, float]:
-    """Funnel counts summed over the steps in metrics.jsonl."""
-    totals: dict[str, float] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith("mel/") and isinstance(value, (int, float)):
-                totals[name] = totals.get(name, 0.0) + value
-    return totals
 
 
 def exemplary(store: ExperienceStore, most: int = 3) -> list[ExperienceRow]:

@@ -21,11 +21,11 @@ from mel_lite.types import Group, Message, Pair, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that are never trimmed: up to the point of parting, after it, and at the end (the final answer).
 BEFORE_PARTING_TOKENS = 48
-AFTER_PARTING_TOKENS = 96
-END_TOKENS = 96
-_TRIM_ROUNDS = 8
+"""Tokens up to the point of parting that are never trimmed."""
+REST_TOKENS = 96
+"""Tokens after that point, and as many at the end (the final answer), that are never trimmed."""
+_TRIM_ROUNDS, _BREAK_ROUNDS = 8, 4
 
 _ANALYSIS_SYSTEM = (
     "You study your own reasoning. Below are a question and two solutions you wrote. Their labels judge the final "
@@ -149,10 +149,8 @@ def _check_placeholders(path: str, name: str, text: str) -> None:
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    if not known:
-        return ""
     near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}." if known else ""
 
 
 def _fill(template: str, **values: str) -> str:
@@ -166,16 +164,19 @@ def neutralise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
     Control tokens are the tokenizer's special tokens and, unless `special_only`, its other added tokens that look like
     markup (`<think>`, `[TOOL]`); added runs of blanks are text. Afterwards the text holds none of them.
     """
-    control = {token for token in tokenizer.all_special_tokens if len(token) > 1}
+    control = set(tokenizer.all_special_tokens)
     for added in tokenizer.added_tokens_decoder.values():
         is_markup = added.content[:1] + added.content[-1:] in ("<>", "[]") and not special_only
-        if len(added.content) > 1 and (added.special or is_markup) and not added.content.isspace():
+        if added.special or is_markup:
             control.add(added.content)
+    control = {token for token in control if len(token) > 1 and not token.isspace()}
     if not control:
         return text
     pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
-    while pattern.search(text):
-        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    for _ in range(_BREAK_ROUNDS):  # what is broken up may spell another token
+        text, found = pattern.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        if not found:
+            break
     return text
 
 
@@ -343,7 +344,7 @@ def _question_text(prompt: Prompt) -> str:
 def _plan_cuts(pair: Pair, remove_tokens: int) -> tuple[int, int, int] | None:
     """Tokens to cut from the common prefix (saved twice), the rest of y- and the rest of y+; None if too few."""
     shared_room = max(0, pair.common_prefix_tokens - BEFORE_PARTING_TOKENS)
-    untouchable = pair.common_prefix_tokens + AFTER_PARTING_TOKENS + END_TOKENS
+    untouchable = pair.common_prefix_tokens + 2 * REST_TOKENS
     wrong_room = max(0, len(pair.wrong.completion_ids) - untouchable)
     right_room = max(0, len(pair.right.completion_ids) - untouchable)
     shared = min(shared_room, -(-remove_tokens // 2))
@@ -377,10 +378,9 @@ def _trimmed(
         pieces += [text(ids[: kept - before]), _fill(templates.trimmed_shared, count=str(shared_cut))]
     if rest_cut:
         kept = len(ids) - parting - rest_cut
-        after = min(max(AFTER_PARTING_TOKENS, kept // 2), kept - END_TOKENS)
-        end = len(ids) - (kept - after)
+        after = kept // 2
         pieces += [text(ids[start : parting + after]), _fill(templates.trimmed_rest, count=str(rest_cut))]
-        pieces.append(text(ids[end:]))
+        pieces.append(text(ids[len(ids) - (kept - after) :]))
     else:
         pieces.append(text(ids[start:]))
     return "\n".join(piece for piece in pieces if piece)

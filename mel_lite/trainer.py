@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.experience import lesson_from
 from mel_lite.judging import Judge, RewardJudge
-from mel_lite.metrics import GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
+from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
 from mel_lite.models import keep_four_bit_layout
 from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
 from mel_lite.pairs import select_pairs
@@ -125,6 +126,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         self._store: ExperienceStore | None = None
         self._meter = GradientMeter(list(self.model.parameters()))
         self._idle = IdleWatch()
+        self.funnel_totals: Counter[str] = Counter()
         self._scored: list[tuple[Group, Rollout]] = []
         self._shares: list[tuple[Lesson, ...]] = [()] * args.steps_per_generation
         self._lesson_weight = 0.0
@@ -202,7 +204,9 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         ]
         self._share_out(lessons, prompts=len(groups))
         trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
-        self._log_metrics(funnel(groups, len(pairs), experiences, trained_tokens))
+        stages = funnel(groups, len(pairs), experiences, trained_tokens)
+        self._log_metrics(stages)
+        self.funnel_totals.update({name: int(stages[name]) for name in FUNNEL_COUNTS})
         self._log_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
         self._idle.saw(groups)
 

@@ -6,8 +6,9 @@ TRL's SFTTrainer does the training; the loss is on the completions only. The res
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,7 +233,7 @@ def _train(
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=options.warmup_steps,
         max_length=None,  # what is too long was left out whole
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",  # the rows come in order
         gradient_checkpointing=not on_cpu,
         bf16=False,  # the base was loaded in its own dtype; LoRA weights stay as PEFT made them
         use_cpu=on_cpu,
@@ -246,13 +247,32 @@ def _train(
         seed=options.seed,
     )
     trainer = _trainer_class()(
-        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(in_batches(rows, options.micro, options.seed)),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_progress(console))
     trainer.train()
     return trainer
+
+
+def in_batches(rows: Sequence[dict[str, list[int]]], size: int, seed: int) -> list[dict[str, list[int]]]:
+    """The rows with neighbours of similar length in each batch of `size`, and the batches shuffled.
+
+    Sorting within large blocks, as transformers' `group_by_length` does, would train on long examples for a while and
+    then on short ones for a while: each kind unlearns the other.
+    """
+    rng = random.Random(seed)
+    shuffled = rng.sample(rows, len(rows))
+    shuffled.sort(key=lambda row: len(row["input_ids"]))
+    batches = [shuffled[i : i + size] for i in range(0, len(rows), size)]
+    rng.shuffle(batches)
+    # A short batch anywhere but at the end would shift the ones after it.
+    batches.sort(key=lambda batch: len(batch) < size)
+    return [row for batch in batches for row in batch]
 
 
 def _trainer_class() -> type:

@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.templates import (
-    AFTER_PARTING_TOKENS,
     BEFORE_PARTING_TOKENS,
     DEFAULT_TEMPLATES,
-    END_TOKENS,
+    REST_TOKENS,
     PromptTooLong,
     analysis_prompt,
     load_templates,
@@ -228,6 +227,7 @@ def test_prompts_hold_the_special_ids_of_harmless_ones(question, right, wrong, n
                 analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=99_999),
                 analysis_prompt(plain, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=99_999),
                 replay_prompt(pair.group, notes, TOKENIZER, DEFAULT_TEMPLATES),
+                replay_prompt(Group("q", "h", ()), notes, TOKENIZER, DEFAULT_TEMPLATES),
                 question_prompt(pair.group, TOKENIZER),
             )
         ]
@@ -241,6 +241,14 @@ def test_markup_is_broken_up_in_model_text_and_kept_in_questions():
     assert neutralise("<think>    because", tokenizer) == "< think>    because"
     assert neutralise("<think> <|im_end|>", tokenizer, special_only=True) == "<think> < |im_end|>"
     assert "<think>" in tokenizer.decode(render([{"role": "user", "content": "Use <think>."}], tokenizer))
+
+
+def test_breaking_up_one_token_does_not_make_another():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[x]", "[ x]", "  ", "a "]})
+    assert neutralise("1[x]2", tokenizer) == "1[  x]2"
+    assert neutralise("two  blanks", tokenizer) == "two  blanks"
+    assert neutralise("a b", tokenizer).replace(" ", "") == "ab", "ends even where it cannot succeed"
 
 
 # ---- trimming
@@ -283,8 +291,8 @@ def test_then_the_middle_of_the_rest_goes_and_the_ends_stay():
     full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
     wrong, right = solutions(analysis_text(LONG, full_tokens - 2100))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
-        window = SHARED[-BEFORE_PARTING_TOKENS:] + rest[:AFTER_PARTING_TOKENS]
-        assert window in text and text.endswith(rest[-END_TOKENS + 1 :])
+        window = SHARED[-BEFORE_PARTING_TOKENS:] + rest[:REST_TOKENS]
+        assert window in text and text.endswith(rest[-REST_TOKENS + 1 :])
     counts = [int(n) for n in re.findall(r"\.\.\. (\d+) tokens are left out", wrong + right)]
     assert len(counts) == 2 and counts[0] > counts[1], "the longer solution gives more"
 

@@ -21,7 +21,7 @@ from mel_lite.templates import DEFAULT_TEMPLATES
 from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
-COUNTS = {"solve": 260, "chain": 220, "analyse": 80, "replay": 80}
+COUNTS = {"solve": 240, "chain": 180, "analyse": 100, "replay": 80}
 """Examples of each kind in the shipped recipe."""
 LONG = (7, 8, 9, 10)
 """Terms of a long chain: more arithmetic per token of prompt than the tasks themselves."""
