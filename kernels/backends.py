@@ -61,7 +61,7 @@ def run_frozen(
     steps, tiling = make_steps(impl, hidden_NH.dtype, hidden_NH.device, hidden_NH.shape[1], transform)
     with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
         return frozen_head(
-            hidden_NH, weight_VH, target_N, bias_V,
+            hidden_NH, weight_VH, target_N.contiguous(), None if bias_V is None else bias_V.contiguous(),
             steps=steps, tiling=tiling, u_dtype=u_dtype if want_u else None, coefficient=coefficient,
         )  # fmt: skip
 

@@ -64,7 +64,10 @@ def fold_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     live = column < columns
-    z = tl.load(z_ptr + row * z_stride + column, mask=live, other=0.0)
+    z_ptr += row * z_stride
+    p_ptr += row * p_stride
+    acc_ptr += row * width
+    z = tl.load(z_ptr + column, mask=live, other=0.0)
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
     if HAS_CAP:
@@ -72,11 +75,11 @@ def fold_kernel(
         z = t * cap
     else:
         z = z * gain
-    target = tl.load(target_ptr + row).to(tl.int64) - first
+    target = (tl.load(target_ptr + row) - first).to(tl.int32)
     at_target = column == target
     if (target >= 0) & (target < columns):
         tl.store(z_t_ptr + row, tl.sum(tl.where(at_target, z, 0.0), 0))
-    z = tl.where(live & (column != target), z, float("-inf"))
+    z = tl.where(at_target, float("-inf"), tl.where(live, z, float("-inf")))
 
     m_old = tl.load(m_ptr + row)
     m_new = tl.maximum(m_old, tl.max(z, 0))
@@ -93,12 +96,11 @@ def fold_kernel(
         if HAS_CAP:
             e = e * (1.0 - t * t)
         tl.debug_barrier()
-        tl.store(p_ptr + row * p_stride + column, (e * P_SCALE).to(p_ptr.dtype.element_ty), mask=live)
+        tl.store(p_ptr + column, (e * P_SCALE).to(p_ptr.dtype.element_ty), mask=live)
         if (m_new > m_old) & (m_old > FLOOR):
             for start in range(0, width, BLOCK_H):
                 h = start + tl.arange(0, BLOCK_H)
-                at = acc_ptr + row * width + h
-                tl.store(at, tl.load(at, mask=h < width, other=0.0) * alpha, mask=h < width)
+                tl.store(acc_ptr + h, tl.load(acc_ptr + h, mask=h < width, other=0.0) * alpha, mask=h < width)
 
 
 @triton.jit
@@ -166,10 +168,13 @@ def direction_kernel(
     target = tl.load(target_ptr + row).to(tl.int64)
     to_target = tl.load(to_target_ptr + row)
     to_others = tl.load(to_others_ptr + row)
+    weight_ptr += target * weight_stride_v
+    acc_ptr += row * width
+    u_ptr += row * width
     for start in range(0, width, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         inside = h < width
-        w = tl.load(weight_ptr + target * weight_stride_v + h.to(tl.int64) * weight_stride_h, mask=inside, other=0.0)
-        acc = tl.load(acc_ptr + row * width + h, mask=inside, other=0.0)
+        w = tl.load(weight_ptr + h.to(tl.int64) * weight_stride_h, mask=inside, other=0.0)
+        acc = tl.load(acc_ptr + h, mask=inside, other=0.0)
         u = to_target * w.to(tl.float32) - to_others * acc
-        tl.store(u_ptr + row * width + h, u.to(u_ptr.dtype.element_ty), mask=inside)
+        tl.store(u_ptr + h, u.to(u_ptr.dtype.element_ty), mask=inside)

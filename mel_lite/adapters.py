@@ -259,6 +259,11 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     return peft_model
 
 
+def check_base(model: Any, adapter_dir: Path) -> None:
+    """Raise ModelError when the adapter in a folder was trained on another base than `model`'s."""
+    _check_base(model, adapter_dir, *_read_adapter(adapter_dir))
+
+
 def _base_name(config: dict[str, Any], record: dict[str, Any] | None) -> str:
     return repr(record["base"]["name"] if record else config.get("base_model_name_or_path"))
 

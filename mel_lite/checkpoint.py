@@ -117,6 +117,18 @@ def resolve(run_dir: Path, wanted: str | bool) -> Path:
     raise CheckpointError(f"No checkpoint in {run_dir} is whole:\n{listing}\nNothing was deleted.")
 
 
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Rename checkpoints of later steps to `<name>.superseded`: the run goes on from `step` without them.
+
+    Were they to stay, the next resume would take the newest of them, which is of a future that did not happen.
+    """
+    for path in committed(run_dir):
+        if int(path.name.split("-")[1]) > step:
+            old = path.with_name(f"{path.name}.superseded")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Our state of a checkpoint; empty for one written by plain TRL."""
     path = checkpoint / STATE

@@ -7,13 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+
 from mel_lite import checkpoint
-from mel_lite.adapters import write_fingerprint
+from mel_lite.adapters import RECORD, check_base, write_fingerprint
+from mel_lite.errors import CheckpointError
 from mel_lite.metrics import truncate_metrics
 
 
 class AtomicCheckpoints:
-    """Mixin over a TRL trainer with `_store()`, `_engine` and the micro-step counter `_step`."""
+    """Mixin over a TRL trainer with `_open_store()`, `_engine` and the micro-step counter `_step`."""
 
     args: Any
     state: Any
@@ -29,16 +34,38 @@ class AtomicCheckpoints:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As TRL's. Resuming verifies the checkpoint first and takes the store and metrics back to its step.
 
-        Raises: CheckpointError when there is nothing whole to resume from.
+        A run whose last step was saved is loaded and left as it is. Raises: CheckpointError when there is nothing whole
+        to resume from, or when it belongs to another base model.
         """
-        if resume_from_checkpoint:
-            path = checkpoint.resolve(Path(self.args.output_dir), resume_from_checkpoint)
-            self._take_back(path)
-            return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
-        return super().train(**kwargs)  # type: ignore[misc]
+        if not resume_from_checkpoint:
+            return super().train(**kwargs)  # type: ignore[misc]
+        path = self._resolve(resume_from_checkpoint)
+        self._take_back(path)
+        saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        if 0 < self.args.max_steps <= saved.global_step:
+            # transformers would take one more step before it looks at max_steps.
+            self._load_from_checkpoint(str(path))  # type: ignore[attr-defined]
+            self.state = saved
+            return TrainOutput(saved.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
+
+    def _resolve(self, wanted: str | bool) -> Path:
+        """Choose the checkpoint on one process (a damaged one is renamed there) and tell the others."""
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = str(checkpoint.resolve(Path(self.args.output_dir), wanted))
+            except CheckpointError as error:
+                answer[1] = str(error)
+        path, problem = broadcast_object_list(answer, from_process=0)
+        if problem:
+            raise CheckpointError(problem)
+        return Path(path)
 
     def _take_back(self, path: Path) -> None:
         """Put counters, store and metrics where they stood when `path` was saved; what came later is redone."""
+        if (path / RECORD).is_file():
+            check_base(self.model, path)
         state = checkpoint.read_state(path)
         if not state:
             return
@@ -46,8 +73,11 @@ class AtomicCheckpoints:
         self._engine.total_generated_tokens = state["generated_tokens"]
         self.funnel_totals = Counter(state["funnel_totals"])
         if self.accelerator.is_main_process:
-            truncate_metrics(Path(self.args.output_dir) / "metrics.jsonl", state["step"])
-            self._open_store().truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
+            run_dir = Path(self.args.output_dir)
+            checkpoint.set_aside_after(run_dir, state["step"])
+            truncate_metrics(run_dir / "metrics.jsonl", state["step"])
+            if state["last_experience_id"] is not None:
+                self._open_store().truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self.args.output_dir)
@@ -60,14 +90,19 @@ class AtomicCheckpoints:
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}") if best else None
         if self.accelerator.is_main_process:
             self._commit(run_dir)
         self.accelerator.wait_for_everyone()
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint once it is committed: an upload must not run while its files are renamed."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
     def _commit(self, run_dir: Path) -> None:
         staged = run_dir / checkpoint.STAGING / f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}") if best else None
         # The Trainer noted the best checkpoint by the path it saw, which was the staging folder's.
         saved = staged / "trainer_state.json"
         state = json.loads(saved.read_text()) | {"best_model_checkpoint": self.state.best_model_checkpoint}
@@ -77,12 +112,18 @@ class AtomicCheckpoints:
             "micro_step": self._step,
             "generated_tokens": self._engine.total_generated_tokens,
             "funnel_totals": dict(self.funnel_totals),
-            "last_experience_id": self._open_store().last_id(),  # type: ignore[attr-defined]
+            "last_experience_id": (
+                self._open_store().last_id()  # type: ignore[attr-defined]
+                if self.args.with_meta_experience
+                else None
+            ),
         }
         if (staged / "adapter_config.json").is_file():
             # So that the checkpoint can be evaluated, exported or trained on like any adapter of ours.
             write_fingerprint(staged, self.model)
-        checkpoint.commit(staged, run_dir, position)
+        final = checkpoint.commit(staged, run_dir, position)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
         checkpoint.rotate(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:

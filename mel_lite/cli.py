@@ -53,6 +53,7 @@ def train(
     dataset: Annotated[
         str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
     ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="mel or grpo.")] = None,
@@ -70,11 +71,15 @@ def train(
     flags = {
         "model.name": model,
         "data.train": dataset,
+        "data.split": split,
         "lora.start_from": None if adapter is None else str(adapter),
         "train.max_steps": max_steps,
         "train.algorithm": algorithm,
     }
-    overrides = [(key, value) for key, value in flags.items() if value is not None]
+    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
+    if dataset is not None and not resume:
+        # What the preset holds out belongs to the preset's tasks.
+        overrides += [("data.eval", None), ("data.eval_split", None)]
     overrides += [parse_set(text) for text in set_ or []]
     if resume:
         output_dir = output_dir or _newest_run()
@@ -88,17 +93,20 @@ def train(
         from mel_lite import run
     if dry_run:
         _dry_run(recipe)
-    else:
+        return
+    try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
         run.train(recipe, folder, resume=resume, console=_console())
+    except KeyboardInterrupt:
+        typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
+        raise typer.Exit(130) from None
 
 
 def _dry_run(recipe: Any) -> None:
     from mel_lite import run
     from mel_lite.models import load_tokenizer
-    from mel_lite.presets import build_args
 
-    args = build_args(recipe, Path("runs"))
+    args = run.check(recipe, Path("runs"))
     tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
     held_out = "none" if tasks.held_out is None else len(tasks.held_out)
     typer.echo(recipe.as_yaml())
@@ -119,6 +127,7 @@ def evaluate(
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset. Default: train.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each task.")] = None,
@@ -130,6 +139,8 @@ def evaluate(
         from mel_lite.evaluate import evaluate_model
         from mel_lite.models import ModelSpec
 
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it, or name another file.")
     spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
     result = evaluate_model(
         spec,
@@ -139,6 +150,7 @@ def evaluate(
         k=k,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
+        split=split,
         limit=limit,
         system_prompt=system_prompt,
         seed=seed,
@@ -317,6 +329,3 @@ def main() -> None:
     except MelLiteError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
-        sys.exit(130)

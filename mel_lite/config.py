@@ -100,12 +100,6 @@ class MELConfig(GRPOConfig):
             )
         if not self.verifier_deadline_s > 0:
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
-        if self.algorithm == "mel" and self.use_vllm:
-            raise ConfigError(
-                "use_vllm=True with algorithm='mel': analysis and replay must come from the same engine as the "
-                "rollouts, and TRL's vLLM merges the adapter into a copy of the weights. Leave use_vllm off (MEL-Lite "
-                "chooses its own engine), or set algorithm='grpo'."
-            )
 
     @property
     def with_meta_experience(self) -> bool:

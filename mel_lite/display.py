@@ -46,6 +46,7 @@ class LiveDisplay(TrainerCallback):
     def __init__(self, console: Console, *, sample_every: int = 10) -> None:
         self._console = console
         self._sample_every = sample_every
+        self._last_sample = 0
         self._progress: Progress | None = None
         self._task: Any = None
         self.trainer: Any = None
@@ -68,10 +69,11 @@ class LiveDisplay(TrainerCallback):
         if not logs or "reward" not in logs:
             return
         self._console.print(step_line(state.global_step, state.max_steps, logs))
-        if self.trainer is not None and state.global_step % self._sample_every == 1:
-            sample = self.trainer.latest_sample()
-            if sample is not None:
-                self._console.print(sample_panel(sample))
+        if self.trainer is None or (self._last_sample and state.global_step - self._last_sample < self._sample_every):
+            return
+        if (sample := self.trainer.latest_sample()) is not None:
+            self._last_sample = state.global_step
+            self._console.print(sample_panel(sample))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

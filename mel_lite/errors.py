@@ -43,12 +43,6 @@ class StoreError(MelLiteError, ValueError):
     """The run's experience store is missing, locked for writing by another run, or of another version."""
 
 
-class NonFiniteError(MelLiteError, ArithmeticError):
-    """NaN or Inf reached the loss or the gradients too often to go on."""
-
-    exit_code = 5
-
-
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -57,7 +51,6 @@ __all__ = [
     "ExportError",
     "MelLiteError",
     "ModelError",
-    "NonFiniteError",
     "StoreError",
     "VerifierError",
 ]

@@ -221,7 +221,7 @@ def _questions(tasks: datasets.Dataset) -> list[Group]:
             row["prompt"],
             prompt_hash(row["prompt"]),
             (),
-            None if column is None else str(row[column]),
+            None if column is None or row[column] is None else str(row[column]),
             {name: value for name, value in row.items() if name not in ("prompt", column)},
         )
         for row in tasks
@@ -288,6 +288,7 @@ def evaluate_model(
     *,
     verifier: str | None = None,
     system_prompt: str | None = None,
+    split: str | None = None,
     limit: int | None = None,
     **options: Any,
 ) -> EvalResult:
@@ -313,7 +314,7 @@ def evaluate_model(
         spec = adapter_base(adapter)
     tokenizer = load_tokenizer(spec)
     conversational = tokenizer.chat_template is not None
-    tasks = load_tasks(dataset, limit=limit, system_prompt=system_prompt, conversational=conversational)
+    tasks = load_tasks(dataset, split=split, limit=limit, system_prompt=system_prompt, conversational=conversational)
     model: Any = load_base(spec)
     stops = eos_ids(model, tokenizer)
     if adapter is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mel_lite.data import ANSWER_COLUMNS
 from mel_lite.types import Group, Verdict
 from mel_lite.verify_pool import VerifyPool
 
 Judge = Callable[[Sequence[Group], Sequence[str]], list[Verdict]]
 """`judge(groups, texts)`: the verdict on each text as an answer to the group's question, in order."""
-
-ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
 
 def answer_column(columns: Sequence[str]) -> str | None:

@@ -143,8 +143,11 @@ class _Guard:
         for said in numbers_in(text):
             if not said.means(gold.number) or is_label(text, said.start, said.end):
                 continue
-            is_unit = said.number.value in (0, 1)
-            kind = "spelled" if said.spelled else "unit" if is_unit else "digits"
+            if said.form == "100%" and not gold.number.percent:
+                continue  # "be 100% sure"
+            kind = "spelled" if said.spelled else "digits"
+            if said.number.value in (0, 1):
+                kind = "spelled unit" if said.spelled else "unit"
             bare_counts = not gold.needs_context and said.form not in self._asked
             if bare_counts or is_stated(text, said.start, said.end, kind, self._question):
                 yield _Finding("the answer as a number", said.start, said.end)
@@ -155,12 +158,13 @@ class _Guard:
             return
         number = gold.number
         formula = gold.text if number is None else str(number.value / 100 if number.percent else number.value)
+        formula = _latex(formula)
         if not _is_safe(formula):
             return
-        question = _squash(_operators(self._question))
+        question = _squash(_latex(self._question))
         for start, end in islice(_expressions(text), _MAX_EXPRESSIONS):
-            expression = text[start:end]
-            if not _is_safe(expression) or _squash(_operators(expression)) in question:
+            expression = _latex(text[start:end])
+            if not _is_safe(expression) or _squash(expression) in question:
                 continue
             stated = not gold.needs_context or is_stated(text, start, end, "text", self._question)
             if stated and _equivalent(formula, expression):
@@ -217,7 +221,8 @@ def _marked(text: str) -> Iterator[tuple[int, int, str]]:
 
 _EXPRESSION = re.compile(
     r"\$([^$\n]{1,60})\$|\\\((.{1,60}?)\\\)|\\\[(.{1,60}?)\\\]|"
-    r"(?<![\w.$\\])([(\d\u221a-][\d \t().+*/^\u00d7\u00b7\u00f7\u221a\u03c0-]{1,45}[\d)\u03c0](?:\s?pi\b)?)(?!\w)"
+    r"(?<![\w.$\\])((?:[(\d\u221a-]|\\?sqrt\b|\\[dt]?frac\b)(?:[\d \t().+*/^{}\u00d7\u00b7\u00f7\u221a\u03c0-]|"
+    r"\\?(?:sqrt|times|cdot|div|pi)(?![A-Za-z])|\\[dt]?frac(?![A-Za-z])){1,45})"
 )
 _COMMANDS = frozenset("frac dfrac tfrac sqrt pi cdot times div left right circ".split())
 _SIGNS = "0123456789 \t\\{}()+-*/^.,|\u00d7\u00b7\u00f7\u221a\u03c0"
@@ -231,16 +236,20 @@ def _expressions(text: str) -> Iterator[tuple[int, int]]:
         start, end = match.span(match.lastindex or 0)
         at = start
         for side in text[start:end].split("="):
-            content = side.strip(" \n.")
-            if re.search(r"[+*/^\\\u00d7\u00b7\u00f7\u221a\u03c0]|\d\s*-|pi|[A-Za-z]", content):
+            content = side.lstrip(" \n.,").rstrip(" \n.,-+(")
+            while content.endswith((")", " ")) and content.count(")") > content.count("("):
+                content = content[:-1].rstrip(" .,")
+            if content and re.search(r"[+*/^\\\u00d7\u00b7\u00f7\u221a\u03c0]|\d\s*-|pi|[A-Za-z]", content):
                 first = at + side.index(content)
                 yield first, first + len(content)
             at += len(side) + 1
 
 
-def _operators(text: str) -> str:
-    """`text` with one sign for each operator."""
-    return re.sub(r"\\(?:times|cdot)\b", "*", re.sub(r"\\div\b", "/", text)).translate(_OPERATOR_NAMES)
+def _latex(expression: str) -> str:
+    """`expression` with one sign for each operator, and roots as LaTeX writes them."""
+    text = re.sub(r"\\(?:times|cdot)\b", "*", re.sub(r"\\div\b", "/", expression)).translate(_OPERATOR_NAMES)
+    text = re.sub(r"(?:\u221a|(?<!\\)\bsqrt)\s?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", text)
+    return text.replace("\u03c0", "\\pi ")
 
 
 def _is_safe(expression: str) -> bool:
@@ -252,7 +261,7 @@ def _is_safe(expression: str) -> bool:
         r"[\w\s\\{}()+\-*/^.,|\u00d7\u00b7\u00f7\u221a]+", expression
     ):
         return False
-    if "**" in expression or re.search(r"\d{13}", expression) or expression.count("^") > 3:
+    if "**" in expression or re.search(r"\d{13}", expression):
         return False
     if any(command not in _COMMANDS for command in re.findall(r"\\([A-Za-z]+)", expression)):
         return False
@@ -276,7 +285,7 @@ def _equivalent(gold: str, expression: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _parsed(expression: str) -> Any:
-    return _math_verify().parse(f"${_operators(expression)}$", parsing_timeout=None)
+    return _math_verify().parse(f"${expression}$", parsing_timeout=None)
 
 
 @lru_cache(maxsize=1)

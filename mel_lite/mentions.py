@@ -25,10 +25,14 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORD_VALUES = {word: value for value, word in enumerate(_SMALL)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _SPELLED = "|".join([*_WORD_VALUES, *_SCALES])
+_SHARE_VALUES = {"half": 2, "halve": 2, "quarter": 4, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
+_SHARE_VALUES |= {"eighth": 8, "ninth": 9, "tenth": 10}
+_SHARES = "|".join(f"{name}s?" for name in _SHARE_VALUES)
 _NUMBER = re.compile(
     rf"""\\[dtc]?frac\s?(?:\{{\s?(?P<p>-?\d{{1,12}})\s?\}}\s?\{{\s?(?P<q>\d{{1,12}})\s?\}}|(?P<p1>\d)(?P<q1>\d))
     |(?P<vulgar>[\u00bc-\u00be\u2150-\u215e])
-    |(?<![\d./])(?P<p2>\d{{1,12}})\s?/\s?(?P<q2>\d{{1,12}})(?![\d/])
+    |(?<![\d./])(?:(?P<whole>\d{{1,6}})[ ])?(?P<p2>\d{{1,12}})\s?/\s?(?P<q2>\d{{1,12}})(?![\d/])
+    |\b(?P<part>(?:an?(?=[ ](?:half|quarter))|one|two|three|four|five|six|seven|eight|nine)[ -](?:{_SHARES})\b)
     |(?P<digits>(?<![\d.])(?:\d{{1,3}}(?:(?:,|\{{,\}}|\\,|\\!|_)\d{{3}}){{1,12}}(?!\d)|\d{{1,40}})(?:\.\d{{1,40}})?(?:e[+-]?\d{{1,2}})?
       |(?<![\d.])\.\d{{1,40}})
     |(?P<words>\b(?:{_SPELLED})(?:(?:[ \t-]|[ ]and[ ])(?:{_SPELLED})){{0,11}}\b)""",
@@ -74,9 +78,9 @@ def numbers_in(text: str) -> Iterator[Mention]:
         percent = _PERCENT.match(text[end : end + 10])
         end += len(percent[0]) if percent else 0
         decimals = len((match["digits"] or "").partition(".")[2])
-        form = "/".join(part for part in match.group("p", "p1", "p2", "q", "q1", "q2") if part) or str(value)
+        form = "/".join(part for part in match.group("whole", "p", "p1", "p2", "q", "q1", "q2") if part) or str(value)
         number = answers.Number(value, percent is not None)
-        yield Mention(start, end, number, form + "%" * number.percent, decimals, match["words"] is not None)
+        yield Mention(start, end, number, form + "%" * number.percent, decimals, bool(match["words"] or match["part"]))
 
 
 def _value_of(match: re.Match[str]) -> Fraction | None:
@@ -90,12 +94,15 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
             else:
                 current += _WORD_VALUES.get(word, 0)
         return Fraction(total + current)
+    if match["part"]:
+        top, bottom = re.findall("[a-z]+", match["part"].lower())
+        return Fraction(_WORD_VALUES.get(top, 1), _SHARE_VALUES[bottom.removesuffix("s")])
     if match["vulgar"]:
         return Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(100)
     if match["digits"]:
         return Fraction(re.sub(r"[,{}\\!_]", "", match["digits"]))
     top, bottom = match["p"] or match["p1"] or match["p2"], match["q"] or match["q1"] or match["q2"]
-    return Fraction(int(top), int(bottom)) if int(bottom) else None
+    return int(match["whole"] or 0) + Fraction(int(top), int(bottom)) if int(bottom) else None
 
 
 # ---- the answer ------------------------------------------------------------------------------------------------------
@@ -142,7 +149,10 @@ def read_gold(answer: str, question: str) -> Gold | None:
         return Gold(letter, "letter", True, pattern=re.compile(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z'])"))
     if len(text) > _MAX_PATTERN_CHARS:
         return Gold(text, "text", True)
-    tokens = [re.escape(token) for token in re.findall(r"\\[A-Za-z]+|\w+|[^\w\s]", text)]
+    tokens = [
+        r"(?:,\s*and\b|,|\band\b)" if token == "," else re.escape(token)
+        for token in re.findall(r"\\[A-Za-z]+|\w+|[^\w\s]", text)
+    ]
     before, after = r"(?<![\w.])" if text[0].isalnum() else "", r"(?!\w|\.\d)" if text[-1].isalnum() else ""
     pattern = re.compile(before + r"(?:\s|\\[,;!: ]|\\left|\\right|\$)*".join(tokens) + after, re.I)
     everyday = text.lower() in _EVERYDAY
@@ -170,12 +180,13 @@ def fold(text: str) -> str:
 # ---- where an answer counts as stated --------------------------------------------------------------------------------
 
 _LINK = (
-    r"(?:[\s:=,(~$*\"'`\u2248]|\\[(\[]|\b(?:is|was|be|being|are|as|to|of|equals?|equal|should|must|will|would|comes?|came|"
-    r"out|exactly|just|simply|only|actually|therefore|thus|then|indeed|finally|becomes?|namely|not|about|approximately|"
-    r"option|choice|letter|number|value|integer|the|a|an|that|it|have)\b)*$"
+    r"(?:[\s:=,(~$*\"'`\u2248-]|\\[(\[]|\b(?:is|was|be|been|being|are|as|to|of|equals?|equal|should|must|will|would|have|"
+    r"comes?|came|turns?|out|exactly|just|simply|only|actually|therefore|thus|then|indeed|finally|becomes?|namely|about|"
+    r"approximately|option|choice|letter|number|value|integer|the|a|an|that|it)\b)*$"
 )
+"""Words and signs that may stand between a verb or noun and the value it speaks of."""
 _RESULT = (
-    r"\b(?:answers?|results?|solution|totals?|sum|product|value|output|outcome|conclusion|count|quotient|difference|"
+    r"\b(?:ans(?:wers?)?|results?|solution|totals?|sum|product|value|output|outcome|conclusion|count|quotient|difference|"
     r"remainder|correct (?:option|choice|one))\b"
 )
 _STRONG = re.compile(
@@ -183,19 +194,27 @@ _STRONG = re.compile(
 )
 _STRONG_AFTER = re.compile(
     r"[\s)\]\"'`*$.,]*(?:\bis|\bwas|\bbeing|\bas|\bmust be|,)\s+(?:the|our|my)?\s*(?:final |correct |right )*"
-    r"(?:answer|result|correct|right|solution)\b|\s*(?:left|remain\w*|in total|altogether)\b",
+    r"(?:answer|result|correct|right|solution)\b|\s*(?:[a-z]{2,12}\s+)?"
+    r"(?:(?:are |is )?left|remain\w*|in total|altogether)\b",
     re.I,
 )
+_BEING = r"\b(?:is|was|are|be|been|(?:it|that|there|this|which)['\u2019]s)\b"
 _WEAK = re.compile(
-    r"(?:(?<![<>!])=|\u2248|\b(?:equals?|equal to|is|was|are|be|giv(?:es?|ing)|gave|gets?|got|getting|"
-    r"yield(?:s|ed|ing)?|obtain(?:s|ed|ing)?|produc(?:es?|ed|ing)|makes?|made|becomes?|became|returns?|returned|"
-    r"leav(?:es?|ing)|reach(?:es|ed)?|arriv(?:es?|ed|ing) at|comes? to|came to|finds?|found|computes?|computed|"
-    r"calculated?|conclude[sd]?|cho(?:oses?|se|osing)|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|mark(?:s|ed)?|go with|"
-    r"went with)\b)" + _LINK,
+    rf"(?:{_BEING}|(?<![<>!])=>?|\u2248|->|\u2192|\u21d2|\\(?:to|implies|(?:R|r)ightarrow)\b|\b(?:equals?|equal to|"
+    r"giv(?:es?|ing)|gave|gets?|got|getting|obtain(?:s|ed|ing)?|yield(?:s|ed|ing)?|produc(?:es?|ed|ing)|makes?|made|"
+    r"becomes?|became|returns?|returned|leav(?:es?|ing)|left with|reach(?:es|ed)?|f(?:inds?|ound)|comput(?:es?|ed)|"
+    r"calculate[sd]?|conclude[sd]?|writes?|wrote|says?|said|states?|reports?|reported|outputs?|answered|hence|thus|"
+    r"therefore|so|instead of|rather than|results? in|resulted in|lead(?:s|ing)? to|led to|arriv(?:es?|ed|ing) at|"
+    r"(?:com(?:es?|ing)|came|works?|adds?|amounts?|ends?|ended|turns?|turned) (?:out |up )?(?:to|as|at|with|in)|"
+    r"(?:evaluat|simplif|reduc|boil|drop)[a-z]* (?:down )?to|cho(?:oses?|se|osing)|pick(?:s|ed|ing)?|"
+    r"select(?:s|ed|ing)?|mark(?:s|ed)?|go (?:with|for)|went (?:with|for))\b)" + _LINK,
     re.I,
 )
+_ONLY_BEING = re.compile(_BEING + r"\s*$", re.I)
+_NAMED = re.compile(r"\b(?:is|was|be|been|equals?|gives?|becomes?)\b|[=:]", re.I)
 _CONDITION = re.compile(
-    r"\b(?:if|when|whether|check|set|setting|let|suppose|assume|until|unless|while|cannot)\b[^,;.\n]*$", re.I
+    r"\b(?:if|when|whether|check|set|setting|let|suppose|assume|until|unless|while|cannot|not|so that)\b[^,;.\n]*$",
+    re.I,
 )
 _ENDS_CLAUSE = re.compile(
     r"[\s)\]\"'`*$}\\]*(?:[.,;:!?\n]|$|(?:and|because|since|so|but|as|while|when|instead|not)\b)", re.I
@@ -203,8 +222,8 @@ _ENDS_CLAUSE = re.compile(
 _OPERAND = re.compile(r"\s*(?:[+*/^\u00d7\u00b7]|-\s?[\d\\(]|\\(?:times|cdot|div)\b|(?:and|or|to)\s+[-$\\\d(])")
 _COUNTED = re.compile(
     r"[\s-]?(?:digits?|decimals?|steps?|methods?|places?|parts?|lines?|sentences?|times|kinds?|types?|cases|terms?|rules?|"
-    r"conditions?|variables?|unknowns?|sides?|constraints?|equations?|factors?|different|separate|distinct|of|or more|"
-    r"more|less|thing|way|independent|possible|possibilities|quantities)\b",
+    r"conditions?|variables?|unknowns?|sides?|constraints?|equations?|factors?|items?|different|separate|distinct|of|"
+    r"or more|more|less|things?|way|independent|possible|possibilities|quantities|signs?|roots)\b",
     re.I,
 )
 _REFERENCE = re.compile(
@@ -222,7 +241,7 @@ def is_label(text: str, start: int, end: int) -> bool:
     """True for a number at [start, end) that names something: "step 12", "12th", a list marker, "base 10"."""
     line = text[:start].rpartition("\n")[2]
     after = text[end : end + 3]
-    if not line.strip(" \t#*-(>") and re.match(r"[.):](?:\s|\*|$)", after):
+    if not line.strip(" \t#*-(>") and re.match(r"\d{1,2}[.):](?:\s|\*|$)", text[start : end + 2]):
         return True
     before = text[max(0, start - 24) : start]
     return bool(re.match(r"(?:st|nd|rd|th)\b", after) or _REFERENCE.search(before) or _IDIOM.search(before))
@@ -231,28 +250,36 @@ def is_label(text: str, start: int, end: int) -> bool:
 def is_stated(text: str, start: int, end: int, kind: str, question: str) -> bool:
     """True when what stands at [start, end) is put forward as a result, in words the question does not use itself.
 
-    `kind`: `digits`, `unit` (0 or 1), `spelled`, `letter`, `everyday` or `text`; the commoner the mention, the more it
-    takes.
+    `kind`: `digits`, `spelled`, `unit` and `spelled unit` (0 or 1), `letter`, `everyday` or `text`; the commoner the
+    mention, the more it takes.
     """
     before = re.split(r"[.;!?](?=\s)|\n", text[max(0, start - 64) : start])[-1]
     after = text[end : end + 40]
     quoted = " ".join(before.split()[-2:]) + text[start:end]
     if len(quoted) > end - start + 2 and _squash(quoted) in _squash(question):
         return False
-    if kind in ("digits", "unit", "spelled") and (_OPERAND.match(after) or _COUNTED.match(after)):
+    if kind not in ("letter", "everyday", "text") and (_OPERAND.match(after) or _COUNTED.match(after)):
         return False
     closes = bool(_ENDS_CLAUSE.match(after))
-    strong = bool(_STRONG.search(before) or _STRONG_AFTER.match(after))
+    after_says = bool(_STRONG_AFTER.match(after))
+    strong = _STRONG.search(before)
     weak = bool(_WEAK.search(before))
-    if kind == "unit":
-        return strong or (weak and not _CONDITION.search(before))
+    conditional = bool(_CONDITION.search(before))
+    if kind.endswith("unit"):
+        # "Probabilities sum to 1", "if the divisor is 0" and "it made zero checks" are no answers.
+        said = (strong is not None and bool(_NAMED.search(strong[0]))) or (weak and not conditional)
+        return after_says or (said and (closes or kind == "unit"))
+    if kind == "digits":
+        is_count = conditional and re.match(r"\s+[a-z]{3}", after) is not None  # "if there are 5 apples"
+        return after_says or strong is not None or (weak and not is_count)
     if kind == "spelled":
-        return closes and (strong or (weak and not _CONDITION.search(before)))
+        said = strong is not None or (weak and not conditional)
+        return after_says or (said and (closes or not _ONLY_BEING.search(before)))
     if kind == "letter":
-        return (strong or weak) and (closes or bool(_STRONG_AFTER.match(after)))
+        return (strong is not None or weak or after_says) and (closes or after_says)
     if kind == "everyday":
-        return strong and closes
-    return strong or weak
+        return strong is not None and closes
+    return after_says or strong is not None or weak
 
 
 def _squash(text: str) -> str:

@@ -116,30 +116,41 @@ def _uplift(replays: Sequence[Replay]) -> tuple[float, int]:
 class GradientMeter:
     """Gradient of each loss term over one optimiser step, accumulated apart from the training gradient."""
 
+    TERMS = ("policy", "nll")
+
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._grads: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, term: str, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss`, keeping its graph for the backward that trains."""
-        grads = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
+    def add(self, term: str, loss: torch.Tensor, *, scale: float = 1.0) -> None:
+        """Add the gradient of `loss`, keeping its graph for the backward that trains.
+
+        `scale` is the gradient scaler's: without it, small float16 gradients would vanish on the way.
+        """
+        grads = torch.autograd.grad(loss * scale, self._parameters, retain_graph=True, allow_unused=True)
         sums = self._grads.setdefault(term, [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters])
         for total, grad in zip(sums, grads, strict=True):
             if grad is not None:
-                total += grad.float()
+                total += grad.float() / scale
 
     def drain(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """`mel/grad_norm_<term>` (L2, before clipping) and `mel/grad_cosine` where both terms had a gradient.
 
-        `reduce` averages a tensor over ranks. The cosine is in [-1, 1]: below 0 the two terms pull apart.
+        `reduce` averages a tensor over ranks; it is called for both terms on every rank, with zeros where a rank had
+        no lesson. The cosine is in [-1, 1]: below 0 the two terms pull apart.
         """
-        flat = {t: reduce(torch.cat([g.flatten() for g in grads])) for t, grads in sorted(self._grads.items())}
+        if not self._grads:
+            return {}
+        flat = {}
+        for term in self.TERMS:
+            grads = self._grads.get(term) or [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
+            flat[term] = reduce(torch.cat([grad.flatten() for grad in grads]))
         self._grads.clear()
-        metrics = {f"mel/grad_norm_{term}": grad.norm().item() for term, grad in flat.items()}
-        if len(flat) == 2:
-            a, b = flat.values()
-            if a.norm() > 0 and b.norm() > 0:
-                metrics["mel/grad_cosine"] = torch.dot(a, b).item() / (a.norm() * b.norm()).item()
+        norms = {term: grad.norm().item() for term, grad in flat.items()}
+        metrics = {f"mel/grad_norm_{term}": norm for term, norm in norms.items() if norm > 0}
+        if all(norms.values()):
+            product = torch.dot(flat["policy"], flat["nll"]).item()
+            metrics["mel/grad_cosine"] = product / (norms["policy"] * norms["nll"])
         return metrics
 
 

@@ -28,15 +28,18 @@ class Row:
     ids: torch.Tensor
     """(tokens,) int64."""
     scored_tokens: int
+    temperature: float = 1.0
+    """Of the distribution the log-probabilities are taken under."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Right-padded rows of similar length. `target_BT[b, t]` is the id scored at t, or IGNORE."""
+    """Right-padded rows of similar length and one temperature. `target_BT[b, t]` is the id scored at t, or IGNORE."""
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     target_BT: torch.Tensor
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +64,18 @@ class Packed:
 def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> Packed:
     """Group rows by length into right-padded blocks.
 
-    Longest first. A block takes rows until padding would exceed MAX_PADDING_SHARE of it, or B*T would exceed
-    `max_tokens` (a single longer row still gets a block of its own).
+    Longest first within a temperature. A block takes rows until padding would exceed MAX_PADDING_SHARE of it, or B*T
+    would exceed `max_tokens` (a single longer row still gets a block of its own).
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].temperature, -len(rows[i].ids)))
     groups: list[list[int]] = []
-    for row in order:
-        if groups and _fits([len(rows[i].ids) for i in groups[-1]], len(rows[row].ids), max_tokens):
-            groups[-1].append(row)
+    for i in order:
+        row = rows[i]
+        same = groups and rows[groups[-1][0]].temperature == row.temperature
+        if same and _fits([len(rows[j].ids) for j in groups[-1]], len(row.ids), max_tokens):
+            groups[-1].append(i)
         else:
-            groups.append([row])
+            groups.append([i])
     blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
     flat = tuple(i for group in groups for i in group)
     return Packed(blocks, flat, tuple(rows[i].scored_tokens for i in flat))
@@ -97,17 +102,20 @@ def _block(rows: Sequence[Row], pad_id: int) -> Block:
         attention_mask_BT[b, :tokens] = 1
         start = tokens - row.scored_tokens
         target_BT[b, start:tokens] = row.ids[start:]
-    return Block(input_ids_BT, attention_mask_BT, target_BT)
+    return Block(input_ids_BT, attention_mask_BT, target_BT, rows[0].temperature)
 
 
-def rows_of_batch(input_ids_BP: torch.Tensor, attention_mask_BP: torch.Tensor, completion_width: int) -> list[Row]:
+def rows_of_batch(
+    input_ids_BP: torch.Tensor, attention_mask_BP: torch.Tensor, completion_width: int, *, temperature: float = 1.0
+) -> list[Row]:
     """Take the padding off a TRL batch: left-padded prompt, right-padded completion in the last `completion_width`.
 
     A completion that is masked as a whole (dropped because it was cut off) gives a row with nothing scored.
     """
     valid_BP = attention_mask_BP.bool()
     scored_B = valid_BP[:, input_ids_BP.shape[1] - completion_width :].sum(dim=1).tolist()
-    return [Row(ids[valid], scored) for ids, valid, scored in zip(input_ids_BP, valid_BP, scored_B, strict=True)]
+    parts = zip(input_ids_BP, valid_BP, scored_B, strict=True)
+    return [Row(ids[valid], scored, temperature) for ids, valid, scored in parts]
 
 
 def pad_rows(values: Sequence[torch.Tensor], mask_BC: torch.Tensor) -> torch.Tensor:

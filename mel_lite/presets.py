@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,6 +28,9 @@ class DataOptions:
     train: str = "demo"
     eval: str | None = None
     split: str | None = None
+    """Split of `train`; None = its training split."""
+    eval_split: str | None = None
+    """Split of `eval`; None = its training split."""
     limit: int | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
@@ -49,9 +54,9 @@ class EvalOptions:
 class ExportOptions:
     """What is written at the end beside the adapter."""
 
-    format: str | None = "merged-16bit"
+    format: Literal["merged-16bit"] | None = "merged-16bit"
     """`merged-16bit`, or null for the adapter alone."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
 
 
 SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": EvalOptions, "export": ExportOptions}
@@ -131,11 +136,36 @@ def _build(values: dict[str, Any]) -> Recipe:
         if values[name] is None:
             built[name] = None
             continue
-        try:
-            built[name] = kind(**values[name])
-        except TypeError as error:
-            raise ConfigError(f"section {name!r}: {error}") from error
+        hints = get_type_hints(kind)
+        built[name] = kind(**{key: _typed(f"{name}.{key}", value, hints[key]) for key, value in values[name].items()})
     return Recipe(**built, train=values["train"])
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as one of the types a field allows; numbers may be written as text, as YAML reads 1e-5."""
+    union = get_origin(hint) in (Union, UnionType)
+    members = get_args(hint) if union else (hint,)
+    allowed = [get_origin(member) or member for member in members]
+    choices = [text for member in members if get_origin(member) is Literal for text in get_args(member)]
+    if value is None and NoneType in allowed:
+        return None
+    if isinstance(value, str) and (str in allowed or value in choices):
+        return value
+    if isinstance(value, bool) or bool in allowed:
+        if isinstance(value, bool) and bool in allowed:
+            return value
+    elif isinstance(value, int) and int in allowed:
+        return value
+    elif isinstance(value, (int, float, str)) and float in allowed:
+        with suppress(ValueError):
+            return float(value)
+    elif isinstance(value, list) and Sequence in allowed:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and str in allowed:
+        return str(value)  # a revision that looks like a number
+    names = {NoneType: "null", Sequence: "a list"}
+    wanted = choices or [names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in allowed]
+    raise ConfigError(f"{key}={value!r} must be {' or '.join(map(str, wanted))}. Set {key}.")
 
 
 def _load_preset(preset: str) -> dict[str, Any]:
@@ -159,8 +189,30 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
+FREE_ON_RESUME = (
+    "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
+    "report_to", "grad_norm_every", "verifier_workers", "verifier_deadline_s",
+)  # fmt: skip
+"""Options of `train` that change nothing of what a resumed run has already done."""
+
+
+def changes(began: Recipe, now: Recipe) -> list[str]:
+    """What a resumed run may not change but does, as `key: before -> now`."""
+    before, after = yaml.safe_load(began.as_yaml()), yaml.safe_load(now.as_yaml())
+    found = []
+    for section in ("model", "lora", "data", "train"):
+        old, new = before[section] or {}, after[section] or {}
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key) and not (section == "train" and key in FREE_ON_RESUME):
+                found.append(f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return found
+
+
 def parse_set(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`."""
+    """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`.
+
+    YAML reads 1e-5 as text; it becomes a number where a field wants one.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text!r}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
@@ -168,12 +220,6 @@ def parse_set(text: str) -> tuple[str, Any]:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
-    if isinstance(parsed, str):
-        # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5. People write 1e-5.
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            pass
     return key.strip(), parsed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class JudgedRewards:
     _clock: PhaseClock
     _scored: list[tuple[Group, Rollout]]
     _verdicts: list[Verdict]
+    _pending_extra_logs: defaultdict[str, list[Any]]
+    _pending_metrics: defaultdict[str, list[float]]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         groups = [self._group_of(example) for example in inputs]
@@ -67,11 +70,18 @@ class JudgedRewards:
             for p, text in zip(prompts, texts, strict=True)
         ]
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, ids)  # type: ignore[misc]
+        # What a reward function logs about a replay must not end up among the columns of the next rollouts.
+        pending = self._pending_extra_logs, self._pending_metrics
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, ids)  # type: ignore[misc]
+        finally:
+            self._pending_extra_logs, self._pending_metrics = pending
         return self._local_rewards(rewards_per_func, len(texts))
 
     def _group_of(self, example: dict[str, Any]) -> Group:
         """The question of a dataset row, without its rollouts."""
         columns = {k: v for k, v in example.items() if k not in ("prompt", self._answer_column)}
-        answer = None if self._answer_column is None else str(example[self._answer_column])
+        answer = None if self._answer_column is None else example.get(self._answer_column)
+        answer = None if answer is None else str(answer)
         return Group(example["prompt"], prompt_hash(example["prompt"]), (), answer, columns)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from mel_lite import checkpoint
@@ -18,16 +19,17 @@ from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_f
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
-from mel_lite.errors import DataError, ExportError
+from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
-from mel_lite.presets import Recipe, build_args
+from mel_lite.presets import Recipe, build_args, changes, resolve
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
-from mel_lite.templates import render
+from mel_lite.templates import load_templates, render
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
+from mel_lite.verifiers import get_verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     train = load_tasks(options.train, split=options.split, limit=options.limit, **shared)
     held_out = None
     if options.eval:
-        held_out = load_tasks(options.eval, limit=recipe.eval.limit, **shared)
+        held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
     fits = train.filter(
         lambda row: len(render(row["prompt"], tokenizer, chat_template_kwargs=args.chat_template_kwargs)) <= room_tokens
@@ -73,17 +75,28 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     return Tasks(fits, held_out, len(train) - len(fits))
 
 
+def check(recipe: Recipe, folder: Path) -> MELConfig:
+    """Everything about a recipe that can be known before a model is loaded. Raises ConfigError, VerifierError."""
+    args = build_args(recipe, folder)
+    args.verifier = args.verifier or recommended_verifier(recipe.data.train)
+    args.disable_tqdm = True
+    if args.verifier is not None:
+        get_verifier(args.verifier)
+    load_templates(args.templates)
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
+    return args
+
+
 def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
+    args = check(recipe, folder)
     with run_folder(folder, resume=resume):
         started_s = time.monotonic()
-        args = build_args(recipe, folder)
-        args.verifier = args.verifier or recommended_verifier(recipe.data.train)
-        if resume:
-            checkpoint.resolve(folder, True)  # fail before minutes of loading
+        resume = resume and _can_resume(recipe, folder, console)
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
@@ -93,11 +106,17 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
-        (folder / "config.yaml").write_text(recipe.as_yaml())
         trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
+        (folder / "config.yaml").write_text(recipe.as_yaml())
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
+                "train.gradient_accumulation_steps as much), train.max_completion_length or train.max_context_tokens; "
+                f"then go on with --resume. ({str(error).splitlines()[0]})"
+            ) from error
         finally:
             display.close()
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
@@ -106,24 +125,49 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
 
 
+def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
+    """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
+
+    Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
+    """
+    if (folder / "config.yaml").is_file() and (found := changes(resolve(config=folder / "config.yaml"), recipe)):
+        listing = "\n".join(f"  {change}" for change in found)
+        raise ConfigError(
+            f"--resume: the run in {folder} was begun with other options:\n{listing}\nLeave them as they were, or "
+            "begin a new run with --adapter and another --output-dir."
+        )
+    if checkpoint.committed(folder):
+        checkpoint.resolve(folder, True)  # fail before minutes of loading
+        return True
+    console.print(f"{folder} has no checkpoint yet: starting from the first step.")
+    for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
+        leftover.unlink(missing_ok=True)
+    return False
+
+
 def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay) -> MELTrainer:
-    args.disable_tqdm = True
+    from transformers import PrinterCallback
+
     model = load_base(recipe.model)
     peft_config = None
     if recipe.lora is not None and recipe.lora.start_from is not None:
         model = attach_adapter(model, find_adapter(recipe.lora.start_from), trainable=True)
     elif recipe.lora is not None:
         peft_config = lora_config(recipe.lora)
-    trainer = MELTrainer(
-        model=model,
-        args=args,
-        train_dataset=tasks.train,
-        processing_class=tokenizer,
-        callbacks=[display],
-        peft_config=peft_config,
-    )
-    from transformers import PrinterCallback
-
+    try:
+        trainer = MELTrainer(
+            model=model,
+            args=args,
+            train_dataset=tasks.train,
+            eval_dataset=tasks.held_out,
+            processing_class=tokenizer,
+            callbacks=[display],
+            peft_config=peft_config,
+        )
+    except MelLiteError:
+        raise
+    except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of their options
+        raise ConfigError(f"section 'train': {error}") from error
     trainer.remove_callback(PrinterCallback)
     display.trainer = trainer
     return trainer
@@ -203,12 +247,13 @@ def _summary(
                 console.print(sample_panel(row))
     if exported is not None:
         console.print(exported.as_table())
-    if trainer.idle_batches:
+    if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
         console.print(f"[yellow]{trainer.idle_advice}[/]")
     console.print(f"adapter   {adapter_dir}")
     if exported is not None:
         console.print(f"merged    {exported.path}")
-    console.print(f"lessons   mel-lite experiences list --run {folder}")
+    if trainer.args.with_meta_experience:
+        console.print(f"lessons   mel-lite experiences list --run {folder}")
     console.print(f"took {elapsed_s / 60:.1f} min")
 
 

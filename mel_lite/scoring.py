@@ -6,6 +6,7 @@ B rows of a block, T tokens, H hidden size, V vocabulary, N scored positions of 
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,12 +28,12 @@ class Scores(NamedTuple):
     entropy_N: torch.Tensor
 
 
-def install_scoring_head(model: Any, *, temperature: float) -> None:
+def install_scoring_head(model: Any) -> None:
     """Teach a causal language model `model(score_blocks=...) -> Scores`; its other calls are unchanged.
 
     The blocks go through the backbone one after another and their scored hidden states through one call of the fused
-    operator, all inside the model's own forward, so that DDP, FSDP and ZeRO hooks fire as for any forward. Install it
-    on the base model before anything wraps it; head and backbone are looked up at each call, since wrappers replace
+    operator per temperature, all inside the model's own forward, so that DDP's hooks fire as for any forward. Install
+    it on the base model before anything wraps it; head and backbone are looked up at each call, since wrappers replace
     them.
 
     Raises: ModelError when the model's logits are not what its config says, so that fused scores would be wrong.
@@ -50,8 +51,11 @@ def install_scoring_head(model: Any, *, temperature: float) -> None:
     def forward(self: Any, *args: Any, score_blocks: Any = None, entropy_grad: bool = False, **kwargs: Any) -> Any:
         if score_blocks is None:
             return original_forward(*args, **kwargs)
-        hidden_NH, target_N = _scored_hidden(self, score_blocks)
-        return _score(self, spec, hidden_NH, target_N, temperature, entropy_grad)
+        parts = []
+        for temperature, blocks in itertools.groupby(score_blocks, key=lambda block: block.temperature):
+            hidden_NH, target_N = _scored_hidden(self, list(blocks))
+            parts.append(_score(self, spec, hidden_NH, target_N, temperature, entropy_grad))
+        return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     model.forward = types.MethodType(forward, model)
 
@@ -102,7 +106,8 @@ def _no_autocast(device: str) -> Any:
 def score(model: Any, packed: Packed, *, entropy_grad: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
 
-    Equals log softmax(z/T)[id] and its entropy, z being the logits of the model the head was installed on.
+    Equals log softmax(z/T)[id] and the entropy of softmax(z/T), z being the logits of the model the head was installed
+    on and T the row's temperature.
     """
     logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad)
     return packed.unpack(logp_N), packed.unpack(entropy_N)

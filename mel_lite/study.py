@@ -60,14 +60,18 @@ class _Draft:
         return self.leak.redacted or self.parsed
 
 
-def study(pairs: Sequence[Pair], desk: Desk, *, step: int) -> tuple[list[Experience], list[tuple[Pair, str]]]:
+def study(
+    pairs: Sequence[Pair], desk: Desk, *, step: int, batch: int
+) -> tuple[list[Experience], list[tuple[Pair, str]]]:
     """Write, check and replay one meta-experience per pair.
+
+    `step` is the optimiser step the experiences are noted under, `batch` the generation batch their seeds count from.
 
     Returns: the experiences, in pair order and each with its status; and the pairs whose solutions do not fit the
     context, with the reason.
     """
     options = desk.options
-    shared = {"engine": desk.engine, "tokenizer": desk.tokenizer, "templates": desk.templates, "step": step}
+    shared = {"engine": desk.engine, "tokenizer": desk.tokenizer, "templates": desk.templates, "step": batch}
     shared |= {"run_seed": options.run_seed, "chat_template_kwargs": options.chat_template_kwargs}
     with desk.clock("analysis"):
         analyses, unfit = write_analyses(

@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mel_lite.checkpointing import AtomicCheckpoints
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.hf import evaluating
 from mel_lite.experience import lesson_from
 from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
@@ -41,7 +42,17 @@ from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.study import study
 from mel_lite.trl_base import released_grpo_trainer
 from mel_lite.types import Experience, Group, Lesson, Rollout, Status
-from mel_lite.wiring import IdleWatch, StepHook, build_desk, build_engine, build_judge, check_arguments, default_args
+from mel_lite.wiring import (
+    IdleWatch,
+    StepHook,
+    build_desk,
+    build_engine,
+    build_judge,
+    check_arguments,
+    check_support,
+    default_args,
+    engine_generates,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -97,7 +108,6 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         self._engine: MeteredEngine | None = None
         if reward_funcs is None and not isinstance(self._judge, RewardJudge):
             reward_funcs = self._verifier_reward
-        ours = not (tools or environment_factory or args.use_vllm or args.use_transformers_continuous_batching)
         with warnings.catch_warnings():
             # The hook is TRL's and marked experimental; here it is ours to follow, not the user's to worry about.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -114,13 +124,15 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
                 tools=tools,
-                rollout_func=rollout_func or (self._roll_out if ours else None),
+                rollout_func=rollout_func
+                or (self._roll_out if engine_generates(args, tools, environment_factory) else None),
                 environment_factory=environment_factory,
             )
+        check_support(self)
         keep_four_bit_layout(self.model)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
-            install_scoring_head(base, temperature=self.temperature)
+            install_scoring_head(base)
         self._engine = MeteredEngine(engine or build_engine(self), self._clock)
         self._desk = build_desk(self, self._engine, self._judge, self._clock)
         self._store: ExperienceStore | None = None
@@ -142,7 +154,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         """TRL's rollout hook: one completion per prompt, seeded by (run seed, step, prompt, row over all ranks)."""
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         first = self.accelerator.process_index * len(prompts)
-        step, purpose = self.state.global_step, "rollout" if self.model.training else "eval_rollout"
+        step, purpose = (self._batch, "rollout") if self.model.training else (self.state.global_step, "eval_rollout")
         requests = [
             Request(
                 tuple(ids),
@@ -153,15 +165,19 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         sampling = Sampling(
             self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
         )
-        assert self._engine is not None
         with self._clock("rollout"):
-            self._engine.wake()
-            completions = self._engine.generate(requests, sampling)
+            self.engine.wake()
+            completions = self.engine.generate(requests, sampling)
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [list(c.ids) for c in completions],
             "logprobs": [list(c.logprobs) for c in completions],
         }
+
+    @property
+    def _batch(self) -> int:
+        """Number of the generation batch: the counter of its seeds."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
 
     # ---- Self-verify ----
 
@@ -184,11 +200,12 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
 
     def _study(self, groups: list[Group]) -> None:
         """Draw this batch's lessons. Ranks share the pairs; all of them learn every outcome."""
-        args, step, rank, world = self.args, self.state.global_step, *self._rank_and_world()
+        args, batch, rank, world = self.args, self._batch, *self._rank_and_world()
         pairs = select_pairs(
-            groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=step
+            groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
         )
-        mine, unfit = study(pairs[rank::world], self._desk, step=step)
+        self.engine.wake()
+        mine, unfit = study(pairs[rank::world], self._desk, step=self.state.global_step, batch=batch)
         experiences: list[Experience] = sorted(gather_object(mine), key=lambda e: e.analysis.pair.index)
         lessons = [
             lesson_from(
@@ -243,10 +260,9 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         batch = super()._prepare_inputs(generation_batch)
+        self.engine.sleep()
         if not self.model.training:
             return batch
-        assert self._engine is not None
-        self._engine.sleep()
         return {**batch, "lessons": self._shares[self._step % self.args.steps_per_generation]}
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
@@ -257,15 +273,17 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
         if self.model.training:
             self._log_metrics({"mel/policy_loss": policy_loss.item() * self.current_gradient_accumulation_steps})
         measured = self._measures_gradients()
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = scaler.get_scale() if measured and scaler is not None else 1.0
         if measured:
-            self._meter.add("policy", policy_loss)
+            self._meter.add("policy", policy_loss, scale=scale)
         if not lessons:
             return policy_loss
         nlls = [-logp_T.mean() for logp_T in self._ridden_logps]
         weight = self._lesson_weight / self.current_gradient_accumulation_steps
         mel_loss = weight * torch.stack(nlls).sum()
         if measured:
-            self._meter.add("nll", mel_loss)
+            self._meter.add("nll", mel_loss, scale=scale)
         self._trained += [(lesson, nll.detach()) for lesson, nll in zip(lessons, nlls, strict=True)]
         return policy_loss + mel_loss
 
@@ -288,7 +306,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
                 **multimodal,
             )  # fmt: skip
-        rows = rows_of_batch(input_ids, attention_mask, logits_to_keep)
+        rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self.temperature)
         rollouts = len(rows)
         rows += [self._lesson_row(lesson) for lesson in riding]
         max_tokens = None if batch_size is None else batch_size * max(len(row.ids) for row in rows)
@@ -312,13 +330,16 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
     def _after_step(self) -> None:
         """After each optimiser step: gradient norms, and the NLL of its lessons before and after the update."""
         self._log_metrics(self._meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
-        self._log_metrics(self._clock.drain())
         trained, self._trained = self._trained, []
         after: list[torch.Tensor] = []
         if trained:
-            packed = pack([self._lesson_row(lesson) for lesson, _ in trained], pad_id=self._tokenizer.pad_token_id)
-            with torch.no_grad(), self.accelerator.autocast():
+            lesson_rows = [self._lesson_row(lesson) for lesson, _ in trained]
+            # One row at a time where they are long: training spread them over micro-batches, too.
+            longest = max(len(row.ids) for row in lesson_rows)
+            packed = pack(lesson_rows, pad_id=self._tokenizer.pad_token_id, max_tokens=longest)
+            with self._clock("rescore"), evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
                 after, _ = score(self.model, packed)
+        self._log_metrics(self._clock.drain())
         rows = gather_object(
             [
                 (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))

@@ -134,7 +134,7 @@ def warmup(
     examples = load_examples(examples_file)
     tokenizer = load_tokenizer(model)
     base = load_base(model)
-    install_scoring_head(base, temperature=1.0)
+    install_scoring_head(base)
     room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
     rows, skipped = tokenise(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
     if skipped:
@@ -286,7 +286,7 @@ def _trainer_class() -> type:
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            block = Block(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+            block = Block(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], temperature=1.0)
             scores = model(score_blocks=[block])
             tokens = len(scores.logp_N) if num_items_in_batch is None else num_items_in_batch
             loss = -scores.logp_N.sum() / tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from mel_lite.config import MELConfig
+from mel_lite.data import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, DataError, ModelError
-from mel_lite.judging import ANSWER_COLUMNS, AnswerJudge, Judge, RewardJudge, answer_column
+from mel_lite.judging import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.metrics import PhaseClock
 from mel_lite.models import context_length
 from mel_lite.study import Desk, StudyOptions
@@ -48,14 +50,59 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
             "tools or environment_factory with algorithm='mel': analyses of multi-turn rollouts are not supported. "
             "Set algorithm='grpo', or train without tools."
         )
+    if args.grad_norm_every and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(
+            "grad_norm_every with gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing "
+            "cannot take the gradient of one loss term. Set use_reentrant to False, or grad_norm_every=0."
+        )
     rounds = args.steps_per_generation * args.num_iterations
-    if args.save_strategy == "steps" and (args.save_steps * args.gradient_accumulation_steps) % rounds:
+    saved_every = args.save_steps * args.gradient_accumulation_steps
+    if args.save_strategy == "steps" and args.save_steps >= 1 and saved_every % rounds:
         logger.warning(
             "save_steps=%s falls inside a generation batch (%s accumulation steps): resuming from such a checkpoint "
             "samples that batch anew. For exact resume make save_steps a multiple of %s.",
             args.save_steps,
             rounds,
-            -(-rounds // args.gradient_accumulation_steps),
+            rounds // math.gcd(rounds, args.gradient_accumulation_steps),
+        )
+
+
+_TRLS_GENERATION = ("use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation")
+"""Options of TRL's own generation, which an engine of ours does not follow."""
+
+
+def engine_generates(args: MELConfig, tools: Any, environment_factory: Any) -> bool:
+    """Whether rollouts come from our engine; without meta-experience, TRL's own generation serves its own options.
+
+    Raises: ConfigError when an option of TRL's generation is set and meta-experience needs our engine.
+    """
+    theirs = [name for name in _TRLS_GENERATION if getattr(args, name)]
+    if theirs and args.with_meta_experience:
+        raise ConfigError(
+            f"{theirs[0]}={getattr(args, theirs[0])!r} with algorithm='mel': rollouts, analyses and replays must come "
+            f"from one engine, which does not follow that option. Unset {theirs[0]}, or set algorithm='grpo'."
+        )
+    return not (theirs or tools or environment_factory)
+
+
+def check_support(trainer: Any) -> None:
+    """Refuse models and set-ups on which lessons could not be trained. Raises ConfigError or ModelError."""
+    if trainer._is_vlm:
+        if trainer.args.with_meta_experience:
+            raise ModelError("Meta-experience is text-only; this model takes images. Set algorithm='grpo'.")
+        trainer.rollout_func = None  # only TRL's own generation hands the images over
+    if not trainer.args.with_meta_experience:
+        return
+    if trainer.aux_loss_enabled:
+        raise ConfigError(
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef} with algorithm='mel': lessons do not pass through "
+            "the load-balancing loss. Set router_aux_loss_coef=0, or algorithm='grpo'."
+        )
+    plugin = trainer.args.deepspeed_plugin
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        raise ConfigError(
+            "FSDP or ZeRO-3 with algorithm='mel': ranks write different numbers of lessons, and sharded weights can "
+            "only be used by all ranks at once. Use DDP or ZeRO-2, or set algorithm='grpo'."
         )
 
 
@@ -66,7 +113,7 @@ def build_judge(
 
     Raises: DataError when `verifier` is set and the dataset has no answer; VerifierError for an unknown verifier.
     """
-    columns = list(getattr(train_dataset, "column_names", None) or [])
+    columns = list(getattr(train_dataset, "column_names", None) or next(iter(train_dataset or []), {}))
     column = answer_column(columns)
     if args.verifier is None and column is None:
         if args.world_size > 1 and args.with_meta_experience:

@@ -16,6 +16,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 """Set for the runs that `test_triton.py` starts: the real kernels, on CPU tensors."""
 
+BLOCK_ROWS = 64 if INTERPRETED else 1024
+"""Rows of one block on a CPU, for batches that need more than one."""
+
 FROZEN = ("torch", "triton") if DEVICE == "cuda" or INTERPRETED else ("torch",)
 IMPLS = (*FROZEN, "reference")
 HALVES = [

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mel_lite import checkpoint
-from mel_lite.errors import CheckpointError
-from trainers import assert_learnt, build, digest, trainable
+from mel_lite.errors import CheckpointError, ModelError
+from tiny_models import save_tiny
+from trainers import assert_learnt, build, digest, tiny_model, trainable
 
 
 def _state(trainer: Any) -> dict[str, str]:
@@ -68,6 +69,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) 
     for name in ("adapter_model.safetensors", "mel_state.json"):
         ours, theirs = (tmp_path / run / "checkpoint-4" / name for run in ("cut", "whole"))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_a_run_whose_last_step_was_saved_is_not_trained_further(tmp_path: Path) -> None:
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = build(tmp_path, **common)
+    whole.train()
+    again = build(tmp_path, **common)
+    again.train(resume_from_checkpoint=True)
+    assert digest(trainable(again)) == digest(trainable(whole)) and again.state.global_step == 2
+    assert [p.name for p in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    assert again.funnel_totals == whole.funnel_totals and again.funnel_totals["mel/groups"] == 4
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    common = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = build(tmp_path, **common)
+    whole.train()
+    run = tmp_path / "run"
+    again = build(tmp_path, **common)
+    again.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert _state(again)["weights"] == _state(whole)["weights"]
+    assert _state(again)["experiences"] == _state(whole)["experiences"]
+    assert {p.name for p in run.glob("*.superseded")} == {"checkpoint-2.superseded", "checkpoint-3.superseded"}
+    assert [p.name for p in checkpoint.committed(run)] == [f"checkpoint-{step}" for step in (1, 2, 3)]
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
+    common = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    build(tmp_path, **common).train()
+    save_tiny(tmp_path / "other", seed=5)
+    other = build(tmp_path, model=tiny_model(tmp_path / "other"), **{**common, "max_steps": 2})
+    with pytest.raises(ModelError, match="on another base it is noise"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_the_layout_is_trls_and_pefts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: its frozen surface, its speed, and errors without tracebacks."""
+"""The command line: its frozen surface, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,18 +44,14 @@ def test_the_surface_is_frozen() -> None:
     assert surface() == json.loads(SURFACE.read_text())
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
-    runs_s = []
-    for _ in range(3):
-        start_s = time.monotonic()
-        done = mel_lite_command("--help")
-        runs_s.append(time.monotonic() - start_s)
-        assert done.returncode == 0 and "train" in done.stdout
+def test_help_loads_nothing_heavy() -> None:
+    done = mel_lite_command("--help")
+    assert done.returncode == 0 and "train" in done.stdout
     code = (
         "import mel_lite.cli, sys; print([m for m in ('torch', 'trl', 'transformers', 'datasets') if m in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert loaded.strip() == "[]", f"loaded {loaded}; fastest --help took {min(runs_s):.2f} s"
+    assert loaded.strip() == "[]"
 
 
 def test_version() -> None:

@@ -25,7 +25,7 @@ EOS, PAD = 2, 0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     base = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
-    install_scoring_head(base, temperature=0.7)
+    install_scoring_head(base)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     set_lora(adapted, 0.3)
     return adapted
@@ -47,7 +47,8 @@ def test_a_sequence_depends_on_prompt_and_seed_alone(model: Any) -> None:
 def test_reported_log_probs_are_those_the_trainer_scores(model: Any) -> None:
     requests = _requests(3, 4, 5, 6)
     completions = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, Sampling(10, temperature=0.7))
-    rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids)) for r, c in zip(requests, completions, strict=True)]
+    both = zip(requests, completions, strict=True)
+    rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids), temperature=0.7) for r, c in both]
     with torch.no_grad():
         logps, _ = score(model, pack(rows, pad_id=PAD))
     for completion, logp_T in zip(completions, logps, strict=True):

@@ -42,7 +42,8 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset(
-    "config kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run display demo_warmup warmup".split()
+    """config kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run display
+    demo_warmup warmup""".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 

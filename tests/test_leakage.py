@@ -167,6 +167,33 @@ def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text, answer, righ
         assert check(report.redacted.critique, answer=answer, right=right).reasons == ()
 
 
+@pytest.mark.parametrize(
+    ("answer", "question", "clean", "leak"),
+    [
+        ("12", "", "In step 12 nothing new happens.", "In the end 12 remain."),
+        ("12", "", "On the 12th line it slipped.", "On line two it wrote 12."),
+        ("12", "", "12. Look again.", "12 was the number."),
+        ("10", "", "Written in base 10.", "Written as 10."),
+        ("3", "", "There are 3 steps here.", "There are 3 apples here."),
+        ("3", "", "It is 3 + 4 in sum.", "It is 3 in sum."),
+        ("3", "", "The wrong one is >= 3.", "The wrong one is = 3."),
+        ("0", "", "If the divisor is 0, stop.", "The remainder then is 0."),
+        ("2", "", "There are two solutions.", "Then there are two."),
+        ("60", "At 60 miles per hour?", "The speed of 60 was misread.", "The answer of 60 was misread."),
+        ("60", "If v = 60, how far?", "It set v = 60 at first.", "It set d = 60 at last."),
+        ("67", "What is 12 + 55?", "It read 12 + 55 wrongly.", "It read 13 + 54 wrongly."),
+        ("3/4", "Simplify 6/8.", "The given 6/8 shrinks.", "It shrinks to 3/4."),
+        ("B", "", "Option B was skipped.", "Option (B) is correct."),
+        ("even", "", "It tried even numbers.", "The answer is even."),
+        ("Alice", "Alice or Bob?", "It mixed up Alice and Bob.", "It should be Alice."),
+        ("Paris", "Which city?", "It named a river.", "It named no Paris."),
+    ],
+)
+def test_what_is_stated_is_told_from_what_is_only_mentioned(answer, question, clean, leak):
+    assert check(clean, answer=answer, question=question).reasons == ()
+    assert check(leak, answer=answer, question=question).leaks
+
+
 def test_an_empty_answer_leaves_the_other_rules():
     assert read_gold(" $ ", "") is None
     assert not check("It is 474.", answer="").leaks

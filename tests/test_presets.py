@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mel_lite.data import recommended_verifier
 from mel_lite.errors import ConfigError
-from mel_lite.presets import GPU_PRESETS, build_args, parse_set, resolve
+from mel_lite.presets import GPU_PRESETS, build_args, changes, parse_set, resolve
 
 
 @pytest.mark.parametrize("preset", sorted(GPU_PRESETS))
@@ -28,7 +29,7 @@ def test_every_preset_resolves_and_survives_a_round_trip(preset: str, tmp_path: 
 def test_the_24gb_preset_is_the_papers_setting() -> None:
     recipe = resolve(preset="24gb")
     assert "Qwen3" in recipe.model.name and recipe.model.load_in_4bit
-    assert "DAPO-Math-17k" in recipe.data.train and recipe.train["verifier"] == "math"
+    assert "DAPO-Math-17k" in recipe.data.train and recommended_verifier(recipe.data.train) == "math"
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_lora_can_be_switched_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("train.learning_rate=1e-5", ("train.learning_rate", 1e-5)),
+        ("train.learning_rate=1e-5", ("train.learning_rate", "1e-5")),
         ("train.max_steps=3", ("train.max_steps", 3)),
         ("data.eval=null", ("data.eval", None)),
         ("lora.target_modules=[q_proj, v_proj]", ("lora.target_modules", ["q_proj", "v_proj"])),
@@ -58,7 +59,7 @@ def test_lora_can_be_switched_off(tmp_path: Path) -> None:
         ("train.bf16=true", ("train.bf16", True)),
     ],
 )
-def test_set_reads_values_as_yaml_and_numbers_as_people_write_them(text: str, expected: tuple[str, Any]) -> None:
+def test_set_reads_values_as_yaml(text: str, expected: tuple[str, Any]) -> None:
     assert parse_set(text) == expected
 
 
@@ -104,3 +105,43 @@ def test_unknown_training_keys_get_a_suggestion(tmp_path: Path) -> None:
         build_args(resolve(preset="cpu", overrides=[("train.learning_rate", "fast")]), tmp_path)
     with pytest.raises(ConfigError, match="section 'train'.*divisible by num_generations"):
         build_args(resolve(preset="cpu", overrides=[("train.num_generations", 5)]), tmp_path)
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
+    overrides = [("train.learning_rate", "1e-5"), ("lora.dropout", "5e-2"), ("eval.temperature", 1)]
+    recipe = resolve(preset="cpu", overrides=overrides)
+    assert build_args(recipe, tmp_path).learning_rate == 1e-5
+    assert recipe.lora is not None and recipe.lora.dropout == 0.05 and recipe.eval.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.limit", "ten", "data.limit='ten' must be int or null"),
+        ("lora.r", "abc", "lora.r='abc' must be int"),
+        ("lora.r", 8.5, "lora.r=8.5 must be int"),
+        ("lora.r", True, "lora.r=True must be int"),
+        ("model.load_in_4bit", "yes", "model.load_in_4bit='yes' must be bool"),
+        ("model.name", ["a"], r"model.name=\['a'\] must be str"),
+        ("export.format", "gguf", "export.format='gguf' must be merged-16bit"),
+        ("export.dtype", "float64", "export.dtype='float64' must be auto or bfloat16 or float16"),
+        ("data.train", None, "data.train=None must be str"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(preset="cpu", overrides=[(key, value)])
+
+
+def test_text_that_looks_like_a_number_stays_text() -> None:
+    recipe = resolve(
+        preset="cpu", overrides=[parse_set("model.revision=1234e567"), parse_set("data.system_prompt=nan")]
+    )
+    assert recipe.model.revision == "1234e567" and recipe.data.system_prompt == "nan"
+
+
+def test_a_resumed_run_may_not_become_another() -> None:
+    began = resolve(preset="cpu")
+    assert changes(began, resolve(preset="cpu", overrides=[("train.max_steps", 99), ("eval.k", 2)])) == []
+    other = resolve(preset="cpu", overrides=[("lora.r", 8), ("train.seed", 1), ("model.name", "x")])
+    assert changes(began, other) == ["model.name: 'demo' -> 'x'", "lora.r: 16 -> 8", "train.seed: 42 -> 1"]

@@ -86,8 +86,10 @@ def test_without_meta_experience_the_loss_is_trls(tmp_path: Path, loss_type: str
             assert error <= 3e-4 * parameter.grad.norm() + 1e-9, name
 
 
-def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path) -> None:
-    trainer = build(tmp_path, mel_weight=0.5)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path, temperature: float) -> None:
+    """Of the policy itself: the temperature rollouts are sampled at is no part of it."""
+    trainer = build(tmp_path, mel_weight=0.5, temperature=temperature)
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
     inputs = _inputs()
@@ -135,6 +137,7 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
     assert funnel[0] == 6 and funnel == sorted(funnel, reverse=True) and funnel[-1] > 0
     assert totals["mel/trained_tokens"] > 50
     learnt = [line for line in steps if "mel/nll" in line]
+    assert learnt, "no step trained on a lesson"
     for line in learnt:
         assert line["mel/nll_after"] < line["mel/nll"], "one update on a lesson makes it more likely"
         assert line["mel/grad_norm_nll"] > 0 and -1 <= line["mel/grad_cosine"] <= 1
@@ -165,6 +168,17 @@ def test_gradient_norms_are_those_of_the_two_terms(tmp_path: Path) -> None:
     assert measured["mel/grad_norm_nll"] == pytest.approx(nll.norm().item(), rel=1e-4)
     cosine = torch.nn.functional.cosine_similarity(nll, norms["policy"], dim=0).item()
     assert measured["mel/grad_cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_every_rank_reduces_both_terms(tmp_path: Path) -> None:
+    """A rank without a lesson must not skip a collective that the others enter."""
+    trainer = build(tmp_path, grad_norm_every=1)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, _inputs())
+    reduced: list[torch.Tensor] = []
+    metrics = trainer._meter.drain(lambda t: reduced.append(t) or t)
+    assert len(reduced) == 2 and reduced[0].norm() > 0 and reduced[1].norm() == 0
+    assert set(metrics) == {"mel/grad_norm_policy"}
 
 
 def _one_step(tmp_path: Path, name: str, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -293,11 +307,41 @@ def test_abstention_gives_no_reward_and_no_gradient(tmp_path: Path) -> None:
     assert line["mel/abstain_rate"] == 1.0 and line["reward"] is None and line["grad_norm"] == 0.0
 
 
+def test_a_missing_answer_is_an_abstention_not_the_word_none(tmp_path: Path) -> None:
+    dataset = Dataset.from_list([{**row, "answer": None if i else "3"} for i, row in enumerate(sums())])
+    engine = ScriptedEngine(tiny_tokenizer(), answer=lambda question, rng: "None")
+    trainer = build(tmp_path, train_dataset=dataset, verifier="exact", engine=engine, max_steps=1)
+    trainer.train()
+    assert {rollout.verdict for group, rollout in trainer._scored if group.answer is None} == {"abstain"}
+
+
+def test_prompts_that_come_twice_in_a_step_are_sampled_anew(tmp_path: Path) -> None:
+    """Two generation batches within one optimiser step, with the same prompts in the same rows."""
+    engine = ScriptedEngine(tiny_tokenizer())
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 1, "algorithm": "grpo"}
+    twice = Dataset.from_list([*sums(2), *sums(2)])
+    build(tmp_path, engine=engine, train_dataset=twice, shuffle_dataset=False, **options).train()
+    first, second = ({r.seed for r in requests} for requests, _ in engine.calls)
+    assert len(first) == len(second) == 8 and not first & second
+
+
+def test_rewards_of_replays_do_not_log_into_the_completions_table(tmp_path: Path) -> None:
+    def right_sum(prompts: Any, completions: Any, log_extra: Any, **kwargs: Any) -> list[float]:
+        log_extra("length", [len(c[0]["content"]) for c in completions])
+        texts = [(p[-1]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+        numbers = [[int(w) for w in q.rstrip("?").split() if w.isdigit()] for q, _ in texts]
+        return [float(a == f"Answer: {sum(n)}") for (_, a), n in zip(texts, numbers, strict=True)]
+
+    options = {"log_completions": True, "num_completions_to_print": 0, "verifier": None, "max_steps": 3}
+    build(tmp_path, reward_funcs=right_sum, train_dataset=sums().remove_columns("answer"), **options).train()
+    assert len(list((tmp_path / "run" / "completions").glob("*.parquet"))) == 3
+
+
 def test_the_scoring_head_leaves_other_calls_alone(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "base")
     ids = torch.arange(10, 30)[None]
     before = model(ids).logits
-    install_scoring_head(model, temperature=1.0)
+    install_scoring_head(model)
     assert torch.equal(model(ids).logits, before)
     assert "input_ids" in inspect.signature(model.forward).parameters
 
@@ -307,8 +351,15 @@ def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
         build(tmp_path, train_dataset=Dataset.from_list([]))
     with pytest.raises(DataError, match="needs a reference answer"):
         build(tmp_path, train_dataset=sums().remove_columns("answer"))
-    with pytest.raises(ConfigError, match="use_vllm=True"):
-        build(tmp_path, use_vllm=True)
+    for option in (
+        {"use_vllm": True},
+        {"generation_kwargs": {"stop_strings": ["x"]}},
+        {"cache_implementation": "static"},
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(option))}=.*from one engine"):
+            build(tmp_path, **option)
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        build(tmp_path, grad_norm_every=1, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="at least 2 generations"):
         build(tmp_path, num_generations=1)
     with pytest.raises(ConfigError, match="exceeds the model's context"):

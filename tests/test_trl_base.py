@@ -31,7 +31,7 @@ REBIND = """
 REPORT = """
     import inspect, json
     from mel_lite import MELConfig, MELTrainer
-    base = MELTrainer.__mro__[2]
+    base = next(c for c in MELTrainer.__mro__ if c.__name__ == "GRPOTrainer")
     print(json.dumps({
         "base": base.__name__,
         "file": inspect.getsourcefile(base).replace("\\\\", "/").rsplit("/", 3)[-3:],

@@ -24,7 +24,7 @@ from mel_lite.models import ModelSpec, load_base, load_tokenizer
 from mel_lite.templates import DEFAULT_TEMPLATES, analysis_prompt, render, replay_prompt
 from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from mel_lite.verifiers import get_verifier
-from mel_lite.warmup import WarmupEval, WarmupOptions, warmup
+from mel_lite.warmup import WarmupEval, WarmupOptions, in_batches, warmup
 from mel_lite.warmup_examples import Example, load_examples, tokenise
 from tiny_models import save_tiny, tiny_tokenizer
 
@@ -247,6 +247,18 @@ def test_long_examples_are_left_out_whole() -> None:
     assert [len(row["input_ids"]) for row in rows] == [3] and skipped == 1
     with pytest.raises(DataError, match="None of the 2 examples fits 2 tokens; the shortest has 3"):
         tokenise([long, short], tokenizer, max_length_tokens=2)
+
+
+def test_batches_hold_rows_of_similar_length_and_lose_none() -> None:
+    rows = [
+        {"input_ids": [i] * length, "labels": []} for i, length in enumerate([10, 50, 11, 52, 12, 51, 90, 91, 92, 9])
+    ]
+    ordered = in_batches(rows, 3, seed=0)
+    assert sorted(map(str, ordered)) == sorted(map(str, rows))
+    lengths = [len(row["input_ids"]) for row in ordered]
+    batches = [sorted(lengths[i : i + 3]) for i in range(0, 10, 3)]
+    assert sorted(batches) == [[9, 10, 11], [12, 50, 51], [52, 90, 91], [92]] and batches[-1] == [92]
+    assert in_batches(rows, 3, seed=0) == ordered and in_batches(rows, 3, seed=1) != ordered
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         groups = roll_out(engine, tokenizer, tasks, judge, conditions)
         pairs = select_pairs(groups, per_group=1, strategy="longest_prefix", run_seed=conditions.seed, step=0)
         desk = Desk(engine, tokenizer, DEFAULT_TEMPLATES, judge, options, lambda name: nullcontext())
-        experiences, _ = study(pairs, desk, step=0)
+        experiences, _ = study(pairs, desk, step=0, batch=0)
     return _figures(groups, experiences, conditions, time.monotonic() - started_s), experiences
 
 
@@ -125,7 +125,7 @@ def _figures(
         "attempts_each": conditions.attempts,
         "solved_with_lesson": _mean([replay.solved_rate for replay in replayed]),
         "solved_without": _mean([replay.control_rate or 0.0 for replay in replayed]),
-        "uplift": _mean([value for value in uplift if value is not None]),
+        "uplift": _mean(uplift),
         "retention_k1": round(kept / written, 3),
         "took_s": round(took_s),
         "unparsed_reasons": dict(reasons),

@@ -29,7 +29,7 @@ class HFEngine:
         eos_ids: Every id that ends a completion.
         pad_id: Id used for padding; masked, so its value is without effect.
         max_concurrent: Sequences sampled at once, >= 1.
-        unwrap: Opens a context yielding the model to sample from (gathers sharded weights under DeepSpeed or FSDP).
+        unwrap: Opens a context yielding the model to sample from, without the wrapper of distributed training.
         autocast: Opens the autocast context training uses, so that sampling and scoring see the same numbers.
     """
 
@@ -67,7 +67,7 @@ class HFEngine:
         # Neighbours of similar length waste the least padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         pending = [order[i : i + self._max_concurrent] for i in range(0, len(order), self._max_concurrent)][::-1]
-        with self._unwrap() as model, _evaluating(model), self._autocast(), torch.no_grad():
+        with self._unwrap() as model, evaluating(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
                 try:
@@ -163,7 +163,7 @@ class _SeededSampler(LogitsProcessor):
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Dropout and gradient checkpointing off while sampling; the training flag comes back as it was."""
     training = model.training
     model.eval()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import DEVICE, DTYPES, FROZEN, IMPLS, head_case, relative
+from kernel_cases import BLOCK_ROWS, DEVICE, DTYPES, FROZEN, IMPLS, head_case, relative
 from mel_lite.kernels import fused_logprobs, reference, reference_logprobs
 from mel_lite.kernels.truth import true_head
 
@@ -31,7 +31,7 @@ def gradient(loss: Tensor, of: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize(("impl", "dtype"), DTYPES, ids=str)
 def test_scoring_equals_training_to_the_bit(impl: str, dtype: torch.dtype) -> None:
     """Else the on-policy ratio would not be exactly 1. The rows fill more than one block."""
-    inputs = case(1100, 3000, 24, dtype)
+    inputs = case(BLOCK_ROWS + 70, 3000, 24, dtype)
     training = fused_logprobs(*inputs, impl=impl, temperature=0.9)
     scoring = fused_logprobs(*inputs, impl=impl, temperature=0.9, compute_u=False)
     with torch.no_grad():
@@ -100,14 +100,16 @@ def test_nothing_to_score_stays_in_the_graph(rows: int, impl: str) -> None:
 @pytest.mark.parametrize("impl", FROZEN)
 def test_any_strides_and_int32_targets(impl: str) -> None:
     hidden_NH, weight_VH, target_N = (tensor.detach() for tensor in case())
-    expected = fused_logprobs(hidden_NH, weight_VH, target_N, impl=impl)
+    bias_V = torch.linspace(-1, 1, 500, device=DEVICE)
+    expected = fused_logprobs(hidden_NH, weight_VH, target_N, bias_V=bias_V, impl=impl)
     strided = torch.stack([hidden_NH, hidden_NH * 7], 2)[:, :, 0].requires_grad_()
     transposed = weight_VH.T.contiguous().T
     every_other = torch.stack([target_N.int(), target_N.int() * 0], 1)[:, 0]
-    results = fused_logprobs(strided, transposed, every_other, impl=impl)
+    strided_bias = torch.stack([bias_V, bias_V * 0], 1)[:, 0]
+    results = fused_logprobs(strided, transposed, every_other, bias_V=strided_bias, impl=impl)
     for found, plain in zip(results, expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
-    truth = true_head(hidden_NH, weight_VH, target_N)
+    truth = true_head(hidden_NH, weight_VH, target_N, bias_V)
     assert relative(gradient(results[0].sum(), strided), truth.u_NH) < 1e-5
 
 
