@@ -239,8 +239,9 @@ def list_(
     """List meta-experiences, kept or not."""
     from mel_lite.display import experiences_table, store_line
 
+    wanted = _status(status)
     with _store(run) as store:
-        _console().print(experiences_table(store.list(status=_status(status), step=step, limit=limit)))
+        _console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
         _console().print(store_line(store.funnel()))
 
 
@@ -271,8 +272,9 @@ def export_experiences(
     status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
 ) -> None:
     """Write meta-experiences to a JSONL or parquet file."""
+    wanted = _status(status)
     with _store(run) as store:
-        rows = store.export(output, status=_status(status))
+        rows = store.export(output, status=wanted)
     typer.echo(f"{rows} rows in {output}")
 
 

@@ -94,6 +94,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
     args = check(recipe, folder)
+    if resume and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Name the run's folder with --output-dir.")
     with run_folder(folder, resume=resume):
         started_s = time.monotonic()
         resume = resume and _can_resume(recipe, folder, console)
@@ -130,7 +132,7 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
 
     Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
     """
-    if (folder / "config.yaml").is_file() and (found := changes(resolve(config=folder / "config.yaml"), recipe)):
+    if found := changes(resolve(config=folder / "config.yaml"), recipe):
         listing = "\n".join(f"  {change}" for change in found)
         raise ConfigError(
             f"--resume: the run in {folder} was begun with other options:\n{listing}\nLeave them as they were, or "
