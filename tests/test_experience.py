@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -173,6 +174,27 @@ def test_numbered_failures_do_not_blame_honest_analyses():
         )
     )
     assert parse(f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristics\n{rules}").heuristic == rules
+
+
+def test_parroted_instructions_are_refused_and_quoting_a_little_is_not():
+    told = DEFAULT_TEMPLATES.analysis_user
+    asked = re.search(r"- Bifurcation: (.*)\n- Critique: (.*)\n- Reflection(.*)\n- Heuristics: (.*)", told)
+    assert asked
+    parts = {"bifurcation": B, "critique": C, "heuristic": H}
+
+    def analysis(**changed: str) -> str:
+        said = parts | changed
+        return f"## Bifurcation\n{said['bifurcation']}\n## Critique\n{said['critique']}\n## Heuristics\n{said['heuristic']}"
+
+    for part, echo in (("bifurcation", asked[1]), ("critique", asked[2]), ("heuristic", asked[4])):
+        with pytest.raises(ParseFailure, match=rf"repeats the instructions: 100% of the {part}"):
+            parse(analysis(**{part: echo}))
+        longer = f"{echo} {echo.swapcase()} " + " ".join(f"word{i}" for i in range(2 * len(echo.split()) + 9))
+        assert getattr(parse(analysis(**{part: longer})), part) == longer
+    own = "Say in your own words what went wrong here and why that is so."
+    parse_analysis(analysis(critique=own), finish=Finish.STOP)
+    with pytest.raises(ParseFailure, match="repeats the instructions: 100% of the critique"):
+        parse_analysis(analysis(critique=own), finish=Finish.STOP, instructions=f"Critique: {own}")
 
 
 def test_cut_off_before_the_heuristics():

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines",
         "pairs experience replay judging study",
         "trainer packing scoring checkpoint checkpointing metrics rewards wiring",
-        "evaluate export run runs display warmup demo_warmup",
+        "evaluate export run runs display warmup warmup_examples demo_warmup",
         "cli",
     )
 )

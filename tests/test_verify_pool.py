@@ -337,8 +337,8 @@ def test_closing(rules: Path) -> None:
     forgotten = VerifyPool("rules_here:plain")
     forgotten.verify([("a", "a", {})])
     del forgotten
-    gc.collect()
-    assert eventually(lambda: children() == before)
+    gc.collect()  # may end pools that earlier tests forgot, too
+    assert eventually(lambda: children() <= before)
 
 
 @pytest.mark.parametrize(

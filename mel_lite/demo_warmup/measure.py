@@ -37,14 +37,15 @@ from mel_lite.verify_pool import VerifyPool
 class Conditions:
     """What is measured: lengths and temperatures as in the cpu preset."""
 
-    tasks: str = "demo"
+    tasks: str = "demo:test"
     prompts: int = 64
     group: int = 8
+    pairs_per_group: int = 1
     attempts: int = 4
     max_completion_tokens: int = 80
     analysis_max_tokens: int = 200
     temperature: float = 1.0
-    analysis_temperature: float = 1.0
+    analysis_temperature: float = 0.7
     max_context_tokens: int = 1024
     dtype: str = "float32"
     seed: int = 1
@@ -95,7 +96,9 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
     with VerifyPool("numeric") as pool:
         judge = AnswerJudge(pool)
         groups = roll_out(engine, tokenizer, tasks, judge, conditions)
-        pairs = select_pairs(groups, per_group=1, strategy="longest_prefix", run_seed=conditions.seed, step=0)
+        pairs = select_pairs(
+            groups, per_group=conditions.pairs_per_group, strategy="longest_prefix", run_seed=conditions.seed, step=0
+        )
         desk = Desk(engine, tokenizer, DEFAULT_TEMPLATES, judge, options, lambda name: nullcontext())
         experiences, _ = study(pairs, desk, step=0, batch=0)
     return _figures(groups, experiences, conditions, time.monotonic() - started_s), experiences

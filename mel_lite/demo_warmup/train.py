@@ -1,6 +1,6 @@
 """The shipped recipe: `python -m mel_lite.demo_warmup.train FOLDER` trains the demo adapter anew, on a CPU.
 
-FOLDER gets the adapter in float16, its checkpoints, and `recipe.json`.
+FOLDER gets the examples, the run with its checkpoints, and `demo_adapter` as it is shipped.
 """
 
 from __future__ import annotations
@@ -13,25 +13,34 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mel_lite.adapters import WEIGHTS, LoraSpec
+from mel_lite.adapters import RECORD, WEIGHTS, LoraSpec
 from mel_lite.demo_warmup.examples import COUNTS, SEED, write_examples
 from mel_lite.models import ModelSpec
 from mel_lite.warmup import WarmupOptions, warmup
 
 # bfloat16 halves the time on CPUs that compute in it; the adapter's own weights are float32 while they are trained.
 MODEL = ModelSpec("demo", dtype="bfloat16")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LORA = LoraSpec(r=8, alpha=16)
 OPTIONS = WarmupOptions(epochs=1, batch_size=4, learning_rate=1.5e-3, warmup_steps=10, save_steps=40, seed=42)
 
 
-def to_float16(adapter: Path) -> None:
-    """Store the adapter's weights as float16 in place: half the size, rounded by at most 2^-11 relative."""
+def ship(adapter: Path, target: Path) -> None:
+    """Copy what is needed of an adapter: weights as float16 (rounded by at most 2^-11 relative), no local paths."""
     import torch
     from safetensors.torch import load_file, save_file
 
     weights = {name: tensor.to(torch.float16) for name, tensor in load_file(adapter / WEIGHTS).items()}
     assert all(torch.isfinite(tensor).all() for tensor in weights.values()), "float16 overflowed"
-    save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
+    target.mkdir(exist_ok=True)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    (target / WEIGHTS).chmod(0o644)  # safetensors writes it for the owner alone
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = BASE
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
+    record["base"]["dtype"] = "auto"  # it works on the base in any float type
+    (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(folder: Path) -> None:
@@ -40,7 +49,7 @@ def main(folder: Path) -> None:
     examples = folder / "examples.jsonl"
     write_examples(examples)
     result = warmup(examples, folder / "adapter", model=MODEL, lora=LORA, options=OPTIONS, console=Console())
-    to_float16(result.adapter)
+    ship(result.adapter, folder / "demo_adapter")
     recipe = {
         "base": asdict(MODEL),
         "lora": asdict(LORA),
@@ -53,7 +62,7 @@ def main(folder: Path) -> None:
         "training_s": round(result.took_s),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    (folder / "demo_adapter" / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ OPERANDS = {75: ("fp16", "fp32")}
 """No bfloat16 products before sm_80."""
 
 
-def test_the_kernels_pass_the_operators_tests_in_the_interpreter() -> None:
-    """Every test of the operator that has an implementation to choose, in float32 and float16 (the interpreter's
-    bfloat16 is broken). The variable must be set before Triton is imported, hence a process of its own."""
+def run_interpreted(expression: str, at_least: int) -> None:
+    """Run the operator's own tests on the Triton kernels; Triton must find the variable set when it is imported."""
     files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator", "mel_loss")]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-k", expression, "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
@@ -34,7 +33,17 @@ def test_the_kernels_pass_the_operators_tests_in_the_interpreter() -> None:
     )
     assert ran.returncode == 0, ran.stdout[-4000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
-    assert passed and int(passed[1]) > 100 and "skipped" not in ran.stdout
+    assert passed and int(passed[1]) >= at_least and "skipped" not in ran.stdout, ran.stdout[-4000:]
+
+
+def test_interpreted_kernels_are_exact() -> None:
+    """Many tiles, awkward logits, the combined loss; float32 and float16 (the interpreter's bfloat16 is broken)."""
+    run_interpreted("triton and (tile_sizes or adversarial or parity)", 20)
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_pass_all_tests_of_the_operator() -> None:
+    run_interpreted("triton", 100)
 
 
 def check(usage: offline.Usage) -> None:
@@ -44,17 +53,15 @@ def check(usage: offline.Usage) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tiles_fit_in_registers(architecture: int) -> None:
-    """The widest tiles of each kind, whole and ragged; whole ones are read 16 bytes at a time."""
+@pytest.mark.parametrize("block", [8192, 16384])
+def test_tiles_fit_in_registers(architecture: int, block: int) -> None:
+    """Plain, with everything on, and ragged; whole tiles are read 16 bytes at a time."""
     for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
-        for block in (8192, 16384):
-            usage = offline.fold_usage(architecture, operand, block=block)
-            check(usage)
-            threads = 32 * block // 1024
-            assert usage.wide_loads >= block // threads // 4
-    check(offline.fold_usage(architecture, "fp16", block=16384, bias=True, ragged=True))
-    check(offline.fold_usage(architecture, "fp16", block=8192, bias=True, cap=True))
-    check(offline.fold_usage(architecture, "fp16", block=8192, bias=True, cap=True, ragged=True))
+        plain = offline.fold_usage(architecture, operand, block=block)
+        check(plain)
+        assert plain.wide_loads >= 8192 // 256 // 4
+        check(offline.fold_usage(architecture, operand, block=block, bias=True, cap=True))
+        check(offline.fold_usage(architecture, operand, block=block, bias=True, cap=True, ragged=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -65,6 +72,8 @@ def test_row_kernels_fit_in_registers(architecture: int) -> None:
         check(offline.direction_usage(architecture, operand))
 
 
-def test_a_kernel_that_spills_is_seen() -> None:
-    """The check above can fail: a capped row of 16384 columns does not fit, which is why its tiles are narrower."""
-    assert offline.fold_usage(90, "fp16", block=16384, bias=True, cap=True).stack_bytes > 0
+def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above can fail: on 2 warps, a row of 8192 columns does not fit."""
+    options = {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
+    monkeypatch.setattr(offline, "fold_options", lambda block: options)
+    assert offline.fold_usage(90, "fp16", block=8192).stack_bytes > 0
