@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.seeds import seed_for
-from mel_lite.templates import PromptTooLong, Templates, analysis_prompt, neutralise
+from mel_lite.templates import DEFAULT_TEMPLATES, PromptTooLong, Templates, analysis_prompt, neutralise
 from mel_lite.types import Analysis, Finish, Lesson, MetaExperience, Pair
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ MIN_WORDS = 8
 """Fewest words of all parts together."""
 MIN_RULE_WORDS = 3
 """Fewest words of the heuristics."""
+MAX_ECHO = 0.5
+"""Largest share of a part that may be copied from the instructions, as small models like to do."""
 TRAIN_ON = ("analysis", "experience")
 
 
@@ -132,12 +134,12 @@ class _Heading:
     """What follows the name on the same line."""
 
 
-def parse_analysis(text: str, *, finish: Finish) -> MetaExperience:
+def parse_analysis(text: str, *, finish: Finish, instructions: str = DEFAULT_TEMPLATES.analysis_user) -> MetaExperience:
     """Read M = (s*, C, H) out of an analysis; a reflection becomes part of the critique C.
 
     Tolerates what small models do to headings (level, bold, numbers, colons, case, other names, order, JSON) and text
     before the first and after the last part. Time is linear in `len(text)`. Raises: ParseFailure for an analysis that
-    is too long or too short, repeats itself, lacks a part, or was cut off before its heuristics.
+    is too long or too short, repeats itself or the `instructions`, lacks a part, or was cut off before its heuristics.
     """
     if len(text) > MAX_CHARS:
         raise ParseFailure(f"runaway: {len(text)} characters, at most {MAX_CHARS} are read")
@@ -156,6 +158,9 @@ def parse_analysis(text: str, *, finish: Finish) -> MetaExperience:
     words = [_WORD.findall(part) for part in (parsed.bifurcation, parsed.critique, parsed.heuristic)]
     if sum(map(len, words)) < MIN_WORDS or len(words[2]) < MIN_RULE_WORDS:
         raise ParseFailure(f"too short: {sum(map(len, words))} words, {len(words[2])} of them heuristics")
+    for part, said in zip((_BIFURCATION, _CRITIQUE, _HEURISTIC), words, strict=True):
+        if (share := _echo(said, _WORD.findall(instructions))) > MAX_ECHO:
+            raise ParseFailure(f"repeats the instructions: {share:.0%} of the {part}")
     repeated = _repetition(text)
     if repeated:
         raise ParseFailure(f"repeats itself: {repeated}")
@@ -269,6 +274,16 @@ def _clean(text: str) -> str:
     lines = [line.rstrip() for line in text.split("\n") if not _RULER.fullmatch(line)]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip().removesuffix(",").strip("\"'")
     return "" if _PLACEHOLDER.fullmatch(text[:200]) and len(text) <= 200 else text.strip()
+
+
+def _echo(said: list[str], told: list[str]) -> float:
+    """Share of the words `said` that stand in runs of 5 or more that were `told`, in [0, 1]."""
+    runs = set(zip(*([word.lower() for word in told[i:]] for i in range(5)), strict=False))
+    echoed: set[int] = set()
+    for i in range(len(said) - 4):
+        if tuple(word.lower() for word in said[i : i + 5]) in runs:
+            echoed.update(range(i, i + 5))
+    return len(echoed) / max(1, len(said))
 
 
 def _repetition(text: str) -> str:

@@ -164,6 +164,8 @@ class _Guard:
         question = _squash(_latex(self._question))
         for start, end in islice(_expressions(text), _MAX_EXPRESSIONS):
             expression = _latex(text[start:end])
+            if gold.number is not None and re.fullmatch(r"[\d.,]+", expression):
+                continue  # a number the rule for numbers lets by
             if not _is_safe(expression) or _squash(expression) in question:
                 continue
             stated = not gold.needs_context or is_stated(text, start, end, "text", self._question)
@@ -239,7 +241,7 @@ def _expressions(text: str) -> Iterator[tuple[int, int]]:
             content = side.lstrip(" \n.,").rstrip(" \n.,-+(")
             while content.endswith((")", " ")) and content.count(")") > content.count("("):
                 content = content[:-1].rstrip(" .,")
-            if content and re.search(r"[+*/^\\\u00d7\u00b7\u00f7\u221a\u03c0]|\d\s*-|pi|[A-Za-z]", content):
+            if content and re.search(r"\d{3}|[+*/^\\\u00d7\u00b7\u00f7\u221a\u03c0]|\d\s*-|pi|[A-Za-z]", content):
                 first = at + side.index(content)
                 yield first, first + len(content)
             at += len(side) + 1

@@ -113,6 +113,7 @@ _EVERYDAY = frozenset(
     "smaller same different all infinite undefined unknown a an the it and or".split()
 )
 _WRAPPERS = re.compile(r"\$|\\left|\\right|\\[,;!: ]|\\(?:text|mathrm|textbf|mathbf|boxed)\s*(?=\{)")
+_FUNCTION = re.compile(r"!|\b(?:log|ln|exp|sin|cos|tan|sqrt|mod)\b")
 _MAX_PATTERN_CHARS = 200
 
 
@@ -140,7 +141,7 @@ def read_gold(answer: str, question: str) -> Gold | None:
     spelled = [
         found.number for found in numbers_in(text) if found.spelled and (found.start, found.end) == (0, len(text))
     ]
-    number = spelled[0] if spelled else answers.sole_number(fold(answer))
+    number = spelled[0] if spelled else None if _FUNCTION.search(text) else answers.sole_number(fold(answer))
     if number is not None:
         is_short = number.value.denominator == 1 and abs(number.value) < 10
         return Gold(text, "number", is_short, number)
@@ -155,7 +156,7 @@ def read_gold(answer: str, question: str) -> Gold | None:
     ]
     before, after = r"(?<![\w.])" if text[0].isalnum() else "", r"(?!\w|\.\d)" if text[-1].isalnum() else ""
     pattern = re.compile(before + r"(?:\s|\\[,;!: ]|\\left|\\right|\$)*".join(tokens) + after, re.I)
-    everyday = text.lower() in _EVERYDAY
+    everyday = text.lower() in _EVERYDAY or not re.search(r"\w", text)
     needs_context = everyday or pattern.search(question) is not None
     return Gold(text, "everyday" if everyday else "text", needs_context, pattern=pattern)
 
@@ -182,17 +183,18 @@ def fold(text: str) -> str:
 _LINK = (
     r"(?:[\s:=,(~$*\"'`\u2248-]|\\[(\[]|\b(?:is|was|be|been|being|are|as|to|of|equals?|equal|should|must|will|would|have|"
     r"comes?|came|turns?|out|exactly|just|simply|only|actually|therefore|thus|then|indeed|finally|becomes?|namely|about|"
-    r"approximately|option|choice|letter|number|value|integer|the|a|an|that|it)\b)*$"
+    r"approximately|option|choice|letter|number|value|integer|the|a|an|that|it|in fact)\b)*$"
 )
 """Words and signs that may stand between a verb or noun and the value it speaks of."""
 _RESULT = (
-    r"\b(?:ans(?:wers?)?|results?|solution|totals?|sum|product|value|output|outcome|conclusion|count|quotient|difference|"
-    r"remainder|correct (?:option|choice|one))\b"
+    r"\b(?:(?:ans(?:wers?)?|results?|solution|totals?|sum|product|value|output|outcome|conclusion|count|quotient|difference|"
+    r"remainder)\b|(?:correct|right)(?: (?:option|choice|one))?\s*:|correct (?:option|choice|one)\b)"
 )
 _STRONG = re.compile(
     rf"{_RESULT}(?:[^.;!?\n]{{0,40}}?(?:\b(?:is|was|be|equals?|gives?|becomes?)\b|[=:]))?{_LINK}", re.I
 )
 _STRONG_AFTER = re.compile(
+    r"\s*(?:works|fits|is what)\b|"
     r"[\s)\]\"'`*$.,]*(?:\bis|\bwas|\bbeing|\bas|\bmust be|,)\s+(?:the|our|my)?\s*(?:final |correct |right )*"
     r"(?:answer|result|correct|right|solution)\b|\s*(?:[a-z]{2,12}\s+)?"
     r"(?:(?:are |is )?left|remain\w*|in total|altogether)\b",
@@ -203,7 +205,7 @@ _WEAK = re.compile(
     rf"(?:{_BEING}|(?<![<>!])=>?|\u2248|->|\u2192|\u21d2|\\(?:to|implies|(?:R|r)ightarrow)\b|\b(?:equals?|equal to|"
     r"giv(?:es?|ing)|gave|gets?|got|getting|obtain(?:s|ed|ing)?|yield(?:s|ed|ing)?|produc(?:es?|ed|ing)|makes?|made|"
     r"becomes?|became|returns?|returned|leav(?:es?|ing)|left with|reach(?:es|ed)?|f(?:inds?|ound)|comput(?:es?|ed)|"
-    r"calculate[sd]?|conclude[sd]?|writes?|wrote|says?|said|states?|reports?|reported|outputs?|answered|hence|thus|"
+    r"calculate[sd]?|conclude[sd]?|writes?|wrote|says?|said|states?|reports?|reported|outputs?|answered|written|hence|thus|"
     r"therefore|so|instead of|rather than|results? in|resulted in|lead(?:s|ing)? to|led to|arriv(?:es?|ed|ing) at|"
     r"(?:com(?:es?|ing)|came|works?|adds?|amounts?|ends?|ended|turns?|turned) (?:out |up )?(?:to|as|at|with|in)|"
     r"(?:evaluat|simplif|reduc|boil|drop)[a-z]* (?:down )?to|cho(?:oses?|se|osing)|pick(?:s|ed|ing)?|"

@@ -27,6 +27,7 @@ class StudyOptions:
     replay: Sampling
     max_context_tokens: int
     leak_policy: str
+    train_on: str
     replay_attempts: int
     control: bool
     criterion: str
@@ -77,7 +78,7 @@ def study(
         analyses, unfit = write_analyses(
             pairs, sampling=options.analysis, max_context_tokens=options.max_context_tokens, **shared
         )
-    checked = [_check(analysis, options.leak_policy, step) for analysis in analyses]
+    checked = [_check(analysis, desk, step) for analysis in analyses]
     drafts = [draft for draft in checked if isinstance(draft, _Draft)]
     with desk.clock("replay"):
         replays = replay(
@@ -103,16 +104,24 @@ def study(
     return experiences, unfit
 
 
-def _check(analysis: Analysis, leak_policy: str, step: int) -> _Draft | Experience:
+def _check(analysis: Analysis, desk: Desk, step: int) -> _Draft | Experience:
     """Parse and leak-check one analysis: a draft worth replaying, or the experience it ends as."""
     try:
-        parsed = parse_analysis(analysis.text, finish=analysis.finish)
+        parsed = parse_analysis(
+            analysis.text, finish=analysis.finish, instructions=desk.templates.analysis_user
+        )
     except ParseFailure as failure:
         return Experience(step, analysis, Status.UNPARSED, str(failure))
     group = analysis.pair.group
     question = group.prompt if isinstance(group.prompt, str) else "\n".join(m["content"] for m in group.prompt)
     leak = check_leak(
-        parsed, answer=group.answer, right_text=analysis.pair.right.text, prompt_text=question, policy=leak_policy
+        parsed,
+        answer=group.answer,
+        right_text=analysis.pair.right.text,
+        prompt_text=question,
+        policy=desk.options.leak_policy,
+        # What stands around the parsed parts is only a danger where it is trained on.
+        raw_text=analysis.text if desk.options.train_on == "analysis" else None,
     )
     if leak.leaks and leak.redacted is None:
         return Experience(step, analysis, Status.LEAKED, leak.reasons[0], parsed, leak)

@@ -157,6 +157,7 @@ def build_desk(trainer: Any, engine: Engine, judge: Judge, clock: PhaseClock) ->
         replay=Sampling(args.max_completion_length, temperature),
         max_context_tokens=_context_for_analysis(args, trainer.model),
         leak_policy=args.leak_policy,
+        train_on=args.mel_train_on,
         replay_attempts=args.replay_attempts,
         control=args.needs_control,
         criterion=args.replay_criterion,

@@ -178,15 +178,15 @@ def test_numbered_failures_do_not_blame_honest_analyses():
 
 def test_parroted_instructions_are_refused_and_quoting_a_little_is_not():
     told = DEFAULT_TEMPLATES.analysis_user
-    asked = re.search(r"- Bifurcation: (.*)\n- Critique: (.*)\n- Reflection(.*)\n- Heuristics: (.*)", told)
+    asked = re.search(r"## Bifurcation\n(.*)\n\n## Critique\n(.*)\n\n## Reflection\n.*\n\n## Heuristics\n(.*)", told)
     assert asked
     parts = {"bifurcation": B, "critique": C, "heuristic": H}
 
     def analysis(**changed: str) -> str:
         said = parts | changed
-        return f"## Bifurcation\n{said['bifurcation']}\n## Critique\n{said['critique']}\n## Heuristics\n{said['heuristic']}"
+        return "## Bifurcation\n{bifurcation}\n## Critique\n{critique}\n## Heuristics\n{heuristic}".format(**said)
 
-    for part, echo in (("bifurcation", asked[1]), ("critique", asked[2]), ("heuristic", asked[4])):
+    for part, echo in (("bifurcation", asked[1]), ("critique", asked[2]), ("heuristic", asked[3])):
         with pytest.raises(ParseFailure, match=rf"repeats the instructions: 100% of the {part}"):
             parse(analysis(**{part: echo}))
         longer = f"{echo} {echo.swapcase()} " + " ".join(f"word{i}" for i in range(2 * len(echo.split()) + 9))

@@ -166,7 +166,8 @@ def test_folding_keeps_every_position(text):
 def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text, answer, right):
     report = check(text + " and more words here", answer=answer, right=right, policy="redact")
     if report.redacted is not None:
-        assert check(report.redacted.critique, answer=answer, right=right).reasons == ()
+        again = check_leak(report.redacted, answer=answer, right_text=right, prompt_text="How many?", policy="reject")
+        assert again.reasons == ()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,7 @@ def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text, answer, righ
         ("B", "", "Option B was skipped.", "Option (B) is correct."),
         ("even", "", "It tried even numbers.", "The answer is even."),
         ("Alice", "Alice or Bob?", "It mixed up Alice and Bob.", "It should be Alice."),
+        (">", "", "It wrote 3 > 2 once.", "The answer is >."),
         ("Paris", "Which city?", "It named a river.", "It named no Paris."),
     ],
 )

@@ -75,9 +75,8 @@ def test_the_analysis_prompt_as_a_conversation():
     assert question < wrong < right
     assert "INCORRECT final answer:\n<incorrect>\nTwo and three make six.\n</incorrect>" in text
     assert "the CORRECT final answer:\n<correct>\nTwo and three make five.\n</correct>" in text
-    for heading in ("## Bifurcation", "## Critique", "## Reflection", "## Heuristics"):
-        # A heading with its description below would be copied by small models, prefill and all.
-        assert text.count(heading) == 1 + (heading == "## Bifurcation") and f"\n{heading}\n" not in text[:-20]
+    headings = ["Bifurcation", "Critique", "Reflection", "Heuristics"]
+    assert re.findall(r"^## (\w+)$", text, re.M) == [*headings, "Bifurcation"]
 
 
 def test_the_instructions_are_compact():

@@ -87,6 +87,7 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
         max_context_tokens=conditions.max_context_tokens,
         leak_policy="reject",
+        train_on="analysis",
         replay_attempts=conditions.attempts,
         control=True,
         criterion="solved",
