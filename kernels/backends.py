@@ -76,7 +76,7 @@ def make_steps(
 
     if device.type == "cpu":  # the interpreter: small blocks, few launches
         return TritonSteps(dtype, device, transform), Tiling(64, MAX_BLOCK)
-    return TritonSteps(dtype, device, transform), gpu_tiling(device, width, transform.softcap is not None)
+    return TritonSteps(dtype, device, transform), gpu_tiling(device, width)
 
 
 @contextmanager

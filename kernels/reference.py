@@ -61,9 +61,7 @@ def reference_head(
     return logp_N, entropy_N, lse_N
 
 
-def _block(
-    head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block(head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
     z_RV = head(hidden_RH).to(accumulate_dtype(hidden_RH.dtype))
     if transform.softcap is None:
         z_RV = z_RV * transform.gain

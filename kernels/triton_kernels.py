@@ -71,8 +71,7 @@ def fold_kernel(
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
     if HAS_CAP:
-        t = _tanh(z * inner)
-        z = t * cap
+        z = _tanh(z * inner) * cap
     else:
         z = z * gain
     target = (tl.load(target_ptr + row) - first).to(tl.int32)
@@ -94,7 +93,9 @@ def fold_kernel(
     tl.store(m_ptr + row, m_new)
     if WANT_P:
         if HAS_CAP:
-            e = e * (1.0 - t * t)
+            # From d, not from tanh, which would hold another register per column; 0 at the target, where d is -inf.
+            t = (d + tl.maximum(m_new, FLOOR)) / cap
+            e = tl.where(e == 0.0, 0.0, e * (1.0 - t * t))
         tl.debug_barrier()
         tl.store(p_ptr + column, (e * P_SCALE).to(p_ptr.dtype.element_ty), mask=live)
         if (m_new > m_old) & (m_old > FLOOR):

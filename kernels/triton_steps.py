@@ -100,12 +100,12 @@ DIRECTION_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp
 
 
 @functools.cache
-def gpu_tiling(device: torch.device, width: int, capped: bool) -> Tiling:
+def gpu_tiling(device: torch.device, width: int) -> Tiling:
     """Rows so that the second product's output tiles (128 x 256) come close to one per multiprocessor; wide tiles
-    where the cache is too small to hold the accumulators between tiles and a row still fits in registers."""
+    where the cache is too small to hold the accumulators between tiles."""
     properties = torch.cuda.get_device_properties(device)
     rows = 128 * min(64, max(8, properties.multi_processor_count // -(-width // 256)))
-    columns = 8192 if capped or properties.L2_cache_size >= 32 * 2**20 else MAX_BLOCK
+    columns = 8192 if properties.L2_cache_size >= 32 * 2**20 else MAX_BLOCK
     while rows * columns * 4 > TILE_BYTES:
         columns //= 2
     return Tiling(rows, columns)

@@ -107,9 +107,7 @@ def study(
 def _check(analysis: Analysis, desk: Desk, step: int) -> _Draft | Experience:
     """Parse and leak-check one analysis: a draft worth replaying, or the experience it ends as."""
     try:
-        parsed = parse_analysis(
-            analysis.text, finish=analysis.finish, instructions=desk.templates.analysis_user
-        )
+        parsed = parse_analysis(analysis.text, finish=analysis.finish, instructions=desk.templates.analysis_user)
     except ParseFailure as failure:
         return Experience(step, analysis, Status.UNPARSED, str(failure))
     group = analysis.pair.group

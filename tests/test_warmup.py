@@ -6,14 +6,20 @@ import json
 import math
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mel_lite import demo_tasks
 from mel_lite.adapters import RECORD, WEIGHTS, LoraSpec, attach_adapter
+from mel_lite.demo import DEMO_ADAPTER
+from mel_lite.demo_warmup import train
+from mel_lite.demo_warmup.examples import COUNTS as COUNTS_SHIPPED
+from mel_lite.demo_warmup.examples import SEED
 from mel_lite.demo_warmup.examples import make_examples, write_examples
 from mel_lite.demo_warmup.phrases import WORDINGS
 from mel_lite.demo_warmup.problems import LAST_LINE, SLIPS, draw_problem, draw_slip, write_solution
@@ -349,3 +355,31 @@ def test_nothing_is_overwritten_and_contradictions_are_refused(trained: tuple[Pa
     assert (result.adapter / WEIGHTS).read_bytes() == before
     with pytest.raises(ConfigError, match="lora and adapter together"):
         warmup(file, tmp_path / "new", model=spec, lora=LoraSpec(), adapter=result.adapter)
+
+
+# ---- the shipped adapter ---------------------------------------------------------------------------------------------
+
+
+def test_shipped_adapter_is_what_the_recipe_says() -> None:
+    weights = load_file(DEMO_ADAPTER / WEIGHTS)
+    assert (DEMO_ADAPTER / WEIGHTS).stat().st_size <= 6_000_000
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    recipe = json.loads((DEMO_ADAPTER / "recipe.json").read_text())
+    assert (recipe["data_seed"], recipe["examples"]) == (SEED, COUNTS_SHIPPED)
+    assert recipe["lora"]["r"] == train.LORA.r == weights[next(n for n in weights if "lora_A" in n)].shape[0]
+    assert recipe["training"] == asdict(train.OPTIONS)
+    config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == train.BASE
+
+
+def test_shipping_rounds_to_float16_and_drops_local_paths(trained: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, _ = trained
+    train.ship(result.adapter, tmp_path / "shipped")
+    before, after = load_file(result.adapter / WEIGHTS), load_file(tmp_path / "shipped" / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(after[name].float(), tensor, rtol=2**-11, atol=1e-7)
+    assert str(folder) not in (tmp_path / "shipped" / "adapter_config.json").read_text()
+    assert json.loads((tmp_path / "shipped" / RECORD).read_text())["base"]["dtype"] == "auto"

@@ -134,6 +134,12 @@ def test_banned_tokens_have_no_probability(impl: str) -> None:
     alone = score(hidden_NH, weight_VH, target_N, bias_V=bias_V, impl=impl)
     assert alone.logp_N.tolist() == alone.entropy_N.tolist() == [0.0] * 3
     assert not alone.u_NH.any()
+    bias_V[:] = 0.0
+    bias_V[599] = -torch.inf
+    banned = score(hidden_NH, weight_VH, target_N, bias_V=bias_V, impl=impl)
+    assert banned.logp_N.tolist() == [-torch.inf] * 3
+    truth = true_head(hidden_NH, weight_VH[:599], torch.zeros_like(target_N))
+    assert worst(banned.lse_N, truth.lse_N) < 1e-6 and worst(banned.entropy_N, truth.entropy_N) < 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -114,6 +114,20 @@ def test_any_strides_and_int32_targets(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FROZEN)
+def test_offsets_beyond_32_bits(impl: str) -> None:
+    """The third row of this weight starts 2^31 elements after the first; what lies between is never touched."""
+    storage = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE)
+    weight_VH = storage.as_strided((3, 8), (2**30, 1))
+    weight_VH.copy_(torch.linspace(-1, 1, 24).view(3, 8))
+    hidden_NH = torch.linspace(-2, 3, 16, device=DEVICE).view(2, 8).half().requires_grad_()
+    target_N = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    logp_N, _, _ = fused_logprobs(hidden_NH, weight_VH, target_N, impl=impl)
+    truth = true_head(hidden_NH, weight_VH, target_N)
+    assert relative(logp_N.detach(), truth.logp_N) < 1e-5
+    assert relative(gradient(logp_N.sum(), hidden_NH), truth.u_NH) < 4e-4
+
+
+@pytest.mark.parametrize("impl", FROZEN)
 def test_autocast_does_not_round_the_logits(impl: str) -> None:
     inputs = case()
     expected = fused_logprobs(*inputs, impl=impl)[0]
