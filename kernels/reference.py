@@ -67,8 +67,9 @@ def _block(head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTran
         z_RV = z_RV * transform.gain
     else:
         z_RV = torch.tanh(z_RV * (transform.logit_scale / transform.softcap)) * transform.cap
-    z_RV = torch.where(z_RV < FLOOR, FLOOR, z_RV)  # clamp would stop the gradient of a NaN
     target_R1 = target_R.to(torch.int64)[:, None]
+    banned_R = z_RV.detach().gather(1, target_R1)[:, 0] == -torch.inf
+    z_RV = torch.where(z_RV < FLOOR, FLOOR, z_RV)  # clamp would stop the gradient of a NaN
     # Without the target in the sum, 1 - p_t keeps its digits when p_t is close to 1.
     others_RV = z_RV.scatter(1, target_R1, FLOOR)
     m_R1 = others_RV.detach().amax(1, keepdim=True)
@@ -80,4 +81,5 @@ def _block(head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTran
     others_entropy_R = -(log_q_RV.exp() * log_q_RV).sum(1)
     d_R = odds_R.clamp(-200, 200)  # the entropy is 0 beyond, and infinities would make it NaN
     entropy_R = -F.logsigmoid(d_R) * d_R.sigmoid() + (others_entropy_R - F.logsigmoid(-d_R)) * (-d_R).sigmoid()
-    return F.logsigmoid(odds_R), entropy_R, torch.logsumexp(z_RV, 1)
+    logp_R = torch.where(banned_R, -torch.inf, F.logsigmoid(odds_R))
+    return logp_R, entropy_R, torch.logsumexp(z_RV, 1)

@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
 app.add_typer(experiences, name="experiences")
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
@@ -276,6 +278,22 @@ def export_experiences(
     with _store(run) as store:
         rows = store.export(output, status=wanted)
     typer.echo(f"{rows} rows in {output}")
+
+
+@bench.command("kernel")
+def bench_kernel(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times each is measured.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every time to this file.")] = None,
+) -> None:
+    """Measure the fused log-prob operator against its peers, with the error beside each time."""
+    import importlib
+
+    import torch
+
+    # By name: in a checkout the folder stands outside the package, where the type checker does not see its modules.
+    run = importlib.import_module("mel_lite.kernels.bench").run
+    run(device or ("cuda" if torch.cuda.is_available() else "cpu"), rounds=rounds, json_path=json_path)
 
 
 def _status(name: str | None) -> str | None:

@@ -66,15 +66,16 @@ def worst(found: Tensor, truth: Tensor, floor: float = 0.0) -> float:
     return float(((found.double() - truth.double()).abs() / scale_N).max()) if len(truth) else 0.0
 
 
-def assert_exact(found: Scored, truth: Scored, *, u_bound: float = 1e-5) -> None:
+def assert_exact(found: Scored, truth: Scored, *, u_bound: float = 1e-5, bound: float | None = None) -> None:
     """Errors of a float32 logit and no more.
 
     A logit z is only known to a few eps |z|, and that is the relative error of logp and 1 - p in a row whose target is
     certain. Hence the bound of logp and u: 1e-5, and more only where |z| is above 10. The entropy of such a row is
     exact to 2e-7 nats.
     """
-    reach = float(torch.cat([truth.lse_N.abs(), (truth.lse_N + truth.logp_N).abs()]).max())
-    bound = max(1e-5, 8 * torch.finfo(torch.float32).eps * reach)
+    if bound is None:
+        reach = float(torch.cat([truth.lse_N.abs(), (truth.lse_N + truth.logp_N).abs()]).max())
+        bound = max(1e-5, 8 * torch.finfo(torch.float32).eps * reach)
     errors = {
         "logp": (worst(found.logp_N, truth.logp_N), bound),
         "entropy": (worst(found.entropy_N, truth.entropy_N, floor=1e-2), 2 * bound),

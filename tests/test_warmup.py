@@ -19,8 +19,7 @@ from mel_lite.adapters import RECORD, WEIGHTS, LoraSpec, attach_adapter
 from mel_lite.demo import DEMO_ADAPTER
 from mel_lite.demo_warmup import train
 from mel_lite.demo_warmup.examples import COUNTS as COUNTS_SHIPPED
-from mel_lite.demo_warmup.examples import SEED
-from mel_lite.demo_warmup.examples import make_examples, write_examples
+from mel_lite.demo_warmup.examples import SEED, make_examples, write_examples
 from mel_lite.demo_warmup.phrases import WORDINGS
 from mel_lite.demo_warmup.problems import LAST_LINE, SLIPS, draw_problem, draw_slip, write_solution
 from mel_lite.errors import ConfigError, DataError
