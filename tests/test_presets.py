@@ -34,10 +34,10 @@ def test_the_24gb_preset_is_the_papers_setting() -> None:
 
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {learning_rate: 3.0e-5, max_steps: 7}\nlora: {r: 8}\n")
+    file.write_text("train: {learning_rate: 3.0e-5, max_steps: 7}\nlora: {r: 4}\n")
     recipe = resolve(preset="cpu", config=file, overrides=[("train.max_steps", 9), ("data.train", "tasks.jsonl")])
     assert recipe.train["learning_rate"] == 3e-5 and recipe.train["max_steps"] == 9
-    assert recipe.lora is not None and (recipe.lora.r, recipe.lora.alpha) == (8, 32)
+    assert recipe.lora is not None and (recipe.lora.r, recipe.lora.alpha) == (4, 16)
     assert recipe.data.train == "tasks.jsonl" and recipe.model.name == "demo"
 
 
@@ -143,5 +143,5 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
 def test_a_resumed_run_may_not_become_another() -> None:
     began = resolve(preset="cpu")
     assert changes(began, resolve(preset="cpu", overrides=[("train.max_steps", 99), ("eval.k", 2)])) == []
-    other = resolve(preset="cpu", overrides=[("lora.r", 8), ("train.seed", 1), ("model.name", "x")])
-    assert changes(began, other) == ["model.name: 'demo' -> 'x'", "lora.r: 16 -> 8", "train.seed: 42 -> 1"]
+    other = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x")])
+    assert changes(began, other) == ["model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1"]

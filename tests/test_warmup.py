@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -369,6 +372,10 @@ def test_shipped_adapter_is_what_the_recipe_says() -> None:
     assert (recipe["data_seed"], recipe["examples"]) == (SEED, COUNTS_SHIPPED)
     assert recipe["lora"]["r"] == train.LORA.r == weights[next(n for n in weights if "lora_A" in n)].shape[0]
     assert recipe["training"] == asdict(train.OPTIONS)
+    examples = gzip.decompress((DEMO_ADAPTER / "examples.jsonl.gz").read_bytes())
+    assert hashlib.sha256(examples).hexdigest() == recipe["examples_sha256"]
+    kinds = Counter(json.loads(line)["kind"] for line in examples.decode().splitlines())
+    assert kinds == COUNTS_SHIPPED
     config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == train.BASE
 
