@@ -254,6 +254,8 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
             f"{model.config._name_or_path}: {str(error)[:500]}"
         ) from error
     _check_complete(peft_model, adapter_dir)
+    # The base was found to be the same, wherever it lies: PEFT would ask the Hub for the name in the file at each save.
+    peft_model.peft_config["default"].base_model_name_or_path = model.config._name_or_path
     if trainable and hasattr(peft_model.get_output_embeddings(), "base_layer"):
         raise ModelError(f"adapter={str(adapter_dir)!r} adapts the output head, which MEL-Lite cannot train further.")
     return peft_model

@@ -55,14 +55,17 @@ def test_gradient_is_linear_in_the_coefficient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FROZEN)
-def test_small_coefficients_survive_float16(impl: str) -> None:
-    """1 / 8192 times a small u is below float16's range until the loss is scaled; u itself must not be."""
-    hidden_NH, weight_VH, target_N = case(dtype=torch.float16)
+def test_small_directions_survive_float16(impl: str) -> None:
+    """Confident rows have u around 1e-7, below float16's normal range, until a loss scale lifts their gradient."""
+    hidden_NH, weight_VH, target_N = case(60, dtype=torch.float16)
     truth = true_head(hidden_NH, weight_VH, target_N)
+    small = (truth.u_NH.norm(dim=1) > 1e-7) & (truth.u_NH.norm(dim=1) < 1e-5)
+    assert int(small.sum()) >= 3
     logp_N, _, _ = fused_logprobs(hidden_NH, weight_VH, target_N, impl=impl)
-    scale = 65536.0  # what a GradScaler multiplies the loss by
-    grad_NH = gradient((logp_N / 8192).sum() * scale, hidden_NH)
-    assert relative(grad_NH, truth.u_NH * (scale / 8192)) < 4e-4
+    scale = 65536.0  # a GradScaler's first
+    grad_NH = gradient(logp_N.sum() * scale, hidden_NH)[small].double() / scale
+    row_error = (grad_NH - truth.u_NH[small]).norm(dim=1) / truth.u_NH[small].norm(dim=1)
+    assert float(row_error.max()) < 1e-3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -127,7 +130,7 @@ def test_offsets_beyond_32_bits(impl: str) -> None:
     assert relative(gradient(logp_N.sum(), hidden_NH), truth.u_NH) < 4e-4
 
 
-@pytest.mark.parametrize("impl", FROZEN)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_does_not_round_the_logits(impl: str) -> None:
     inputs = case()
     expected = fused_logprobs(*inputs, impl=impl)[0]
