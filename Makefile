@@ -30,7 +30,7 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym  ## run all tests that need no GPU
+test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 lint: venv  ## ruff and mypy
@@ -77,4 +77,8 @@ $(VENV)/.gym: requirements/gym.txt $(VENV)/.locked
 	else \
 	    echo "no C compiler: tests that need reasoning-gym will be skipped"; \
 	fi
+	@touch $@
+
+$(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
+	$(PIP) install --progress-bar off --no-deps -r requirements/notebook.txt
 	@touch $@

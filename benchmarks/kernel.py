@@ -1,7 +1,8 @@
 """Measure the fused log-prob operator against its peers: `python benchmarks/kernel.py`, on a GPU or a CPU.
 
 Needs torch (and triton on a GPU); measures whichever of trl, unsloth_zoo, liger-kernel and cut-cross-entropy are there
-(`pip install --no-deps` of each is enough). Prints a table and writes every time to benchmarks/results/.
+(`pip install --no-deps` of each is enough). Prints a table and writes every time to benchmarks/results/. With --model
+and --tasks it also measures on the hidden states of that model's own rollouts.
 """
 
 from __future__ import annotations
@@ -10,8 +11,22 @@ import argparse
 from pathlib import Path
 
 import torch
+from states import read_prompts, rollout_states
 
-from mel_lite.kernels.bench import run
+from mel_lite.kernels.bench import Inputs, Shape, default_shapes, run
+
+ROWS = 8192
+
+
+def real(model: str, tasks: Path, device: str) -> dict[Shape, Inputs]:
+    """8192 rows of a real model: its rollouts at temperature 1, repeated as often as it takes."""
+    states = rollout_states(model, read_prompts(tasks, 32), tokens=64, temperature=1.0, samples=4, device=device)
+    hidden_NH, weight_VH, target_N = states
+    again_N = torch.arange(ROWS, device=hidden_NH.device) % len(target_N)
+    dtype = default_shapes(torch.device(device))[0].dtype
+    to = getattr(torch, dtype)
+    inputs = hidden_NH[again_N].to(to).requires_grad_(), weight_VH.to(to), target_N[again_N]
+    return {Shape(ROWS, hidden_NH.shape[1], len(weight_VH), dtype, Path(model).name): inputs}
 
 
 def main() -> None:
@@ -19,10 +34,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="times each is measured (default: 15 on a GPU, 3 on a CPU)")
     parser.add_argument("--json", type=Path, help="where to write (default: benchmarks/results/kernel-DEVICE.json)")
+    parser.add_argument("--model", help="local model folder or hub id whose rollouts give one more shape")
+    parser.add_argument("--tasks", type=Path, help="JSONL of the questions it answers for that")
     arguments = parser.parse_args()
+    if (arguments.model is None) != (arguments.tasks is None):
+        parser.error("--model and --tasks go together")
     results = Path(__file__).parent / "results"
     run(
         arguments.device,
+        given=real(arguments.model, arguments.tasks, arguments.device) if arguments.model else None,
         rounds=arguments.rounds,
         json_path=arguments.json or results / f"kernel-{torch.device(arguments.device).type}.json",
     )

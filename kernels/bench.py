@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -42,9 +42,15 @@ class Shape:
     width: int
     vocab: int
     dtype: str
+    states: str = "synthetic"
+    """Where hidden states, head and targets come from: `model_like`, or the model of that name."""
 
     def __str__(self) -> str:
-        return f"N {self.rows}, H {self.width}, V {self.vocab}, {self.dtype}"
+        return f"N {self.rows}, H {self.width}, V {self.vocab}, {self.dtype}, {self.states} states"
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""(hidden_NH, weight_VH, target_N)."""
 
 
 @dataclass(slots=True)
@@ -82,13 +88,15 @@ def run(
     device: str | None = None,
     *,
     shapes: list[Shape] | None = None,
+    given: Mapping[Shape, Inputs] | None = None,
     rounds: int | None = None,
     json_path: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure every contender on every shape, write the raw numbers to `json_path` and log a table.
 
-    Contenders of a shape take turns, in an order that rotates; a round gives one time each.
+    Contenders of a shape take turns, in an order that rotates; a round gives one time each. `given` are further shapes
+    with their inputs, such as the hidden states of a real model.
 
     Returns: what the JSON file holds: machine, versions, and per shape the results with all their times.
     """
@@ -96,8 +104,9 @@ def run(
     rounds = rounds or (3 if where.type == "cpu" else 15)
     report: dict[str, Any] = {"machine": machine(where), "versions": versions(), "rounds": rounds, "shapes": []}
     log(", ".join(f"{k} {v}" for k, v in (report["machine"] | report["versions"]).items()))
-    for shape in shapes or default_shapes(where):
-        results = measure(shape, where, rounds)
+    given = given or {}
+    for shape in [*(default_shapes(where) if shapes is None else shapes), *given]:
+        results = measure(shape, where, rounds, given.get(shape))
         report["shapes"].append(asdict(shape) | {"results": [asdict(result) for result in results]})
         log(table(shape, results))
         if json_path is not None:
@@ -106,7 +115,7 @@ def run(
     return report
 
 
-def model_like(shape: Shape, device: torch.device, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def model_like(shape: Shape, device: torch.device, *, seed: int = 0) -> Inputs:
     """(hidden_NH, weight_VH, target_N) whose distributions look like a language model's on its own samples.
 
     Logits of the bulk are about N(0, 2); a few candidates per row stand out by steps, from hardly to overwhelmingly, so
@@ -129,7 +138,7 @@ def model_like(shape: Shape, device: torch.device, *, seed: int = 0) -> tuple[Te
     return hidden_NH.to(dtype).requires_grad_(), weight_VH.to(dtype), target_N
 
 
-def contenders(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Callable[[], Tensor | None] | str]:
+def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor | None] | str]:
     """Name -> one whole pass, which leaves the gradient in hidden.grad; or why there is none."""
     hidden_NH, weight_VH, target_N = inputs
     rows = torch.arange(len(target_N), device=target_N.device)
@@ -176,9 +185,10 @@ def _bare_products(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
     return once
 
 
-def measure(shape: Shape, device: torch.device, rounds: int) -> list[Result]:
+def measure(shape: Shape, device: torch.device, rounds: int, inputs: Inputs | None = None) -> list[Result]:
     """Check every contender once (errors, memory; it also warms up), then time them in turns."""
-    inputs = model_like(shape, device)
+    if inputs is None:
+        inputs = model_like(shape, device)
     hidden_NH, weight_VH, target_N = inputs
     sample = torch.arange(0, shape.rows, max(1, shape.rows // SAMPLE_ROWS), device=device)
     truth = true_head(hidden_NH[sample], weight_VH, target_N[sample])

@@ -96,6 +96,13 @@ class AtomicCheckpoints:
             self._commit(run_dir)
         self.accelerator.wait_for_everyone()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As TRL's, with the record by which the adapter can be evaluated, exported and trained on like any of ours."""
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / "adapter_config.json").is_file():
+            write_fingerprint(folder, self.accelerator.unwrap_model(self.model))
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint once it is committed: an upload must not run while its files are renamed."""
         if self._staging is None:
@@ -118,9 +125,6 @@ class AtomicCheckpoints:
                 else None
             ),
         }
-        if (staged / "adapter_config.json").is_file():
-            # So that the checkpoint can be evaluated, exported or trained on like any adapter of ours.
-            write_fingerprint(staged, self.model)
         final = checkpoint.commit(staged, run_dir, position)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))

@@ -58,7 +58,10 @@ def train(
     split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="mel or grpo.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="mel, grpo, reinforce++ or rft.")] = None,
+    meta_experience: Annotated[
+        bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
     set_: SetOption = None,
     resume: Annotated[
@@ -77,6 +80,7 @@ def train(
         "lora.start_from": None if adapter is None else str(adapter),
         "train.max_steps": max_steps,
         "train.algorithm": algorithm,
+        "train.meta_experience": meta_experience,
     }
     overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
     if dataset is not None and not resume:
@@ -337,8 +341,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Waiting threads sleep. Where cores are shared, spinning ones made generation on a CPU several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting threads spin for some microseconds, then sleep: a decoding step has hundreds of short parallel regions, so
+    # sleeping at once made it half as fast; spinning for long steals the core on machines that are shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -349,5 +354,7 @@ def main() -> None:
     try:
         app()
     except MelLiteError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        if not error.told:
+            rank = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+            typer.secho(f"{rank}error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
@@ -13,14 +13,22 @@ if TYPE_CHECKING:
 else:
     GRPOConfig = released_grpo_config()
 
+ESTIMATORS = ("grpo", "reinforce++", "rft")
+"""Policy terms; `mel` is `grpo` with meta-experience."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
-    "algorithm": ("mel", "grpo"),
+    "algorithm": ("mel", *ESTIMATORS),
     "pair_strategy": ("longest_prefix", "random", "shortest"),
     "leak_policy": ("reject", "redact", "off"),
     "replay_criterion": ("solved", "uplift"),
     "mel_train_on": ("analysis", "experience"),
     "mel_normalization": ("kept", "prompts"),
 }
+
+
+_RFT = {"loss_type": "cispo", "epsilon_high": 1.0}
+"""TRL's loss that is -advantage * log pi where the ratio is 1."""
+_DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -34,7 +42,14 @@ class MELConfig(GRPOConfig):
     Raises: ConfigError (a ValueError) for a value outside its range, naming field, value, reason and fix.
     """
 
-    algorithm: str = _option("mel", "`mel` (GRPO plus meta-experience) or `grpo` (TRL's loss alone).")
+    algorithm: str = _option(
+        "mel",
+        "What the policy term is: `grpo` (TRL's loss), `reinforce++` (TRL's loss on advantages normalised over the "
+        "whole batch), `rft` (NLL of right completions alone), or `mel`, which is `grpo` with meta-experience.",
+    )
+    meta_experience: bool | None = _option(
+        None, "Learn from meta-experiences next to the policy term. None: with `mel` only."
+    )
     verifier: str | None = _option(
         None,
         "Verifier that calls a completion right or wrong: math, numeric, exact, multiple-choice, reasoning-gym, or a "
@@ -81,6 +96,10 @@ class MELConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_values()
+        self._check_estimator()
+
+    def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}. Set {name}.")
@@ -101,10 +120,42 @@ class MELConfig(GRPOConfig):
         if not self.verifier_deadline_s > 0:
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
 
+    def _check_estimator(self) -> None:
+        """Refuse options that contradict `algorithm`, and set TRL's options that it stands for."""
+        if self.algorithm == "mel" and self.meta_experience is False:
+            raise ConfigError(
+                "meta_experience=False with algorithm='mel': mel is grpo with meta-experience. Set algorithm='grpo'."
+            )
+        if self.algorithm == "reinforce++" and self.scale_rewards not in ("group", "batch"):
+            raise ConfigError(
+                f"scale_rewards={self.scale_rewards!r} with algorithm='reinforce++', which divides by the batch's "
+                "standard deviation. Leave scale_rewards unset."
+            )
+        if self.algorithm != "rft":
+            return
+        for name, meaning in (("beta", "a KL term"), ("entropy_coef", "an entropy bonus")):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} with algorithm='rft', which is a plain NLL: {meaning} has no place "
+                    f"in it. Unset {name}."
+                )
+        if self.loss_type not in (_DEFAULTS["loss_type"], "cispo"):
+            raise ConfigError(
+                f"loss_type={self.loss_type!r} with algorithm='rft', which is a plain NLL, averaged over the tokens of "
+                "right completions. Leave loss_type unset."
+            )
+        for name, value in _RFT.items():
+            setattr(self, name, value)
+
+    @property
+    def estimator(self) -> str:
+        """The policy term: one of ESTIMATORS."""
+        return "grpo" if self.algorithm == "mel" else self.algorithm
+
     @property
     def with_meta_experience(self) -> bool:
         """True when lessons are written and trained on."""
-        return self.algorithm == "mel"
+        return self.algorithm == "mel" if self.meta_experience is None else self.meta_experience
 
     @property
     def needs_control(self) -> bool:

@@ -48,14 +48,16 @@ class Packed:
 
     blocks: tuple[Block, ...]
     order: tuple[int, ...]
-    """Row number of each row, in block order."""
+    """Row number of each row, in block order; rows with nothing scored may be missing."""
+    rows: int
+    """Rows there were."""
     scored_tokens: tuple[int, ...]
     """Scored positions of each row, in block order; they sum to N."""
 
     def unpack(self, values_N: torch.Tensor) -> list[torch.Tensor]:
         """Split values of the scored positions by row, in the rows' original order: shapes (scored_tokens,)."""
         parts = values_N.split(list(self.scored_tokens))
-        rows: list[torch.Tensor] = [values_N[:0]] * len(self.order)
+        rows: list[torch.Tensor] = [values_N[:0]] * self.rows
         for row, part in zip(self.order, parts, strict=True):
             rows[row] = part
         return rows
@@ -65,9 +67,12 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
     """Group rows by length into right-padded blocks.
 
     Longest first within a temperature. A block takes rows until padding would exceed MAX_PADDING_SHARE of it, or B*T
-    would exceed `max_tokens` (a single longer row still gets a block of its own).
+    would exceed `max_tokens` (a single longer row still gets a block of its own). Rows with nothing scored are left
+    out, but for the shortest when there is no other: every rank needs a forward, or gradients could not be averaged.
     """
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].temperature, -len(rows[i].ids)))
+    wanted = [i for i, row in enumerate(rows) if row.scored_tokens]
+    wanted = wanted or sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[:1]
+    order = sorted(wanted, key=lambda i: (rows[i].temperature, -len(rows[i].ids)))
     groups: list[list[int]] = []
     for i in order:
         row = rows[i]
@@ -78,7 +83,7 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
             groups.append([i])
     blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
     flat = tuple(i for group in groups for i in group)
-    return Packed(blocks, flat, tuple(rows[i].scored_tokens for i in flat))
+    return Packed(blocks, flat, len(rows), tuple(rows[i].scored_tokens for i in flat))
 
 
 def _fits(lengths: list[int], length: int, max_tokens: int | None) -> bool:

@@ -1,4 +1,7 @@
-"""Verdicts beside TRL's rewards: every completion gets both, from one call of the verifier."""
+"""Verdicts beside TRL's rewards: every completion gets both, from one call of the verifier.
+
+B completions of this rank, W of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mel_lite.config import MELConfig
+from mel_lite.estimators import batch_advantages, only_right
 from mel_lite.judging import Judge, RewardJudge, completion_text
 from mel_lite.metrics import PhaseClock
 from mel_lite.seeds import prompt_hash
@@ -18,6 +23,8 @@ class JudgedRewards:
     """Mixin over a TRL trainer. Leaves the judged rollouts of the last batch in `_scored`, in row order."""
 
     accelerator: Any
+    args: MELConfig
+    temperature: float
     reward_weights: torch.Tensor
     eos_token_ids: list[int]
     _tokenizer: Any
@@ -25,6 +32,8 @@ class JudgedRewards:
     _answer_column: str | None
     _clock: PhaseClock
     _scored: list[tuple[Group, Rollout]]
+    _reward_W: torch.Tensor
+    _logs: dict[str, Any]
     _verdicts: list[Verdict]
     _pending_extra_logs: defaultdict[str, list[Any]]
     _pending_metrics: defaultdict[str, list[float]]
@@ -39,10 +48,11 @@ class JudgedRewards:
         rewards_per_func = super()._calculate_rewards(  # type: ignore[misc]
             inputs, prompts, completions, completion_ids_list
         )
-        rewards = self._local_rewards(rewards_per_func, len(texts))
+        self._reward_W = self._weighted(rewards_per_func)
+        first = self.accelerator.process_index * len(texts)
+        rewards = self._reward_W[first : first + len(texts)].tolist()
         if isinstance(judge, RewardJudge):
             self._verdicts = [judge.verdict(reward) for reward in rewards]
-        first = self.accelerator.process_index * len(texts)
         self._scored = []
         for i, (group, ids) in enumerate(zip(groups, completion_ids_list, strict=True)):
             finish = Finish.STOP if ids[-1] in self.eos_token_ids else Finish.LENGTH
@@ -54,12 +64,37 @@ class JudgedRewards:
         """The default reward: 1 for right, 0 for wrong, None (no reward, no gradient) for abstain."""
         return [{"right": 1.0, "wrong": 0.0}.get(verdict) for verdict in self._verdicts]
 
-    def _local_rewards(self, rewards_per_func: torch.Tensor, rows: int) -> list[float]:
-        """Weighted sum of this rank's rewards; NaN where every function abstained."""
+    def _weighted(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over the reward functions; NaN where every function abstained."""
+        total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        return total.masked_fill(rewards_per_func.isnan().all(dim=1), float("nan"))
+
+    def _estimated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's scored batch, with the advantages or masks of the estimator in place of its own."""
+        rows = len(self._scored)
         first = self.accelerator.process_index * rows
-        local = rewards_per_func[first : first + rows]
-        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
-        return total.masked_fill(local.isnan().all(dim=1), float("nan")).tolist()
+        if self.args.estimator == "reinforce++":
+            advantage_W = batch_advantages(self._reward_W)
+            self._relog_advantages(advantage_W)
+            return batch | {"advantages": advantage_W[first : first + rows]}
+        if self.args.estimator == "rft":
+            verdicts = [rollout.verdict is Verdict.RIGHT for _, rollout in self._scored]
+            is_right_B = torch.tensor(verdicts, device=batch["completion_mask"].device)
+            self._relog_advantages(self.accelerator.gather(is_right_B.float()))
+            return only_right(batch, is_right_B, self.accelerator.gather)
+        return batch
+
+    @property
+    def _policy_temperature(self) -> float:
+        """Of the policy term's log-probs. RFT learns texts, as lessons are learnt: at temperature 1."""
+        return 1.0 if self.args.estimator == "rft" else self.temperature
+
+    def _relog_advantages(self, advantage_W: torch.Tensor) -> None:
+        """The completions table shows what is trained on, not the advantages TRL computed first."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantage_W))):
+            logged.pop()
+        logged.extend(advantage_W.tolist())
 
     def _rewards_of(self, groups: Sequence[Group], texts: Sequence[str]) -> list[float]:
         """Rewards of replay attempts, where the reward functions are the judge."""
@@ -77,7 +112,8 @@ class JudgedRewards:
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, ids)  # type: ignore[misc]
         finally:
             self._pending_extra_logs, self._pending_metrics = pending
-        return self._local_rewards(rewards_per_func, len(texts))
+        first = self.accelerator.process_index * len(texts)
+        return self._weighted(rewards_per_func)[first : first + len(texts)].tolist()
 
     def _group_of(self, example: dict[str, Any]) -> Group:
         """The question of a dataset row, without its rollouts."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mel_lite import checkpoint
+from mel_lite import checkpoint, ranks
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
@@ -24,6 +25,7 @@ from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
 from mel_lite.presets import Recipe, build_args, changes, resolve
+from mel_lite.ranks import SplitEngine
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
@@ -91,25 +93,33 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
 def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
+    Several processes (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
+    on_cpu = bool(recipe.train.get("use_cpu"))
+    folder = ranks.on_first(lambda: folder, cpu=on_cpu)
     args = check(recipe, folder)
     if resume and not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Name the run's folder with --output-dir.")
-    with run_folder(folder, resume=resume):
+    leads = ranks.rank() == 0
+    console = console if leads else Console(quiet=True)
+    with ExitStack() as claim:
+        ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
-        resume = resume and _can_resume(recipe, folder, console)
+        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console), cpu=on_cpu)
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
             f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: {len(tasks.train)} tasks, "
-            f"output in {folder}"
+            f"output in {folder}" + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
         )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
         trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
-        (folder / "config.yaml").write_text(recipe.as_yaml())
+        if leads:
+            (folder / "config.yaml").write_text(recipe.as_yaml())
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None)
@@ -122,9 +132,12 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         finally:
             display.close()
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
-        adapter_dir = _save(trainer, recipe, folder)
-        exported = _export(recipe, adapter_dir, folder, console)
-        _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
+        trainer.accelerator.wait_for_everyone()
+        if leads:
+            adapter_dir = _save(trainer, recipe, folder)
+            exported = _export(recipe, adapter_dir, folder, console)
+            _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
+        trainer.accelerator.end_training()
 
 
 def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
@@ -185,7 +198,7 @@ def _evaluation(
         return EvalResult.from_json(path.read_text())
     with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"):
         result = evaluate(
-            trainer.engine,
+            SplitEngine(trainer.engine) if ranks.world() > 1 else trainer.engine,
             trainer.processing_class,
             tasks.held_out,
             trainer.judge,
@@ -196,8 +209,9 @@ def _evaluation(
             chat_template_kwargs=trainer.args.chat_template_kwargs,
             context_tokens=context_length(trainer.model),
         )
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(result.to_json() + "\n")
+    if ranks.rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(result.to_json() + "\n")
     return result
 
 

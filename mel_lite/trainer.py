@@ -4,6 +4,7 @@ One generation batch, top to bottom:
 
     _generate_and_score_completions   act: G completions per prompt (`_roll_out`), TRL's rewards and advantages
       _calculate_rewards                verdicts beside the rewards (`rewards.py`)
+      _estimated                        advantages of REINFORCE++ or RFT, where they are not GRPO's
       _study                            pairs -> meta-experiences -> leak guard -> replay -> store -> lessons
     _prepare_inputs                   each accumulation step takes its share of the lessons
     _compute_loss                     TRL's policy loss + lambda * token-averaged NLL of the lessons
@@ -182,7 +183,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
     # ---- Self-verify ----
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        batch = super()._generate_and_score_completions(inputs)
+        batch = self._estimated(super()._generate_and_score_completions(inputs))
         if self.model.training and self.args.with_meta_experience:
             self._study(self._groups(gather_object(self._scored)))
         return batch
@@ -306,7 +307,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
                 **multimodal,
             )  # fmt: skip
-        rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self.temperature)
+        rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self._policy_temperature)
         rollouts = len(rows)
         rows += [self._lesson_row(lesson) for lesson in riding]
         max_tokens = None if batch_size is None else batch_size * max(len(row.ids) for row in rows)

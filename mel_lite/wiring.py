@@ -47,7 +47,7 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
     if args.with_meta_experience and multi_turn:
         raise ConfigError(
-            "tools or environment_factory with algorithm='mel': analyses of multi-turn rollouts are not supported. "
+            "tools or environment_factory with meta-experience: analyses of multi-turn rollouts are not supported. "
             "Set algorithm='grpo', or train without tools."
         )
     if args.grad_norm_every and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -79,7 +79,7 @@ def engine_generates(args: MELConfig, tools: Any, environment_factory: Any) -> b
     theirs = [name for name in _TRLS_GENERATION if getattr(args, name)]
     if theirs and args.with_meta_experience:
         raise ConfigError(
-            f"{theirs[0]}={getattr(args, theirs[0])!r} with algorithm='mel': rollouts, analyses and replays must come "
+            f"{theirs[0]}={getattr(args, theirs[0])!r} with meta-experience: rollouts, analyses and replays must come "
             f"from one engine, which does not follow that option. Unset {theirs[0]}, or set algorithm='grpo'."
         )
     return not (theirs or tools or environment_factory)
@@ -95,13 +95,13 @@ def check_support(trainer: Any) -> None:
         return
     if trainer.aux_loss_enabled:
         raise ConfigError(
-            f"router_aux_loss_coef={trainer.router_aux_loss_coef} with algorithm='mel': lessons do not pass through "
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef} with meta-experience: lessons do not pass through "
             "the load-balancing loss. Set router_aux_loss_coef=0, or algorithm='grpo'."
         )
     plugin = trainer.args.deepspeed_plugin
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ConfigError(
-            "FSDP or ZeRO-3 with algorithm='mel': ranks write different numbers of lessons, and sharded weights can "
+            "FSDP or ZeRO-3 with meta-experience: ranks write different numbers of lessons, and sharded weights can "
             "only be used by all ranks at once. Use DDP or ZeRO-2, or set algorithm='grpo'."
         )
 

@@ -1,7 +1,8 @@
 """Write the lock files from the environment this runs in: `python requirements/lock.py` (or `make lock`).
 
 A lock file holds the exact version of every package the roots need, found by walking the installed metadata. `cpu.txt`
-needs no compiler; what only `reasoning-gym` needs is in `gym.txt`, because one of its dependencies is compiled.
+needs no compiler; what only `reasoning-gym` needs is in `gym.txt`, because one of its dependencies is compiled, and
+what only notebooks need is in `notebook.txt`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 CPU_ROOTS = ("setuptools", "mel-lite[demo,dev]", "tensorboard", "triton")
 GYM_ROOTS = ("mel-lite[gym]",)
+NOTEBOOK_ROOTS = ("mel-lite[notebook]",)
 LINUX_ONLY = ("triton",)
 
 HEADER = """\
@@ -49,13 +51,21 @@ def lines(versions: dict[str, str]) -> list[str]:
 
 
 def main() -> None:
-    """Write `cpu.txt` and `gym.txt` beside this file."""
+    """Write `cpu.txt`, `gym.txt` and `notebook.txt` beside this file."""
     folder = Path(__file__).parent
     cpu = closure(CPU_ROOTS)
-    gym = {name: version for name, version in closure(GYM_ROOTS).items() if name not in cpu}
+    gym, notebook = (
+        {name: version for name, version in closure(roots).items() if name not in cpu}
+        for roots in (GYM_ROOTS, NOTEBOOK_ROOTS)
+    )
     for file, what, versions in (
         ("cpu.txt", "The CPU environment of `make train` and `make test`.", cpu),
         ("gym.txt", "What the `gym` extra adds to cpu.txt; needs a C compiler.", gym),
+        (
+            "notebook.txt",
+            "What the `notebook` extra adds to cpu.txt: a Jupyter kernel, and what runs notebooks in it.",
+            notebook,
+        ),
     ):
         (folder / file).write_text(HEADER.format(what=what) + "\n".join(lines(versions)) + "\n")
 

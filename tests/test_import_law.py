@@ -20,11 +20,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types errors seeds config trl_base",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
         store models adapters presets demo demo_tasks""",
-        "engines",
+        "engines ranks",
         "pairs experience replay judging study",
-        "trainer packing scoring checkpoint checkpointing metrics rewards wiring",
+        "trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
-        "cli",
+        "cli __main__",
     )
 )
 """Rooms by layer: `mel_lite/<room>.py` or the package `mel_lite/<room>/`."""
@@ -42,8 +42,8 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset(
-    """config kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run display
-    demo_warmup warmup""".split()
+    """config estimators kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run
+    display demo_warmup warmup""".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 

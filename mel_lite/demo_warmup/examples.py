@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mel_lite import demo_tasks
-from mel_lite.demo_warmup.phrases import ACTION, LAST_TOTAL, REVIEW, RIGHT_TOTAL, WORDINGS
-from mel_lite.demo_warmup.problems import LAST_LINE, Problem, Slip, draw_problem, draw_slip, draw_style, write_solution
+from mel_lite.demo_warmup.phrases import GOES_ON, ONLY_ANSWER, PARTING, PARTING_AT_LAST, STOPS_EARLY, WORDINGS
+from mel_lite.demo_warmup.problems import Problem, Slip, draw_problem, draw_slip, draw_style, write_solution
 from mel_lite.experience import parse_analysis
 from mel_lite.leakage import check_leak
 from mel_lite.templates import DEFAULT_TEMPLATES
 from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
-COUNTS = {"solve": 240, "chain": 180, "analyse": 100, "replay": 80}
+COUNTS = {"solve": 240, "chain": 120, "analyse": 320, "replay": 160}
 """Examples of each kind in the shipped recipe."""
 LONG = (7, 8, 9, 10)
 """Terms of a long chain: more arithmetic per token of prompt than the tasks themselves."""
@@ -31,35 +32,38 @@ FOREIGN_NOTES = 0.3
 """Share of replay examples whose notes come from another problem."""
 
 
+def _bifurcation(problem: Problem, slip: Slip, rng: random.Random) -> str:
+    """Where the two solutions part, in their own lines; the right line only where it is not the answer."""
+    right, wrong = problem.steps(), slip.steps
+    at = next((n for n, (a, b) in enumerate(zip_longest(right, wrong)) if a != b), None)
+    if at is None:
+        wordings = ONLY_ANSWER
+    elif at >= len(wrong):
+        wordings = STOPS_EARLY
+    elif at >= len(right):
+        wordings = GOES_ON
+    else:
+        wordings = PARTING_AT_LAST if at == len(right) - 1 else PARTING
+    return rng.choice(wordings).format(
+        k=None if at is None else at + 1,
+        bad=wrong[at] if at is not None and at < len(wrong) else "",
+        good=right[at] if at is not None and at < len(right) - 1 else "",
+        verdict=rng.choice(WORDINGS[slip.kind].verdict),
+        written=slip.answer,
+    )
+
+
 def _analysis(problem: Problem, slip: Slip, rng: random.Random) -> str:
     """One wording of what the slip was, section by section; it may leak."""
-    right = problem.steps()[slip.at - 1]
-    verbs = ("added", "subtracted") if right.sign < 0 else ("subtracted", "added")
-    fields = {
-        "k": slip.at,
-        "move": f"{'adding' if right.sign > 0 else 'taking away'} {right.term}",
-        "did": verbs[0],
-        "due": verbs[1],
-        "left": right.left,
-        "bad": slip.wrong_total,
-        "good": right.result,
-    }
+    adds = problem.signs[slip.at - 1] > 0
     wording = WORDINGS[slip.kind]
-    is_last = slip.at == len(problem.signs)
-    parting = [rng.choice(wording.what), rng.choice(LAST_TOTAL if is_last else RIGHT_TOTAL), rng.choice(wording.habit)]
-    if slip.kind == LAST_LINE:
-        del parting[1]
-    critique = [rng.choice(wording.cause), rng.choice(wording.shield)]
-    reflection = [rng.choice(REVIEW), rng.choice(wording.insight), rng.choice(ACTION)]
-    fitting = wording.rules + (wording.rules_up if right.sign > 0 else wording.rules_down)
-    rules = rng.sample(fitting, k=rng.choice((1, 1, 2)))
     sections = {
-        "Bifurcation": " ".join(parting),
-        "Critique": " ".join(critique),
-        "Reflection": " ".join(reflection),
-        "Heuristics": "\n".join(f"- {rule}" for rule in rules),
+        "Bifurcation": _bifurcation(problem, slip, rng),
+        "Critique": f"{rng.choice(wording.cause)} {rng.choice(wording.shield)}",
+        "Reflection": rng.choice(wording.reflection),
+        "Heuristics": f"- {rng.choice(wording.rules + (wording.rules_up if adds else wording.rules_down))}",
     }
-    return "\n\n".join(f"## {name}\n{text}" for name, text in sections.items()).format(**fields)
+    return "\n\n".join(f"## {name}\n{text}" for name, text in sections.items())
 
 
 def _clean_analysis(problem: Problem, slip: Slip, right_text: str, rng: random.Random) -> tuple[str, MetaExperience]:

@@ -5,6 +5,8 @@ FOLDER gets the examples, the run with its checkpoints, and `demo_adapter` as it
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -61,7 +63,10 @@ def main(folder: Path) -> None:
         "final_loss_nats_per_token": round(result.final_loss_nats, 4),
         "training_s": round(result.took_s),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "examples_sha256": hashlib.sha256(examples.read_bytes()).hexdigest(),
     }
+    archive = gzip.compress(examples.read_bytes(), mtime=0)  # no time stamp: the same bytes every time
+    (folder / "demo_adapter" / "examples.jsonl.gz").write_bytes(archive)
     (folder / "demo_adapter" / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 

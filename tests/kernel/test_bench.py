@@ -28,8 +28,20 @@ def test_report_holds_times_errors_and_reasons(tmp_path: Path) -> None:
         assert (len(result["times_s"]) == 3 and min(result["times_s"]) > 0) or result["problem"], result
     assert report["versions"]["torch"] == torch.__version__
     table = said[-1]
-    assert f"N 300, H 24, V 2000, {shape.dtype}" in table
+    assert f"N 300, H 24, V 2000, {shape.dtype}, synthetic states" in table
     assert all(name in table for name in results)
+
+
+def test_given_states_are_what_is_measured() -> None:
+    shape = bench.Shape(rows=40, width=8, vocab=100, dtype="float32", states="a model")
+    _, weight_VH, target_N = bench.model_like(shape, torch.device(DEVICE))
+    weight_VH = torch.nn.functional.normalize(weight_VH)
+    certain_NH = (1000 * weight_VH[target_N]).requires_grad_()  # every row decided: u is next to nothing
+    given = {shape: (certain_NH, weight_VH, target_N)}
+    report = bench.run(DEVICE, shapes=[], given=given, rounds=1, log=lambda _: None)
+    (measured,) = report["shapes"]
+    assert measured["states"] == "a model" and measured["results"][0]["logp_error"] < 1e-5
+    assert certain_NH.grad is not None and certain_NH.grad.norm().item() < 1e-6
 
 
 def test_absent_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

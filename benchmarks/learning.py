@@ -1,0 +1,188 @@
+"""Does it learn? The demo model after GRPO and after MEL at equal generated tokens, several seeds, learning curves.
+
+`python benchmarks/learning.py --arms grpo mel --seeds 3 --tokens 20000` trains from the packaged warm start and
+measures on held-out tasks after every `--every` generated tokens (rollouts, analyses and replays all count). Each run
+is one JSON file in benchmarks/results/learning/; runs that are there are not repeated. `--plot` draws docs/learning.png
+from them (needs matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from mel_lite import MELConfig, MELTrainer
+from mel_lite.adapters import attach_adapter, find_adapter
+from mel_lite.data import load_tasks
+from mel_lite.evaluate import evaluate
+from mel_lite.models import ModelSpec, load_base, load_tokenizer
+
+RESULTS = Path(__file__).parent / "results" / "learning"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
+COMMON: dict[str, Any] = {
+    "verifier": "numeric", "num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2,
+    "max_completion_length": 64, "analysis_max_tokens": 160, "analysis_temperature": 0.7, "temperature": 1.0,
+    "learning_rate": 5e-5, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+    "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+}  # fmt: skip
+ARMS: dict[str, dict[str, Any]] = {
+    "grpo": {"algorithm": "grpo"},
+    "mel": {"algorithm": "mel"},
+    "mel-uplift": {"algorithm": "mel", "replay_criterion": "uplift", "replay_attempts": 2},
+    "mel-quarter": {"algorithm": "mel", "mel_weight": 0.25},
+    "mel-prompts": {"algorithm": "mel", "mel_normalization": "prompts"},
+    "mel-experience": {"algorithm": "mel", "mel_train_on": "experience"},
+    "rft": {"algorithm": "rft"},
+    "rft-mel": {"algorithm": "rft", "meta_experience": True},
+    "reinforce++": {"algorithm": "reinforce++"},
+    "reinforce++-mel": {"algorithm": "reinforce++", "meta_experience": True},
+}
+LOGGED = (
+    "reward", "mel/pass_rate", "mel/groups", "mel/mixed_groups", "mel/parsed", "mel/leak_free", "mel/replay_valid",
+    "mel/retention_ratio", "mel/replay_uplift", "mel/nll", "mel/nll_after", "mel/grad_norm_policy", "mel/grad_norm_nll",
+    "mel/grad_cosine", "step_time",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every run has in common."""
+
+    tokens: int
+    every: int
+    tasks: int
+    samples: int
+    dtype: str
+
+
+class Curve(TrainerCallback):
+    """Measures at every `plan.every` generated tokens, and stops at `plan.tokens`."""
+
+    def __init__(self, plan: Plan, tokenizer: Any, tasks: Any) -> None:
+        self.points: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.trainer: Any = None
+        self._plan, self._tokenizer, self._tasks = plan, tokenizer, tasks
+        self._train_tokens = 0
+
+    def measure(self) -> None:
+        """Add a point; its own tokens do not count."""
+        engine = self.trainer.engine
+        before = engine.total_generated_tokens
+        result = evaluate(
+            engine, self._tokenizer, self._tasks, self.trainer.judge, k=self._plan.samples, max_new_tokens=64, seed=1234
+        )
+        engine.total_generated_tokens = before
+        figures = {name: getattr(result, name) for name in ("pass_at_1", "avg_at_k", "pass_at_k")}
+        intervals = {name: [i.value, i.low, i.high] for name, i in figures.items()}
+        self.points.append({"tokens": before, "step": self.trainer.state.global_step, **intervals})
+        print(
+            f"  {before:6d} tokens, step {self.points[-1]['step']:3d}: avg@{self._plan.samples} {intervals['avg_at_k']}"
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "reward" in logs:
+            kept = {name: logs[name] for name in LOGGED if logs.get(name) is not None}
+            self.steps.append({"step": state.global_step, "tokens": self.trainer.engine.total_generated_tokens} | kept)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        tokens = self.trainer.engine.total_generated_tokens
+        done = tokens >= self._plan.tokens
+        if done or tokens - self.points[-1]["tokens"] >= self._plan.every:
+            self.measure()
+        control.should_training_stop = done
+
+
+def run(arm: str, seed: int, plan: Plan) -> dict[str, Any]:
+    """One run from the warm start to the token budget."""
+    spec = ModelSpec("demo", dtype=plan.dtype)
+    tokenizer = load_tokenizer(spec)
+    model = attach_adapter(load_base(spec), find_adapter("demo"), trainable=True)
+    curve = Curve(plan, tokenizer, load_tasks("demo:test", limit=plan.tasks, conversational=True))
+    options = COMMON | ARMS[arm] | {"grad_norm_every": 4 if "mel" in arm else 0, "replay_control": "mel" in arm}
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        args = MELConfig(folder, max_steps=10_000, seed=seed, use_cpu=not torch.cuda.is_available(), **options)
+        curve.trainer = MELTrainer(
+            model=model, args=args, train_dataset=load_tasks("demo", conversational=True), processing_class=tokenizer,
+            callbacks=[curve],
+        )  # fmt: skip
+        curve.measure()
+        curve.trainer.train()
+    took_s = round(time.monotonic() - started_s)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "options": options,
+        "took_s": took_s,
+        "points": curve.points,
+        "steps": curve.steps,
+    }
+
+
+def plot(results: Path, target: Path) -> None:
+    """Learning curves of every arm, one line per seed, and retention and uplift over generated tokens."""
+    from matplotlib import pyplot
+
+    runs = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    arms = sorted({each["arm"] for each in runs})
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    panels = (
+        ("avg_at_k", "Avg@k on held-out tasks"),
+        ("mel/retention_ratio", "retention"),
+        ("mel/replay_uplift", "uplift"),
+    )
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for each in runs:
+            series = each["points"] if name == "avg_at_k" else [step for step in each["steps"] if name in step]
+            values = [point[name][0] if name == "avg_at_k" else point[name] for point in series]
+            label = each["arm"] if each["seed"] == 0 else None
+            axis.plot(
+                [p["tokens"] for p in series], values, marker=".", color=f"C{arms.index(each['arm'])}", label=label
+            )
+        axis.set(title=title, xlabel="generated tokens")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["grpo", "mel"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--every", type=int, default=10_000)
+    parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--plot", action="store_true", help="draw what is there, train nothing")
+    options = parser.parse_args()
+    if options.plot:
+        plot(RESULTS, PAGE)
+        return
+    plan = Plan(options.tokens, options.every, options.tasks, options.samples, options.dtype)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.seeds):
+        for arm in options.arms:
+            file = RESULTS / f"{arm}-{seed}.json"
+            if file.exists():
+                continue
+            print(f"{arm}, seed {seed}")
+            found = run(arm, seed, plan) | {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "dtype": plan.dtype,
+            }
+            file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

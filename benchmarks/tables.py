@@ -1,0 +1,121 @@
+"""Write the figures of benchmarks/results/*.json into the pages that quote them: `python benchmarks/tables.py`.
+
+A page marks the place with `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a function below. `--check` writes
+nothing and fails where a page is not what the raw results give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/kernels.md")
+MARK = re.compile(r"(<!-- figures (?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _spread_s(times_s: list[float]) -> str:
+    return f"{statistics.median(times_s):.2f} ({min(times_s):.2f} to {max(times_s):.2f})"
+
+
+def kernel_cpu() -> str:
+    """Every contender that ran: time, memory, errors, per shape."""
+    report = _read("kernel-cpu")
+    machine, versions = report["machine"], report["versions"]
+    parts = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}; median of "
+        f"{report['rounds']} interleaved rounds (least to most), forward and backward; memory beyond the inputs, with "
+        "the gradient."
+    ]
+    for shape in report["shapes"]:
+        parts.append(
+            f"\nN {shape['rows']}, H {shape['width']}, V {shape['vocab']}, {shape['dtype']}, {shape['states']} states:"
+            "\n\n| | s | peak MiB | error of logp | error of u |\n|---|---|---|---|---|"
+        )
+        for result in shape["results"]:
+            if result["times_s"]:
+                errors = ["" if result[key] is None else f"{result[key]:.1e}" for key in ("logp_error", "u_error")]
+                memory = f"{(result['peak_bytes'] or 0) / 2**20:.0f}"
+                parts.append(f"| {result['name']} | {_spread_s(result['times_s'])} | {memory} | {' | '.join(errors)} |")
+    absent = sorted({r["name"] for shape in report["shapes"] for r in shape["results"] if r["problem"]})
+    if absent:
+        parts.append(f"\nNot on this machine: {', '.join(absent)}.")
+    return "\n".join(parts)
+
+
+def kernel_cpu_line() -> str:
+    """The operator against naive log-softmax, in one sentence, on the first shape."""
+    shape = _read("kernel-cpu")["shapes"][0]
+    by_name = {result["name"]: result for result in shape["results"]}
+    ours, naive = by_name["mel_lite"], by_name["naive log-softmax"]
+    faster = statistics.median(naive["times_s"]) / statistics.median(ours["times_s"])
+    return (
+        f"On two CPU cores, at {shape['rows']} tokens and a vocabulary of {shape['vocab']}, it takes "
+        f"{statistics.median(ours['times_s']):.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take "
+        f"{statistics.median(naive['times_s']):.1f} s and {naive['peak_bytes'] / 2**20:.0f} MiB: {faster:.1f} times as "
+        "fast."
+    )
+
+
+def mass() -> str:
+    """How few tokens carry the mass of the second product."""
+    report = _read("mass")
+    lines = [
+        "| temperature | tokens kept | mass dropped, mean | rows losing over 1 % | error of u, all rows | median row "
+        "| p90 row |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for curve in report["curves"]:
+        lines += [
+            f"| {curve['temperature']} | {k['tokens']} | {k['mass_dropped_mean']:.3f} | "
+            f"{k['rows_losing_over_1_percent']:.0%} | {k['u_error_all_rows']:.1e} | {k['u_error_median_row']:.1e} | "
+            f"{k['u_error_p90_row']:.1e} |"
+            for k in curve["keep"]
+        ]
+    lines += ["", "| temperature | mass lost at most | tokens needed: quartiles, p90 | mean |", "|---|---|---|---|"]
+    for curve in report["curves"]:
+        lines += [
+            f"| {curve['temperature']} | {low['share']:g} | {', '.join(map(str, low['tokens_quartiles_and_p90']))} | "
+            f"{low['tokens_mean']:.0f} |"
+            for low in curve["lose"]
+        ]
+    rows = ", ".join(f"{c['rows']} rows at {c['temperature']}" for c in report["curves"])
+    return "\n".join([f"{report['model']}, {report['tasks']}: {rows}.", "", *lines])
+
+
+FIGURES: dict[str, Callable[[], str]] = {"kernel-cpu": kernel_cpu, "kernel-cpu-line": kernel_cpu_line, "mass": mass}
+
+
+def filled(text: str) -> str:
+    """The page with every marked place filled from the raw results. Raises: KeyError for an unknown name."""
+    return MARK.sub(lambda match: f"{match[1]}{FIGURES[match['name']]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(new, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"not what benchmarks/results gives: {', '.join(stale)}. Run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()

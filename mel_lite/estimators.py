@@ -1,0 +1,46 @@
+"""The paper's other two estimators, as changes to the batch that TRL's loss is taken over.
+
+REINFORCE++ normalises advantages over the whole batch, without a baseline per question. RFT trains on right completions
+alone: TRL's `cispo` loss with ratio 1 is -advantage * log pi per token, so advantage 1 on right rows is their NLL.
+
+B completions of this rank, W of all ranks, C padded completion width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as TRL does."""
+
+
+def batch_advantages(reward_W: Tensor) -> Tensor:
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) over all completions of all ranks; (W,), 0 where the reward is NaN.
+
+    Equal rewards give zeros. Source: REINFORCE++, arXiv 2501.03262, without its KL in the reward (TRL's `beta` is a
+    term of the loss).
+    """
+    scored = reward_W[~reward_W.isnan()]
+    if len(scored) < 2:
+        return torch.zeros_like(reward_W)
+    return ((reward_W - scored.mean()) / (scored.std() + EPSILON)).nan_to_num(nan=0.0)
+
+
+def only_right(batch: dict[str, Any], is_right_B: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The batch whose `cispo` loss is the NLL of right completions, averaged over all their tokens on all ranks.
+
+    Wrong rows are masked as a whole, so that they are neither scored nor counted. Old log-probs are left out: the ratio
+    is 1 however often the batch is used.
+    """
+    mask_BC = batch["completion_mask"] * is_right_B[:, None].to(batch["completion_mask"])
+    tokens = gather(mask_BC.sum().reshape(1)).sum()
+    kept = {name: value for name, value in batch.items() if name != "old_per_token_logps"}
+    return kept | {
+        "completion_mask": mask_BC,
+        "advantages": is_right_B.to(batch["advantages"]),
+        "num_items_in_batch": tokens.to(batch["num_items_in_batch"]),
+    }
