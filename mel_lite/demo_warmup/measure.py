@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from mel_lite.adapters import attach_adapter
 from mel_lite.data import load_tasks
+from mel_lite.demo_warmup.examples import SEED, make_examples
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import bootstrap_interval
@@ -42,6 +44,7 @@ class Conditions:
     group: int = 8
     pairs_per_group: int = 1
     attempts: int = 4
+    made_pairs: int = 64
     max_completion_tokens: int = 80
     analysis_max_tokens: int = 200
     temperature: float = 1.0
@@ -102,7 +105,28 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         )
         desk = Desk(engine, tokenizer, DEFAULT_TEMPLATES, judge, options, lambda name: nullcontext())
         experiences, _ = study(pairs, desk, step=0, batch=0)
-    return _figures(groups, experiences, conditions, time.monotonic() - started_s), experiences
+    figures = _figures(groups, experiences, conditions, time.monotonic() - started_s)
+    return figures | {"points_right": pointing(engine, tokenizer, conditions)}, experiences
+
+
+def pointing(engine: Any, tokenizer: Any, conditions: Conditions) -> float:
+    """Share of made pairs whose greedy analysis names the step, and quotes the lines, that the reference does.
+
+    The pairs hold a known slip each and are drawn by another seed than the warm-up's.
+    """
+    made = make_examples({"analyse": conditions.made_pairs}, seed=SEED + conditions.seed)
+    prefill = DEFAULT_TEMPLATES.analysis_prefill
+    requests = [Request(render(each["prompt"], tokenizer, prefill=prefill), seed=0) for each in made]
+    done = engine.generate(requests, Sampling(conditions.analysis_max_tokens, temperature=0.0))
+    texts = [prefill + str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in done]
+    right = [_points_to(text) == _points_to(each["completion"]) for text, each in zip(texts, made, strict=True)]
+    return _share(sum(right), len(right))
+
+
+def _points_to(analysis: str) -> tuple[list[str], list[str]]:
+    """Steps named and equations quoted in the bifurcation."""
+    bifurcation = analysis.partition("## Critique")[0]
+    return re.findall(r"[Ss]tep (\d+)", bifurcation), re.findall(r"-?\d+ [-+] \d+ = -?\d+", bifurcation)
 
 
 def _figures(
