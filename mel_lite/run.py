@@ -58,6 +58,7 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     if options.eval:
         held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
+    room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
     fits = train.filter(
         lambda row: len(render(row["prompt"], tokenizer, chat_template_kwargs=args.chat_template_kwargs)) <= room_tokens
     )

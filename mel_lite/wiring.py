@@ -141,6 +141,7 @@ def build_engine(trainer: Any) -> Engine:
         trainer.model,
         eos_ids=trainer.eos_token_ids,
         pad_id=trainer._tokenizer.pad_token_id,
+        max_cache_tokens=args.max_cache_tokens,
         unwrap=lambda: unwrap_model_for_generation(
             trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
         ),
