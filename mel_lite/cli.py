@@ -26,6 +26,7 @@ app.add_typer(experiences, name="experiences")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(cli_gpu.plan)
+app.command()(cli_gpu.doctor)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
 

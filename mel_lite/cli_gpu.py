@@ -1,4 +1,4 @@
-"""The commands about the machine: will it fit (`plan`)?"""
+"""The commands about the machine: will it fit (`plan`), and is everything in order (`doctor`)?"""
 
 from __future__ import annotations
 
@@ -50,3 +50,21 @@ def plan(
         console().print(made.view())
     if not made.fits:
         raise ConfigError(made.refusal())
+
+
+def doctor(
+    run: Annotated[Path | None, typer.Option(help="Folder runs are written to. Default: runs/.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model whose export must find room on the disk.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check drivers, versions, disk and caches, with a fix for each fault; exit code 1 if something is broken."""
+    from mel_lite.doctor import examine
+
+    with loading("looking around"):
+        report = examine(run or Path("runs"), model)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        console().print(report.as_table())
+    if report.failed:
+        raise typer.Exit(1)

@@ -286,7 +286,7 @@ def find_gpu(name: str) -> tuple[str, int, dict[str, bool]]:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("--gpu auto: PyTorch sees no GPU here. Name a preset instead.")
+        raise ConfigError("--gpu auto: PyTorch sees no GPU here (`mel-lite doctor` says why). Name a preset instead.")
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     # The context this question made is part of every prediction, so it is not counted twice.
     budget_bytes = min(total_bytes, free_bytes + CONTEXT_BYTES)

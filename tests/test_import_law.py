@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pairs experience replay judging study",
         "trainer packing scoring checkpoint checkpointing metrics rewards wiring",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
-        "cli cli_gpu cli_shared",
+        "machine doctor cli cli_gpu cli_shared",
     )
 )
 """Rooms by layer: `mel_lite/<room>.py` or the package `mel_lite/<room>/`."""
