@@ -227,7 +227,12 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
     except ExportError as error:
         # The adapter is saved; an export can be had later with `mel-lite export`.
         console.print(f"[yellow]not exported:[/] {error}")
-        return None
+    except torch.OutOfMemoryError:
+        console.print(
+            "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
+            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+        )
+    return None
 
 
 def _summary(

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "types errors seeds config trl_base",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
-        store models adapters presets demo demo_tasks memory workload planning""",
+        store models adapters presets demo demo_tasks memory workload planning attention""",
         "engines",
         "pairs experience replay judging study",
         "trainer packing scoring checkpoint checkpointing metrics rewards wiring",

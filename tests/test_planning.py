@@ -282,3 +282,20 @@ def test_train_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch,
     done = CliRunner().invoke(app, ["train", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B-Base"])
     assert isinstance(done.exception, ConfigError) and "does not fit 12gb" in str(done.exception)
     assert "predicted GPU memory" in done.stdout and not any(tmp_path.iterdir())
+
+
+def test_the_page_on_memory_has_the_planners_figures() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text()
+    for gpu, name in (*((gpu, None) for gpu in BUDGETS), ("24gb", "Qwen/Qwen3-14B-Base")):
+        recipe, made = planned(gpu, **({"model__name": name} if name else {}))
+        size = recipe.model.name.split("/")[1].removesuffix("-Base")
+        dtype = "" if recipe.model.load_in_4bit else " (bfloat16)"
+        cells = (
+            gpu.replace("gb", " GB"),
+            size + dtype,
+            f"{made.choices['train.max_completion_length']:,}",
+            str(made.choices["train.per_device_train_batch_size"]),
+            f"{made.choices['train.max_cache_tokens']:,}",
+            f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})",
+        )
+        assert f"| {' | '.join(cells)} |" in page
