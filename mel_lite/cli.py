@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite import __version__
+from mel_lite import __version__, cli_gpu
+from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
 from mel_lite.errors import ConfigError, MelLiteError
 
 app = typer.Typer(
@@ -24,12 +25,10 @@ experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_
 app.add_typer(experiences, name="experiences")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command()(cli_gpu.plan)
+app.command()(cli_gpu.doctor)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value over everything else; may be repeated.")
-]
 
 
 def _version(shown: bool) -> None:
@@ -49,7 +48,7 @@ def options(
 
 @app.command()
 def train(
-    gpu: Annotated[str | None, typer.Option(help="Preset: cpu, 16gb, 24gb, 40gb or 80gb.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Preset: cpu, 12gb, 16gb, 24gb, 40gb, 80gb or auto.")] = None,
     config: ConfigOption = None,
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
     dataset: Annotated[
@@ -92,17 +91,20 @@ def train(
         # A run goes on as it was begun, unless told otherwise.
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
-        raise ConfigError("Nothing says what to train. Use --gpu (cpu, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
-    recipe = resolve(preset=gpu, config=config, overrides=overrides)
+        raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    if gpu in (None, "cpu"):
+        recipe = resolve(preset=gpu, config=config, overrides=overrides)
+    else:
+        recipe = cli_gpu.planned(str(gpu), config, overrides)
 
-    with _loading("loading"):
+    with loading("loading"):
         from mel_lite import run
     if dry_run:
         _dry_run(recipe)
         return
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        run.train(recipe, folder, resume=resume, console=_console())
+        run.train(recipe, folder, resume=resume, console=console())
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None
@@ -141,7 +143,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
 ) -> None:
     """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
-    with _loading("loading"):
+    with loading("loading"):
         from mel_lite.evaluate import evaluate_model
         from mel_lite.models import ModelSpec
 
@@ -161,7 +163,7 @@ def evaluate(
         system_prompt=system_prompt,
         seed=seed,
     )
-    _console().print(result.as_table())
+    console().print(result.as_table())
     if output is not None:
         output.write_text(result.to_json() + "\n")
 
@@ -188,7 +190,7 @@ def warmup(
     seed: Annotated[int, typer.Option(help="Seed of the order and of LoRA's start.")] = 42,
 ) -> None:
     """Fine-tune an adapter on formatted examples before RL; `train --adapter` goes on from it."""
-    with _loading("loading"):
+    with loading("loading"):
         from mel_lite import warmup as room
         from mel_lite.adapters import LoraSpec
         from mel_lite.models import ModelSpec
@@ -204,7 +206,7 @@ def warmup(
             max_length_tokens=max_length, save_steps=save_steps, seed=seed,
         ),
         evaluation=None if eval_dataset is None else room.WarmupEval(eval_dataset, limit=limit),
-        console=_console(),
+        console=console(),
     )  # fmt: skip
     typer.echo(result.summary())
 
@@ -224,14 +226,14 @@ def export_(
 ) -> None:
     """Write a clean adapter or a merged model, reload it, and compare it with the adapter model."""
     source = adapter or _newest_run()
-    with _loading("loading"):
+    with loading("loading"):
         from mel_lite.export import export
         from mel_lite.models import ModelSpec
 
     spec = None if base is None else ModelSpec(base)
     target = output or source / ("exported-adapter" if format_ == "adapter" else format_)
     report = export(source, target, format=format_, base=spec, dtype=dtype, allow_untrained=allow_untrained)
-    _console().print(report.as_table())
+    console().print(report.as_table())
     typer.echo(str(report.path))
 
 
@@ -247,8 +249,8 @@ def list_(
 
     wanted = _status(status)
     with _store(run) as store:
-        _console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
-        _console().print(store_line(store.funnel()))
+        console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
+        console().print(store_line(store.funnel()))
 
 
 @experiences.command("show")
@@ -257,7 +259,7 @@ def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = Non
     from mel_lite.display import experience_page
 
     with _store(run) as store:
-        _console().print(experience_page(store.get(id_)))
+        console().print(experience_page(store.get(id_)))
 
 
 @experiences.command("search")
@@ -268,7 +270,7 @@ def search(
     from mel_lite.display import experiences_table
 
     with _store(run) as store:
-        _console().print(experiences_table(store.search(text, limit=limit)))
+        console().print(experiences_table(store.search(text, limit=limit)))
 
 
 @experiences.command("export")
@@ -319,19 +321,6 @@ def _newest_run() -> Path:
     from mel_lite.runs import newest_run
 
     return newest_run()
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _loading(what: str) -> Any:
-    """A spinner for the seconds that importing torch and TRL takes; silent where there is no terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
 
 
 def _quiet_libraries() -> None:

@@ -89,6 +89,11 @@ class MELConfig(GRPOConfig):
     replay_criterion: str = _option(
         "solved", "Keep M when the replay is `solved` (the paper), or only on `uplift` over the control."
     )
+    max_cache_tokens: int | None = _option(
+        None,
+        "Most tokens (prompts, and completions at full length) whose keys and values are held while sampling; more "
+        "sequences wait. Bounds the memory of generation, not its result. None = 64 sequences.",
+    )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
@@ -111,6 +116,8 @@ class MELConfig(GRPOConfig):
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
+        if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
+            raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:

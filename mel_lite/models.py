@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mel_lite.attention import attention_for
 from mel_lite.demo import demo_model_dir
 from mel_lite.errors import ConfigError, ModelError
 
@@ -158,8 +159,8 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
 
     dtype = resolve_dtype(spec.dtype)
     options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "device_map": _device_map(spec)}
-    if spec.attn_implementation:
-        options["attn_implementation"] = spec.attn_implementation
+    if attention := attention_for(spec.attn_implementation):
+        options["attn_implementation"] = attention
     if spec.load_in_4bit:
         options["quantization_config"] = _four_bit(spec, dtype)
     path = _locate(spec.name)

@@ -17,7 +17,7 @@ from mel_lite.adapters import LoraSpec
 from mel_lite.errors import ConfigError
 from mel_lite.models import ModelSpec
 
-GPU_PRESETS = {"cpu": "cpu", "16gb": "gpu-16gb", "24gb": "gpu-24gb", "40gb": "gpu-40gb", "80gb": "gpu-80gb"}
+GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
 """`--gpu` value -> file in `mel_lite/configs/`."""
 
 
@@ -32,6 +32,8 @@ class DataOptions:
     eval_split: str | None = None
     """Split of `eval`; None = its training split."""
     limit: int | None = None
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out; None = all that leave room for a completion in the model's context."""
     prompt_column: str | None = None
     answer_column: str | None = None
     system_prompt: str | None = None
@@ -189,9 +191,14 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def keys_of(path: Path) -> set[str]:
+    """Every `section.key` that a recipe file sets. Raises ConfigError when it cannot be read."""
+    return {f"{section}.{key}" for section, options in _load_yaml(path).items() for key in options or ()}
+
+
 FREE_ON_RESUME = (
     "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
-    "report_to", "grad_norm_every", "verifier_workers", "verifier_deadline_s",
+    "report_to", "grad_norm_every", "verifier_workers", "verifier_deadline_s", "max_cache_tokens",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
 

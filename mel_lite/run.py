@@ -60,6 +60,7 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     if options.eval:
         held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
+    room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
     fits = train.filter(
         lambda row: len(render(row["prompt"], tokenizer, chat_template_kwargs=args.chat_template_kwargs)) <= room_tokens
     )
@@ -240,7 +241,12 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
     except ExportError as error:
         # The adapter is saved; an export can be had later with `mel-lite export`.
         console.print(f"[yellow]not exported:[/] {error}")
-        return None
+    except torch.OutOfMemoryError:
+        console.print(
+            "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
+            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+        )
+    return None
 
 
 def _summary(

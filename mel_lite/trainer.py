@@ -33,7 +33,6 @@ from mel_lite.engines.hf import evaluating
 from mel_lite.experience import lesson_from
 from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
-from mel_lite.models import keep_four_bit_layout
 from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
 from mel_lite.pairs import select_pairs
 from mel_lite.rewards import JudgedRewards
@@ -53,6 +52,7 @@ from mel_lite.wiring import (
     check_support,
     default_args,
     engine_generates,
+    settle_weights,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         check_support(self)
-        keep_four_bit_layout(self.model)
+        settle_weights(self)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
             install_scoring_head(base)

@@ -17,7 +17,7 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.judging import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.metrics import PhaseClock
-from mel_lite.models import context_length
+from mel_lite.models import context_length, keep_four_bit_layout
 from mel_lite.study import Desk, StudyOptions
 from mel_lite.templates import load_templates
 from mel_lite.types import Group
@@ -106,6 +106,18 @@ def check_support(trainer: Any) -> None:
         )
 
 
+def settle_weights(trainer: Any) -> None:
+    """Leave the weights as training needs them: 4-bit layers in their portable layout, trained ones fit for fp16.
+
+    TRL keeps the adapter of a 4-bit base in bfloat16, on which the gradient scaler of fp16 training fails.
+    """
+    keep_four_bit_layout(trainer.model)
+    if trainer.args.fp16:
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+
+
 def build_judge(
     args: MELConfig, train_dataset: Any, rewards_of: Callable[[Sequence[Group], Sequence[str]], list[float]]
 ) -> tuple[Judge, str | None]:
@@ -141,6 +153,7 @@ def build_engine(trainer: Any) -> Engine:
         trainer.model,
         eos_ids=trainer.eos_token_ids,
         pad_id=trainer._tokenizer.pad_token_id,
+        max_cache_tokens=args.max_cache_tokens,
         unwrap=lambda: unwrap_model_for_generation(
             trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
         ),

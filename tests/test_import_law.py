@@ -19,12 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "types errors seeds config trl_base",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
-        store models adapters presets demo demo_tasks""",
+        store models adapters presets demo demo_tasks memory workload planning attention""",
         "engines ranks",
         "pairs experience replay judging study",
         "trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
-        "cli __main__",
+        "machine doctor cli cli_gpu cli_shared __main__",
     )
 )
 """Rooms by layer: `mel_lite/<room>.py` or the package `mel_lite/<room>/`."""

@@ -29,6 +29,8 @@ class HFEngine:
         eos_ids: Every id that ends a completion.
         pad_id: Id used for padding; masked, so its value is without effect.
         max_concurrent: Sequences sampled at once, >= 1.
+        max_cache_tokens: Bound on their number times the longest prompt and completion; None = no bound. A single
+            sequence is always sampled.
         unwrap: Opens a context yielding the model to sample from, without the wrapper of distributed training.
         autocast: Opens the autocast context training uses, so that sampling and scoring see the same numbers.
     """
@@ -42,6 +44,7 @@ class HFEngine:
         eos_ids: Sequence[int],
         pad_id: int,
         max_concurrent: int = 64,
+        max_cache_tokens: int | None = None,
         unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -51,6 +54,7 @@ class HFEngine:
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
+        self._max_cache_tokens = max_cache_tokens
 
     def wake(self) -> None:
         """Nothing to do: the model trained is the model sampled."""
@@ -64,9 +68,7 @@ class HFEngine:
         Raises: EngineError when memory does not suffice for a single sequence.
         """
         done: dict[int, Completion] = {}
-        # Neighbours of similar length waste the least padding.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        pending = [order[i : i + self._max_concurrent] for i in range(0, len(order), self._max_concurrent)][::-1]
+        pending = self._batches(requests, sampling.max_new_tokens)[::-1]
         with self._unwrap() as model, evaluating(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
@@ -85,6 +87,20 @@ class HFEngine:
                     continue
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request], new_tokens: int) -> list[list[int]]:
+        """Request numbers, shortest prompt first: neighbours of similar length waste the least padding."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids)):
+            width = len(requests[i].prompt_ids) + new_tokens
+            room = self._max_concurrent
+            if self._max_cache_tokens is not None:
+                room = min(room, self._max_cache_tokens // width)
+            if batches and len(batches[-1]) < room:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
 
     def _generate_batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         prompt_tokens = max(len(r.prompt_ids) for r in requests)

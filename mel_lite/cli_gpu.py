@@ -1,0 +1,70 @@
+"""The commands about the machine: will it fit (`plan`), and is everything in order (`doctor`)?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
+from mel_lite.errors import ConfigError
+
+
+def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> Any:
+    """The recipe with settings that fit the card; prints the plan, and refuses one that does not fit."""
+    from mel_lite.planning import plan_for
+
+    recipe, made, reason = plan_for(gpu, config, overrides)
+    if made is None:
+        typer.secho(f"no memory plan: {reason}", err=True)
+        return recipe
+    console().print(made.view())
+    if not made.fits:
+        raise ConfigError(made.refusal())
+    return recipe
+
+
+def plan(
+    gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto: the card that is here.")],
+    config: ConfigOption = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    set_: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Predict the GPU memory of every phase of a run, before anything is loaded; exit code 2 if it does not fit."""
+    from mel_lite.planning import plan_for
+    from mel_lite.presets import build_args, parse_set
+
+    overrides = [("model.name", model)] if model else []
+    recipe, made, reason = plan_for(gpu, config, overrides + [parse_set(text) for text in set_ or []])
+    with loading("checking options"):  # as a run would, but on this machine, which need not have the card
+        checked = replace(recipe, train={**recipe.train, "use_cpu": True, "bf16": False, "fp16": False})
+        build_args(checked, Path("runs"))
+    if made is None:
+        raise ConfigError(reason)
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        console().print(made.view())
+    if not made.fits:
+        raise ConfigError(made.refusal())
+
+
+def doctor(
+    run: Annotated[Path | None, typer.Option(help="Folder runs are written to. Default: runs/.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model whose export must find room on the disk.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check drivers, versions, disk and caches, with a fix for each fault; exit code 1 if something is broken."""
+    from mel_lite.doctor import examine
+
+    with loading("looking around"):
+        report = examine(run or Path("runs"), model)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        console().print(report.as_table())
+    if report.failed:
+        raise typer.Exit(1)

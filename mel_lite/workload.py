@@ -1,0 +1,235 @@
+"""What a recipe asks of a GPU's memory: the lengths and counts of its steps, and the peak of every phase of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mel_lite import memory
+from mel_lite.errors import ConfigError
+from mel_lite.memory import CONTEXT_BYTES, Shape
+from mel_lite.presets import Recipe
+
+DEFAULTS: dict[str, Any] = {
+    "algorithm": "mel",
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": None,
+    "generation_batch_size": None,
+    "num_iterations": 1,
+    "beta": 0.0,
+    "max_completion_length": 512,
+    "analysis_max_tokens": 1024,
+    "max_context_tokens": None,
+    "max_cache_tokens": None,
+    "pairs_per_group": 1,
+    "replay_attempts": 1,
+    "replay_control": False,
+    "replay_criterion": "solved",
+    "gradient_checkpointing": True,
+    "grad_norm_every": 0,
+    "optim": "adamw_torch_fused",
+    "fp16": False,
+}
+"""Options of MELConfig that memory depends on, and their defaults."""
+
+PROMPT_TOKENS = 1024
+"""Assumed where `data.max_prompt_tokens` leaves prompts open."""
+INSTRUCTION_TOKENS = 1024
+"""Allowance for the analysis instructions beside the question and two solutions."""
+MAX_SEQUENCES = 64
+"""Of the transformers engine: most sequences at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Predicted peak of one phase of a run."""
+
+    name: str
+    bytes: int
+    parts: dict[str, int]
+    """What the bytes are made of; they sum to `bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Everything a recipe says that memory depends on; tokens are the longest, counts are of one generation batch."""
+
+    shape: Shape
+    four_bit: bool
+    double_quant: bool
+    element_bytes: int
+    fp16: bool
+    lora: tuple[int, ...]
+    """Elements of each LoRA tensor."""
+    prompt_tokens: int
+    completion_tokens: int
+    context_tokens: int
+    analysis_tokens: int
+    completions: int
+    micro_batch: int
+    pairs: int
+    replays: int
+    max_cache_tokens: int | None
+    checkpointing: bool
+    optim: str
+    measures_gradients: bool
+    scores_rollouts: bool
+    exports: bool
+
+    @property
+    def lessons_per_micro_batch(self) -> int:
+        """Most lessons that ride with one micro-batch."""
+        return math.ceil(self.pairs / max(1, self.completions // self.micro_batch))
+
+    @property
+    def sampled(self) -> dict[str, tuple[int, int, int]]:
+        """Per phase that samples: number of sequences, prompt and new tokens of the longest."""
+        phases = {"rollout": (self.completions, self.prompt_tokens, self.completion_tokens)}
+        if self.pairs:
+            replay_tokens = self.prompt_tokens + self.analysis_tokens + memory.PREFIX_TOKENS
+            phases["analysis"] = (self.pairs, self.context_tokens, self.analysis_tokens)
+            phases["replay"] = (self.replays, replay_tokens, self.completion_tokens)
+        return phases
+
+    def at_once(self, phase: str) -> int:
+        """Sequences of a phase that the engine samples together."""
+        sequences, prompt_tokens, new_tokens = self.sampled[phase]
+        most = min(sequences, MAX_SEQUENCES)
+        if self.max_cache_tokens is None:
+            return most
+        return max(1, min(most, self.max_cache_tokens // (prompt_tokens + new_tokens)))
+
+
+def workload(recipe: Recipe, shape: Shape) -> Workload:
+    """What a recipe asks of a model of this shape. Raises ConfigError for full fine-tuning, which is not predicted."""
+    if recipe.lora is None:
+        raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Give section `lora` its options.")
+    option = {key: option_of(recipe, key) for key in DEFAULTS}
+    micro, accumulation = option["per_device_train_batch_size"], option["gradient_accumulation_steps"]
+    steps = option["steps_per_generation"] or accumulation
+    completions = option["generation_batch_size"] or micro * steps
+    prompts = max(1, completions // option["num_generations"])
+    most_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
+    per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
+    pairs = prompts * per_group if option["algorithm"] == "mel" else 0
+    control = option["replay_control"] or option["replay_criterion"] == "uplift"
+    prompt, completion = recipe.data.max_prompt_tokens or PROMPT_TOKENS, option["max_completion_length"]
+    context = prompt + 2 * completion + INSTRUCTION_TOKENS
+    for bound in (option["max_context_tokens"], shape.context - option["analysis_max_tokens"]):
+        context = min(context, bound) if bound and bound > 0 else context
+    return Workload(
+        shape=shape,
+        four_bit=recipe.model.load_in_4bit,
+        double_quant=recipe.model.double_quant,
+        element_bytes=4 if recipe.model.dtype == "float32" else 2,
+        fp16=bool(option["fp16"]),
+        lora=tuple(memory.lora_sizes(shape, recipe.lora.r, recipe.lora.target_modules)),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        context_tokens=context,
+        analysis_tokens=option["analysis_max_tokens"],
+        completions=completions,
+        micro_batch=micro,
+        pairs=pairs,
+        replays=pairs * option["replay_attempts"] * (2 if control else 1),
+        max_cache_tokens=option["max_cache_tokens"],
+        checkpointing=bool(option["gradient_checkpointing"]),
+        optim=str(option["optim"]),
+        measures_gradients=bool(option["grad_norm_every"]),
+        scores_rollouts=option["beta"] != 0 or accumulation % (steps * option["num_iterations"]) != 0,
+        exports=recipe.export.format is not None,
+    )
+
+
+def option_of(recipe: Recipe, key: str) -> Any:
+    """An option of `train`, or its default. Raises ConfigError for a value no plan can be made with."""
+    default = DEFAULTS[key]
+    value = recipe.train.get(key, default)
+    counts = type(default) is int or key in (
+        "steps_per_generation",
+        "generation_batch_size",
+        "max_context_tokens",
+        "max_cache_tokens",
+    )
+    if counts and value is not None:
+        least = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
+        if type(value) is not int or value < least:
+            raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {least}. Set train.{key}.")
+    return value
+
+
+def predict(load: Workload) -> tuple[Phase, ...]:
+    """Peak of every phase of a run, in order: what stays, and what comes and goes with the allocator's share."""
+    shape, e, four_bit = load.shape, load.element_bytes, load.four_bit
+    weights = memory.weight_bytes(shape, four_bit=four_bit, double_quant=load.double_quant, element_bytes=e)
+    # TRL keeps the adapter of a quantised base in bfloat16, PEFT that of a 16-bit base in float32; float16 training
+    # needs float32 for its gradient scaler.
+    parameter_bytes = 2 if four_bit and not load.fp16 else 4
+    parameters = sum(load.lora)
+    states, temporaries = memory.optimiser_bytes(load.lora, load.optim, parameter_bytes)
+    adapter = {"LoRA": parameter_bytes * parameters, "optimiser states": states}
+    gradients = {"LoRA gradients": parameter_bytes * parameters}
+
+    def phase(name: str, moving: Mapping[str, int], staying: Mapping[str, int] = adapter) -> Phase:
+        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * sum(moving.values()))
+        parts = {"CUDA and allocator": overhead, "weights": weights, **staying, **moving}
+        return Phase(name, sum(parts.values()), parts)
+
+    def generation(name: str) -> Phase:
+        at_once, (_, prompt_tokens, new_tokens) = load.at_once(name), load.sampled[name]
+        total = memory.generation_bytes(shape, at_once, prompt_tokens, new_tokens, four_bit=four_bit, element_bytes=e)
+        cache = memory.kv_cache_bytes(shape, at_once * (prompt_tokens + new_tokens), e)
+        return phase(name, {"KV cache": min(cache, total), "activations": max(0, total - cache)})
+
+    phases = [phase("load", {"tensors on their way to 4 bits": memory.load_bytes(shape, four_bit=four_bit)}, {})]
+    phases += [generation(name) for name in load.sampled]
+    if scored := _scoring(load):
+        phases.append(phase("scoring", {"activations": scored}))
+    # Where lessons ride, autograd sums a weight's gradients of both kinds of rows before it adds them to the rest.
+    in_flight = {"LoRA gradients": (2 if load.pairs else 1) * parameter_bytes * parameters}
+    phases.append(phase("update", {**in_flight, **_update(load)}))
+    vectors = 16 * parameters if load.measures_gradients else 0
+    phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
+    if load.exports:
+        phases.append(phase("export", {"16-bit copy": memory.export_bytes(shape, e)}))
+    return tuple(phases)
+
+
+def _scoring(load: Workload) -> int:
+    """Passes without gradient: lessons after their update, one row at a time, and rollouts where TRL asks for them."""
+    options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
+    most = 0
+    if load.pairs:
+        block = (1, load.context_tokens + load.analysis_tokens)
+        most = memory.scoring_bytes(load.shape, block, load.pairs * load.analysis_tokens, **options)
+    if load.scores_rollouts:
+        block = (load.micro_batch, load.prompt_tokens + load.completion_tokens)
+        scored = load.completions * load.completion_tokens
+        most = max(most, memory.scoring_bytes(load.shape, block, scored, **options))
+    return most
+
+
+def _update(load: Workload) -> dict[str, int]:
+    """The worst micro-batch: every rollout as long as it may be, and as many full-length lessons as can ride along."""
+    lessons = load.lessons_per_micro_batch
+    rollout_tokens = load.prompt_tokens + load.completion_tokens
+    lesson_tokens = load.context_tokens + load.analysis_tokens
+    activations = memory.update_bytes(
+        load.shape,
+        [rollout_tokens] * load.micro_batch + [lesson_tokens] * lessons,
+        load.micro_batch * load.completion_tokens + lessons * load.analysis_tokens,
+        checkpointing=load.checkpointing,
+        four_bit=load.four_bit,
+        element_bytes=load.element_bytes,
+        u_bytes=4 if load.fp16 or load.element_bytes == 4 else 2,
+    )
+    parameters = sum(load.lora)
+    # Autocast keeps a 16-bit copy of an adapter in another dtype. The gradient meter keeps a float32 sum for each loss
+    # term, beside the gradient it adds.
+    copies = 2 * parameters if load.fp16 or not load.four_bit else 0
+    sums = 12 * parameters if load.measures_gradients else 0
+    return {"activations": activations, "adapter copies": copies, "measured gradients": sums}

@@ -1,0 +1,44 @@
+"""Peak of live tensor bytes, counted operator by operator: what an allocator without any overhead would need."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages of all tensors made inside the context while they live; works on fake tensors, too.
+
+    Temporaries inside one operator are not seen, nor tensors that existed before.
+    """
+
+    def __init__(self, before: Any = ()) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
+        self._living: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._before or storage._cdata in self._living:
+            return
+        self._living.add(storage._cdata)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _free(self, key: int, size_bytes: int) -> None:
+        self._living.discard(key)
+        self.live_bytes -= size_bytes

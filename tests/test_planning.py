@@ -1,0 +1,301 @@
+"""Plans: what they predict, choose, refuse and advise; and that the presets say what the planner says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mel_lite import memory
+from mel_lite.cli import app
+from mel_lite.config import MELConfig
+from mel_lite.errors import ConfigError
+from mel_lite.memory import GIB, KNOWN
+from mel_lite.planning import BUDGETS, NEUTRAL, TARGET_SHARE, Plan, apply, find_gpu, plan, plan_for, shape_for
+from mel_lite.presets import GPU_PRESETS, Recipe, resolve
+from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, predict, workload
+from tiny_models import save_tiny
+
+
+def planned(gpu: str, *, pinned: tuple[str, ...] = (), **overrides: Any) -> tuple[Recipe, Plan]:
+    recipe = resolve(preset=gpu, overrides=[(key.replace("__", "."), value) for key, value in overrides.items()])
+    return recipe, plan(recipe, shape_for(recipe), gpu=gpu, budget_bytes=BUDGETS[gpu], pinned=pinned)
+
+
+def test_defaults_are_those_of_the_config_and_the_engine() -> None:
+    import inspect
+
+    from mel_lite.engines.hf import HFEngine
+
+    declared = {f.name: f.default for f in dataclasses.fields(MELConfig)}
+    assert {key: declared[key] for key in DEFAULTS} == DEFAULTS
+    assert inspect.signature(HFEngine).parameters["max_concurrent"].default == MAX_SEQUENCES
+
+
+@pytest.mark.parametrize("gpu", sorted(BUDGETS))
+def test_a_preset_is_what_the_planner_chooses_and_says_its_peak(gpu: str) -> None:
+    recipe, made = planned(gpu)
+    assert made.fits and made.peak_bytes <= TARGET_SHARE * BUDGETS[gpu]
+    assert apply(recipe, made) == recipe
+    text = resources.files("mel_lite.configs").joinpath(f"{GPU_PRESETS[gpu]}.yaml").read_text()
+    assert made.header() in text.partition("model:")[0]
+
+
+def test_presets_train_what_they_promise() -> None:
+    sizes = {"12gb": "Qwen3-1.7B", "16gb": "Qwen3-4B", "24gb": "Qwen3-8B", "40gb": "Qwen3-14B"}
+    for gpu, size in sizes.items():
+        recipe = resolve(preset=gpu)
+        assert size in recipe.model.name and recipe.model.load_in_4bit
+        assert recipe.train["num_generations"] == 8 and recipe.data.max_prompt_tokens == 1024
+    assert resolve(preset="24gb").train["max_completion_length"] == 2048
+
+
+def test_parts_add_up_and_phases_come_in_order() -> None:
+    _, made = planned("24gb")
+    names = ["load", "rollout", "analysis", "replay", "scoring", "update", "optimiser", "export"]
+    assert [phase.name for phase in made.phases] == names
+    for phase in made.phases:
+        assert sum(phase.parts.values()) == phase.bytes and min(phase.parts.values()) >= 0
+    weights = memory.weight_bytes(KNOWN["Qwen/Qwen3-8B"], four_bit=True)
+    assert {phase.parts["weights"] for phase in made.phases} == {weights}
+    assert made.peak_bytes == max(phase.bytes for phase in made.phases[:-1])
+
+
+def test_grpo_alone_has_no_lessons() -> None:
+    _, made = planned("24gb", train__algorithm="grpo")
+    assert [phase.name for phase in made.phases] == ["load", "rollout", "update", "optimiser", "export"]
+    mel = {phase.name: phase.bytes for phase in predict(workload(resolve(preset="24gb"), KNOWN["Qwen/Qwen3-8B"]))}
+    grpo = resolve(preset="24gb", overrides=[("train.algorithm", "grpo")])
+    without = {phase.name: phase.bytes for phase in predict(workload(grpo, KNOWN["Qwen/Qwen3-8B"]))}
+    lesson_bytes = 36 * 2 * 4096 * (5120 + 1024)  # one hidden state per layer of the one lesson that rides along
+    assert mel["update"] - without["update"] > lesson_bytes
+
+
+def test_qwen3_14b_fits_24_gb_by_giving_up_concurrency() -> None:
+    _, eight = planned("24gb")
+    _, fourteen = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
+    assert fourteen.fits
+    assert fourteen.choices["train.max_cache_tokens"] < eight.choices["train.max_cache_tokens"]
+    assert fourteen.choices["train.per_device_train_batch_size"] < eight.choices["train.per_device_train_batch_size"]
+    kept = [key for key in eight.choices if key not in NEUTRAL]
+    assert {key: eight.choices[key] for key in kept} == {key: fourteen.choices[key] for key in kept}
+
+
+def test_completions_per_step_stay_what_they_were() -> None:
+    for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-14B"):
+        recipe, made = planned("24gb", model__name=name)
+        chosen = apply(recipe, made).train
+        assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] == 64
+
+
+def test_what_does_not_fit_is_refused_with_changes_that_help() -> None:
+    pinned = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+    sizes = {"train__per_device_train_batch_size": 8, "train__gradient_accumulation_steps": 8}
+    recipe, made = planned("24gb", pinned=pinned, **sizes)
+    assert not made.fits and "does not fit 24gb: the update phase needs" in made.refusal()
+    assert made.advice[0] == "--set train.per_device_train_batch_size=4 --set train.gradient_accumulation_steps=16"
+    tried = 0
+    for advice in made.advice:
+        changes = [word.split("=") for word in advice.split() if word.startswith(("train.", "model.load"))]
+        if not changes:
+            continue
+        tried += 1
+        values = {key.partition(".")[2]: int(value) for key, value in changes}
+        mended = dataclasses.replace(recipe, train={**recipe.train, **values})
+        assert plan(mended, shape_for(recipe), gpu="24gb", budget_bytes=BUDGETS["24gb"], pinned=pinned).fits, advice
+    assert tried >= 2
+
+
+def test_advice_names_a_smaller_model_of_the_family() -> None:
+    _, made = planned("16gb", model__name="Qwen/Qwen3-14B-Base", train__max_completion_length=256)
+    _, wide = planned("12gb", model__name="Qwen/Qwen3-14B-Base", model__load_in_4bit=False)
+    assert not wide.fits and "--set model.load_in_4bit=true" not in wide.advice
+    assert wide.advice[-1].startswith("--model Qwen/Qwen3-") and wide.advice[-1].endswith("-Base")
+    assert made.fits
+
+
+def test_settings_give_way_in_order() -> None:
+    """First the micro-batch, then checkpointing and 8-bit moments, then the length of an open C_retro."""
+    overrides = {
+        "train__gradient_checkpointing": False,
+        "train__optim": "adamw_torch",
+        "train__max_context_tokens": None,
+    }
+    _, roomy = planned("80gb", model__name="Qwen/Qwen3-0.6B", **overrides)
+    assert roomy.choices["train.gradient_checkpointing"] is False and roomy.choices["train.optim"] == "adamw_torch"
+    assert roomy.choices["train.max_context_tokens"] == 1024 + 2 * 2048 + 1024
+    _, tight = planned("24gb", **overrides)
+    assert tight.fits and tight.choices["train.gradient_checkpointing"] is True
+    long = {**overrides, "train__max_completion_length": 8000}
+    _, long_plan = planned("24gb", model__name="Qwen/Qwen3-14B", **long)
+    assert long_plan.fits and 1536 <= long_plan.choices["train.max_context_tokens"] < 2 * 8000
+    assert long_plan.choices["train.per_device_train_batch_size"] == 1
+
+
+def test_a_pinned_setting_is_kept() -> None:
+    _, made = planned("80gb", pinned=("train.max_cache_tokens",), train__max_cache_tokens=7000)
+    assert made.choices["train.max_cache_tokens"] == 7000
+    _, made = planned("80gb", pinned=("train.optim",), train__optim="adamw_torch")
+    assert made.choices["train.optim"] == "adamw_torch"
+
+
+def test_memory_grows_with_everything_that_takes_it() -> None:
+    base = resolve(preset="24gb")
+    shape = shape_for(base)
+
+    def update(**train: Any) -> int:
+        recipe = dataclasses.replace(base, train={**base.train, **train})
+        return next(phase.bytes for phase in predict(workload(recipe, shape)) if phase.name == "update")
+
+    for key, value in {
+        "per_device_train_batch_size": 5, "max_completion_length": 2049, "max_context_tokens": 5121,
+        "analysis_max_tokens": 1025, "gradient_checkpointing": False, "optim": "adamw_torch",
+    }.items():  # fmt: skip
+        assert update(**{key: value}) > update(), key
+    assert update(grad_norm_every=0) < update()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.num_generations", "eight", "train.num_generations='eight' must be a whole number"),
+        ("train.max_completion_length", 0, "must be a whole number of at least 1"),
+        ("train.per_device_train_batch_size", True, "must be a whole number"),
+    ],
+)
+def test_values_no_plan_can_be_made_with(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned("24gb", **{key.replace(".", "__"): value})
+
+
+def test_full_fine_tuning_is_not_predicted(tmp_path: Path) -> None:
+    file = tmp_path / "full.yaml"
+    file.write_text("lora: null\n")
+    with pytest.raises(ConfigError, match="LoRA and QLoRA only"):
+        plan_for("24gb", file, [])
+
+
+def test_keys_of_a_file_are_pinned(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {per_device_train_batch_size: 1, gradient_accumulation_steps: 64}\n")
+    recipe, made, _ = plan_for("24gb", file, [("train.max_cache_tokens", 9000)])
+    assert made is not None and made.choices["train.per_device_train_batch_size"] == 1
+    assert recipe.train["gradient_accumulation_steps"] == 64 and recipe.train["max_cache_tokens"] == 9000
+
+
+def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "qwen3", tied=False)
+    recipe, made, _ = plan_for("12gb", None, [("model.name", str(folder))])
+    assert made is not None and made.fits and shape_for(recipe).vocab == 320 and shape_for(recipe).qk_norm
+    # Its context of 512 tokens leaves no room for an analysis of 1024: the run itself refuses that.
+
+
+def test_other_architectures_have_no_plan(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    recipe, made, reason = plan_for("12gb", None, [("model.name", str(folder))])
+    assert made is None and recipe.model.name == str(folder) and "model_type='gpt_neox'" in reason
+
+
+class FakeCuda:
+    """The facts `find_gpu` asks PyTorch for."""
+
+    def __init__(self, total_gib: float, *, used_gib: float = 0.0, bf16: bool = True) -> None:
+        self.total_bytes, self.used_bytes, self.bf16 = int(total_gib * GIB), int(used_gib * GIB), bf16
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        free = self.total_bytes - self.used_bytes - memory.CONTEXT_BYTES
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, self.total_bytes))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test card")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: self.bf16)
+
+
+@pytest.mark.parametrize(
+    ("card", "preset", "bf16"),
+    [(FakeCuda(14.7, bf16=False), "16gb", False), (FakeCuda(23.6), "24gb", True), (FakeCuda(47.0), "40gb", True)],
+)
+def test_auto_takes_the_card_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, card: FakeCuda, preset: str, bf16: bool
+) -> None:
+    card.install(monkeypatch)
+    name, budget, precision = find_gpu("auto")
+    assert (name, budget) == (preset, card.total_bytes) and precision == {"bf16": bf16, "fp16": not bf16}
+    recipe, made, _ = plan_for("auto", None, [])
+    assert made is not None and made.fits
+    assert recipe.train["bf16"] is bf16 and recipe.train["fp16"] is not bf16
+    assert plan_for("auto", None, [("train.bf16", not bf16)])[0].train["bf16"] is not bf16, "an option set by hand"
+
+
+def test_auto_counts_what_others_use_and_refuses_small_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(23.6, used_gib=3).install(monkeypatch)
+    assert find_gpu("auto")[1] == int(23.6 * GIB) - 3 * GIB
+    FakeCuda(7.8).install(monkeypatch)
+    with pytest.raises(ConfigError, match="Test card has 7.8 GiB"):
+        find_gpu("auto")
+
+
+def test_auto_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no GPU here"):
+        find_gpu("auto")
+    with pytest.raises(ConfigError, match="12gb, 16gb, 24gb, 40gb, 80gb or auto"):
+        find_gpu("cpu")
+
+
+def test_the_view_shows_every_phase_and_the_card() -> None:
+    _, made = planned("24gb")
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(made.view())
+    shown = console.export_text()
+    for phase in made.phases:
+        assert f"{phase.bytes / GIB:.1f} GiB" in next(line for line in shown.splitlines() if phase.name in line)
+    assert "max_cache_tokens=" in shown and "CUDA_VISIBLE_DEVICES= mel-lite export" in shown
+
+
+def test_the_command_prints_json_and_its_exit_code_says_whether_it_fits() -> None:
+    done = CliRunner().invoke(app, ["plan", "--gpu", "24gb", "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["fits"] is True and found["budget_bytes"] == BUDGETS["24gb"]
+    assert found["peak_bytes"] == planned("24gb")[1].peak_bytes
+    assert {"name", "bytes"} <= set(found["phases"][0]) and found["choices"]["train.max_completion_length"] == 2048
+    refused = CliRunner().invoke(app, ["plan", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B", "--json"])
+    assert isinstance(refused.exception, ConfigError) and refused.exception.exit_code == 2
+    assert json.loads(refused.stdout)["fits"] is False
+    typo = CliRunner().invoke(app, ["plan", "--gpu", "24gb", "--set", "train.max_completon_length=9"])
+    assert "Did you mean 'max_completion_length'" in str(typo.exception)
+
+
+def test_train_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B-Base"])
+    assert isinstance(done.exception, ConfigError) and "does not fit 12gb" in str(done.exception)
+    assert "predicted GPU memory" in done.stdout and not any(tmp_path.iterdir())
+
+
+def test_the_page_on_memory_has_the_planners_figures() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text()
+    for gpu, name in (*((gpu, None) for gpu in BUDGETS), ("24gb", "Qwen/Qwen3-14B-Base")):
+        recipe, made = planned(gpu, **({"model__name": name} if name else {}))
+        size = recipe.model.name.split("/")[1].removesuffix("-Base")
+        dtype = "" if recipe.model.load_in_4bit else " (bfloat16)"
+        cells = (
+            gpu.replace("gb", " GB"),
+            size + dtype,
+            f"{made.choices['train.max_completion_length']:,}",
+            str(made.choices["train.per_device_train_batch_size"]),
+            f"{made.choices['train.max_cache_tokens']:,}",
+            f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})",
+        )
+        assert f"| {' | '.join(cells)} |" in page
