@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from mel_lite import interrupts
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.types import Experience, Group, Replay, Status
 
@@ -67,7 +68,9 @@ class MeteredEngine:
         self._engine.sleep()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        interrupts.poll()
         completions = self._engine.generate(requests, sampling)
+        interrupts.poll()
         tokens = sum(len(c.ids) for c in completions)
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
