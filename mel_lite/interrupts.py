@@ -65,7 +65,7 @@ def deferred(*, alone: bool = True) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handle(signum: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
@@ -77,14 +77,14 @@ def deferred(*, alone: bool = True) -> Iterator[None]:
             os._exit(128 + signum)
 
     try:
-        for signum in SIGNALS:
-            previous[signum] = signal.signal(signum, handle)
+        for each in SIGNALS:
+            previous[each] = signal.signal(each, handle)
         _flag.armed = alone
         yield
     finally:
         _flag.armed, _flag.signum = False, None
-        for signum, handler in previous.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        for each, handler in previous.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
 
 
 def _say(text: str) -> None:

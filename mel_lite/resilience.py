@@ -6,8 +6,9 @@ from mel_lite.boundaries import Interruptible
 from mel_lite.checkpointing import AtomicCheckpoints
 from mel_lite.guards import NonFiniteGuard
 from mel_lite.statefiles import SafeState
+from mel_lite.tripwires import Watched
 
 
-class ResilientRun(Interruptible, NonFiniteGuard, AtomicCheckpoints, SafeState):
-    """Mixin over a TRL trainer: stops on a signal without loss, skips updates that are not finite, saves whole
-    checkpoints without pickles."""
+class ResilientRun(Interruptible, Watched, NonFiniteGuard, AtomicCheckpoints, SafeState):
+    """Mixin over a TRL trainer: stops on a signal without loss, watches for collapse, skips updates that are not
+    finite, and saves whole checkpoints without pickles."""
