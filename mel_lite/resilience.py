@@ -5,10 +5,11 @@ from __future__ import annotations
 from mel_lite.boundaries import Interruptible
 from mel_lite.checkpointing import AtomicCheckpoints
 from mel_lite.guards import NonFiniteGuard
+from mel_lite.side_services import Sheltered
 from mel_lite.statefiles import SafeState
 from mel_lite.tripwires import Watched
 
 
-class ResilientRun(Interruptible, Watched, NonFiniteGuard, AtomicCheckpoints, SafeState):
+class ResilientRun(Interruptible, Watched, NonFiniteGuard, Sheltered, AtomicCheckpoints, SafeState):
     """Mixin over a TRL trainer: stops on a signal without loss, watches for collapse, skips updates that are not
-    finite, and saves whole checkpoints without pickles."""
+    finite, bears with failing side services, and saves whole checkpoints without pickles."""
