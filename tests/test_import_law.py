@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines",
         "pairs experience replay judging study",
         """trainer packing scoring checkpoint checkpointing metrics rewards wiring guards resilience statefiles
-        boundaries tripwires side_services""",
+        boundaries tripwires side_services disk""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "cli",
     )
