@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from mel_lite import checkpoint, interrupts
+from mel_lite.errors import EngineError
 from mel_lite.statefiles import rng_state, set_rng_state
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class _Boundary:
 
 
 class Interruptible:
-    """Mixin over a TRL trainer with atomic checkpoints: SIGINT or SIGTERM commits one, then ends `train`.
+    """Mixin over a TRL trainer with atomic checkpoints: a signal or a dead engine commits one, then ends `train`.
 
     `train` raises KeyboardInterrupt for SIGINT and SystemExit(143) for SIGTERM. A resumed run redoes the step that was
     cut short. Several processes stop together, at the next micro-batch.
@@ -60,6 +61,10 @@ class Interruptible:
                 return super().train(*args, **kwargs)  # type: ignore[misc]
             except interrupts.Interrupted as interruption:
                 raise interruption.as_exit(self._commit_boundary()) from None
+            except EngineError as error:
+                if self.accelerator.num_processes > 1:  # the others wait elsewhere
+                    raise
+                raise EngineError(f"{error} {self._commit_boundary()}") from error
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._stop_together()

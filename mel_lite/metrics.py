@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from mel_lite import interrupts
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.errors import EngineError
 from mel_lite.types import Experience, Group, Replay, Status
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,30 @@ class MeteredEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         interrupts.poll()
-        completions = self._engine.generate(requests, sampling)
+        completions = self._with_one_restart(requests, sampling)
         interrupts.poll()
         tokens = sum(len(c.ids) for c in completions)
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
         return completions
+
+    def _with_one_restart(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Seeds belong to the requests, so what is sampled after a restart is what the failed call would have."""
+        try:
+            return self._engine.generate(requests, sampling)
+        except EngineError:
+            raise  # it knows that trying again is of no use
+        except Exception as error:
+            logger.warning("Engine %s failed (%s: %s). Restarting it.", self.name, type(error).__name__, error)
+        try:
+            self._engine.sleep()
+            self._engine.wake()  # with the adapter as it is now
+            return self._engine.generate(requests, sampling)
+        except Exception as error:
+            raise EngineError(
+                f"engine {self.name!r} failed twice on {len(requests)} requests ({type(error).__name__}: {error}). See "
+                "its own log; for want of memory lower max_completion_length or analysis_max_tokens."
+            ) from error
 
 
 def funnel(

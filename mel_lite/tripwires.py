@@ -7,6 +7,8 @@ stays tripped, with the figures and the likely cure.
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ MEMORISED_NATS = 0.05
 """NLL per token of fresh meta-experiences below which the model recites them."""
 FULL_RETENTION, MORE_LEAKS = 0.95, 0.2
 """Share of the leak-free kept, and rise of the leak rate over its lowest mean, that are suspicious together."""
+SPIKE = 10.0
+"""A gradient norm so many times the median of the last WINDOW is an outlier. It was clipped; it is told."""
 LEAST_WRITTEN = 20
 """Meta-experiences in the window, at least, before keeping none of them means something."""
 
@@ -67,6 +71,7 @@ class Tripwires:
 
     def __init__(self) -> None:
         self._means = {name: Means(EVALUATIONS if name.startswith("eval") else WINDOW) for name in self.METRICS}
+        self._norms: list[float] = []
         self._reward_when_longest: float | None = None
         self._tripped: dict[str, int] = {}
         """Logs for which each tripped wire has been so."""
@@ -77,6 +82,7 @@ class Tripwires:
         """Everything, for a checkpoint."""
         return {
             "means": {name: [m.last, m.best, m.lowest] for name, m in self._means.items()},
+            "norms": self._norms,
             "reward_when_longest": self._reward_when_longest,
             "tripped": self._tripped,
             "mel_weight": self.mel_weight,
@@ -89,6 +95,7 @@ class Tripwires:
         for name, (last, best, lowest) in state["means"].items():
             if name in self._means:
                 self._means[name].last, self._means[name].best, self._means[name].lowest = last, best, lowest
+        self._norms = list(state["norms"])
         self._reward_when_longest = state["reward_when_longest"]
         self._tripped = dict(state["tripped"])
         self.mel_weight = state["mel_weight"]
@@ -123,6 +130,19 @@ class Tripwires:
             if self._tripped[name] % AGAIN == 0:
                 due.append(warning)
         return due
+
+    def spike(self, logs: dict[str, Any]) -> str | None:
+        """What to say of this log's gradient norm, when it is an outlier. One alone is no collapse."""
+        norm = logs.get("grad_norm")
+        if not isinstance(norm, (int, float)) or not math.isfinite(norm):
+            return None
+        before, self._norms = self._norms, [*self._norms, float(norm)][-WINDOW:]
+        if len(before) < WINDOW or norm <= SPIKE * statistics.median(before) or not statistics.median(before):
+            return None
+        return (
+            f"The gradient norm is {norm:.3g}, {norm / statistics.median(before):.0f} times its median of the last "
+            f"{WINDOW} logs (before clipping to max_grad_norm)."
+        )
 
     # ---- the wires ----
 
@@ -217,6 +237,9 @@ class Watched:
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _look(self, logs: dict[str, Any]) -> None:
+        spike = self._tripwires.spike(logs)
+        if spike and self.accelerator.is_main_process:
+            logger.warning("Step %s: %s", self.state.global_step, spike)
         due = self._tripwires.look(logs, untrained=self._is_untrained())
         if self.accelerator.num_processes > 1:
             due = broadcast_object_list([due], from_process=0)[0]
