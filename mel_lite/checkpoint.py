@@ -69,11 +69,13 @@ def problem(checkpoint: Path) -> str | None:
     if not manifest.is_file():
         return f"{manifest.name} is missing: the save was interrupted, or another program wrote this folder"
     try:
-        hashes: dict[str, str] = json.loads(manifest.read_text())
-    except (OSError, ValueError) as error:
+        hashes: dict[str, str] = dict(json.loads(manifest.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         return f"{manifest.name} cannot be read: {error}"
     for name, digest in hashes.items():
         path = checkpoint / name
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            return f"{name} leads out of the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:

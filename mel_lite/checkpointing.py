@@ -26,6 +26,7 @@ class AtomicCheckpoints:
     model: Any
     _step: int
     _engine: Any
+    _tripwires: Any
     funnel_totals: Counter[str]
     """Funnel counts summed over the run."""
     _staging: Path | None = None
@@ -72,6 +73,7 @@ class AtomicCheckpoints:
         self._step = state["micro_step"]
         self._engine.total_generated_tokens = state["generated_tokens"]
         self.funnel_totals = Counter(state["funnel_totals"])
+        self._tripwires.restore(state.get("tripwires"), self.args)
         if self.accelerator.is_main_process:
             run_dir = Path(self.args.output_dir)
             checkpoint.set_aside_after(run_dir, state["step"])
@@ -119,6 +121,7 @@ class AtomicCheckpoints:
             "micro_step": self._step,
             "generated_tokens": self._engine.total_generated_tokens,
             "funnel_totals": dict(self.funnel_totals),
+            "tripwires": self._tripwires.state(),
             "last_experience_id": (
                 self._open_store().last_id()  # type: ignore[attr-defined]
                 if self.args.with_meta_experience

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "replay_criterion": ("solved", "uplift"),
     "mel_train_on": ("analysis", "experience"),
     "mel_normalization": ("kept", "prompts"),
+    "on_collapse": ("warn", "lower_lambda", "stop"),
 }
 
 
@@ -97,6 +98,12 @@ class MELConfig(GRPOConfig):
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
+    )
+
+    on_collapse: str = _option(
+        "warn",
+        "When a figure shows training going wrong (falling reward or evaluation, shrinking completions, memorised or "
+        "leaking meta-experiences, nothing learnt): `warn`, also halve `mel_weight` (`lower_lambda`), or `stop`.",
     )
 
     def __post_init__(self) -> None:

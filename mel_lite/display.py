@@ -43,6 +43,9 @@ def prompt_text(prompt: Any) -> str:
 class LiveDisplay(TrainerCallback):
     """Prints one line per logged step above a progress bar with the time left, and a sample every few steps."""
 
+    side_service = True
+    """A terminal that is gone does not stop training."""
+
     def __init__(self, console: Console, *, sample_every: int = 10) -> None:
         self._console = console
         self._sample_every = sample_every

@@ -37,6 +37,18 @@ class CheckpointError(MelLiteError, ValueError):
     exit_code = 3
 
 
+class DiskFullError(MelLiteError, OSError):
+    """A checkpoint could not be written for want of space; the one before it is whole."""
+
+    exit_code = 4
+
+
+class DivergedError(MelLiteError, RuntimeError):
+    """Training does not go on: updates stopped being finite, or what it measures collapsed."""
+
+    exit_code = 5
+
+
 class ExportError(MelLiteError, ValueError):
     """An export that would not be faithful to the trained adapter, or cannot be written."""
 
@@ -49,6 +61,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DiskFullError",
+    "DivergedError",
     "EngineError",
     "ExportError",
     "MelLiteError",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +17,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from mel_lite import interrupts
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.errors import EngineError
 from mel_lite.types import Experience, Group, Replay, Status
+
+logger = logging.getLogger(__name__)
 
 FUNNEL_COUNTS = tuple(
     f"mel/{stage}"
@@ -67,11 +74,31 @@ class MeteredEngine:
         self._engine.sleep()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        completions = self._engine.generate(requests, sampling)
+        interrupts.poll()
+        completions = self._with_one_restart(requests, sampling)
+        interrupts.poll()
         tokens = sum(len(c.ids) for c in completions)
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
         return completions
+
+    def _with_one_restart(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Seeds belong to the requests, so what is sampled after a restart is what the failed call would have."""
+        try:
+            return self._engine.generate(requests, sampling)
+        except EngineError:
+            raise  # it knows that trying again is of no use
+        except Exception as error:
+            logger.warning("Engine %s failed (%s: %s). Restarting it.", self.name, type(error).__name__, error)
+        try:
+            self._engine.sleep()
+            self._engine.wake()  # with the adapter as it is now
+            return self._engine.generate(requests, sampling)
+        except Exception as error:
+            raise EngineError(
+                f"engine {self.name!r} failed twice on {len(requests)} requests ({type(error).__name__}: {error}). See "
+                "its own log; for want of memory lower max_completion_length or analysis_max_tokens."
+            ) from error
 
 
 def funnel(
@@ -155,18 +182,45 @@ class GradientMeter:
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every log of the trainer to `metrics.jsonl`: one JSON object per line, numbers or null only."""
+    """Appends every log of the trainer to `metrics.jsonl`: one JSON object per line, numbers or null only.
+
+    Where the disk does not take a line it is kept and written with the next one; there is one warning.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unwritten: list[str] = []
+        self._told = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         row = {"step": state.global_step} | {k: _jsonable(v) for k, v in logs.items()}
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            self._write("".join(self._unwritten))
+            self._unwritten.clear()
+        except OSError as error:
+            if not self._told:
+                logger.warning("%s cannot be written (%s). Training goes on; lines wait.", self._path, error)
+            self._told = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._unwritten:
+            logger.warning("%s lacks the last %s lines: the disk did not take them.", self._path, len(self._unwritten))
+
+    def _write(self, text: str) -> None:
+        """All of the text or nothing of it. Raises: OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            data = text.encode()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def _jsonable(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -41,11 +42,24 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
+        (folder / ".lock").write_text(f"{os.getpid()}\n")
     except Timeout as error:
-        raise ConfigError(f"output folder {folder} is in use by another process. Name another --output-dir.") from error
+        holder = _holder(folder)
+        who = f" (pid {holder})" if holder else ""
+        raise ConfigError(
+            f"output folder {folder} is in use by another process{who}. Name another --output-dir."
+        ) from error
     except OSError as error:
         raise ConfigError(f"output folder {folder} cannot be written: {error.strerror or error}.") from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Pid of the process that has the folder, as it wrote it into its lock."""
+    try:
+        return str(int((folder / ".lock").read_text()))
+    except (OSError, ValueError):
+        return ""

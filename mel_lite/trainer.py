@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from mel_lite.checkpointing import AtomicCheckpoints
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import evaluating
@@ -35,6 +34,7 @@ from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
 from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
 from mel_lite.pairs import select_pairs
+from mel_lite.resilience import ResilientRun
 from mel_lite.rewards import JudgedRewards
 from mel_lite.scoring import install_scoring_head, score
 from mel_lite.seeds import prompt_hash, seed_for
@@ -61,7 +61,7 @@ else:
     GRPOTrainer = released_grpo_trainer()
 
 
-class MELTrainer(AtomicCheckpoints, JudgedRewards, GRPOTrainer):
+class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
     """Trains with GRPO and Meta-Experience Learning: maximises J_RLVR + lambda * J_MEL in one update.
 
     Takes `trl.GRPOTrainer`'s arguments, in its order, plus:

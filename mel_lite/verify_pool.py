@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mel_lite import interrupts
 from mel_lite.errors import ConfigError, VerifierError
 from mel_lite.types import Verdict
 
@@ -39,6 +40,7 @@ START_DEADLINE_S = 60.0
 MANY = 8
 """From so many calls in a row on, a verifier that failed in all of them is taken to be broken."""
 _MAX_FAILED_STARTS = 3
+_MAX_WAIT_S = 0.5
 _MAX_REPLY_BYTES = 65_536
 _WORKER_FILE = Path(__file__).with_name("verify_worker.py")
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "PATHEXT")
@@ -200,6 +202,7 @@ class VerifyPool:
     def _run(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[Verdict]:
         batch = _Batch(items, max_losses=self._max_respawns)
         while batch.open:
+            interrupts.poll()
             self._hire(batch)
             try:
                 worker, reply = self._events.get(timeout=self._wait_s())
@@ -334,9 +337,10 @@ class VerifyPool:
             worker.kill()
         self._workers.clear()
 
-    def _wait_s(self) -> float | None:
+    def _wait_s(self) -> float:
+        """Until the next deadline, and never so long that a signal goes unheard."""
         due_s = min(worker.due_s for worker in self._workers)
-        return None if due_s == math.inf else max(0.0, due_s - time.monotonic())
+        return min(_MAX_WAIT_S, max(0.0, due_s - time.monotonic()))
 
     def _count(self, **more: int) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})

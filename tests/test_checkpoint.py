@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mel_lite import checkpoint
 from mel_lite.errors import CheckpointError, ModelError
 from tiny_models import save_tiny
-from trainers import assert_learnt, build, digest, tiny_model, trainable
-
-
-def _state(trainer: Any) -> dict[str, str]:
-    """Hash of everything a run carries: weights, optimiser moments, scheduler, experiences."""
-    moments = {
-        f"{i}.{key}": value
-        for i, state in trainer.optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-        if torch.is_tensor(value)
-    }
-    return {
-        "weights": digest(trainable(trainer)),
-        "moments": digest(moments),
-        "scheduler": json.dumps(trainer.lr_scheduler.state_dict(), default=str, sort_keys=True),
-        "experiences": trainer._open_store().digest(),
-        "tokens": str(trainer.engine.total_generated_tokens),
-    }
-
-
-def _log(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without what a clock measured."""
-    timed = ("time", "_s", "runtime", "_per_second")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "reward" in row]
-    return [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in steps]
+from trainers import assert_learnt, build, digest, run_state, step_log, tiny_model, trainable
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
@@ -64,8 +37,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) 
 
     resumed = build(tmp_path, output_dir=tmp_path / "cut", **common)
     resumed.train(resume_from_checkpoint=True)
-    assert _state(resumed) == _state(whole)
-    assert _log(tmp_path / "cut") == _log(tmp_path / "whole")
+    assert run_state(resumed) == run_state(whole)
+    assert step_log(tmp_path / "cut") == step_log(tmp_path / "whole")
     for name in ("adapter_model.safetensors", "mel_state.json"):
         ours, theirs = (tmp_path / run / "checkpoint-4" / name for run in ("cut", "whole"))
         assert ours.read_bytes() == theirs.read_bytes(), name
@@ -89,8 +62,8 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
     run = tmp_path / "run"
     again = build(tmp_path, **common)
     again.train(resume_from_checkpoint=str(run / "checkpoint-1"))
-    assert _state(again)["weights"] == _state(whole)["weights"]
-    assert _state(again)["experiences"] == _state(whole)["experiences"]
+    assert run_state(again)["weights"] == run_state(whole)["weights"]
+    assert run_state(again)["experiences"] == run_state(whole)["experiences"]
     assert {p.name for p in run.glob("*.superseded")} == {"checkpoint-2.superseded", "checkpoint-3.superseded"}
     assert [p.name for p in checkpoint.committed(run)] == [f"checkpoint-{step}" for step in (1, 2, 3)]
 
@@ -111,7 +84,7 @@ def test_the_layout_is_trls_and_pefts(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.committed(run)] == ["checkpoint-2"]
     names = {p.name for p in (run / "checkpoint-2").iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "tokenizer.json"}
-    assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "mel_state.json", "manifest.json"}
+    assert names >= {"optimizer.safetensors", "scheduler.json", "rng_state.json", "mel_state.json", "manifest.json"}
     assert not list(run.glob(f"{checkpoint.STAGING}*")), "staging is swept"
     assert checkpoint.problem(run / "checkpoint-2") is None
 

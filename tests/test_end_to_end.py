@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on_where_it_was(finished: tuple[Path, str], tmp_path:
 
     done = mel_lite_command("train", "--resume", "--output-dir", folder)
     assert done.returncode == 0, done.stderr
-    for name in ("adapter/adapter_model.safetensors", "checkpoint-2/optimizer.pt"):
+    for name in ("adapter/adapter_model.safetensors", "checkpoint-2/optimizer.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     digests = []
     for run in (whole, folder):

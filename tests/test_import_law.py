@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "types errors seeds config trl_base",
+        "types errors seeds config trl_base interrupts",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
         store models adapters presets demo demo_tasks memory workload planning attention""",
         "engines ranks",
         "pairs experience replay judging study",
-        "trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring",
+        """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience statefiles
+        boundaries tripwires side_services disk order""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )
@@ -43,7 +44,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 
 NOT_LIGHT = frozenset(
     """config estimators kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run
-    display demo_warmup warmup""".split()
+    display demo_warmup warmup guards resilience statefiles boundaries tripwires side_services order""".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,28 @@ def assert_learnt(trainer: MELTrainer) -> None:
     """Something was learnt: LoRA-B, which starts at zero, is no longer zero."""
     norm = sum(p.detach().abs().sum().item() for n, p in trainer.model.named_parameters() if "lora_B" in n)
     assert norm > 0, "LoRA-B is still zero"
+
+
+def run_state(trainer: MELTrainer) -> dict[str, str]:
+    """Hash of everything a run carries: weights, optimiser moments, scheduler, experiences."""
+    moments = {
+        f"{i}.{key}": value
+        for i, state in trainer.optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if torch.is_tensor(value)
+    }
+    return {
+        "weights": digest(trainable(trainer)),
+        "moments": digest(moments),
+        "scheduler": json.dumps(trainer.lr_scheduler.state_dict(), default=str, sort_keys=True),
+        "experiences": trainer._open_store().digest(),
+        "tokens": str(trainer.engine.total_generated_tokens),
+    }
+
+
+def step_log(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps without what a clock measured."""
+    timed = ("time", "_s", "runtime", "_per_second")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward" in row]
+    return [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in steps]

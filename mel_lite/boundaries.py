@@ -1,0 +1,135 @@
+"""Stopping in the middle of a step without losing the steps before it.
+
+Weights change only at the end of a step. What else changes on the way (random numbers, counters, rows of the store) is
+noted at each boundary between two steps; when a signal asks to stop, it is taken back to that boundary and saved there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from mel_lite import checkpoint, interrupts
+from mel_lite.errors import EngineError
+from mel_lite.statefiles import rng_state, set_rng_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Boundary:
+    """Everything of a run that a step changes before its update."""
+
+    step: int
+    micro_step: int
+    generated_tokens: int
+    seen_tokens: int
+    funnel_totals: Counter[str]
+    last_experience_id: int | None
+    rng: dict[str, Any]
+
+
+class Interruptible:
+    """Mixin over a TRL trainer with atomic checkpoints: a signal or a dead engine commits one, then ends `train`.
+
+    `train` raises KeyboardInterrupt for SIGINT and SystemExit(143) for SIGTERM. A resumed run redoes the step that was
+    cut short. Several processes stop together, at the next micro-batch.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    _step: int
+    _engine: Any
+    _store: Any
+    funnel_totals: Counter[str]
+    _boundary: _Boundary | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._boundary = None
+        if not any(isinstance(each, _AfterUpdate) for each in self.callback_handler.callbacks):  # type: ignore[attr-defined]
+            self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
+        with interrupts.deferred(alone=self.accelerator.num_processes == 1):
+            try:
+                return super().train(*args, **kwargs)  # type: ignore[misc]
+            except interrupts.Interrupted as interruption:
+                raise interruption.as_exit(self._commit_boundary()) from None
+            except EngineError as error:
+                if self.accelerator.num_processes > 1:  # the others wait elsewhere
+                    raise
+                raise EngineError(f"{error} {self._commit_boundary()}") from error
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self._stop_together()
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        interrupts.poll()
+        return loss
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        self._stop_together()  # every process is here, with its rollouts sampled
+        return super()._calculate_rewards(*args)  # type: ignore[misc]
+
+    def _stop_together(self) -> None:
+        """Raise Interrupted on every process when one of them got a signal."""
+        if self.accelerator.num_processes == 1:
+            interrupts.poll()
+            return
+        mine = torch.tensor(float(interrupts.pending() or 0), device=self.accelerator.device)
+        signum = int(self.accelerator.gather(mine).max().item())
+        if signum:
+            raise interrupts.Interrupted(signum)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        self._note_boundary()  # again: an evaluation may have drawn random numbers
+        interrupts.poll()
+
+    def _note_boundary(self) -> None:
+        self._boundary = _Boundary(
+            step=self.state.global_step,
+            micro_step=self._step,
+            generated_tokens=self._engine.total_generated_tokens,
+            seen_tokens=self.state.num_input_tokens_seen,
+            funnel_totals=self.funnel_totals.copy(),
+            last_experience_id=None if self._store is None else self._store.last_id(),
+            rng=rng_state(all_gpus=self.args.world_size > 1),
+        )
+
+    def _commit_boundary(self) -> str:
+        """Take the run back to the last boundary and save it there; returns what was done, for the user."""
+        start_s = time.monotonic()
+        boundary, run_dir = self._boundary, Path(self.args.output_dir)
+        if boundary is None or boundary.step == 0:
+            return "Stopped. No step was finished since the start, so there is nothing new to save."
+        goes_on = "go on with --resume (train(resume_from_checkpoint=True))"
+        if any(path.name == f"checkpoint-{boundary.step}" for path in checkpoint.committed(run_dir)):
+            return f"Stopped. checkpoint-{boundary.step} had been saved; {goes_on}."
+        self._step = boundary.micro_step
+        self._engine.total_generated_tokens = boundary.generated_tokens
+        self.state.num_input_tokens_seen = boundary.seen_tokens
+        self.funnel_totals = boundary.funnel_totals.copy()
+        if self.accelerator.is_main_process and boundary.last_experience_id is not None:
+            self._store.truncate_after(boundary.last_experience_id)
+        set_rng_state(boundary.rng)
+        self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
+        message = f"Stopped. Saved checkpoint-{boundary.step} in {time.monotonic() - start_s:.1f} s; {goes_on}."
+        if self.accelerator.is_main_process:
+            logger.warning("%s", message)
+        return message
+
+
+class _AfterUpdate(TrainerCallback):
+    """Notes the boundary as soon as the weights are those of a new step."""
+
+    def __init__(self, trainer: Interruptible) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._note_boundary()

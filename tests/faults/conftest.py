@@ -1,0 +1,41 @@
+"""What the tests of faults share: a server that starts runs quickly, and the uninterrupted run to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fault_runs import Farm, farm
+from trainers import step_log
+
+COMMON: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+"""Options of every run that is hit: a checkpoint per step, of which two are kept."""
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Farm]:
+    with farm() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reference(runs: Farm, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Final state and metrics of the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert runs.run(folder, **COMMON) == 0, (folder / "output.txt").read_text()
+    return json.loads((folder / "state.json").read_text()), step_log(folder / "run")
+
+
+@pytest.fixture()
+def common() -> dict[str, Any]:
+    return dict(COMMON)
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    """A run's folder is `folder / "run"`."""
+    return tmp_path

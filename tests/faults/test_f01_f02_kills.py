@@ -1,0 +1,125 @@
+"""F1, F2: SIGKILL at every file operation of a save, and at random times of a run.
+
+Every kill is of a real process. What must hold after each: nothing that is committed is damaged or lost, and the run
+that goes on ends in the state of the one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fault_runs import Farm
+from mel_lite import checkpoint
+from trainers import step_log
+
+Reference = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+def newest_whole(run: Path) -> int:
+    """Step of the newest committed checkpoint; each one there must be whole. 0 without any."""
+    saved = checkpoint.committed(run)
+    for path in saved:
+        assert checkpoint.problem(path) is None, path
+    return int(saved[-1].name.split("-")[1]) if saved else 0
+
+
+def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str, Any]) -> None:
+    """Resume the run to its end, and compare everything."""
+    state, log = reference
+    resume = bool(checkpoint.committed(folder / "run"))
+    if not resume:
+        for leftover in (folder / "run").glob("*"):
+            if leftover.is_file():
+                leftover.unlink()  # as `mel-lite train --resume` does where no checkpoint was committed
+    assert runs.run(folder, **common, resume=resume) == 0, (folder / "output.txt").read_text()
+    assert json.loads((folder / "state.json").read_text()) == state
+    assert step_log(folder / "run") == log, "each step is in metrics.jsonl once, as in the reference"
+    left = [path.name for path in (folder / "run").iterdir() if path.name.startswith(checkpoint.STAGING)]
+    assert left == [], "what the interrupted save left is swept"
+
+
+def save_events(runs: Farm, folder: Path, common: dict[str, Any]) -> list[str]:
+    """The file operations of the save after step 3, which also rotates the oldest of two kept checkpoints away."""
+    assert runs.run(folder, **common, kill_in_save=3) == 0, (folder / "output.txt").read_text()
+    events: list[str] = json.loads((folder / "events.json").read_text())
+    assert sum("os.rename" in event for event in events) >= 2, "the commit and the rotation"
+    return events
+
+
+def kill_in_save(runs: Farm, folder: Path, reference: Reference, common: dict[str, Any], event: int) -> None:
+    assert runs.run(folder, **common, kill_in_save=3, kill_at_event=event) == -signal.SIGKILL
+    assert newest_whole(folder / "run") in (2, 3), "at least one committed checkpoint is always there"
+    finishes_as(reference, runs, folder, common)
+
+
+def test_killed_around_the_commit(runs: Farm, reference: Reference, folder: Path, common: dict[str, Any]) -> None:
+    """At the rename that commits and the one that rotates; the slow test has all file operations."""
+    events = save_events(runs, folder / "counted", common)
+    renames = [i + 1 for i, event in enumerate(events) if event.startswith("os.rename")]
+    for event in (renames[-2], renames[-1]):
+        kill_in_save(runs, folder / str(event), reference, common, event)
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation_of_a_save(
+    runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], record_property: Any
+) -> None:
+    events = save_events(runs, folder / "counted", common)
+    for event in range(1, len(events) + 1):
+        kill_in_save(runs, folder / str(event), reference, common, event)
+    record_property("kills_in_save", len(events))
+
+
+def kill_at_random(
+    runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], kills: int, seed: int
+) -> dict[str, int]:
+    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen."""
+    rng = random.Random(seed)
+    counts = {"kills": 0, "runs": 0, "resumes": 0}
+    while counts["kills"] < kills:
+        target = folder / f"run{counts['runs']}"
+        counts["runs"] += 1
+        committed = 0
+        for _ in range(6):
+            resume = committed > 0
+            run = runs.start(target, **common, resume=resume)
+            run.wait_for("ready", 0, timeout_s=60)
+            time.sleep(rng.uniform(0.05, 2.5))
+            counts["kills"] += 1
+            counts["resumes"] += resume
+            try:
+                os.kill(run.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            status = run.wait()
+            assert newest_whole(target / "run") >= committed, "a committed step was lost"
+            committed = newest_whole(target / "run")
+            if status == 0 or counts["kills"] == kills or committed == common["max_steps"]:
+                counts["kills"] -= status == 0  # it was done before it could be hit
+                break
+            if not resume and committed == 0:
+                for leftover in (target / "run").glob("*"):
+                    if leftover.is_file():
+                        leftover.unlink()
+        finishes_as(reference, runs, target, common) if committed < common["max_steps"] else None
+    return counts
+
+
+def test_killed_at_random_times(runs: Farm, reference: Reference, folder: Path, common: dict[str, Any]) -> None:
+    assert kill_at_random(runs, reference, folder, common, kills=4, seed=1)["kills"] == 4
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times(
+    runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], record_property: Any
+) -> None:
+    for name, value in kill_at_random(runs, reference, folder, common, kills=100, seed=2).items():
+        record_property(name, value)

@@ -1,0 +1,132 @@
+"""F3, F9, F10: resuming at every boundary between phases, with other options, and across epochs of odd size.
+
+Exactness after a kill: test_f01_f02_kills.py; after a signal in every phase: test_f08_signals.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mel_lite.errors import ConfigError
+from mel_lite.presets import changes, resolve
+from trainers import assert_learnt, build, run_state, step_log, sums
+
+COMMON: dict[str, Any] = {
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+}
+PHASES = ("after rollout", "after verification", "after replay", "mid accumulation", "before the update")
+
+
+class PowerCut(RuntimeError):
+    """What ends the run there."""
+
+
+def cut(trainer: Any, phase: str) -> None:
+    """End the run in its third step, at the given boundary."""
+
+    def ends(owner: Any, name: str, *, call: int = 1, before: bool = True) -> None:
+        original, calls = getattr(owner, name), [0]
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += trainer.state.global_step == 2
+            if before and calls[0] == call:
+                raise PowerCut
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    {
+        "after rollout": lambda: ends(trainer, "_calculate_rewards"),
+        "after verification": lambda: ends(trainer, "_study"),
+        "after replay": lambda: ends(trainer, "_share_out"),
+        "mid accumulation": lambda: ends(trainer, "_compute_loss", call=2),
+        "before the update": lambda: ends(trainer, "_before_update"),
+    }[phase]()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = build(folder, **COMMON)
+    trainer.train()
+    assert_learnt(trainer)
+    return run_state(trainer), step_log(folder / "run")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_cut_at_a_boundary_is_redone_the_same(tmp_path: Path, whole: Any, phase: str) -> None:
+    trainer = build(tmp_path, **COMMON)
+    cut(trainer, phase)
+    with pytest.raises(PowerCut):
+        trainer.train()
+    resumed = build(tmp_path, **COMMON)
+    resumed.train(resume_from_checkpoint=True)
+    assert (run_state(resumed), step_log(tmp_path / "run")) == whole
+
+
+def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) -> None:
+    """7 prompts, 2 a step: 3 steps an epoch and one prompt left over; the run is cut in the second epoch."""
+    options = COMMON | {"train_dataset": sums(7), "max_steps": 6, "per_device_train_batch_size": 8,
+                        "gradient_accumulation_steps": 1}  # fmt: skip
+
+    def prompts(trainer: Any) -> list[list[str]]:
+        seen: list[list[str]] = []
+        original = trainer._calculate_rewards
+
+        def spy(inputs: Any, *args: Any) -> Any:
+            if trainer.model.training:
+                seen.append([row["prompt"][0]["content"] for row in inputs])
+            return original(inputs, *args)
+
+        trainer._calculate_rewards = spy
+        return seen
+
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
+    expected = prompts(whole)
+    whole.train()
+
+    first = build(tmp_path, **options)
+    got = prompts(first)
+    step = first.training_step
+
+    def ends(*args: Any) -> torch.Tensor:
+        if first.state.global_step == 4:
+            raise PowerCut
+        return step(*args)
+
+    first.training_step = ends
+    with pytest.raises(PowerCut):
+        first.train()
+    resumed = build(tmp_path, **options)
+    rest = prompts(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert got[:4] + rest == expected
+    for epoch in (expected[:3], expected[3:]):
+        counts = Counter(prompt for batch in epoch for prompt in batch)
+        assert len(counts) == 6 and set(counts.values()) == {4}
+    assert run_state(resumed) == run_state(whole)
+
+
+def test_other_options_are_refused_with_both_values(tmp_path: Path) -> None:
+    """F9. Every option counts, micro-batch and accumulation, too: there is no --allow-change. Base model: F21."""
+    begun = resolve(preset="cpu", overrides=[("train.learning_rate", 1e-5)])
+    (tmp_path / "config.yaml").write_text(begun.as_yaml())
+    asked = resolve(preset="cpu", overrides=[("train.learning_rate", 2e-5)])
+    found = changes(resolve(config=tmp_path / "config.yaml"), asked)
+    assert len(found) == 1 and "learning_rate" in found[0] and "1e-05" in found[0] and "2e-05" in found[0]
+    assert changes(resolve(config=tmp_path / "config.yaml"), begun) == []
+    from rich.console import Console
+
+    from mel_lite.run import _can_resume
+
+    with pytest.raises(ConfigError, match="begun with other options"):
+        _can_resume(asked, tmp_path, Console(quiet=True))

@@ -1,0 +1,120 @@
+"""F6: a disk that is full while a checkpoint is written. The old one stays whole, the run waits, then stops with 4."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from mel_lite import checkpoint, disk, statefiles
+from mel_lite.errors import DiskFullError
+from trainers import assert_learnt, build, run_state
+
+COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, trainer: Any, *, tries: int) -> None:
+    """Every write of the save after step 2 beyond 20 kB fails, as the system reports it, for so many tries.
+
+    A limit on the size of a file is the one refusal of the kernel that needs no rights: it fails the same calls with
+    another number, which is made ENOSPC here.
+    """
+    original, left = trainer._commit, [tries]
+
+    def commit(run_dir: Path) -> None:
+        if trainer.state.global_step != 2 or left[0] == 0:
+            return original(run_dir)
+        left[0] -= 1
+        raise OSError(28, os.strerror(28), str(run_dir / checkpoint.STAGING))
+
+    monkeypatch.setattr(trainer, "_commit", commit)
+
+
+def test_the_run_waits_for_room_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **COMMON)
+    whole.train()
+    monkeypatch.setattr(disk, "WAITS_S", (0.01, 0.01, 0.01))
+    trainer = build(tmp_path, **COMMON)
+    full_disk(monkeypatch, trainer, tries=2)
+    with caplog.at_level(logging.WARNING, "mel_lite.disk"):
+        trainer.train()
+    assert caplog.text.count("No room for checkpoint-2") == 2
+    assert run_state(trainer) == run_state(whole)
+    assert [p.name for p in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert all(checkpoint.problem(p) is None for p in checkpoint.committed(tmp_path / "run"))
+    assert_learnt(trainer)
+
+
+def test_then_it_stops_with_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "WAITS_S", (0.01,))
+    trainer = build(tmp_path, **COMMON)
+    full_disk(monkeypatch, trainer, tries=9)
+    with pytest.raises(DiskFullError, match=r"no room for checkpoint-2 .*checkpoint-1 is whole") as error:
+        trainer.train()
+    assert error.value.exit_code == 4
+    run = tmp_path / "run"
+    assert [p.name for p in checkpoint.committed(run)] == ["checkpoint-1"]
+    assert checkpoint.problem(run / "checkpoint-1") is None
+    assert not (run / checkpoint.STAGING).exists()
+    resumed = build(tmp_path, **COMMON)
+    resumed.train(resume_from_checkpoint=True)
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **COMMON)
+    whole.train()
+    assert run_state(resumed) == run_state(whole)
+
+
+def test_the_words_of_each_library_are_known(tmp_path: Path) -> None:
+    """Real refusals: of the kernel, through Python and through safetensors' own writer."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(OSError) as refused:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+    assert disk.is_full(refused.value)
+    assert disk.is_full(safetensors.SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert disk.is_full(RuntimeError("database or disk is full"))
+    assert not disk.is_full(OSError(5, "Input/output error")) and not disk.is_full(ValueError("full of errors"))
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs POSIX limits")
+def test_a_write_the_kernel_cuts_short_leaves_no_half_state(tmp_path: Path) -> None:
+    """The nearest real thing to a full disk without root: no file may grow beyond 4 kB."""
+    import signal
+
+    import torch
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    staged = checkpoint.staging_folder(tmp_path) / "checkpoint-1"
+    staged.mkdir()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(Exception, match="File too large|os error 27"):
+            statefiles.dump(staged / "optimizer", {"w": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.committed(tmp_path) == []
+
+
+def test_little_space_is_said_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    trainer = build(tmp_path, **COMMON | {"max_steps": 1, "save_total_limit": 3})
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    needed_bytes = 12 * weights * 4
+    for free_bytes, warned in ((needed_bytes, False), (needed_bytes - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free_bytes: usage._replace(free=free))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mel_lite.disk"):
+            trainer._warn_of_little_space()
+        assert ("4 checkpoints of" in caplog.text) == warned

@@ -1,0 +1,155 @@
+"""F8: SIGTERM and SIGINT in every phase commit a checkpoint and end the run; a second signal ends it at once.
+
+Compilation does not apply: nothing of a step is compiled by default, and a kernel's first launch is inside `forward`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fault_runs import Farm
+from mel_lite import checkpoint, interrupts
+from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.hf import HFEngine
+from mel_lite.verify_pool import VerifyPool
+from tiny_models import tiny_config
+from trainers import step_log
+
+PHASES = ("rollout", "verify", "analysis", "replay", "forward", "backward", "save")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_commits_a_checkpoint_in_every_phase(
+    runs: Farm,
+    reference: tuple[dict[str, str], list[dict[str, Any]]],
+    folder: Path,
+    common: dict[str, Any],
+    phase: str,
+    record_property: Any,
+) -> None:
+    """In step 3, of which nothing was saved by plan; the run that goes on is the uninterrupted one."""
+    number = PHASES.index(phase)
+    signum, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[number % 2]
+    planned = common | {"save_steps": 2 if phase == "save" else 4}
+    run = runs.start(folder, **planned, slow_s=0.25)
+    run.wait_for(phase, 2)
+    time.sleep(0.1)
+    start_s = time.monotonic()
+    run.send(signum)
+    assert run.wait() == code, run.output()
+    took_s = time.monotonic() - start_s
+    record_property("signal_to_exit_s", took_s)
+    assert took_s < 5, "the promise is 25 s for real phases; these are 0.25 s long"
+    newest = checkpoint.committed(folder / "run")[-1]
+    assert newest.name == "checkpoint-2" and checkpoint.problem(newest) is None
+    assert "saving a checkpoint, then stopping" in run.output()
+
+    assert runs.run(folder, **planned, resume=True) == 0, run.output()
+    state, log = reference
+    assert json.loads((folder / "state.json").read_text()) == state
+    assert step_log(folder / "run") == log
+
+
+def test_a_second_signal_ends_it_at_once(runs: Farm, folder: Path, common: dict[str, Any]) -> None:
+    run = runs.start(folder, **common, slow_s=0.7)
+    run.wait_for("backward", 1, timeout_s=60)  # a phase that is not cut short
+    run.send(signal.SIGTERM)
+    time.sleep(0.1)
+    start_s = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143
+    assert time.monotonic() - start_s < 0.4
+    assert "stopped at once" in run.output()
+    assert [path.name for path in checkpoint.committed(folder / "run")] == ["checkpoint-1"]
+    assert checkpoint.problem(folder / "run" / "checkpoint-1") is None
+
+
+def test_before_the_first_step_there_is_nothing_to_save(runs: Farm, folder: Path, common: dict[str, Any]) -> None:
+    run = runs.start(folder, **common, slow_s=0.5)
+    run.wait_for("rollout", 0)
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+    assert "nothing new to save" in run.output()
+    assert checkpoint.committed(folder / "run") == []
+
+
+def _in(seconds: float, signum: int) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(seconds, signal.pthread_kill, [main, signum]).start()
+
+
+def test_generation_stops_within_a_token() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    model.config.max_position_embeddings = 100_000
+    engine = HFEngine(model, eos_ids=[319], pad_id=0)
+    requests = [Request((5, 6, 7), seed) for seed in range(4)]
+    _in(0.5, signal.SIGTERM)
+    start_s = time.monotonic()
+    with interrupts.deferred(), pytest.raises(interrupts.Interrupted) as stop:
+        engine.generate(requests, Sampling(50_000))
+    assert stop.value.signum == signal.SIGTERM and time.monotonic() - start_s < 2
+    assert model.training, "the model is as it was before"
+
+
+def test_verification_stops_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_rule.py").write_text("import time\ndef rule(completion, answer):\n    time.sleep(60)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with VerifyPool("slow_rule:rule", deadline_s=50) as pool:
+        _in(2, signal.SIGINT)
+        start_s = time.monotonic()
+        with interrupts.deferred(), pytest.raises(interrupts.Interrupted):
+            pool.verify([("a", "b", {})] * 4)
+        assert time.monotonic() - start_s < 4
+
+
+def test_handlers_are_put_back_and_other_threads_left_alone() -> None:
+    before = [signal.getsignal(signum) for signum in interrupts.SIGNALS]
+    with interrupts.deferred():
+        assert [signal.getsignal(signum) for signum in interrupts.SIGNALS] != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.pending() == signal.SIGTERM
+        failures: list[BaseException] = []
+
+        def elsewhere() -> None:
+            try:
+                interrupts.poll()
+                with interrupts.deferred():
+                    pass
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert failures == []
+        with pytest.raises(interrupts.Interrupted):
+            interrupts.poll()
+    assert [signal.getsignal(signum) for signum in interrupts.SIGNALS] == before
+    assert interrupts.pending() is None
+    interrupts.poll()
+
+
+def test_several_processes_are_asked_not_unwound() -> None:
+    with interrupts.deferred(alone=False):
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupts.poll()
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, right after the terminal's
+        assert interrupts.pending() == signal.SIGINT
+
+
+def test_what_a_program_sees() -> None:
+    assert isinstance(interrupts.Interrupted(signal.SIGINT).as_exit("x"), KeyboardInterrupt)
+    stop = interrupts.Interrupted(signal.SIGTERM).as_exit("x")
+    assert isinstance(stop, SystemExit) and stop.code == 143
+    assert not isinstance(interrupts.Interrupted(signal.SIGTERM), Exception)
