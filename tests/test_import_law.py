@@ -22,8 +22,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         store models adapters presets demo demo_tasks memory workload planning attention""",
         "engines ranks",
         "pairs experience replay judging study",
-        """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience statefiles
-        boundaries tripwires side_services disk order""",
+        """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
+        statefiles boundaries tripwires side_services disk order""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )
