@@ -56,13 +56,14 @@ def kernel_cpu() -> str:
 
 def kernel_cpu_line() -> str:
     """The operator against naive log-softmax, in one sentence, on the first shape."""
-    shape = _read("kernel-cpu")["shapes"][0]
+    report = _read("kernel-cpu")
+    shape = report["shapes"][0]
     by_name = {result["name"]: result for result in shape["results"]}
     ours, naive = by_name["mel_lite"], by_name["naive log-softmax"]
     faster = statistics.median(naive["times_s"]) / statistics.median(ours["times_s"])
     return (
-        f"On two CPU cores, at {shape['rows']} tokens and a vocabulary of {shape['vocab']}, it takes "
-        f"{statistics.median(ours['times_s']):.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take "
+        f"On {report['machine']['threads']} CPU threads, at {shape['rows']} tokens and a vocabulary of {shape['vocab']}, "
+        f"it takes {statistics.median(ours['times_s']):.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take "
         f"{statistics.median(naive['times_s']):.1f} s and {naive['peak_bytes'] / 2**20:.0f} MiB: {faster:.1f} times as "
         "fast."
     )

@@ -27,8 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-_RFT = {"loss_type": "cispo", "epsilon_high": 1.0}
-"""TRL's loss that is -advantage * log pi where the ratio is 1."""
+_RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
+"""TRL's loss that is -advantage * log pi where the ratio is 1, on texts that were accepted whoever sampled them."""
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -145,10 +145,19 @@ class MELConfig(GRPOConfig):
                 f"scale_rewards={self.scale_rewards!r} with algorithm='reinforce++', which divides by the batch's "
                 "standard deviation. Leave scale_rewards unset."
             )
+        if self.algorithm == "reinforce++" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} with algorithm='reinforce++', which "
+                "normalises the weighted sum of the rewards. Leave it unset."
+            )
         if self.algorithm != "rft":
             return
-        for name, meaning in (("beta", "a KL term"), ("entropy_coef", "an entropy bonus")):
-            if getattr(self, name):
+        for name, meaning in (
+            ("beta", "a KL term"),
+            ("entropy_coef", "an entropy bonus"),
+            ("top_entropy_quantile", "a choice of tokens"),
+        ):
+            if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} with algorithm='rft', which is a plain NLL: {meaning} has no place "
                     f"in it. Unset {name}."

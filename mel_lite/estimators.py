@@ -37,7 +37,8 @@ def only_right(batch: dict[str, Any], is_right_B: Tensor, gather: Callable[[Tens
     is 1 however often the batch is used.
     """
     mask_BC = batch["completion_mask"] * is_right_B[:, None].to(batch["completion_mask"])
-    tokens = gather(mask_BC.sum().reshape(1)).sum()
+    own_BC = mask_BC * batch["tool_mask"] if "tool_mask" in batch else mask_BC  # what tools answered is not learnt
+    tokens = gather(own_BC.sum().reshape(1)).sum()
     kept = {name: value for name, value in batch.items() if name != "old_per_token_logps"}
     return kept | {
         "completion_mask": mask_BC,

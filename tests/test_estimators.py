@@ -44,6 +44,8 @@ def test_only_right_masks_the_rest_and_counts_over_all_ranks() -> None:
     assert right["advantages"].tolist() == [1.0, 0.0, 1.0]
     assert right["num_items_in_batch"].item() == 3 + 1 + other_rank
     assert "old_per_token_logps" not in right and batch["completion_mask"].sum() == 6
+    with_tool = batch | {"tool_mask": torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]])}
+    assert only_right(with_tool, torch.tensor([True, False, True]), lambda t: t)["num_items_in_batch"].item() == 1 + 1
 
 
 def _captured(trainer: Any) -> list[dict[str, Any]]:
@@ -160,6 +162,11 @@ def test_grpo_with_lessons_is_mel(tmp_path: Path) -> None:
         ({"algorithm": "rft", "beta": 0.1}, "beta=0.1 with algorithm='rft'"),
         ({"algorithm": "rft", "entropy_coef": 0.1}, "entropy_coef=0.1 with algorithm='rft'"),
         ({"algorithm": "rft", "loss_type": "grpo"}, "loss_type='grpo' with algorithm='rft'"),
+        ({"algorithm": "rft", "top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 with algorithm='rft'"),
+        (
+            {"algorithm": "reinforce++", "multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation='normalize_then_sum' with algorithm='reinforce",
+        ),
         ({"algorithm": "reinforce++", "scale_rewards": "none"}, "scale_rewards='none' with algorithm='reinforce"),
     ],
 )
