@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mel_lite import memory
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.memory import CONTEXT_BYTES, GIB, Shape
-from mel_lite.presets import Recipe, keys_of, resolve
+from mel_lite.presets import Recipe, keys_of, resolve, suggest
 from mel_lite.workload import DEFAULTS, PROMPT_TOKENS, Phase, Workload, option_of, predict, workload
 
 if TYPE_CHECKING:
@@ -281,8 +281,10 @@ def find_gpu(name: str) -> tuple[str, int, dict[str, bool]]:
     """
     if name in BUDGETS:
         return name, BUDGETS[name], {}
+    if name == "cpu":
+        raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Name one of {', '.join(BUDGETS)} or auto.")
     if name != "auto":
-        raise ConfigError(f"--gpu {name!r}: memory is planned for {', '.join(BUDGETS)} or auto.")
+        raise ConfigError(f"--gpu {name!r} is no preset{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
     import torch
 
     if not torch.cuda.is_available():

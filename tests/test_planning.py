@@ -252,6 +252,8 @@ def test_auto_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         find_gpu("auto")
     with pytest.raises(ConfigError, match="12gb, 16gb, 24gb, 40gb, 80gb or auto"):
         find_gpu("cpu")
+    with pytest.raises(ConfigError, match=r"--gpu '24g' is no preset. Did you mean '24gb'\?"):
+        find_gpu("24g")
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:
@@ -282,6 +284,24 @@ def test_train_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch,
     done = CliRunner().invoke(app, ["train", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B-Base"])
     assert isinstance(done.exception, ConfigError) and "does not fit 12gb" in str(done.exception)
     assert "predicted GPU memory" in done.stdout and not any(tmp_path.iterdir())
+
+
+def test_long_prompts_are_left_out(tmp_path: Path) -> None:
+    from mel_lite.models import load_tokenizer
+    from mel_lite.run import check, load_run_tasks
+
+    folder = save_tiny(tmp_path / "base", "qwen3")
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 10, 200, 15)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides: list[tuple[str, Any]] = [
+        ("model.name", str(folder)), ("data.train", str(tmp_path / "tasks.jsonl")), ("data.eval", None),
+        ("data.conversational", False), ("train.per_device_train_batch_size", 8), ("train.num_generations", 8),
+        ("train.gradient_accumulation_steps", 1),
+    ]  # fmt: skip
+    for limit, dropped in ((None, 0), (100, 1), (12, 2)):
+        recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
+        tasks = load_run_tasks(recipe, check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
+        assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
 
 
 def test_the_page_on_memory_has_the_planners_figures() -> None:
