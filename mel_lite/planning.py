@@ -250,6 +250,8 @@ def _advice(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[s
         if freed is not None:
             yield " ".join(f"--set {key}={option_of(freed, key.partition('.')[2])}" for key in group)
     load = workload(recipe, shape)
+    if load.measures_gradients and fits(_with(recipe, grad_norm_every=0), pinned):
+        yield "--set train.grad_norm_every=0"
     if load.pairs:
         contexts = range(load.context_tokens - load.context_tokens % 512, 1023, -512)
         shorter = next((n for n in contexts if fits(_with(recipe, max_context_tokens=n), pinned)), None)

@@ -184,6 +184,7 @@ def test_a_fault_is_found_and_its_fix_named(
 
 def test_what_is_fine_is_not_complained_of() -> None:
     assert visit(driver_cuda=(13, 2))["driver and CUDA"].outcome == "ok"
+    assert visit(torch_cuda=(13, 2))["driver and CUDA"].outcome == "ok", "a driver serves its whole major version"
     assert visit(torch_cuda=(12, 8))["driver and CUDA"].outcome == "ok"
     assert visit(packages=without(torch="2.13.0+cu130"))["tested versions"].outcome == "ok"
     assert visit(offline=True, model_cached=True, hub_free_bytes=0)["Hugging Face Hub"].outcome == "ok"
