@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ModelError
+from mel_lite.models import DEMO
 
 MIB, GIB = 2**20, 2**30
 
@@ -127,7 +128,9 @@ KNOWN = {
 
 
 def known_shape(name: str) -> Shape | None:
-    """The sizes of a well-known model by its Hub id, or None."""
+    """The sizes of a well-known model by its Hub id (or `demo`), or None."""
+    if name == DEMO:
+        return KNOWN["HuggingFaceTB/SmolLM2-135M"]
     return KNOWN.get(name.removesuffix("-Base").removesuffix("-Instruct"))
 
 
