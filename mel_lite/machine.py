@@ -72,7 +72,7 @@ def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
     """Look at this machine. Imports torch and TRL; touches neither network nor disk contents."""
     loaded_early = tuple(name for name in ("unsloth", "unsloth_zoo") if name in sys.modules)
     import torch
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     cache = _compiled_cache()
     hub_cache = Path(constants.HF_HUB_CACHE)
@@ -92,7 +92,7 @@ def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
         compiled_for=None if cache is None else _compiled_for(cache),
         model=model,
         model_bytes=_model_bytes(model),
-        model_cached=Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str),
+        model_cached=_is_cached(model),
         run_folder=run_folder,
         run_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
         hub_cache=hub_cache,
@@ -190,6 +190,18 @@ def _compiled_for(cache: Path) -> tuple[str, ...] | None:
     return None
 
 
+def _is_cached(model: str) -> bool:
+    """True when no download is needed: a folder, the demo model (which has its own source), or in the Hub's cache."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    if model == "demo" or Path(model).is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except errors.HFValidationError:  # neither a folder nor a Hub id; loading it will say so
+        return False
+
+
 def _model_bytes(model: str) -> int | None:
     from mel_lite import memory
     from mel_lite.errors import ModelError
@@ -197,7 +209,7 @@ def _model_bytes(model: str) -> int | None:
 
     shape = memory.known_shape(model)
     if shape is None:
-        if not Path(model).is_dir() and model != "demo":
+        if not Path(model).is_dir():
             return None
         try:
             shape = memory.shape_of(load_config(ModelSpec(model)).to_dict())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ModelError
+from mel_lite.models import DEMO
 
 MIB, GIB = 2**20, 2**30
 
@@ -127,7 +128,9 @@ KNOWN = {
 
 
 def known_shape(name: str) -> Shape | None:
-    """The sizes of a well-known model by its Hub id, or None."""
+    """The sizes of a well-known model by its Hub id (or `demo`), or None."""
+    if name == DEMO:
+        return KNOWN["HuggingFaceTB/SmolLM2-135M"]
     return KNOWN.get(name.removesuffix("-Base").removesuffix("-Instruct"))
 
 
@@ -271,6 +274,7 @@ def update_bytes(
     *,
     checkpointing: bool,
     four_bit: bool,
+    measured: bool = False,
     element_bytes: int = 2,
     u_bytes: int = 2,
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
@@ -285,19 +289,28 @@ def update_bytes(
         layer_b = sum_{j<=b} graph_j + sum_{j<b} norm_j + layer_backward_bytes_b + N H e
         peak    = max(forward, max_b layer_b + the largest weight written out, where weights are 4-bit)
 
+    With `measured`, the gradient of each loss term is taken before the backward pass that trains, and nothing is freed:
+
+        peak    = sum_b (graph_b + 3 norm_b) + max_b layer_backward_bytes_b + N H (e + u) + the weight written out
+
+    where two of the three norms are what each measurement leaves in the graph.
+
     `N H (2 e + u)` are the scored hidden states, their copy in one tensor, and u = d logp / d hidden. Logits exist only
     as tiles of the head's scratch.
     """
     e, h = element_bytes, shape.hidden
     blocks = blocks_of(lengths)
-    kept, peak = 0, 0
+    kept, peak, worst_layer = 0, 0, 0
     for rows, tokens in blocks:
         layer = saved_layer_bytes(shape, rows, tokens, e)
         kept += shape.layers * (e * h * rows * tokens if checkpointing else layer)
         kept += mask_bytes(rows, tokens, e) // (1 + e)
         gradients = layer_backward_bytes(shape, rows, tokens, e) - (0 if checkpointing else layer)
-        peak = max(peak, kept + gradients)
+        peak, worst_layer = max(peak, kept + gradients), max(worst_layer, gradients)
         kept += 4 * h * rows * tokens
+    if measured:
+        left = 2 * 4 * h * sum(rows * tokens for rows, tokens in blocks)
+        peak = kept + left + worst_layer + scored_tokens * h * u_bytes
     forward = kept + scored_tokens * h * (2 * e + u_bytes) + head_scratch_bytes
     backward = peak + scored_tokens * h * e + (largest_linear_bytes(shape, e) if four_bit else 0)
     return max(forward, backward)

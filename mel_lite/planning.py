@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mel_lite import memory
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.memory import CONTEXT_BYTES, GIB, Shape
-from mel_lite.presets import Recipe, keys_of, resolve
+from mel_lite.presets import Recipe, keys_of, resolve, suggest
 from mel_lite.workload import DEFAULTS, PROMPT_TOKENS, Phase, Workload, option_of, predict, workload
 
 if TYPE_CHECKING:
@@ -250,6 +250,8 @@ def _advice(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[s
         if freed is not None:
             yield " ".join(f"--set {key}={option_of(freed, key.partition('.')[2])}" for key in group)
     load = workload(recipe, shape)
+    if load.measures_gradients and fits(_with(recipe, grad_norm_every=0), pinned):
+        yield "--set train.grad_norm_every=0"
     if load.pairs:
         contexts = range(load.context_tokens - load.context_tokens % 512, 1023, -512)
         shorter = next((n for n in contexts if fits(_with(recipe, max_context_tokens=n), pinned)), None)
@@ -281,8 +283,10 @@ def find_gpu(name: str) -> tuple[str, int, dict[str, bool]]:
     """
     if name in BUDGETS:
         return name, BUDGETS[name], {}
+    if name == "cpu":
+        raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Name one of {', '.join(BUDGETS)} or auto.")
     if name != "auto":
-        raise ConfigError(f"--gpu {name!r}: memory is planned for {', '.join(BUDGETS)} or auto.")
+        raise ConfigError(f"--gpu {name!r} is no preset{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
     import torch
 
     if not torch.cuda.is_available():

@@ -112,7 +112,7 @@ def resolve(
 def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
     for section, options in new.items():
         if section not in values:
-            raise ConfigError(f"{origin}: unknown section {section!r}{_suggest(section, values)}")
+            raise ConfigError(f"{origin}: unknown section {section!r}{suggest(section, values)}")
         if options is None:
             if section != "lora":
                 raise ConfigError(f"{origin}: section {section!r} is empty. Remove it, or give it options.")
@@ -123,11 +123,12 @@ def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
         known = [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else None
         for key in options:
             if known is not None and key not in known:
-                raise ConfigError(f"{origin}: unknown key {section}.{key}{_suggest(key, known)}")
+                raise ConfigError(f"{origin}: unknown key {section}.{key}{suggest(key, known)}")
         values[section] = {**(values[section] or {}), **options}
 
 
-def _suggest(name: str, known: Any) -> str:
+def suggest(name: str, known: Any) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
 
@@ -173,7 +174,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def _load_preset(preset: str) -> dict[str, Any]:
     name = GPU_PRESETS.get(preset)
     if name is None:
-        raise ConfigError(f"--gpu {preset!r} is no preset{_suggest(preset, GPU_PRESETS)}")
+        raise ConfigError(f"--gpu {preset!r} is no preset{suggest(preset, GPU_PRESETS)}")
     return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
 
 
@@ -237,7 +238,7 @@ def build_args(recipe: Recipe, output_dir: Path) -> Any:
     known = [f.name for f in fields(MELConfig) if f.init]
     for key in recipe.train:
         if key not in known or key == "output_dir":
-            raise ConfigError(f"unknown key train.{key}{_suggest(key, known)}")
+            raise ConfigError(f"unknown key train.{key}{suggest(key, known)}")
     numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
     options = {}
     for key, value in recipe.train.items():

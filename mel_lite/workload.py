@@ -224,6 +224,7 @@ def _update(load: Workload) -> dict[str, int]:
         load.micro_batch * load.completion_tokens + lessons * load.analysis_tokens,
         checkpointing=load.checkpointing,
         four_bit=load.four_bit,
+        measured=load.measures_gradients,
         element_bytes=load.element_bytes,
         u_bytes=4 if load.fp16 or load.element_bytes == 4 else 2,
     )

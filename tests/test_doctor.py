@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mel_lite import doctor, machine
@@ -19,6 +20,7 @@ from mel_lite.cli import app
 from mel_lite.doctor import CHECKS, GPU_EXTRAS, TESTED, Check, Report, examine
 from mel_lite.machine import Facts, Gpu
 from mel_lite.memory import GIB
+from tiny_models import save_tiny, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -184,6 +186,7 @@ def test_a_fault_is_found_and_its_fix_named(
 
 def test_what_is_fine_is_not_complained_of() -> None:
     assert visit(driver_cuda=(13, 2))["driver and CUDA"].outcome == "ok"
+    assert visit(torch_cuda=(13, 2))["driver and CUDA"].outcome == "ok", "a driver serves its whole major version"
     assert visit(torch_cuda=(12, 8))["driver and CUDA"].outcome == "ok"
     assert visit(packages=without(torch="2.13.0+cu130"))["tested versions"].outcome == "ok"
     assert visit(offline=True, model_cached=True, hub_free_bytes=0)["Hugging Face Hub"].outcome == "ok"
@@ -268,6 +271,16 @@ def test_a_visit_to_this_machine(tmp_path: Path) -> None:
     assert len(report.checks) == len(CHECKS) and len({check.name for check in report.checks}) == len(CHECKS)
     assert not (tmp_path / "not").exists()
     assert not [c for c in report.checks if c.name == "TRL and import order" and c.outcome != "ok"]
+
+
+def test_models_of_every_kind_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "base", "qwen3")
+    assert machine._is_cached(str(folder)) and machine._is_cached("demo")
+    assert not machine._is_cached("./no/such/folder") and not machine._is_cached("nobody/nothing")
+    weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(tiny_config("qwen3")).parameters())
+    assert machine._model_bytes(str(folder)) == 2 * weights
+    assert machine._model_bytes("demo") == 2 * 134_515_008
+    assert machine._model_bytes("nobody/nothing") is None and machine._model_bytes("./no/such/folder") is None
 
 
 def test_the_command_exits_with_one_when_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:

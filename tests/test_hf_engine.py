@@ -44,6 +44,25 @@ def test_a_sequence_depends_on_prompt_and_seed_alone(model: Any) -> None:
     assert len({c.ids for c in together}) > 6, "different seeds must give different sequences"
 
 
+def test_a_bound_on_the_cache_makes_sequences_wait_and_changes_no_token(model: Any) -> None:
+    requests, sampling = _requests(*range(12)), Sampling(12, temperature=0.7)
+    sizes = []
+
+    class Watched(HFEngine):
+        def _generate_batch(self, model: Any, rows: Any, sampling: Any) -> Any:
+            sizes.append((len(rows), max(len(r.prompt_ids) for r in rows)))
+            return super()._generate_batch(model, rows, sampling)
+
+    bounded = Watched(model, eos_ids=[EOS], pad_id=PAD, max_cache_tokens=60).generate(requests, sampling)
+    assert [c.ids for c in bounded] == [
+        c.ids for c in HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
+    ]
+    assert all(rows * (prompt + 12) <= 60 for rows, prompt in sizes) and max(rows for rows, _ in sizes) == 3
+    sizes.clear()
+    Watched(model, eos_ids=[EOS], pad_id=PAD, max_cache_tokens=5).generate(requests[:3], sampling)
+    assert [rows for rows, _ in sizes] == [1, 1, 1], "one sequence is always sampled"
+
+
 def test_reported_log_probs_are_those_the_trainer_scores(model: Any) -> None:
     requests = _requests(3, 4, 5, 6)
     completions = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, Sampling(10, temperature=0.7))

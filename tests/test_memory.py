@@ -188,6 +188,34 @@ def test_an_update_peaks_where_predicted(
 
 
 @pytest.mark.parametrize(
+    ("kind", "lengths", "scored"),
+    [("llama", [512, 256, 250], [100, 100, 100]), ("qwen3", [300, 280, 256], [200, 9, 100])],
+)
+def test_measuring_both_gradients_peaks_where_predicted(kind: str, lengths: list[int], scored: list[int]) -> None:
+    """As `GradientMeter` does: the gradient of each loss term, then the backward pass that trains."""
+    made = config(kind, num_hidden_layers=12)
+    base = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    install_scoring_head(base)
+    model = checkpointed(with_lora(base).train())
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    packed = pack([Row(torch.arange(n), s) for n, s in zip(lengths, scored, strict=True)], pad_id=0)
+    with LiveBytes([*model.parameters(), *model.buffers(), *[weight.grad for weight in trained]]) as live:
+        logps = score(model, packed)[0]
+        policy, nll = torch.cat(logps[1:]).sum(), logps[0].sum()
+        for term in (policy, nll):
+            torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+        (policy + nll).backward()
+    shape = memory.shape_of(made.to_dict())
+    options = {"four_bit": False, "checkpointing": True, "head_scratch_bytes": cpu_scratch_bytes(shape, sum(scored))}
+    predicted = memory.update_bytes(shape, lengths, sum(scored), measured=True, **options)
+    assert predicted > 1.05 * memory.update_bytes(shape, lengths, sum(scored), **options)
+    gradients = sum(weight.nbytes for weight in trained)
+    assert predicted + gradients == pytest.approx(live.peak_bytes, rel=0.08)
+
+
+@pytest.mark.parametrize(
     ("kind", "sizes", "prompts", "new_tokens"),
     [
         ("qwen3", {}, [256] * 7 + [200], 4),

@@ -40,6 +40,7 @@ def test_repeated_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pyte
     original = F.scaled_dot_product_attention
 
     def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert not (options["is_causal"] and options["attn_mask"] is not None), "GPU kernels refuse both"
         heads.append((query.shape[1], key.shape[1], value.shape[1], options.get("enable_gqa", False)))
         return original(query, key, value, **options)
 

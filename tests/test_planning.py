@@ -113,11 +113,11 @@ def test_what_does_not_fit_is_refused_with_changes_that_help() -> None:
 
 
 def test_advice_names_a_smaller_model_of_the_family() -> None:
-    _, made = planned("16gb", model__name="Qwen/Qwen3-14B-Base", train__max_completion_length=256)
     _, wide = planned("12gb", model__name="Qwen/Qwen3-14B-Base", model__load_in_4bit=False)
     assert not wide.fits and "--set model.load_in_4bit=true" not in wide.advice
     assert wide.advice[-1].startswith("--model Qwen/Qwen3-") and wide.advice[-1].endswith("-Base")
-    assert made.fits
+    _, close = planned("16gb", model__name="Qwen/Qwen3-14B-Base", train__max_completion_length=256)
+    assert "--set train.grad_norm_every=0" in close.advice, "a metric may be all that is too much"
 
 
 def test_settings_give_way_in_order() -> None:
@@ -143,6 +143,13 @@ def test_a_pinned_setting_is_kept() -> None:
     assert made.choices["train.max_cache_tokens"] == 7000
     _, made = planned("80gb", pinned=("train.optim",), train__optim="adamw_torch")
     assert made.choices["train.optim"] == "adamw_torch"
+
+
+def test_a_plan_close_to_the_budget_still_fits() -> None:
+    recipe, made = planned("24gb", pinned=NEUTRAL)
+    tight = int(made.peak_bytes / (TARGET_SHARE + 0.02))
+    assert plan(recipe, shape_for(recipe), gpu="24gb", budget_bytes=tight, pinned=NEUTRAL).fits
+    assert not plan(recipe, shape_for(recipe), gpu="24gb", budget_bytes=made.peak_bytes - 1, pinned=NEUTRAL).fits
 
 
 def test_memory_grows_with_everything_that_takes_it() -> None:
@@ -252,6 +259,8 @@ def test_auto_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         find_gpu("auto")
     with pytest.raises(ConfigError, match="12gb, 16gb, 24gb, 40gb, 80gb or auto"):
         find_gpu("cpu")
+    with pytest.raises(ConfigError, match=r"--gpu '24g' is no preset. Did you mean '24gb'\?"):
+        find_gpu("24g")
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:
@@ -282,6 +291,24 @@ def test_train_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch,
     done = CliRunner().invoke(app, ["train", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B-Base"])
     assert isinstance(done.exception, ConfigError) and "does not fit 12gb" in str(done.exception)
     assert "predicted GPU memory" in done.stdout and not any(tmp_path.iterdir())
+
+
+def test_long_prompts_are_left_out(tmp_path: Path) -> None:
+    from mel_lite.models import load_tokenizer
+    from mel_lite.run import check, load_run_tasks
+
+    folder = save_tiny(tmp_path / "base", "qwen3")
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 10, 200, 15)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides: list[tuple[str, Any]] = [
+        ("model.name", str(folder)), ("data.train", str(tmp_path / "tasks.jsonl")), ("data.eval", None),
+        ("data.conversational", False), ("train.per_device_train_batch_size", 8), ("train.num_generations", 8),
+        ("train.gradient_accumulation_steps", 1),
+    ]  # fmt: skip
+    for limit, dropped in ((None, 0), (100, 1), (12, 2)):
+        recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
+        tasks = load_run_tasks(recipe, check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
+        assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
 
 
 def test_the_page_on_memory_has_the_planners_figures() -> None:
