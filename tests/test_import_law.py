@@ -23,7 +23,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines",
         "pairs experience replay judging study",
         """trainer packing scoring checkpoint checkpointing metrics rewards wiring guards resilience statefiles
-        boundaries tripwires side_services disk order""",
+        boundaries tripwires side_services disk order
+        splitting""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "cli",
     )
@@ -45,7 +46,8 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset(
     """config kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run display
     demo_warmup warmup guards resilience statefiles
-        boundaries tripwires side_services order""".split()
+        boundaries tripwires side_services order
+    splitting""".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 
