@@ -17,7 +17,7 @@ TORCH := $(shell grep -m1 -E '^torch==' requirements/cpu.txt | cut -d' ' -f1)
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all lint format wheel lock clean
+.PHONY: help venv train test test-all faults lint format wheel lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ test: venv $(VENV)/.gym  ## run the fast tests
 
 test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
+    verify_pool verifiers packing templates leakage experience models data fuzz statefiles))
+
+faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
+	$(BIN)/python -m pytest -m "not gpu" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS)
+	$(BIN)/python tests/faults/report.py build/faults.xml docs/reliability.md
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

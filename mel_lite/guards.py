@@ -44,7 +44,8 @@ class NonFiniteGuard:
     skipped_steps: int = 0
     """Optimiser steps skipped so far in this process's life."""
     _skipped_in_row: int = 0
-    _micro_batches: list[dict[str, Any]]
+    _micro_batches: list[dict[str, Any]] | None = None
+    """Inputs and losses of the step under way; None outside of `train`."""
     _losses: list[torch.Tensor]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,17 +56,18 @@ class NonFiniteGuard:
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        self._losses.append(loss)
+        if self._micro_batches is not None:
+            self._losses.append(loss)
         return loss
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        if self.model.training:
+        if self._micro_batches is not None and self.model.training:
             self._micro_batches.append(inputs)  # references only, until the step is over
         return super()._compute_loss(model, inputs)  # type: ignore[misc]
 
     def _before_update(self) -> None:
         losses, self._losses = torch.stack(self._losses).float(), []
-        batches, self._micro_batches = self._micro_batches, []
+        batches, self._micro_batches = self._micro_batches or [], []
         norm = self._gradient_norm()
         scaled = getattr(self.accelerator, "scaler", None) is not None
         is_bad = ~losses.isfinite().all() | (~norm.isfinite() & (not scaled))

@@ -240,10 +240,14 @@ def build_args(recipe: Recipe, output_dir: Path) -> Any:
         if key not in known or key == "output_dir":
             raise ConfigError(f"unknown key train.{key}{suggest(key, known)}")
     numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
+    # TRL's fields are checked by TRL; their annotations do not all resolve without optional packages.
+    ours = get_type_hints(type("Ours", (), {"__annotations__": MELConfig.__annotations__}))
     options = {}
     for key, value in recipe.train.items():
         options[key] = value
-        if key in numeric and isinstance(value, str):
+        if key in ours:
+            options[key] = _typed(f"train.{key}", value, ours[key])
+        elif key in numeric and isinstance(value, str):
             try:
                 options[key] = float(value)
             except ValueError:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -48,26 +49,43 @@ def install_scoring_head(model: Any) -> None:
 
     # Keep the signature: `generate` checks its model arguments against it.
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, score_blocks: Any = None, entropy_grad: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        score_blocks: Any = None,
+        entropy_grad: bool = False,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if score_blocks is None:
             return original_forward(*args, **kwargs)
         parts = []
         for temperature, blocks in itertools.groupby(score_blocks, key=lambda block: block.temperature):
-            hidden_NH, target_N = _scored_hidden(self, list(blocks))
+            hidden_NH, target_N = _scored_hidden(self, list(blocks), recompute)
             parts.append(_score(self, spec, hidden_NH, target_N, temperature, entropy_grad))
         return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     model.forward = types.MethodType(forward, model)
 
 
-def _scored_hidden(model: Any, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states that predict a scored id, and those ids: h_{t-1} predicts id t."""
+def _scored_hidden(model: Any, blocks: Sequence[Block], recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that predict a scored id, and those ids: h_{t-1} predicts id t.
+
+    `recompute`: keep no activations of a block but compute them again in the backward pass, one block at a time.
+    """
+
+    def forward(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
+        output = model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        return output.last_hidden_state
+
     hidden, targets = [], []
     for block in blocks:
-        output = model.base_model(input_ids=block.input_ids_BT, attention_mask=block.attention_mask_BT, use_cache=False)
+        inputs = (block.input_ids_BT, block.attention_mask_BT)
+        again = recompute and torch.is_grad_enabled()
+        hidden_BTH = checkpoint(forward, *inputs, use_reentrant=False) if again else forward(*inputs)
         target_BT = block.target_BT[:, 1:]
         wanted_BT = target_BT != IGNORE
-        hidden.append(output.last_hidden_state[:, :-1][wanted_BT])
+        hidden.append(hidden_BTH[:, :-1][wanted_BT])
         targets.append(target_BT[wanted_BT])
     return torch.cat(hidden), torch.cat(targets)
 
@@ -103,11 +121,13 @@ def _no_autocast(device: str) -> Any:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def score(model: Any, packed: Packed, *, entropy_grad: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def score(
+    model: Any, packed: Packed, *, entropy_grad: bool = False, recompute: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
 
     Equals log softmax(z/T)[id] and the entropy of softmax(z/T), z being the logits of the model the head was installed
-    on and T the row's temperature.
+    on and T the row's temperature. `recompute` trades time for memory: the activations of one block at a time.
     """
-    logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad)
+    logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad, recompute=recompute)
     return packed.unpack(logp_N), packed.unpack(entropy_N)

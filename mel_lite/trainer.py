@@ -310,11 +310,10 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
         rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self._policy_temperature)
         rollouts = len(rows)
         rows += [self._lesson_row(lesson) for lesson in riding]
-        max_tokens = None if batch_size is None else batch_size * max(len(row.ids) for row in rows)
-        packed = pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=max_tokens)
+        packed = pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=self._block_tokens(rows, batch_size))
         with self.accelerator.autocast():
             entropy_grad = self._entropy_bonus_enabled and torch.is_grad_enabled()
-            logps, entropies = score(model, packed, entropy_grad=entropy_grad)
+            logps, entropies = score(model, packed, entropy_grad=entropy_grad, recompute=self._pieces > 1)
         self._ridden_logps = logps[rollouts:]
         mask_BC = attention_mask[:, -logits_to_keep:]
         entropy_BC = pad_rows(entropies[:rollouts], mask_BC) if compute_entropy else None

@@ -25,6 +25,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ RIGHT_SCORE = 0.99
 """A verifier that returns a number says RIGHT from here on: partial credit is not a right answer."""
 MAX_ANSWER_CHARS = 2_000
 """A longer final answer is WRONG unread: no honest one is, and parsers of nested text are not linear."""
+_MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
+"""Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
 TAIL_CHARS = 2_000
 """How much of the end of a completion `math` searches when no answer is marked."""
 
@@ -96,6 +99,8 @@ def math_verify(completion: str, answer: str) -> Verdict:
     marked = answers.first_sentence(marked)
     if answers.normalise(marked) == answers.normalise(gold_text):
         return Verdict.RIGHT
+    if _MISREAD.search(marked):
+        return Verdict.WRONG
     if _equal(
         gold, _parse_prose(marked, latex_only=True) if answers.has_math_delimiters(marked) else _parse_formula(marked)
     ):

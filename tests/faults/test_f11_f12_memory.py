@@ -1,0 +1,114 @@
+"""F11, F12: out of memory in a micro-batch and in generation. The error is raised where torch raises it.
+
+A real allocator's limit needs a GPU; here a forward of more than so many tokens at once fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.hf import HFEngine
+from mel_lite.errors import EngineError
+from tiny_models import tiny_config
+from trainers import assert_learnt, build, step_log, trainable
+
+OPTIONS: dict[str, Any] = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 2,
+                           "per_device_train_batch_size": 8, "max_grad_norm": 0.0}  # fmt: skip
+
+
+def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
+    """Make forwards with gradient of more than `tokens` tokens run out of memory; the sizes that were tried."""
+    backbone = trainer.model.get_base_model().model
+    original, tried = backbone.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        size = kwargs["input_ids"].numel()
+        if torch.is_grad_enabled() and not in_backward:
+            tried.append(size)
+            if size > tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(*args, **kwargs)
+
+    backbone.forward = forward
+    if in_backward:
+        backward = trainer.accelerator.backward
+
+        def fails_once(loss: torch.Tensor, **kwargs: Any) -> None:
+            tried.append(1)
+            if len(tried) == 2:  # the second of two micro-batches, with half of the gradient there
+                p = next(p for p in trainer.model.parameters() if p.requires_grad)
+                p.grad += 1.0  # a backward that stops half-way leaves something behind
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            backward(loss, **kwargs)
+
+        trainer.accelerator.backward = fails_once
+    return tried
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    # One micro-batch with both lessons, or two of which the second fails.
+    options = OPTIONS | {"gradient_accumulation_steps": 1 if where == "forward" else 2}
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
+    sizes = limit(whole, 10**9)
+    whole.train()
+    largest = max(sizes)
+    trainer = build(tmp_path, **options)
+    steps = []
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    tried = limit(trainer, largest - 1, in_backward=where == "backward")
+    with caplog.at_level(logging.WARNING, "mel_lite.splitting"):
+        trainer.train()
+    assert "it is done again in 2 pieces" in caplog.text
+    assert len(steps) == 2, "one update per step, as without"
+    expected, got = trainable(whole), trainable(trainer)
+    for name, weight in expected.items():
+        # SGD: the weights differ by learning rate x gradient, so this compares gradients.
+        assert (got[name] - weight).norm() <= 1e-6 * max(1.0, float(weight.norm())), name
+    assert len(trainer._engine._engine.calls) == len(whole._engine._engine.calls), "nothing is sampled anew"
+    assert [row["mel/trained_tokens"] for row in step_log(tmp_path / "run")] == [
+        row["mel/trained_tokens"] for row in step_log(tmp_path / "whole")
+    ]
+    assert where == "backward" or max(tried) == largest > min(tried)
+    assert_learnt(trainer)
+
+
+def test_what_fits_in_no_piece_is_the_error_it_was(tmp_path: Path) -> None:
+    """`mel-lite train` turns it into advice and exit code 6; every level is tried once."""
+    trainer = build(tmp_path, **OPTIONS)
+    limit(trainer, 10)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert trainer._pieces == 16, "8 rows: 1, 2, 4, 8 and 16 pieces"
+
+
+def test_generation_halves_its_batch_and_samples_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    requests = [Request(tuple(range(5, 9 + i % 3)), i) for i in range(8)]
+    expected = HFEngine(model, eos_ids=[2], pad_id=0).generate(requests, Sampling(8))
+    original, sizes = model.generate, []
+
+    def generate(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(**kwargs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    got = HFEngine(model, eos_ids=[2], pad_id=0).generate(requests, Sampling(8))
+    assert [c.ids for c in got] == [c.ids for c in expected]
+    assert sizes[:3] == [8, 4, 2] and max(sizes[3:]) <= 4
+
+    monkeypatch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(EngineError, match="Out of memory while sampling one sequence"):
+        HFEngine(model, eos_ids=[2], pad_id=0).generate(requests[:1], Sampling(8))

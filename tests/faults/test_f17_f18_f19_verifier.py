@@ -1,0 +1,75 @@
+"""F17, F18, F19: hostile answers, dying workers, swapped arguments; and the figures the verifier is measured by.
+
+Each attack on a worker by itself (hang, C loop, fork, memory, segfault, garbage on the pipe, threads) and the order of
+arguments are in tests/test_verify_pool.py and tests/test_verifiers.py.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from labelled_answers import HOSTILE, LABELLED
+from mel_lite.types import Verdict
+from mel_lite.verifiers import get_verifier
+from mel_lite.verify_pool import VerifyPool
+
+SLOW_RULE = """
+import os, time
+def rule(completion, answer):
+    if completion == "hang":
+        time.sleep(600)
+    if completion == "spin":
+        sum(range(10**13))
+    if completion == "die":
+        os.kill(os.getpid(), 11)
+    return completion == answer
+"""
+
+
+def test_agreement_with_the_labelled_answers(record_property: Any) -> None:
+    assert len(LABELLED) >= 300 and len(set(LABELLED)) == len(LABELLED)
+    wrong = []
+    for verifier, completion, answer, verdict in LABELLED:
+        got = get_verifier(verifier)(completion, answer)
+        if got != verdict:
+            wrong.append((verifier, completion, answer, verdict, str(got)))
+    record_property("labelled_answers", len(LABELLED))
+    record_property("agreement", 1 - len(wrong) / len(LABELLED))
+    assert len(wrong) <= 0.005 * len(LABELLED), wrong
+    assert not [case for case in wrong if case[-1] == "right"], "no wrong answer may be called right"
+
+
+def test_no_attack_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(HOSTILE) >= 50
+    with VerifyPool("math", deadline_s=1.0) as pool:
+        verdicts = pool.verify([(text, answer, {}) for _, text, answer in HOSTILE])
+        # The 18 attacks of answer_pairs include one whose right verdict is not `wrong` but anything else than `right`.
+    accepted = [name for (name, _, _), verdict in zip(HOSTILE, verdicts, strict=True) if verdict is Verdict.RIGHT]
+    record_property("attacks", len(HOSTILE))
+    record_property("attacks_accepted", len(accepted))
+    assert accepted == []
+    assert not list(tmp_path.rglob("hacked"))
+
+
+@pytest.mark.slow
+def test_three_quarters_hostile_answers_of_forty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    (tmp_path / "rule_here.py").write_text(SLOW_RULE)
+    monkeypatch.chdir(tmp_path)
+    before = len(psutil.Process().children(recursive=True))
+    items = [(f"{i}", f"{i}", {}) if i % 4 == 0 else (("hang", "spin", "die")[i % 3], "x", {}) for i in range(40)]
+    with VerifyPool("rule_here:rule", deadline_s=1.0) as pool:
+        start_s = time.monotonic()
+        verdicts = pool.verify(items)
+        took_s = time.monotonic() - start_s
+    record_property("hostile_batch_s", took_s)
+    assert took_s < 40
+    assert [str(v) for v in verdicts] == ["right" if i % 4 == 0 else "abstain" for i in range(40)]
+    assert len(psutil.Process().children(recursive=True)) == before
