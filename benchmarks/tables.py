@@ -62,9 +62,9 @@ def kernel_cpu_line() -> str:
     ours, naive = by_name["mel_lite"], by_name["naive log-softmax"]
     ours_s, naive_s = statistics.median(ours["times_s"]), statistics.median(naive["times_s"])
     return (
-        f"On {report['machine']['threads']} CPU threads, at {shape['rows']} tokens and a vocabulary of {shape['vocab']}, "
-        f"it takes {ours_s:.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take {naive_s:.1f} s and "
-        f"{naive['peak_bytes'] / 2**20:.0f} MiB: {naive_s / ours_s:.1f} times as fast."
+        f"On {report['machine']['threads']} CPU threads, at {shape['rows']} tokens and a vocabulary of "
+        f"{shape['vocab']}, it takes {ours_s:.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take "
+        f"{naive_s:.1f} s and {naive['peak_bytes'] / 2**20:.0f} MiB: {naive_s / ours_s:.1f} times as fast."
     )
 
 

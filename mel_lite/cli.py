@@ -69,6 +69,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
 ) -> None:
     """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
+    from mel_lite import ranks
     from mel_lite.presets import parse_set, resolve
     from mel_lite.runs import default_output_dir
 
@@ -95,7 +96,8 @@ def train(
     if gpu in (None, "cpu"):
         recipe = resolve(preset=gpu, config=config, overrides=overrides)
     else:
-        recipe = cli_gpu.planned(str(gpu), config, overrides)
+        # One process plans for all: free memory differs from one to the next, batch shapes must not.
+        recipe = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
 
     with loading("loading"):
         from mel_lite import run

@@ -17,7 +17,7 @@ from mel_lite import memory
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.memory import CONTEXT_BYTES, GIB, Shape
 from mel_lite.presets import Recipe, keys_of, resolve, suggest
-from mel_lite.workload import DEFAULTS, PROMPT_TOKENS, Phase, Workload, option_of, predict, workload
+from mel_lite.workload import DEFAULTS, PROMPT_TOKENS, Phase, Workload, option_of, predict, with_lessons, workload
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -184,7 +184,7 @@ def _storage(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Iterator[R
     option = {key: option_of(recipe, key) for key in DEFAULTS}
     full = workload(recipe, shape).context_tokens
     contexts: list[int] = [full]
-    if option["max_context_tokens"] is None and option["algorithm"] == "mel":
+    if option["max_context_tokens"] is None and with_lessons(recipe):
         contexts += [tokens for tokens in range(full - full % 512, 1535, -512) if tokens < full]
     checkpointings = {bool(option["gradient_checkpointing"]): None, True: None}
     optimisers = {str(option["optim"]): None, "paged_adamw_8bit": None}

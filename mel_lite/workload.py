@@ -14,6 +14,7 @@ from mel_lite.presets import Recipe
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "mel",
+    "meta_experience": None,
     "num_generations": 8,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -115,7 +116,7 @@ def workload(recipe: Recipe, shape: Shape) -> Workload:
     prompts = max(1, completions // option["num_generations"])
     most_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
     per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
-    pairs = prompts * per_group if option["algorithm"] == "mel" else 0
+    pairs = prompts * per_group if with_lessons(recipe) else 0
     control = option["replay_control"] or option["replay_criterion"] == "uplift"
     prompt, completion = recipe.data.max_prompt_tokens or PROMPT_TOKENS, option["max_completion_length"]
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
@@ -143,6 +144,12 @@ def workload(recipe: Recipe, shape: Shape) -> Workload:
         scores_rollouts=option["beta"] != 0 or accumulation % (steps * option["num_iterations"]) != 0,
         exports=recipe.export.format is not None,
     )
+
+
+def with_lessons(recipe: Recipe) -> bool:
+    """Whether the run writes meta-experiences and learns from them."""
+    wanted = option_of(recipe, "meta_experience")
+    return bool(option_of(recipe, "algorithm") == "mel" if wanted is None else wanted)
 
 
 def option_of(recipe: Recipe, key: str) -> Any:

@@ -326,3 +326,18 @@ def test_the_page_on_memory_has_the_planners_figures() -> None:
             f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})",
         )
         assert f"| {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce++", "rft"])
+def test_lessons_are_planned_for_beside_every_estimator(algorithm: str) -> None:
+    peaks = {}
+    for name, options in (
+        ("mel", [("train.algorithm", "mel")]),
+        ("with", [("train.algorithm", algorithm), ("train.meta_experience", True)]),
+        ("without", [("train.algorithm", algorithm)]),
+    ):
+        recipe = resolve(preset="24gb", config=None, overrides=options)
+        phases = predict(workload(recipe, shape_for(recipe)))
+        peaks[name] = {phase.name: phase.bytes for phase in phases}
+    assert peaks["with"] == peaks["mel"] and "analysis" in peaks["with"]
+    assert "analysis" not in peaks["without"] and peaks["without"]["update"] < peaks["mel"]["update"]
