@@ -58,13 +58,15 @@ class Interruptible:
             self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
         with interrupts.deferred(alone=self.accelerator.num_processes == 1):
             try:
-                return super().train(*args, **kwargs)  # type: ignore[misc]
+                result = super().train(*args, **kwargs)  # type: ignore[misc]
+                self._stop_together()  # a signal of the last moment ends the program, too
+                return result
             except interrupts.Interrupted as interruption:
                 raise interruption.as_exit(self._commit_boundary()) from None
             except EngineError as error:
                 if self.accelerator.num_processes > 1:  # the others wait elsewhere
                     raise
-                raise EngineError(f"{error} {self._commit_boundary()}") from error
+                raise EngineError(f"{error} {self._commit_if_possible()}") from error
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._stop_together()
@@ -101,6 +103,15 @@ class Interruptible:
             last_experience_id=None if self._store is None else self._store.last_id(),
             rng=rng_state(all_gpus=self.args.world_size > 1),
         )
+
+    def _commit_if_possible(self) -> str:
+        """As `_commit_boundary`, but a device that is dead for copies, too, is told and not raised."""
+        try:
+            return self._commit_boundary()
+        except RuntimeError as error:
+            saved = checkpoint.committed(Path(self.args.output_dir))
+            newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+            return f"Stopped. The last steps could not be saved ({str(error).splitlines()[0]}); {newest}."
 
     def _commit_boundary(self) -> str:
         """Take the run back to the last boundary and save it there; returns what was done, for the user."""

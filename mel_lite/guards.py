@@ -81,11 +81,15 @@ class NonFiniteGuard:
             return
         self.skipped_steps += 1
         self._skipped_in_row += 1
-        for parameter in self.model.parameters():
-            parameter.grad = None  # optimisers leave a weight without gradient alone, with its moments and decay
+        if not scaled:  # a gradient scaler skips the update by itself, and wants to see why
+            for parameter in self.model.parameters():
+                parameter.grad = None  # optimisers leave a weight without gradient alone, with its moments and decay
+        elif norm.isfinite():  # a loss that is not finite on another process
+            self._spoil_gradients()
         self._forget_step()
         self._log_metrics({"mel/skipped": self.skipped_steps})  # type: ignore[attr-defined]
-        where = self._dump(batches, losses.tolist(), float(norm)) if self.accelerator.is_main_process else None
+        # On several processes only those whose own numbers are bad have the batch that made them so.
+        where = self._dump(batches, losses.tolist(), float(norm)) if bool(is_bad) else None
         what = f"loss {', '.join(f'{loss:g}' for loss in losses.tolist())}, gradient norm {float(norm):g}"
         if self._skipped_in_row >= IN_A_ROW or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             raise DivergedError(self._farewell(what))
@@ -93,6 +97,11 @@ class NonFiniteGuard:
             "Step %s was skipped: %s. Weights, optimiser and learning rate are as before it. %s",
             self.state.global_step + 1, what, f"Its batch is in {where}." if where else "",
         )  # fmt: skip
+
+    def _spoil_gradients(self) -> None:
+        """Make the gradient scaler skip this update, on this process as on the one whose loss was bad."""
+        first = next(p for p in self.model.parameters() if p.grad is not None)
+        first.grad.fill_(torch.inf)
 
     def _gradient_norm(self) -> torch.Tensor:
         """L2 norm of the whole gradient, () float32; NaN or Inf when one element is."""
@@ -109,6 +118,8 @@ class NonFiniteGuard:
     def _dump(self, batches: list[dict[str, Any]], losses: list[float], norm: float) -> Path | None:
         """Write a bad step's micro-batches; None when enough are there, or the disk does not take them."""
         folder = Path(self.args.output_dir) / BAD_STEPS / f"step-{self.state.global_step + 1}"
+        if self.accelerator.num_processes > 1:
+            folder = folder.with_name(f"{folder.name}-process-{self.accelerator.process_index}")
         if folder.parent.is_dir() and len(list(folder.parent.iterdir())) >= MOST_DUMPS:
             return None
         tensors = {
@@ -141,8 +152,8 @@ class NonFiniteGuard:
         in_row = f"{self._skipped_in_row} steps in a row were" if self._skipped_in_row > 1 else "A step was"
         return (
             f"{in_row} not finite at step {self.state.global_step + 1} ({what}). {last}. The batches are in "
-            f"{run_dir / BAD_STEPS}. Go on from that checkpoint with a lower learning_rate or max_grad_norm; under "
-            "float16, use bf16 where the GPU has it."
+            f"{run_dir / BAD_STEPS}. Go on from that checkpoint in a new run (--adapter CHECKPOINT --output-dir NEW) "
+            "with a lower learning_rate or max_grad_norm; under float16, use bf16 where the GPU has it."
         )
 
 

@@ -82,9 +82,10 @@ def deferred(*, alone: bool = True) -> Iterator[None]:
         _flag.armed = alone
         yield
     finally:
-        _flag.armed, _flag.signum = False, None
+        _flag.armed = False
         for each, handler in previous.items():
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+        _flag.signum = None  # after the handlers are gone: one more signal must not outlive this
 
 
 def _say(text: str) -> None:

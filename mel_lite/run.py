@@ -127,8 +127,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
-                "train.gradient_accumulation_steps as much), train.max_completion_length or train.max_context_tokens; "
-                f"then go on with --resume. ({str(error).splitlines()[0]})"
+                "train.gradient_accumulation_steps as much), train.max_completion_length or train.max_context_tokens, "
+                f"and go on from the newest checkpoint in a new run: --adapter {folder} --output-dir NEW. "
+                f"({str(error).splitlines()[0]})"
             ) from error
         finally:
             display.close()

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.5
 """How long training waits for a tracker that was in time so far. One that was not is called without waiting."""
+START_PATIENCE_S = 30.0
+"""The same at the start of training, where trackers log in."""
 AT_EXIT_S = 10.0
 """How long the program waits at its end for trackers to finish."""
 MOST_WAITING = 10_000
@@ -34,7 +36,7 @@ class _Service:
     def __init__(self, name: str) -> None:
         self.name = name
         self._failures = 0
-        self._told = False
+        self._told: set[str] = set()
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._failures >= MOST_FAILURES:
@@ -45,12 +47,14 @@ class _Service:
         except Exception as error:
             self._failures += 1
             self.tell(f"failed ({type(error).__name__}: {error})")
+            if self._failures == MOST_FAILURES:
+                self.tell(f"failed {MOST_FAILURES} times in a row and is not called any more", kind="dropped")
 
-    def tell(self, what: str) -> None:
-        """Warn once: the same trouble comes back at every step."""
-        if not self._told:
+    def tell(self, what: str, *, kind: str = "failed") -> None:
+        """Warn once of each kind of trouble: the same comes back at every step."""
+        if kind not in self._told:
             logger.warning("%s %s. Training goes on; what it misses is in metrics.jsonl.", self.name, what)
-        self._told = True
+        self._told.add(kind)
 
 
 class _Courier(_Service):
@@ -77,9 +81,10 @@ class _Courier(_Service):
         done = threading.Event()
         self._idle.clear()
         self._events.put((call, done))
-        if not self._late and not done.wait(PATIENCE_S):
+        patience_s = START_PATIENCE_S if method.__name__ == "on_train_begin" else PATIENCE_S
+        if not self._late and not done.wait(patience_s):
             self._late = True
-            self.tell(f"has not answered for {PATIENCE_S} s")
+            self.tell(f"has not answered for {patience_s} s", kind="late")
 
     def _work(self) -> None:
         while True:

@@ -73,6 +73,8 @@ class Tripwires:
         self._means = {name: Means(EVALUATIONS if name.startswith("eval") else WINDOW) for name in self.METRICS}
         self._norms: list[float] = []
         self._reward_when_longest: float | None = None
+        self.lambda_may_help = False
+        """Whether the last warnings were of a kind that a smaller weight of the lessons can cure."""
         self._tripped: dict[str, int] = {}
         """Logs for which each tripped wire has been so."""
         self.mel_weight: float | None = None
@@ -112,6 +114,7 @@ class Tripwires:
         if self._means["completions/mean_length"].best != longest:
             self._reward_when_longest = self._means["reward"].mean()
         due = []
+        self.lambda_may_help = False
         wires: dict[str, Callable[[], str | None]] = {
             "reward": self._fallen_reward,
             "evaluation": self._fallen_evaluation,
@@ -129,7 +132,13 @@ class Tripwires:
             self._tripped[name] = self._tripped.get(name, -1) + 1
             if self._tripped[name] % AGAIN == 0:
                 due.append(warning)
+                self.lambda_may_help |= name not in ("nothing kept", "untrained")
         return due
+
+    @property
+    def logs_seen(self) -> int:
+        """Logs of rewards taken in, at most WINDOW."""
+        return len(self._means["reward"].last)
 
     def spike(self, logs: dict[str, Any]) -> str | None:
         """What to say of this log's gradient norm, when it is an outlier. One alone is no collapse."""
@@ -241,9 +250,10 @@ class Watched:
         if spike and self.accelerator.is_main_process:
             logger.warning("Step %s: %s", self.state.global_step, spike)
         due = self._tripwires.look(logs, untrained=self._is_untrained())
+        lower = self._tripwires.lambda_may_help and self.args.with_meta_experience and self.args.mel_weight > 0
         if self.accelerator.num_processes > 1:
-            due = broadcast_object_list([due], from_process=0)[0]
-        if due and self.args.on_collapse == "lower_lambda" and self.args.mel_weight > 0:
+            due, lower = broadcast_object_list([due, lower], from_process=0)
+        if lower and self.args.on_collapse == "lower_lambda":
             before = self.args.mel_weight
             self.args.mel_weight = self._tripwires.mel_weight = before / 2
             due[-1] += f" mel_weight was lowered from {before:g} to {before / 2:g}."
@@ -257,7 +267,7 @@ class Watched:
 
     def _is_untrained(self) -> bool:
         """Whether the model has trainable LoRA-B matrices, all of them zero."""
-        if len(self._tripwires._means["reward"].last) < WINDOW - 1:
+        if self._tripwires.logs_seen < WINDOW - 1:
             return False
         matrices = [p for n, p in self.model.named_parameters() if "lora_B" in n and p.requires_grad]
         return bool(matrices) and not any(bool(p.detach().any()) for p in matrices)
