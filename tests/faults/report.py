@@ -1,4 +1,5 @@
-"""Write the tables of docs/reliability.md from a JUnit file: `python report.py faults.xml docs/reliability.md`.
+"""Write the tables of docs/reliability.md from JUnit files:
+`python report.py faults.xml [more.xml] docs/reliability.md`.
 
 Everything between the two markers is replaced; a fault whose tests did not all pass is shown as such.
 """
@@ -73,11 +74,11 @@ NUMBERS: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-def read(junit: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
+def read(junits: list[Path]) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Outcomes by test ("faults/test_x::test_y"), and the largest value of every recorded property."""
     outcomes: defaultdict[str, list[str]] = defaultdict(list)
     numbers: dict[str, float] = {}
-    for case in ET.parse(junit).iter("testcase"):
+    for case in (case for junit in junits for case in ET.parse(junit).iter("testcase")):
         module = str(case.get("classname")).removeprefix("tests.").replace(".", "/")
         name = f"{module}::{str(case.get('name')).split('[')[0]}"
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
@@ -107,11 +108,12 @@ def _is_of(name: str, wanted: list[str]) -> bool:
     return any(name.startswith(part if "::" in part else f"{part}::") for part in wanted)
 
 
-def main(junit: Path, page: Path) -> None:
+def main(junits: list[Path], page: Path) -> None:
     text = page.read_text()
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{head}\n{tables(*read(junit))}\n{tail}")
+    page.write_text(f"{head}\n{tables(*read(junits))}\n{tail}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    *files, target = map(Path, sys.argv[1:])
+    main(files, target)
