@@ -30,8 +30,8 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU, but for the exhaustive ones
+	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
     verify_pool verifiers packing templates leakage experience models data fuzz statefiles))

@@ -16,6 +16,13 @@ COMMON: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps"
 """Options of every run that is hit: a checkpoint per step, of which two are kept."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs in processes of their own take seconds each."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and "runs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def runs() -> Iterator[Farm]:
     with farm() as server:

@@ -68,6 +68,7 @@ def test_killed_around_the_commit(runs: Farm, reference: Reference, folder: Path
         kill_in_save(runs, folder / str(event), reference, common, event)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_killed_at_every_file_operation_of_a_save(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], record_property: Any
@@ -117,6 +118,7 @@ def test_killed_at_random_times(runs: Farm, reference: Reference, folder: Path, 
     assert kill_at_random(runs, reference, folder, common, kills=4, seed=1)["kills"] == 4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_killed_a_hundred_times(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], record_property: Any
