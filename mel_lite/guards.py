@@ -88,8 +88,7 @@ class NonFiniteGuard:
             self._spoil_gradients()
         self._forget_step()
         self._log_metrics({"mel/skipped": self.skipped_steps})  # type: ignore[attr-defined]
-        # On several processes only those whose own numbers are bad have the batch that made them so.
-        where = self._dump(batches, losses.tolist(), float(norm)) if bool(is_bad) else None
+        where = self._dump(batches, losses.tolist(), float(norm)) if self._has_bad_batch(losses) else None
         what = f"loss {', '.join(f'{loss:g}' for loss in losses.tolist())}, gradient norm {float(norm):g}"
         if self._skipped_in_row >= IN_A_ROW or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             raise DivergedError(self._farewell(what))
@@ -97,6 +96,13 @@ class NonFiniteGuard:
             "Step %s was skipped: %s. Weights, optimiser and learning rate are as before it. %s",
             self.state.global_step + 1, what, f"Its batch is in {where}." if where else "",
         )  # fmt: skip
+
+    def _has_bad_batch(self, losses: torch.Tensor) -> bool:
+        """Whether this process has the batch to look at: its loss is bad, or nobody's is and it is the first."""
+        mine = ~losses.isfinite().all()
+        if self.accelerator.reduce(mine.float(), "sum").item() > 0:
+            return bool(mine)
+        return bool(self.accelerator.is_main_process)
 
     def _spoil_gradients(self) -> None:
         """Make the gradient scaler skip this update, on this process as on the one whose loss was bad."""

@@ -46,4 +46,6 @@ def test_both_take_the_same_decision(tmp_path: Path, fault: str, end: str, saved
         assert checkpoint.problem(path) is None
         assert {"rng_state_0.json", "rng_state_1.json"} <= {p.name for p in path.iterdir()}
     if "nan" in fault:
-        assert (tmp_path / "run" / BAD_STEPS / "step-2" / "batch.json").is_file()
+        # The process whose loss was NaN has the batch; the other's is as good as any.
+        dumped = [path.parent.name for path in (tmp_path / "run" / BAD_STEPS).glob("step-2-*/batch.json")]
+        assert dumped == ["step-2-process-1"]
