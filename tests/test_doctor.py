@@ -51,7 +51,7 @@ HEALTHY = Facts(
     hub_writable=True,
     offline=False,
 )
-CACHE = Path("/work/unsloth_compiled_cache")
+CACHE = Path("project/unsloth_compiled_cache")
 
 
 def visit(**changes: Any) -> dict[str, Check]:

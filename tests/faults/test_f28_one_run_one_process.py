@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,14 +70,21 @@ def test_a_folder_that_cannot_be_made_is_an_early_error(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="root may write anywhere; the case above is the same path through the code"
-)
-def test_a_read_only_folder_is_an_early_error(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(ConfigError, match="cannot be written"):
-            with run_folder(tmp_path / "run", resume=False):
-                pass
-    finally:
-        tmp_path.chmod(0o700)
+NOBODY = 65534
+
+
+def test_a_read_only_folder_is_an_early_error() -> None:
+    """Root may write anywhere, so as root the test is somebody else for a moment."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, whose parents nobody else may enter
+        Path(place).chmod(0o555)
+        try:
+            if is_root:
+                os.seteuid(NOBODY)
+            with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+                with run_folder(Path(place) / "run", resume=False):
+                    pass
+        finally:
+            if is_root:
+                os.seteuid(0)
+            Path(place).chmod(0o700)
