@@ -34,7 +34,7 @@ test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
-    verify_pool verifiers packing templates leakage experience models data fuzz statefiles))
+    verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
 	$(BIN)/python -m pytest -m "not gpu" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS)

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from mel_lite import checkpoint, interrupts
 from mel_lite.errors import EngineError
 from mel_lite.statefiles import rng_state, set_rng_state
+from mel_lite.wiring import add_callback_once
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ class Interruptible:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._boundary = None
-        if not any(isinstance(each, _AfterUpdate) for each in self.callback_handler.callbacks):  # type: ignore[attr-defined]
-            self.add_callback(_AfterUpdate(self))  # type: ignore[attr-defined]
+        add_callback_once(self, _AfterUpdate(self))
         with interrupts.deferred(alone=self.accelerator.num_processes == 1):
             try:
                 result = super().train(*args, **kwargs)  # type: ignore[misc]

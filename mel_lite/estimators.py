@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from trl.trainer.utils import nanstd
 
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does."""
@@ -24,10 +24,7 @@ def batch_advantages(reward_W: Tensor) -> Tensor:
     Equal rewards give zeros. Source: REINFORCE++, arXiv 2501.03262, without its KL in the reward (TRL's `beta` is a
     term of the loss).
     """
-    scored = reward_W[~reward_W.isnan()]
-    if len(scored) < 2:
-        return torch.zeros_like(reward_W)
-    return ((reward_W - scored.mean()) / (scored.std() + EPSILON)).nan_to_num(nan=0.0)
+    return ((reward_W - reward_W.nanmean()) / (nanstd(reward_W) + EPSILON)).nan_to_num(nan=0.0)
 
 
 def only_right(batch: dict[str, Any], is_right_B: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:

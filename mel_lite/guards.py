@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mel_lite import checkpoint
 from mel_lite.errors import DivergedError
+from mel_lite.wiring import add_callback_once
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ class NonFiniteGuard:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_batches, self._losses = [], []
-        if not any(isinstance(each, _BeforeUpdate) for each in self.callback_handler.callbacks):  # type: ignore[attr-defined]
-            self.add_callback(_BeforeUpdate(self))  # type: ignore[attr-defined]
+        add_callback_once(self, _BeforeUpdate(self))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from mel_lite.wiring import add_callback_once
+
 
 class ExactOrder:
     """Mixin over a TRL trainer: a run resumed in its k-th epoch sees the prompts in that epoch's order.
@@ -18,8 +20,7 @@ class ExactOrder:
     _sampler: Any = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(each, _EpochBegins) for each in self.callback_handler.callbacks):  # type: ignore[attr-defined]
-            self.add_callback(_EpochBegins(self))  # type: ignore[attr-defined]
+        add_callback_once(self, _EpochBegins(self))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

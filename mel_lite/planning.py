@@ -35,10 +35,9 @@ correction takes its part); A100-40; A100-80."""
 MAX_MICRO_BATCH = 16
 TARGET_SHARE = 0.95
 """Settings are chosen to stay below this share of a card, since predictions are not exact."""
-NEUTRAL = (
-    "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.max_cache_tokens",
-    "train.gradient_checkpointing", "train.optim",
-)  # fmt: skip
+SPLIT = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+CACHE, CHECKPOINTING, OPTIM = "train.max_cache_tokens", "train.gradient_checkpointing", "train.optim"
+NEUTRAL = (*SPLIT, CACHE, CHECKPOINTING, OPTIM)
 """What is chosen freely: the result of a step does not depend on it (8-bit moments: by rounding only)."""
 
 
@@ -189,15 +188,15 @@ def _storage(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Iterator[R
     checkpointings = {bool(option["gradient_checkpointing"]): None, True: None}
     optimisers = {str(option["optim"]): None, "paged_adamw_8bit": None}
     for context in contexts:
-        for checkpointing in [option["gradient_checkpointing"]] if NEUTRAL[3] in pinned else checkpointings:
-            for optim in [option["optim"]] if NEUTRAL[4] in pinned else optimisers:
+        for checkpointing in [option["gradient_checkpointing"]] if CHECKPOINTING in pinned else checkpointings:
+            for optim in [option["optim"]] if OPTIM in pinned else optimisers:
                 yield _with(recipe, max_context_tokens=context, gradient_checkpointing=checkpointing, optim=optim)
 
 
 def _micro_batches(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Iterator[Recipe]:
     """The same completions per step in ever smaller micro-batches."""
     option = {key: option_of(recipe, key) for key in DEFAULTS}
-    explicit = pinned & set(NEUTRAL[:2]) or option["steps_per_generation"] or option["generation_batch_size"]
+    explicit = pinned & set(SPLIT) or option["steps_per_generation"] or option["generation_batch_size"]
     if explicit:
         yield recipe
         return
@@ -215,7 +214,7 @@ def _concurrency(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozen
         phases = predict(replace(load, max_cache_tokens=tokens))
         return all(phase.bytes <= budget_bytes for phase in phases if phase.name != "export")
 
-    if NEUTRAL[2] in pinned:
+    if CACHE in pinned:
         return recipe if fits(load.max_cache_tokens) else None
     lengths = {name: prompt + new for name, (_, prompt, new) in load.sampled.items()}
     sizes = {n * length for name, length in lengths.items() for n in range(1, load.sampled[name][0] + 1)}
@@ -233,7 +232,7 @@ def _concurrency(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozen
 def _smallest(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Recipe:
     storage = list(_storage(recipe, shape, pinned))[-1]
     smallest = list(_micro_batches(storage, shape, pinned))[-1]
-    if NEUTRAL[2] in pinned:
+    if CACHE in pinned:
         return smallest
     longest = max(prompt + new for _, prompt, new in workload(smallest, shape).sampled.values())
     return _with(smallest, max_cache_tokens=longest)
@@ -245,7 +244,7 @@ def _advice(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[s
     def fits(changed: Recipe, held: frozenset[str], of: Shape = shape) -> bool:
         return _fitting(changed, of, budget_bytes, held) is not None
 
-    for group in (NEUTRAL[:2], *((key,) for key in NEUTRAL[2:])):
+    for group in (SPLIT, *((key,) for key in (CACHE, CHECKPOINTING, OPTIM))):
         freed = _fitting(recipe, shape, budget_bytes, pinned - set(group)) if pinned & set(group) else None
         if freed is not None:
             yield " ".join(f"--set {key}={option_of(freed, key.partition('.')[2])}" for key in group)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mel_lite import checkpoint
 from mel_lite.errors import DivergedError
+from mel_lite.wiring import add_callback_once
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +242,7 @@ class Watched:
         return self._wires
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(each, _OnLog) for each in self.callback_handler.callbacks):  # type: ignore[attr-defined]
-            self.add_callback(_OnLog(self))  # type: ignore[attr-defined]
+        add_callback_once(self, _OnLog(self))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _look(self, logs: dict[str, Any]) -> None:

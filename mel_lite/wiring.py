@@ -200,6 +200,12 @@ def _context_for_analysis(args: MELConfig, model: Any) -> int:
     return wanted
 
 
+def add_callback_once(trainer: Any, callback: TrainerCallback) -> None:
+    """Add a callback unless the trainer has one of its class: `train` may be called again."""
+    if not any(type(each) is type(callback) for each in trainer.callback_handler.callbacks):
+        trainer.add_callback(callback)
+
+
 class StepHook(TrainerCallback):
     """Calls back after each optimiser step, before the step is logged."""
 
