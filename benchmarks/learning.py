@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.adapters import attach_adapter, find_adapter
@@ -115,6 +115,7 @@ def run(arm: str, seed: int, plan: Plan) -> dict[str, Any]:
             model=model, args=args, train_dataset=load_tasks("demo", conversational=True), processing_class=tokenizer,
             callbacks=[curve],
         )  # fmt: skip
+        curve.trainer.remove_callback(PrinterCallback)
         curve.measure()
         curve.trainer.train()
     took_s = round(time.monotonic() - started_s)
