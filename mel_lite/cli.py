@@ -66,6 +66,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --resume: an option (train.learning_rate) or input (dataset, templates, chat_template, dtype, "
+            "batch) that need not be as it was; may be repeated."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
 ) -> None:
     """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
@@ -87,6 +94,8 @@ def train(
         # What the preset holds out belongs to the preset's tasks.
         overrides += [("data.eval", None), ("data.eval_split", None)]
     overrides += [parse_set(text) for text in set_ or []]
+    if allow_change and not resume:
+        raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
         output_dir = output_dir or _newest_run()
         # A run goes on as it was begun, unless told otherwise.
@@ -106,7 +115,7 @@ def train(
         return
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        run.train(recipe, folder, resume=resume, console=console())
+        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or ())
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, Me
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
-from mel_lite.presets import Recipe, build_args, changes, resolve
+from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
+from mel_lite.resuming import check_changes
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
@@ -91,10 +93,11 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     return args
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
+def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow_change: Sequence[str] = ()) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
-    Several processes (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+    `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
+    (`accelerate launch`) train together; the first one prints, writes, saves and exports.
 
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
@@ -108,7 +111,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
     with ExitStack() as claim:
         ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
-        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console), cpu=on_cpu)
+        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
@@ -123,7 +126,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
             (folder / "config.yaml").write_text(recipe.as_yaml())
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
-            trainer.train(resume_from_checkpoint=resume or None)
+            trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
@@ -142,17 +145,14 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         trainer.accelerator.end_training()
 
 
-def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
+def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
     """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
 
     Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
     """
-    if found := changes(resolve(config=folder / "config.yaml"), recipe):
-        listing = "\n".join(f"  {change}" for change in found)
-        raise ConfigError(
-            f"--resume: the run in {folder} was begun with other options:\n{listing}\nLeave them as they were, or "
-            "begin a new run with --adapter and another --output-dir."
-        )
+    began = resolve(config=folder / "config.yaml")
+    options = [option.name for option in fields(MELConfig)]
+    check_changes(began, recipe, allow_change, known=options, where=str(folder))
     if checkpoint.committed(folder):
         checkpoint.resolve(folder, True)  # fail before minutes of loading
         return True

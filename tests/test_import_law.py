@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines ranks",
         "pairs experience replay judging study",
         """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
-        statefiles boundaries tripwires side_services disk order splitting""",
+        statefiles boundaries tripwires side_services disk order splitting resuming""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )

@@ -23,8 +23,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "F6": ("a full disk while saving", "faults/test_f06_full_disk"),
     "F7": ("rotation with odd step numbers, times and a best one", "faults/test_f04_f05_f07_damage"),
     "F8": ("SIGTERM and SIGINT in every phase, and a second one", "faults/test_f08_signals"),
-    "F9": ("resume with other options", "faults/test_f03_f10_resume::test_other_options "
-           "test_presets::test_a_resumed_run"),
+    "F9": ("resume with another split, options, dataset, texts, dtype, base", "faults/test_f09_other_options"),
     "F10": ("resume in a later epoch of odd size", "faults/test_f03_f10_resume::test_no_prompt"),
     "F11": ("out of memory in a micro-batch", "faults/test_f11_f12_memory"),
     "F12": ("out of memory in generation", "faults/test_f11_f12_memory test_hf_engine::test_out_of_memory"),
