@@ -31,18 +31,19 @@ FAULTS: dict[str, tuple[str, str]] = {
     "F14": ("a gradient 50 times the usual", "faults/test_f14_f15_f20_f22::test_a_spike"),
     "F15": ("rewards that are None, NaN, raise, or all equal", "faults/test_f14_f15_f20_f22::test_missing "
             "faults/test_f14_f15_f20_f22::test_a_reward"),
-    "F16": ("runs that learn nothing", "test_tripwires test_trainer::test_a_dataset_without "
+    "F16": ("runs that learn nothing, and other collapses", "test_tripwires test_trainer::test_a_dataset_without "
             "test_export::test_untrained"),
     "F17": ("hostile answers", "faults/test_f17_f18_f19_verifier test_verify_pool::test_honest"),
     "F18": ("verifier workers that die, fork, hang, write garbage", "test_verify_pool::test_each_attack "
             "test_verify_pool::test_too_many"),
     "F19": ("swapped arguments, threads", "test_verifiers::test_gold_and_answer test_verify_pool::test_any_thread"),
     "F20": ("an engine that dies in a batch", "faults/test_f14_f15_f20_f22::test_an_engine "
-            "faults/test_f14_f15_f20_f22::test_one_that"),
+            "faults/test_f14_f15_f20_f22::test_one_that faults/test_f20_engine_process"),
     "F21": ("a doubled adapter; another base", "faults/test_f14_f15_f20_f22::test_a_sampler "
             "test_checkpoint::test_a_checkpoint_of_another"),
     "F22": ("a sampler that is not the policy", "faults/test_f14_f15_f20_f22::test_a_sampler "
-            "test_hf_engine::test_reported"),
+            "faults/test_f14_f15_f20_f22::test_truncated faults/test_f14_f15_f20_f22::test_sampling "
+            "faults/test_f14_f15_f20_f22::test_the_temperature test_hf_engine::test_reported"),
     "F23": ("odd tokenizers, empty and truncated completions", "faults/test_f23_f24_text test_fuzz::test_a_padded "
             "test_packing test_templates::test_plain_text"),
     "F24": ("hostile meta-experiences", "faults/test_f23_f24_text test_leakage test_experience::test_any "
