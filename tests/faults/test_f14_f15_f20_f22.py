@@ -179,10 +179,11 @@ def test_sampling_is_free_where_the_loss_does_not_ask_who_sampled() -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_temperature_of_sampling_is_that_of_scoring(tmp_path: Path, temperature: float) -> None:
     """The engine's log-probs of a real step against the trainer's, token by token."""
-    folder = tmp_path / "base"
-    model = tiny_model(folder)
-    trainer = build(tmp_path, model=model, algorithm="grpo", reward_funcs=_lengths, temperature=temperature, max_steps=1,
-                    engine=HFEngine(model, eos_ids=[2], pad_id=0))  # fmt: skip
+    model = tiny_model(tmp_path / "base")
+    engine = HFEngine(model, eos_ids=[2], pad_id=0)
+    trainer = build(
+        tmp_path, model=model, engine=engine, algorithm="grpo", reward_funcs=_lengths, temperature=temperature
+    )
     sampled: list[list[float]] = []
     roll_out = trainer.rollout_func
 
