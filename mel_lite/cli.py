@@ -13,6 +13,7 @@ import typer
 from mel_lite import __version__, cli_gpu
 from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
 from mel_lite.errors import ConfigError, MelLiteError
+from mel_lite.terminal import printable
 
 app = typer.Typer(
     name="mel-lite",
@@ -346,6 +347,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # what prints the warnings of a program that set up no logging
+        logging.lastResort.addFilter(_printable_record)
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    """Names of files and messages of verifiers may come from anyone."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def main() -> None:
@@ -356,5 +365,5 @@ def main() -> None:
     except MelLiteError as error:
         if not error.told:
             rank = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
-            typer.secho(f"{rank}error: {error}", fg=typer.colors.RED, err=True)
+            typer.secho(f"{rank}error: {printable(str(error))}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

@@ -134,6 +134,11 @@ class MELConfig(GRPOConfig):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
         self._check_sampling()
+        if self.trust_remote_code or (self.model_init_kwargs or {}).get("trust_remote_code"):
+            raise ConfigError(
+                "trust_remote_code=True would run code from a model's repository, which no option of MEL-Lite turns "
+                "on. Read that code, load the model yourself, and give MELTrainer the object."
+            )
         if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
             raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from mel_lite import checkpoint, ranks
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
@@ -31,6 +32,7 @@ from mel_lite.resuming import check_changes
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
+from mel_lite.terminal import printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
@@ -115,8 +117,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
-            f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: {len(tasks.train)} tasks, "
-            f"output in {folder}" + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
+            f"[bold]{escape(recipe.model.name)}[/] learns {escape(recipe.data.train)} with {args.algorithm}: "
+            f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
+            + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
         )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
@@ -156,7 +159,7 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
     if checkpoint.committed(folder):
         checkpoint.resolve(folder, True)  # fail before minutes of loading
         return True
-    console.print(f"{folder} has no checkpoint yet: starting from the first step.")
+    console.print(f"{escape(str(folder))} has no checkpoint yet: starting from the first step.")
     for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
         leftover.unlink(missing_ok=True)
     return False
@@ -241,11 +244,11 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
             )
     except ExportError as error:
         # The adapter is saved; an export can be had later with `mel-lite export`.
-        console.print(f"[yellow]not exported:[/] {error}")
+        console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
     except torch.OutOfMemoryError:
         console.print(
             "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
-            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
 
@@ -272,11 +275,11 @@ def _summary(
         console.print(exported.as_table())
     if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
         console.print(f"[yellow]{trainer.idle_advice}[/]")
-    console.print(f"adapter   {adapter_dir}")
+    console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
-        console.print(f"merged    {exported.path}")
+        console.print(f"merged    {escape(str(exported.path))}")
     if trainer.args.with_meta_experience:
-        console.print(f"lessons   mel-lite experiences list --run {folder}")
+        console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
     console.print(f"took {elapsed_s / 60:.1f} min")
 
 
