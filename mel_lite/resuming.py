@@ -64,9 +64,17 @@ def changes(began: Recipe, now: Recipe) -> list[Change]:
     for section in ("model", "lora", "data", "train"):
         old, new = before[section] or {}, after[section] or {}
         for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name) and f"{section}.{name}" not in free:
+            if _number(old.get(name)) != _number(new.get(name)) and f"{section}.{name}" not in free:
                 found.append(Change(f"{section}.{name}", old.get(name), new.get(name)))
     return found
+
+
+def _number(value: Any) -> Any:
+    """A number that is written as text, as YAML reads 1e-5, as a number; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _batches(train: Mapping[str, Any]) -> tuple[int, int]:

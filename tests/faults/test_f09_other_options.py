@@ -85,6 +85,10 @@ def test_which_options_are_another_run() -> None:
     began = recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2)
     same = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=4)
     assert changes(began, began) == [] and changes(began, same) == []
+    assert changes(recipe(learning_rate=1e-5), recipe(learning_rate="1e-5")) == [], "as a command line has it"
+    assert [str(change) for change in changes(recipe(learning_rate=1e-5), recipe(learning_rate="2e-5"))] == [
+        "train.learning_rate: 1e-05 -> '2e-5'"
+    ]
     assert changes(began, recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=99)) == []
     other = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert [str(change) for change in changes(began, other)] == ["train.per_device_train_batch_size: 8 -> 4"]
