@@ -93,9 +93,17 @@ def test_killed_at_every_file_operation_of_a_save(
 def kill_at_random(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], kills: int, seed: int
 ) -> Counter[str]:
-    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen."""
+    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen.
+
+    Times are spread over what a run has left to do, so that resumed ones are hit as often as new ones.
+    """
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
+    undisturbed = runs.start(folder / "undisturbed", **common)
+    undisturbed.wait_for("ready", 0, timeout_s=60)
+    start_s = time.monotonic()
+    assert undisturbed.wait() == 0, undisturbed.output()
+    whole_s = time.monotonic() - start_s
     while seen["kills"] < kills:
         target, committed = folder / f"run{seen['runs']}", 0
         seen["runs"] += 1
@@ -103,7 +111,7 @@ def kill_at_random(
             resume = committed > 0
             run = runs.start(target, **common, resume=resume)
             run.wait_for("ready", 0, timeout_s=60)
-            time.sleep(rng.uniform(0.05, 2.5))
+            time.sleep(rng.uniform(0.0, whole_s * (1 - committed / common["max_steps"])))
             with suppress(ProcessLookupError):
                 os.kill(run.pid, signal.SIGKILL)
             status = run.wait()
