@@ -83,7 +83,9 @@ class Curve(TrainerCallback):
         engine.total_generated_tokens = before
         figures = {name: getattr(result, name) for name in ("pass_at_1", "avg_at_k", "pass_at_k")}
         intervals = {name: [i.value, i.low, i.high] for name, i in figures.items()}
-        self.points.append({"tokens": before, "step": self.trainer.state.global_step, **intervals})
+        answers = {"greedy_right": [int(s.greedy_right) for s in result.scores]}
+        answers["samples_right"] = [s.samples_right for s in result.scores]
+        self.points.append({"tokens": before, "step": self.trainer.state.global_step, **intervals, **answers})
         print(
             f"  {before:6d} tokens, step {self.points[-1]['step']:3d}: avg@{self._plan.samples} {intervals['avg_at_k']}"
         )
