@@ -216,7 +216,7 @@ def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
             "with a current PEFT."
         )
     try:
-        config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8")))
         record_file = adapter_dir / RECORD
         record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else None
         if record is not None:
@@ -239,6 +239,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     Raises: ModelError when the adapter was trained on another base, does not fit this one, lacks weights, or (with
         `trainable`) adapts the output head.
     """
+    import torch
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -248,7 +249,9 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     device = str(next(model.parameters()).device)
     try:
         peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable, torch_device=device)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a garbled or hostile file meets whatever PEFT did not expect
         raise ModelError(
             f"adapter={str(adapter_dir)!r}, trained on {_base_name(config, record)}, does not fit "
             f"{model.config._name_or_path}: {str(error)[:500]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from mel_lite.store import ExperienceRow
+from mel_lite.terminal import printable
 from mel_lite.types import Status
 
 FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
@@ -22,9 +22,7 @@ STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "ye
 
 def plain(text: str | None, limit: int | None = None) -> Text:
     """Model text for a terminal: no markup, no control characters (they could move the cursor), at most `limit`."""
-    cleaned = "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text or ""
-    )
+    cleaned = printable(text or "")
     if limit is not None and len(cleaned) > limit:
         cleaned = cleaned[: limit - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
     return Text(cleaned)

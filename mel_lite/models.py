@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mel_lite.attention import attention_for
 from mel_lite.demo import demo_model_dir
-from mel_lite.errors import ConfigError, ModelError
+from mel_lite.errors import ConfigError, MelLiteError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class ModelSpec:
     double_quant: bool = True
     """Quantise the scales too: 0.4 bits less per weight."""
     attn_implementation: str | None = None
-    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks."""
+    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -57,6 +57,11 @@ class ModelSpec:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}. Set dtype.")
         if self.quant_type not in ("nf4", "fp4"):
             raise ConfigError(f"quant_type={self.quant_type!r} is not one of nf4, fp4. Set quant_type.")
+        if "/" in (self.attn_implementation or ""):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is code from a "
+                "repository; that is never run. Set sdpa, eager, or an installed one such as flash_attention_2."
+            )
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -97,7 +102,10 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
     _choose_pad_token(tokenizer)
     if tokenizer.chat_template is None:
         logger.warning("%s has no chat template: conversations are written as plain text.", spec.name)
-    elif (end := turn_end_id(tokenizer)) is not None and end != tokenizer.eos_token_id:
+        return tokenizer
+    with _model_errors(path):
+        end = turn_end_id(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
         logger.warning(
             "%s: the chat template ends a turn with %s but eos is %s; make sure that generation stops at both.",
             spec.name,
@@ -147,7 +155,28 @@ def load_config(spec: ModelSpec) -> Any:
 
     path = _locate(spec.name)
     with _model_errors(spec.name):
+        _refuse_hub_kernels(path, spec)
         return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+
+
+def _refuse_hub_kernels(path: str, spec: ModelSpec) -> None:
+    """A config may name a kernel on the Hub for its attention or experts, which transformers would fetch and run."""
+    from transformers import PreTrainedConfig
+
+    loaded, _ = PreTrainedConfig.get_config_dict(path, revision=spec.revision)
+    for key, value in _items(loaded):
+        if "implementation" in key and "/" in str(value):
+            raise ModelError(
+                f"model={spec.name!r}: its config.json sets {key}={value!r}, a kernel on the Hub, which is code from a "
+                "repository; that is never run. Remove the key from the file."
+            )
+
+
+def _items(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested dicts with its value."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield str(key), value
+        yield from _items(value)
 
 
 def load_base(spec: ModelSpec) -> PreTrainedModel:
@@ -165,6 +194,7 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
         options["quantization_config"] = _four_bit(spec, dtype)
     path = _locate(spec.name)
     with _model_errors(spec.name):
+        _refuse_hub_kernels(path, spec)
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
     keep_four_bit_layout(model)
     return model
@@ -233,9 +263,13 @@ def _locate(name: str) -> str:
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and the Hub client raise while loading `name` into a ModelError that says what to do."""
+    import torch
+
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (MelLiteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a garbled file meets whatever its reader did not expect
         raise ModelError(f"model={name!r}: {_advice(name, error)}") from error
 
 
@@ -271,4 +305,6 @@ def _advice(name: str, error: BaseException) -> str:
         return "it has no safetensors weights, and pickled ones are never loaded. Convert it with `save_pretrained`."
     if isinstance(error, ImportError) and "bitsandbytes" in text:
         return f"{error}. 4-bit loading needs `pip install bitsandbytes`."
-    return str(error)
+    if isinstance(error, (OSError, ValueError, ImportError)):
+        return str(error)
+    return f"its files are garbled ({type(error).__name__}: {error}). Get them again, or use another model."

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from mel_lite import checkpoint, ranks
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
@@ -24,11 +26,13 @@ from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, Me
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
-from mel_lite.presets import Recipe, build_args, changes, resolve
+from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
+from mel_lite.resuming import check_changes
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
+from mel_lite.terminal import printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
@@ -91,10 +95,11 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     return args
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
+def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow_change: Sequence[str] = ()) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
-    Several processes (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+    `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
+    (`accelerate launch`) train together; the first one prints, writes, saves and exports.
 
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
@@ -108,12 +113,13 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
     with ExitStack() as claim:
         ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
-        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console), cpu=on_cpu)
+        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
-            f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: {len(tasks.train)} tasks, "
-            f"output in {folder}" + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
+            f"[bold]{escape(recipe.model.name)}[/] learns {escape(recipe.data.train)} with {args.algorithm}: "
+            f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
+            + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
         )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
@@ -123,7 +129,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
             (folder / "config.yaml").write_text(recipe.as_yaml())
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
-            trainer.train(resume_from_checkpoint=resume or None)
+            trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
@@ -142,21 +148,18 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         trainer.accelerator.end_training()
 
 
-def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
+def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
     """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
 
     Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
     """
-    if found := changes(resolve(config=folder / "config.yaml"), recipe):
-        listing = "\n".join(f"  {change}" for change in found)
-        raise ConfigError(
-            f"--resume: the run in {folder} was begun with other options:\n{listing}\nLeave them as they were, or "
-            "begin a new run with --adapter and another --output-dir."
-        )
+    began = resolve(config=folder / "config.yaml")
+    options = [option.name for option in fields(MELConfig)]
+    check_changes(began, recipe, allow_change, known=options, where=str(folder))
     if checkpoint.committed(folder):
         checkpoint.resolve(folder, True)  # fail before minutes of loading
         return True
-    console.print(f"{folder} has no checkpoint yet: starting from the first step.")
+    console.print(f"{escape(str(folder))} has no checkpoint yet: starting from the first step.")
     for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
         leftover.unlink(missing_ok=True)
     return False
@@ -241,11 +244,11 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
             )
     except ExportError as error:
         # The adapter is saved; an export can be had later with `mel-lite export`.
-        console.print(f"[yellow]not exported:[/] {error}")
+        console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
     except torch.OutOfMemoryError:
         console.print(
             "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
-            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
 
@@ -272,11 +275,11 @@ def _summary(
         console.print(exported.as_table())
     if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
         console.print(f"[yellow]{trainer.idle_advice}[/]")
-    console.print(f"adapter   {adapter_dir}")
+    console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
-        console.print(f"merged    {exported.path}")
+        console.print(f"merged    {escape(str(exported.path))}")
     if trainer.args.with_meta_experience:
-        console.print(f"lessons   mel-lite experiences list --run {folder}")
+        console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
     console.print(f"took {elapsed_s / 60:.1f} min")
 
 

@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "types errors seeds config trl_base interrupts",
+        "types errors seeds config trl_base interrupts terminal",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
-        store models adapters presets demo demo_tasks memory workload planning attention""",
+        store models adapters presets demo demo_tasks memory workload planning attention control_tokens""",
         "engines ranks",
         "pairs experience replay judging study",
         """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
-        statefiles boundaries tripwires side_services disk order splitting""",
+        statefiles boundaries tripwires side_services disk order splitting resuming""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )

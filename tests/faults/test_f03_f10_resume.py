@@ -1,4 +1,4 @@
-"""F3, F9, F10: resuming at every boundary between phases, with other options, and across epochs of odd size.
+"""F3, F10: resuming at every boundary between phases, and across epochs of odd size. Other options: test_f09_*.py.
 
 Exactness after a kill: test_f01_f02_kills.py; after a signal in every phase: test_f08_signals.py.
 """
@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from mel_lite.errors import ConfigError
-from mel_lite.presets import changes, resolve
 from trainers import assert_learnt, build, run_state, step_log, sums
 
 COMMON: dict[str, Any] = {
@@ -114,19 +112,3 @@ def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) ->
         counts = Counter(prompt for batch in epoch for prompt in batch)
         assert len(counts) == 6 and set(counts.values()) == {4}
     assert run_state(resumed) == run_state(whole)
-
-
-def test_other_options_are_refused_with_both_values(tmp_path: Path) -> None:
-    """F9. Every option counts, micro-batch and accumulation, too: there is no --allow-change. Base model: F21."""
-    begun = resolve(preset="cpu", overrides=[("train.learning_rate", 1e-5)])
-    (tmp_path / "config.yaml").write_text(begun.as_yaml())
-    asked = resolve(preset="cpu", overrides=[("train.learning_rate", 2e-5)])
-    found = changes(resolve(config=tmp_path / "config.yaml"), asked)
-    assert len(found) == 1 and "learning_rate" in found[0] and "1e-05" in found[0] and "2e-05" in found[0]
-    assert changes(resolve(config=tmp_path / "config.yaml"), begun) == []
-    from rich.console import Console
-
-    from mel_lite.run import _can_resume
-
-    with pytest.raises(ConfigError, match="begun with other options"):
-        _can_resume(asked, tmp_path, Console(quiet=True))
