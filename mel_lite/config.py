@@ -97,9 +97,9 @@ class MELConfig(GRPOConfig):
     )
     max_micro_batch_tokens: int | None = _option(
         None,
-        "Most tokens, padding included, that go forward and backward at once. Rollouts and lessons of a micro-batch are "
-        "grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a part "
-        "of its own. None = no bound, until memory runs out.",
+        "Most tokens, padding included, that go forward and backward at once. Rollouts and lessons of a micro-batch "
+        "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
+        "part of its own. None = no bound, until memory runs out.",
     )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mel_lite import interrupts
-from mel_lite.packing import Row, area_tokens, deal, pack, pad_rows, rows_of_batch
+from mel_lite.packing import Row, deal, pack, pad_rows, rows_of_batch
 from mel_lite.scoring import score
 from mel_lite.types import Lesson
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_parts_keep_to_the_budget(tmp_path: Path, tokens: int) -> None:
         together += [tuple(block.input_ids_BT.shape) for block in blocks]
         assert area <= tokens or (len(part) == 1 and area == area_tokens(rows, part))
     assert together == [tuple(b.input_ids_BT.shape) for b in pack(rows, pad_id=0, max_tokens=tokens).blocks]
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         blocks = pack([rows[i] for i in part + following], pad_id=0, max_tokens=tokens).blocks
         assert sum(block.input_ids_BT.numel() for block in blocks) > tokens, "two parts that were one under the budget"
 
