@@ -99,6 +99,12 @@ class MELConfig(GRPOConfig):
         "Most tokens (prompts, and completions at full length) whose keys and values are held while sampling; more "
         "sequences wait. Bounds the memory of generation, not its result. None = 64 sequences.",
     )
+    max_micro_batch_tokens: int | None = _option(
+        None,
+        "Most tokens, padding included, that go forward and backward at once. Rollouts and lessons of a micro-batch "
+        "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
+        "part of its own. None = no bound, until memory runs out.",
+    )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
@@ -141,6 +147,10 @@ class MELConfig(GRPOConfig):
             )
         if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
             raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
+        if self.max_micro_batch_tokens is not None and self.max_micro_batch_tokens < 1:
+            raise ConfigError(
+                f"max_micro_batch_tokens={self.max_micro_batch_tokens} must be positive, or null for no bound."
+            )
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:

@@ -8,8 +8,8 @@ from mel_lite.disk import PatientSave
 from mel_lite.guards import NonFiniteGuard
 from mel_lite.order import ExactOrder
 from mel_lite.side_services import Sheltered
-from mel_lite.splitting import SplitsMicroBatches
 from mel_lite.statefiles import SafeState
+from mel_lite.token_budget import TokenBudget
 from mel_lite.tripwires import Watched
 
 
@@ -17,7 +17,7 @@ class ResilientRun(
     Interruptible,
     Watched,
     NonFiniteGuard,
-    SplitsMicroBatches,
+    TokenBudget,
     Sheltered,
     PatientSave,
     AtomicCheckpoints,
@@ -25,6 +25,6 @@ class ResilientRun(
     SafeState,
 ):
     """Mixin over a TRL trainer: stops on a signal without loss, watches for collapse, skips updates that are not
-    finite, splits micro-batches that do not fit, bears with failing side services and full disks, and saves whole
+    finite, bounds the memory of micro-batches, bears with failing side services and full disks, and saves whole
     checkpoints without pickles, from which it goes on in the same order.
     """
