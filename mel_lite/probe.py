@@ -151,7 +151,7 @@ class Probed:
         self._share_seen = found.share_is_seen or not hasattr(self.model, "disable_adapter")
         logged = {"mel/probe_logp_diff": found.mean, "mel/probe_logp_diff_max": found.highest}
         if found.share_is_seen:
-            logged["mel/probe_adapter_share"] = found.adapter_share
+            logged["mel/probe_adapter"] = found.adapter_share
         self._log_metrics(logged)  # type: ignore[attr-defined]
         if reason := verdict(found, self.args.probe_max_diff, engine=self.engine.name, step=step):
             raise EngineError(reason)

@@ -82,6 +82,9 @@ class FakeLLM:
         sampling = Sampling(params.max_tokens, **{name: getattr(params, name) for name in names})
         (done,) = self.sampler.generate([Request(ids, params.seed)], sampling)
         logprobs = [{t: SimpleNamespace(logprob=x)} for t, x in zip(done.ids, done.logprobs, strict=True)]
+        if fault == "other dtype":
+            for at, sign in zip(logprobs, (1, -1) * len(logprobs), strict=False):
+                next(iter(at.values())).logprob += 0.2 * sign
         if fault == "nan":
             logprobs[-1][done.ids[-1]].logprob = float("nan")
         sampled = SimpleNamespace(
@@ -97,7 +100,12 @@ class FakeLLM:
 
 
 def fake_vllm_engine(
-    model: Any, *, step: Callable[[], int] = lambda: 0, eos_ids: Sequence[int] = (EOS,), standby: bool = True, **fault: Any
+    model: Any,
+    *,
+    step: Callable[[], int] = lambda: 0,
+    eos_ids: Sequence[int] = (EOS,),
+    standby: bool = True,
+    **fault: Any,
 ) -> tuple[VLLMEngine, FakeLLM]:
     """The real engine over a fake vLLM whose adapter ids count up as vLLM's do."""
     llm = FakeLLM(model, eos=eos_ids[0], **fault)
@@ -113,3 +121,36 @@ def fake_vllm_engine(
         max_prompt_tokens=4095,
     )
     return engine, llm
+
+
+class LateEngine:
+    """An engine that a trainer is built with before the model it samples from exists."""
+
+    name, own_kernels = VLLMEngine.name, True
+
+    def __init__(self) -> None:
+        self.inner: VLLMEngine | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def wake(self) -> None:
+        assert self.inner is not None
+        self.inner.wake()
+
+    def sleep(self) -> None:
+        assert self.inner is not None
+        self.inner.sleep()
+
+    def generate(self, asked: Sequence[Request], sampling: Sampling) -> Any:
+        assert self.inner is not None
+        return self.inner.generate(asked, sampling)
+
+
+def trainer_with_fake_vllm(build: Callable[..., Any], folder: Any, **options: Any) -> tuple[Any, FakeLLM]:
+    """A trainer that samples from its model through the vLLM engine; `fault` and `since` go to the fake vLLM."""
+    fault = {key: options.pop(key) for key in ("fault", "since") if key in options}
+    late = LateEngine()
+    trainer = build(folder, engine=late, **options)
+    late.inner, llm = fake_vllm_engine(trainer.model, step=lambda: trainer.state.global_step, **fault)
+    return trainer, llm
