@@ -63,6 +63,9 @@ def train(
         bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
+    ] = None,
     set_: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
@@ -83,6 +86,7 @@ def train(
 
     flags = {
         "model.name": model,
+        "model.engine": engine,
         "data.train": dataset,
         "data.split": split,
         "lora.start_from": None if adapter is None else str(adapter),

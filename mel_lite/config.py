@@ -109,6 +109,12 @@ class MELConfig(GRPOConfig):
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
     )
+    probe_max_diff: float | None = _option(
+        0.05,
+        "Largest mean difference in nats per token between the log-probs of the engine and those of the trainer on the "
+        "same completions; the run stops above it. Measured at the start, after the first update and after a resume. "
+        "None: measure nothing.",
+    )
 
     on_collapse: str = _option(
         "warn",
@@ -151,6 +157,8 @@ class MELConfig(GRPOConfig):
             raise ConfigError(
                 f"max_micro_batch_tokens={self.max_micro_batch_tokens} must be positive, or null for no bound."
             )
+        if self.probe_max_diff is not None and not self.probe_max_diff > 0:
+            raise ConfigError(f"probe_max_diff={self.probe_max_diff} must be positive nats, or null for no probe.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:

@@ -5,7 +5,10 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,14 +21,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from mel_lite import checkpoint, ranks
-from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
+from mel_lite.adapters import lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
+from mel_lite.engines.unsloth import is_unsloth
 from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
-from mel_lite.models import context_length, load_base, load_config, load_tokenizer
+from mel_lite.loading import load_for_training
+from mel_lite.models import context_length, load_config, load_tokenizer
 from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
 from mel_lite.resuming import check_changes
@@ -124,7 +129,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, display, console)
         if leads:
             (folder / "config.yaml").write_text(recipe.as_yaml())
         try:
@@ -143,7 +148,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow
         trainer.accelerator.wait_for_everyone()
         if leads:
             adapter_dir = _save(trainer, recipe, folder)
-            exported = _export(recipe, adapter_dir, folder, console)
+            exported = _export(recipe, adapter_dir, folder, console, apart=is_unsloth(trainer.model))
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
 
@@ -165,15 +170,12 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
     return False
 
 
-def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay) -> MELTrainer:
+def _build_trainer(
+    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay, console: Console
+) -> MELTrainer:
     from transformers import PrinterCallback
 
-    model = load_base(recipe.model)
-    peft_config = None
-    if recipe.lora is not None and recipe.lora.start_from is not None:
-        model = attach_adapter(model, find_adapter(recipe.lora.start_from), trainable=True)
-    elif recipe.lora is not None:
-        peft_config = lora_config(recipe.lora)
+    model, peft_config = load_for_training(recipe, args, console)
     try:
         trainer = MELTrainer(
             model=model,
@@ -231,12 +233,16 @@ def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
     return target
 
 
-def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
+def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, apart: bool = False) -> Any:
+    """Write the merged model; the report, or None when there is none to show. `apart`: in a process of its own."""
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
     target = folder / recipe.export.format
     if target.exists():  # of the run before it was resumed
         shutil.rmtree(target)
+    if apart:
+        _export_apart(recipe, adapter_dir, target, console)
+        return None
     try:
         with console.status(f"exporting {recipe.export.format}"):
             return export(
@@ -251,6 +257,17 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
             f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
+
+
+def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
+    """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
+    command = [sys.executable, "-m", "mel_lite", "export", str(adapter_dir), "--output", str(target)]
+    command += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
+    with console.status(f"exporting {recipe.export.format} in a process of its own"):
+        done = subprocess.run(
+            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
+        )
+    console.print(done.stdout if done.returncode == 0 else f"[yellow]not exported:[/] {done.stderr}", highlight=False)
 
 
 def _summary(

@@ -23,8 +23,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines ranks",
         "pairs experience replay judging study",
         """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
-        statefiles boundaries tripwires side_services disk order token_budget resuming""",
-        "evaluate export run runs display warmup warmup_examples demo_warmup",
+        statefiles boundaries tripwires side_services disk order token_budget resuming probe""",
+        "evaluate export run runs loading display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )
 )
@@ -45,8 +45,8 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset(
     """config estimators kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run
     display demo_warmup warmup guards resilience statefiles boundaries tripwires side_services order
-    token_budget""".split()
-) | {"engines.hf", "engines.unsloth"}
+    token_budget probe loading""".split()
+) | {"engines.hf", "engines.unsloth", "engines.vllm"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 
 

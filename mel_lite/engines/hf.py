@@ -71,7 +71,7 @@ class HFEngine:
         """
         done: dict[int, Completion] = {}
         pending = self._batches(requests, sampling.max_new_tokens)[::-1]
-        with self._unwrap() as model, evaluating(model), self._autocast(), torch.no_grad():
+        with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
                 try:
@@ -89,6 +89,10 @@ class HFEngine:
                     continue
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
+
+    def _sampling_mode(self, model: Any) -> AbstractContextManager[None]:
+        """What the model is switched to while it samples."""
+        return evaluating(model)
 
     def _batches(self, requests: Sequence[Request], new_tokens: int) -> list[list[int]]:
         """Request numbers, shortest prompt first: neighbours of similar length waste the least padding."""
