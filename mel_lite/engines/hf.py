@@ -38,6 +38,7 @@ class HFEngine:
     """
 
     name = "hf"
+    _shares_prefill = True
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class HFEngine:
             output = model.generate(
                 input_ids=ids_UP[source],
                 attention_mask=mask_UP[source],
-                past_key_values=_prefill(model, ids_UP, mask_UP, source),
+                past_key_values=_prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
             )

@@ -180,6 +180,7 @@ class UnslothEngine(HFEngine):
     """The transformers engine on a model that Unsloth loaded, switched to Unsloth's inference mode while it samples."""
 
     name = "unsloth"
+    _shares_prefill = False  # its inference mode builds caches of its own
 
     @contextmanager
     def _sampling_mode(self, model: Any) -> Iterator[None]:
