@@ -18,6 +18,7 @@ from mel_lite.adapters import RECORD, check_base, write_fingerprint
 from mel_lite.errors import CheckpointError
 from mel_lite.metrics import truncate_metrics
 from mel_lite.resuming import check_inputs, inputs
+from mel_lite.statefiles import usable
 
 
 class AtomicCheckpoints:
@@ -49,13 +50,17 @@ class AtomicCheckpoints:
         if not resume_from_checkpoint:
             return super().train(**kwargs)  # type: ignore[misc]
         path = self._resolve(resume_from_checkpoint)
-        self._take_back(path, allow_change)
-        saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
-        if 0 < self.args.max_steps <= saved.global_step:
+        with usable(path / "trainer_state.json"):
+            saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
+            done = int(saved.global_step)
+            int(saved.train_batch_size), float(saved.epoch)  # what transformers counts with; never missing in a save
+        with usable(path / checkpoint.STATE):
+            self._take_back(path, allow_change)
+        if 0 < self.args.max_steps <= done:
             # transformers would take one more step before it looks at max_steps.
             self._load_from_checkpoint(str(path))  # type: ignore[attr-defined]
             self.state = saved
-            return TrainOutput(saved.global_step, 0.0, {})
+            return TrainOutput(done, 0.0, {})
         return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
 
     @cached_property

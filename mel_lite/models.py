@@ -179,8 +179,9 @@ def load_config(spec: ModelSpec) -> Any:
 
     path = locate(spec.name)
     with model_errors(spec.name):
+        config = AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
         _refuse_hub_kernels(path, spec)
-        return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+        return config
 
 
 def _refuse_hub_kernels(path: str, spec: ModelSpec) -> None:

@@ -48,8 +48,9 @@ FAULTS: dict[str, tuple[str, str]] = {
             "test_packing test_templates::test_plain_text"),
     "F24": ("hostile meta-experiences", "faults/test_f23_f24_text test_leakage test_experience::test_any "
             "test_templates::test_no_control"),
-    "F25": ("exports: 4-bit base, tied head, existing folder, killed", "test_export"),
-    "F26": ("pickles, links and paths that lead out", "faults/test_f26_untrusted_files "
+    "F25": ("exports: 4-bit base, tied head, existing folder, killed", "test_export faults/test_f25_export"),
+    "F26": ("pickles, links, paths that lead out, hostile model folders and adapters",
+            "faults/test_f26_untrusted_files faults/test_f26_hostile_files_and_text "
             "test_models::test_pickled test_data::test_oversize"),
     "F27": ("side services that raise or hang, full disk for logs, closed terminal", "faults/test_f27_side_services"),
     "F28": ("two processes on one run, a clock that goes backwards, no write access",

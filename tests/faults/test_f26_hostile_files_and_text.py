@@ -188,7 +188,7 @@ def test_samples_that_trl_prints_are_printable(
     assert "Advantage" in shown and "\ufffd" in shown
     assert not any(c in shown for c in ("\x1b]0", "\x1b[2J", "\x9b", "\u202e", "\x07"))
     (table,) = (tmp_path / "run" / "completions").glob("*.parquet")
-    assert "\x1b[2J" in str(pd.read_parquet(table)["completion"][0])
+    assert "\\x1b[2J" in repr(pd.read_parquet(table)["completion"][0])
 
 
 def test_what_a_verifier_says_of_a_text_is_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
