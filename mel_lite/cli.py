@@ -66,6 +66,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
     ] = False,
+    worst_case: Annotated[
+        bool | None, typer.Option(help="First take a step at full length and measure its memory. Default: on a GPU.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
 ) -> None:
     """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
@@ -93,11 +96,12 @@ def train(
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
         raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    budget_bytes = None
     if gpu in (None, "cpu"):
         recipe = resolve(preset=gpu, config=config, overrides=overrides)
     else:
         # One process plans for all: free memory differs from one to the next, batch shapes must not.
-        recipe = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
+        recipe, budget_bytes = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
 
     with loading("loading"):
         from mel_lite import run
@@ -106,7 +110,8 @@ def train(
         return
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        run.train(recipe, folder, resume=resume, console=console())
+        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
+        run.train(recipe, folder, resume=resume, console=console(), **options)
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None

@@ -1,7 +1,7 @@
 """Will it fit? The settings that keep every phase of a recipe under a card's memory, and what to change where none do.
 
-Settings that leave the result of a step as it is (tokens at once, concurrency, checkpointing, the optimiser's storage) are
-chosen here unless the user set them. What changes the method (lengths, model, rank) is only ever advised.
+Settings that leave the result of a step as it is (tokens at once, concurrency, checkpointing, the optimiser's storage)
+are chosen here unless the user set them. What changes the method (lengths, model, rank) is only ever advised.
 """
 
 from __future__ import annotations

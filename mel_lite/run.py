@@ -19,11 +19,12 @@ from mel_lite import checkpoint, ranks
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
-from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
-from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError
+from mel_lite.display import LiveDisplay, comparison_table, funnel_table, peaks_table, sample_panel
+from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
+from mel_lite.planning import shape_for
 from mel_lite.presets import Recipe, build_args, changes, resolve
 from mel_lite.ranks import SplitEngine
 from mel_lite.runs import run_folder
@@ -32,6 +33,8 @@ from mel_lite.templates import load_templates, render
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
+from mel_lite.workload import predict, workload
+from mel_lite.worst_case import PhasePeak, WorstStepFirst, gauge_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,22 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     return args
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> None:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    console: Console,
+    worst_case: bool | None = None,
+    budget_bytes: int | None = None,
+) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
     Several processes (`accelerate launch`) train together; the first one prints, writes, saves and exports.
 
+    Args:
+        worst_case: take the worst step before the first and compare its memory with the plan; None = on a GPU.
+        budget_bytes: memory the run may take; None = as much as there is.
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
     on_cpu = bool(recipe.train.get("use_cpu"))
@@ -121,14 +135,16 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
         trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
         if leads:
             (folder / "config.yaml").write_text(recipe.as_yaml())
+        if torch.cuda.is_available() if worst_case is None else worst_case:
+            _worst_step_first(trainer, recipe, console, budget_bytes)
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
-                "train.gradient_accumulation_steps as much), train.max_completion_length or train.max_context_tokens, "
-                f"and go on from the newest checkpoint in a new run: --adapter {folder} --output-dir NEW. "
+                "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
+                "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
+                f"--adapter {folder} --output-dir NEW. "
                 f"({str(error).splitlines()[0]})"
             ) from error
         finally:
@@ -140,6 +156,29 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console) -> No
             exported = _export(recipe, adapter_dir, folder, console)
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
+
+
+def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, budget_bytes: int | None) -> None:
+    """Have the trainer begin with the worst step, where a plan says what that is."""
+    if ranks.world() > 1:
+        console.print("No worst step first: it is taken on one process only.")
+        return
+    try:
+        load = workload(recipe, shape_for(recipe))
+    except (ModelError, ConfigError) as reason:
+        console.print(f"No worst step first: {reason}")
+        return
+
+    def report(peaks: tuple[PhasePeak, ...], change: str) -> None:
+        console.print(peaks_table(peaks, budget_bytes))
+        if change:
+            console.print(f"Too much. Again with {change}")
+
+    predicted = predict(load) if torch.cuda.is_available() else ()
+    console.print("taking the worst step first: everything at full length (--no-worst-case skips it)")
+    trainer.add_callback(
+        WorstStepFirst(trainer, load, predicted, report, gauge=gauge_here(), budget_bytes=budget_bytes)
+    )
 
 
 def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:

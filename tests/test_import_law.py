@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines ranks",
         "pairs experience replay judging study",
         """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
-        statefiles boundaries tripwires side_services disk order token_budget""",
+        statefiles boundaries tripwires side_services disk order token_budget worst_case""",
         "evaluate export run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )
@@ -45,7 +45,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset(
     """config estimators kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run
     display demo_warmup warmup guards resilience statefiles boundaries tripwires side_services order
-    token_budget""".split()
+    token_budget worst_case""".split()
 ) | {"engines.hf", "engines.unsloth"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 
