@@ -74,17 +74,22 @@ class PhasePeak:
     measured_bytes: int
 
 
-def worst_step(trainer: Any, load: Workload, gauge: Gauge, *, states_bytes: int = 0) -> dict[str, int]:
+def worst_step(
+    trainer: Any, load: Workload, gauge: Gauge, *, states_bytes: int = 0, only: Sequence[str] | None = None
+) -> dict[str, int]:
     """Measured peak in bytes of every phase but load, optimiser and export, in the order of a step.
 
     Args:
         trainer: A MELTrainer inside `train`, before its first step.
         load: Lengths and counts of the step; `at_once` sequences of each sampling phase are sampled, one round.
         states_bytes: Of the optimiser's states, held meanwhile where it has none yet.
+        only: Names of the phases to go through; None = all there are.
     """
     peaks: dict[str, int] = {}
 
     def measured(name: str, phase: Callable[[], None]) -> None:
+        if only is not None and name not in only:
+            return
         gauge.start()
         phase()
         peaks[name] = gauge.peak_bytes()
