@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from contextlib import ExitStack
@@ -153,6 +154,7 @@ def train(
         trainer.accelerator.wait_for_everyone()
         if leads:
             adapter_dir = _save(trainer, recipe, folder)
+            _release(trainer)
             exported = _export(recipe, adapter_dir, folder, console)
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
@@ -267,6 +269,26 @@ def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
     return target
 
 
+def _release(trainer: MELTrainer) -> None:
+    """Give up the memory of a trained and saved model, so that the export has the GPU to itself.
+
+    Storage is emptied in place: too many objects refer to the tensors to let go of all of them.
+    """
+    if trainer.optimizer is not None:
+        trainer.optimizer.state.clear()
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        for weight in [*model.parameters(), *model.buffers()]:
+            weight.grad = None
+            weight.data = weight.data.new_empty(0)
+            if getattr(weight, "quant_state", None) is not None:
+                weight.quant_state = None
+    for module in trainer.model.modules():
+        if getattr(module, "quant_state", None) is not None:  # a 4-bit layer keeps it a second time
+            module.quant_state = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
@@ -283,8 +305,8 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
         console.print(f"[yellow]not exported:[/] {error}")
     except torch.OutOfMemoryError:
         console.print(
-            "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
-            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+            "[yellow]not exported:[/] the GPU has no room for the model in 16 bits. Export on the CPU: "
+            f"CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
         )
     return None
 

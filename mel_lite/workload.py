@@ -269,7 +269,10 @@ def predict(load: Workload) -> tuple[Phase, ...]:
     vectors = 16 * parameters if load.measures_gradients else 0
     phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
     if load.exports:
-        phases.append(phase("export", {"16-bit copy": memory.export_bytes(shape, e)}))
+        # The trained model is given up first; `weights` are those of the merged one.
+        merged = memory.export_bytes(shape, e)
+        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * merged)
+        phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
     return tuple(phases)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
-from typer.testing import CliRunner
 
 from live_bytes import LiveBytes
-from mel_lite.cli import app
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError
 from mel_lite.memory import shape_of
@@ -23,7 +20,7 @@ from mel_lite.presets import resolve
 from mel_lite.workload import Phase, Workload, workload
 from mel_lite.worst_case import HostGauge, PhasePeak, WorstStepFirst, worst_step
 from scripted import ScriptedEngine, default_answer
-from tiny_models import save_tiny, tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from trainers import assert_learnt, build, run_state, step_log, tiny_model
 
 SIZES = {"max_completion_length": 16, "analysis_max_tokens": 32, "max_context_tokens": 300, "num_generations": 4}
@@ -204,25 +201,3 @@ def test_the_host_gauge_sees_what_is_allocated() -> None:
     del held
     gauge.start()
     assert gauge.peak_bytes() - before < 48 * 2**20
-
-
-def test_the_command_takes_it_first_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_tiny(tmp_path / "base", "qwen3")
-    tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(4)]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    settings = {
-        "model.name": tmp_path / "base", "model.dtype": "float32", "lora.start_from": "null",
-        "data.train": tmp_path / "tasks.jsonl", "data.eval": "null", "data.eval_split": "null",
-        "data.max_prompt_tokens": 60, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
-        "train.max_context_tokens": 480, "train.max_steps": 1, "train.per_device_train_batch_size": 8,
-        "train.gradient_accumulation_steps": 1, "export.format": "null",
-    }  # fmt: skip
-    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = CliRunner().invoke(app, ["train", "--gpu", "cpu", "--worst-case", *flags, "--output-dir", "run"])
-    assert done.exit_code == 0, done.output
-    shown = done.stdout.split("worst step: peak memory")[1]
-    for phase in ("rollout", "analysis", "replay", "scoring", "update"):
-        line = next(line for line in shown.splitlines() if phase in line)
-        assert float(line.split()[1]) > 0.1, line  # GiB: the whole process, libraries included
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"reward"') == 1
