@@ -224,7 +224,9 @@ def export_(
         Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="adapter or merged-16bit.")] = "merged-16bit",
+    format_: Annotated[
+        str, typer.Option("--format", help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.")
+    ] = "merged-16bit",
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     allow_untrained: Annotated[

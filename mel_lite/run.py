@@ -24,6 +24,7 @@ from mel_lite.display import LiveDisplay, comparison_table, funnel_table, peaks_
 from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
+from mel_lite.gguf_files import GGUF_TYPES, find_tools
 from mel_lite.models import context_length, load_base, load_config, load_tokenizer
 from mel_lite.planning import shape_for
 from mel_lite.presets import Recipe, build_args, changes, resolve
@@ -83,7 +84,10 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
-    """Everything about a recipe that can be known before a model is loaded. Raises ConfigError, VerifierError."""
+    """Everything about a recipe that can be known before a model is loaded.
+
+    Raises: ConfigError, VerifierError; ExportError when the export needs programs that are not here.
+    """
     args = build_args(recipe, folder)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True
@@ -92,6 +96,8 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    if recipe.export.format in GGUF_TYPES:
+        find_tools(recipe.export.format, folder)
     return args
 
 
@@ -335,7 +341,7 @@ def _summary(
         console.print(f"[yellow]{trainer.idle_advice}[/]")
     console.print(f"adapter   {adapter_dir}")
     if exported is not None:
-        console.print(f"merged    {exported.path}")
+        console.print(f"exported  {exported.path}")
     if trainer.args.with_meta_experience:
         console.print(f"lessons   mel-lite experiences list --run {folder}")
     console.print(f"took {elapsed_s / 60:.1f} min")

@@ -19,12 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "types errors seeds config trl_base interrupts",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
-        store models adapters presets demo demo_tasks memory workload planning attention""",
+        store models adapters presets demo demo_tasks memory workload planning attention gguf_files""",
         "engines ranks",
         "pairs experience replay judging study",
         """trainer estimators packing scoring checkpoint checkpointing metrics rewards wiring guards resilience
         statefiles boundaries tripwires side_services disk order token_budget worst_case""",
-        "evaluate export run runs display warmup warmup_examples demo_warmup",
+        "evaluate export export_report run runs display warmup warmup_examples demo_warmup",
         "machine doctor cli cli_gpu cli_shared __main__",
     )
 )
