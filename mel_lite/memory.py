@@ -365,6 +365,6 @@ def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2) -> int:
 
 
 def export_bytes(shape: Shape, element_bytes: int = 2) -> int:
-    """A second, 16-bit copy of the whole model, and one layer's largest weight and update in float32."""
+    """The whole model in 16 bits, and one layer's largest weight and update in float32. The trained one is gone."""
     everything = linear_parameters(shape) + other_parameters(shape)
     return element_bytes * everything + 2 * largest_linear_bytes(shape, 4)

@@ -75,6 +75,13 @@ class MeteredEngine:
     def sleep(self) -> None:
         self._engine.sleep()
 
+    def limit_concurrency(self, sequences: int) -> bool:
+        """Have the engine sample fewer sequences at once; False when it cannot."""
+        limit = getattr(self._engine, "limit_concurrency", None)
+        if limit is not None:
+            limit(sequences)
+        return limit is not None
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         interrupts.poll()
         completions = self._with_one_restart(requests, sampling)

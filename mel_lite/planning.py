@@ -142,7 +142,7 @@ def plan(recipe: Recipe, shape: Shape, *, gpu: str, budget_bytes: int, pinned: I
         notes.append(f"prompts are taken to have at most {PROMPT_TOKENS} tokens; data.max_prompt_tokens makes it so.")
     if load.exports and phases[-1].bytes > budget_bytes:
         notes.append(
-            f"the export, with the trained model still loaded, needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
+            f"the export, which has the model in 16 bits, needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
             "export on the CPU: CUDA_VISIBLE_DEVICES= mel-lite export RUN"
         )
     return Plan(recipe.model.name, gpu, budget_bytes, phases, _choices(chosen, load), advice, tuple(notes))

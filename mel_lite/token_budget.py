@@ -189,6 +189,17 @@ class TokenBudget:
         bounds = [tokens for tokens in (self.args.max_micro_batch_tokens, self._lowered_tokens) if tokens is not None]
         return min(bounds, default=None)
 
+    def halve_budget(self, *, most: int, least: int) -> bool:
+        """Take half as many tokens at once from now on, `most` being what an open budget amounts to.
+
+        False when that would be fewer than `least`, the longest row.
+        """
+        before = self.budget_tokens or most
+        after = max(before // 2, least)
+        if after < before:
+            self._lowered_tokens = after
+        return after < before
+
     @property
     def _can_retry(self) -> bool:
         return self.accelerator.num_processes == 1 and hasattr(self.model, "peft_config")

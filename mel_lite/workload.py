@@ -58,24 +58,27 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that go forward and backward at once."""
+    """Rows that go forward and backward at once, each as (tokens, scored tokens)."""
 
-    lengths: tuple[int, ...]
-    scored_tokens: int
-    """Of all rows together."""
+    rollouts: tuple[tuple[int, int], ...] = ()
+    lessons: tuple[tuple[int, int], ...] = ()
 
-    def __add__(self, other: Part) -> Part:
-        return Part(self.lengths + other.lengths, self.scored_tokens + other.scored_tokens)
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every row."""
+        return tuple(tokens for tokens, _ in self.rollouts + self.lessons)
 
-    def __mul__(self, times: int) -> Part:
-        return Part(self.lengths * times, self.scored_tokens * times)
+    @property
+    def scored_tokens(self) -> int:
+        """Of all rows together."""
+        return sum(scored for _, scored in self.rollouts + self.lessons)
 
 
-def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: int) -> Part:
+def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: int) -> tuple[tuple[int, int], ...]:
     """As many equal rows as fill the budget without a gap; one row that is longer stays as it is."""
     rows = max(1, min(most_rows, math.ceil(budget_tokens / row_tokens)))
     length = row_tokens if rows == 1 else min(row_tokens, budget_tokens // rows)
-    return Part((length,), min(scored_tokens, length - 1)) * rows
+    return ((length, min(scored_tokens, length - 1)),) * rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +142,18 @@ class Workload:
         their prompts at full length, rollouts that are nearly all completion, lessons, and a lesson among rollouts.
         """
         lessons, budget = self.lessons_per_micro_batch, self.max_micro_batch_tokens
-        rollout, lesson = Part((self.rollout_tokens,), self.completion_tokens), Part((), 0)
-        if lessons:
-            lesson = Part((self.lesson_tokens,), self.analysis_tokens)
+        rollout, lesson = (self.rollout_tokens, self.completion_tokens), (self.lesson_tokens, self.analysis_tokens)
         if budget is None or budget >= self.micro_batch_tokens:
-            return (rollout * self.micro_batch + lesson * lessons,)
+            return (Part((rollout,) * self.micro_batch, (lesson,) * lessons),)
         parts = [
-            _filled(budget, self.micro_batch, self.rollout_tokens, self.completion_tokens),
-            _filled(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens),
+            Part(_filled(budget, self.micro_batch, *rollout)),
+            Part(_filled(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens)),
         ]
         if lessons:
-            parts.append(_filled(budget, lessons, self.lesson_tokens, self.analysis_tokens))
-            if budget > self.lesson_tokens:
-                beside = budget - self.lesson_tokens
-                parts.append(lesson + _filled(beside, self.micro_batch, self.rollout_tokens, self.completion_tokens))
+            parts.append(Part((), _filled(budget, lessons, *lesson)))
+        if lessons and budget > self.lesson_tokens:
+            beside = _filled(budget - self.lesson_tokens, self.micro_batch, *rollout)
+            parts.append(Part(beside, (lesson,)))
         return tuple(parts)
 
     @property
@@ -268,7 +269,10 @@ def predict(load: Workload) -> tuple[Phase, ...]:
     vectors = 16 * parameters if load.measures_gradients else 0
     phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
     if load.exports:
-        phases.append(phase("export", {"16-bit copy": memory.export_bytes(shape, e)}))
+        # The trained model is given up first; `weights` are those of the merged one.
+        merged = memory.export_bytes(shape, e)
+        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * merged)
+        phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
     return tuple(phases)
 
 

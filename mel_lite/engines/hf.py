@@ -65,6 +65,10 @@ class HFEngine:
     def sleep(self) -> None:
         """Nothing to give up: the key-value cache lives only during a call."""
 
+    def limit_concurrency(self, sequences: int) -> None:
+        """Sample no more than this many sequences at once from now on, >= 1."""
+        self._max_concurrent = min(self._max_concurrent, sequences)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Sample one completion per request, in their order.
 
@@ -127,7 +131,7 @@ class HFEngine:
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
             repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=self._eos_ids,
+            eos_token_id=None if sampling.ignore_eos else self._eos_ids,
             pad_token_id=self._pad_id,
             use_cache=True,
             disable_compile=True,
@@ -142,10 +146,11 @@ class HFEngine:
             )
         sampled = output[:, prompt_tokens:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        return [self._completion(a, b) for a, b in zip(sampled, logprobs, strict=True)]
+        ends = [] if sampling.ignore_eos else self._eos_ids
+        return [self._completion(a, b, ends) for a, b in zip(sampled, logprobs, strict=True)]
 
-    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos_ids), None)
+    def _completion(self, ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
+        end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
         finish = Finish.LENGTH if end is None else Finish.STOP
         return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
 
