@@ -187,7 +187,7 @@ class UnslothEngine(HFEngine):
     name = "unsloth"
 
     @contextmanager
-    def _sampling_mode(self, model: Any) -> Iterator[None]:  # type: ignore[override]
+    def _sampling_mode(self, model: Any) -> Iterator[None]:
         """Unsloth's inference mode; training mode and gradient checkpointing come back as they were."""
         training = model.training
         modes = (getattr(module, "gradient_checkpointing", False) for module in model.modules())

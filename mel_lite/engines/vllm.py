@@ -230,7 +230,7 @@ class VLLMEngine:
             engine.abort_request(list(states), internal=True)
 
 
-class _Interruptible(tqdm):  # type: ignore[type-arg]
+class _Interruptible(tqdm):
     """vLLM's progress bar: shows nothing, and lets a signal stop the sampling whenever a sequence is done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
