@@ -177,7 +177,8 @@ def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == {
         "model_name": str(tmp_path / "base"), "load_in_4bit": True, "revision": None, "fast_inference": True,
         "max_lora_rank": 8, "gpu_memory_utilization": 0.5, "max_seq_length": 512, "use_gradient_checkpointing": False,
-        "use_exact_model_name": True, "use_safetensors": True, "trust_remote_code": False, "random_state": 11,
+        "use_exact_model_name": True, "use_safetensors": True, "offload_embedding": False, "trust_remote_code": False,
+        "random_state": 11,
     }  # fmt: skip
     assert lora["r"] == 8 and lora["target_modules"] == "all-linear" and lora["random_state"] == 11
 

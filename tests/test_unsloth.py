@@ -47,6 +47,17 @@ def test_the_base_is_trls_released_class_in_both_import_orders(
     assert report["config"] == ["GRPOConfig", "_BaseConfig"] and report["learning_rate"] == 1e-6
 
 
+def test_unsloths_patches_change_no_bit_of_a_run(tmp_path: Path) -> None:
+    """Unsloth rewrites parts of transformers' Trainer and TRL's classes on a GPU; MELTrainer's updates stay its own."""
+    script = Path(__file__).with_name("unsloth_trajectory.py")
+    ends = {}
+    for order in ("without", "unsloth first", "unsloth second"):
+        done = with_unsloth(script, order, tmp_path / order, cwd=tmp_path, UNSLOTH_ALLOW_CPU="1")
+        ends[order] = json.loads(done.stdout.splitlines()[-1])
+    assert [end.pop("trainer") for end in ends.values()] == ["transformers.trainer", *["unsloth.models._utils"] * 2]
+    assert ends["unsloth first"] == ends["unsloth second"] == ends["without"]
+
+
 RECIPE: dict[str, Any] = {
     "model": {"name": "base", "dtype": "float32", "load_in_4bit": True, "engine": "unsloth"},
     "lora": {"r": 4, "alpha": 8},

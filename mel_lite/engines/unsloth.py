@@ -67,6 +67,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             use_gradient_checkpointing=checkpointing,
             use_exact_model_name=True,
             use_safetensors=True,
+            offload_embedding=False,  # ids go to the device of the first weight
             trust_remote_code=False,
             random_state=seed,
             **options,
