@@ -29,7 +29,7 @@ def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tupl
     console.print(choice.line, highlight=False)
     if choice.engine == "unsloth":
         assert lora is not None  # the choice saw to it
-        _check(recipe, args)
+        _check(recipe, args, vllm=choice.vllm)
         try:
             longest = spec.max_seq_length or longest_tokens(recipe, args)
             return load_unsloth(spec, lora, vllm=choice.vllm, max_seq_length=longest, seed=args.seed), None
@@ -45,7 +45,12 @@ def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tupl
     return model, lora_config(lora)
 
 
-def _check(recipe: Recipe, args: MELConfig) -> None:
+def _check(recipe: Recipe, args: MELConfig, *, vllm: bool) -> None:
+    if vllm and args.beta:
+        raise ConfigError(
+            f"beta={args.beta} with vLLM on the trained weights: TRL keeps a second adapter as the reference, and vLLM "
+            "would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
+        )
     if recipe.model.use_gradient_checkpointing == "unsloth" and args.grad_norm_every:
         raise ConfigError(
             f"use_gradient_checkpointing='unsloth' and grad_norm_every={args.grad_norm_every}: Unsloth's checkpointing "

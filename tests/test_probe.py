@@ -83,7 +83,7 @@ def test_an_adapter_not_applied_or_applied_twice_stops_the_run(
 
 
 def test_a_healthy_run_that_is_resumed_with_a_doubled_adapter_stops_at_once(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     trained(tmp_path, max_steps=2, **saving)[0].train()
     resumed, llm = trained(tmp_path, fault="twice", max_steps=4, **saving)
     with pytest.raises(EngineError, match=r"Step 2: engine 'unsloth\+vllm' samples with (1.9|2.0) x the adapter"):
@@ -91,7 +91,7 @@ def test_a_healthy_run_that_is_resumed_with_a_doubled_adapter_stops_at_once(tmp_
     assert len(llm.calls) == 1
     again, _ = trained(tmp_path, max_steps=4, **saving)
     again.train(resume_from_checkpoint=True)
-    whole, _ = trained(tmp_path, output_dir=tmp_path / "whole", max_steps=4, learning_rate=1e-3)
+    whole, _ = trained(tmp_path, output_dir=tmp_path / "whole", max_steps=4, **saving)
     whole.train()
     assert run_state(again) == run_state(whole), "the probe draws nothing and changes nothing"
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             use_gradient_checkpointing=checkpointing,
             use_exact_model_name=True,
             use_safetensors=True,
+            offload_embedding=False,  # ids go to the device of the first weight
             trust_remote_code=False,
             random_state=seed,
             **options,
@@ -98,7 +100,10 @@ def _import_unsloth(vllm: bool) -> Any:
             STANDBY,
         )
     try:
-        from unsloth import FastLanguageModel
+        with warnings.catch_warnings():
+            # MELTrainer stands on TRL's class as released, which must be there before Unsloth replaces it, or found.
+            warnings.filterwarnings("ignore", message="(?s).*Unsloth should be imported before")
+            from unsloth import FastLanguageModel
     except Exception as error:  # whatever it finds missing while it patches
         raise UnslothUnusable(
             f"unsloth does not import ({type(error).__name__}: {error}). Run `mel-lite doctor`, install the versions "
@@ -134,7 +139,8 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
     """
     llm = getattr(model, "vllm_engine", None)
     if llm is None:
-        return UnslothEngine(model, eos_ids=eos_ids, **options)
+        # One GPU needs no unwrapping, and Unsloth's patch of TRL's would switch modes beside ours.
+        return UnslothEngine(model, eos_ids=eos_ids, **(options | {"unwrap": None}))
     if not hasattr(model, "peft_config"):
         raise ModelError(
             "The model has no LoRA adapter, but vLLM shares its weights. Add one with "

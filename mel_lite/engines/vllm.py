@@ -89,6 +89,7 @@ class VLLMEngine:
     def wake(self) -> None:
         """Take the memory back and hand over the adapter as it is now."""
         if self._standby and self._asleep:
+            torch.cuda.empty_cache()  # what PyTorch keeps of the training phase, vLLM cannot map
             self._llm.wake_up()
         self._asleep = False
         self._hand_over()
@@ -131,7 +132,7 @@ class VLLMEngine:
             self._lora_request = self._load_adapter()
             self._version = now
             # Under an id it knows, vLLM would go on with the adapter and the cached prefixes it has.
-            assert before is None or self._lora_request.lora_int_id != before, before
+            assert before is None or getattr(self._lora_request, "lora_int_id", None) != before, before
         assert self._lora_request is not None, "without a LoRARequest vLLM samples from the base model"
         assert self._version.step == self._step(), (self._version, self._step())
 
