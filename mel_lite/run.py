@@ -160,12 +160,7 @@ def train(
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
-            raise EngineError(
-                "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
-                "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
-                f"--adapter {folder} --output-dir NEW. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+            raise _out_of_memory(error, folder) from error
         finally:
             display.close()
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
@@ -177,6 +172,14 @@ def train(
             exported = _export(recipe, adapter_dir, folder, console, apart=apart)
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
+    return EngineError(
+        "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
+        "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
+        f"--adapter {folder} --output-dir NEW. ({str(error).splitlines()[0]})"
+    )
 
 
 def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, budget_bytes: int | None) -> None:
