@@ -32,7 +32,7 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU, but for the exhaustive ones
+test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
@@ -109,4 +109,10 @@ $(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
 $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 	"$(PYTHON)" -m venv $(VENV)/tools
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt
+	@touch $@
+
+# Beside site-packages: `pip check` and the other tests see an environment without it (tests/real_unsloth.py).
+$(VENV)/.unsloth: requirements/unsloth.txt $(VENV)/.locked
+	rm -rf $(VENV)/unsloth
+	$(PIP) install --progress-bar off --no-deps --no-compile --target $(VENV)/unsloth -r requirements/unsloth.txt
 	@touch $@

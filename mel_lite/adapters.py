@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ _ARCHITECTURE = (
     "tie_word_embeddings",
 )
 _SAMPLES_PER_WEIGHT = 1024
+_RECORDED = ("name", "revision", "dtype", "load_in_4bit", "quant_type", "double_quant", "attn_implementation")
+"""Of a ModelSpec, what makes its weights what they are; how a run sampled from them does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +153,11 @@ def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = N
     """Write `mel_lite.json` beside an adapter: the base under `model`, how it was loaded, and its fingerprint."""
     from mel_lite import __version__
 
+    base = _describe_base(model, revision)
     record = {
         "format": 1,
         "mel_lite": __version__,
-        "base": asdict(_describe_base(model, revision)),
+        "base": {key: getattr(base, key) for key in _RECORDED},
         "base_fingerprint": base_fingerprint(model),
     }
     (adapter_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

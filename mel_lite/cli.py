@@ -63,6 +63,9 @@ def train(
         bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
+    ] = None,
     set_: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
@@ -74,6 +77,9 @@ def train(
             "batch) that need not be as it was; may be repeated."
         ),
     ] = None,
+    worst_case: Annotated[
+        bool | None, typer.Option(help="First take a step at full length and measure its memory. Default: on a GPU.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
 ) -> None:
     """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
@@ -83,6 +89,7 @@ def train(
 
     flags = {
         "model.name": model,
+        "model.engine": engine,
         "data.train": dataset,
         "data.split": split,
         "lora.start_from": None if adapter is None else str(adapter),
@@ -103,11 +110,12 @@ def train(
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
         raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    budget_bytes = None
     if gpu in (None, "cpu"):
         recipe = resolve(preset=gpu, config=config, overrides=overrides)
     else:
         # One process plans for all: free memory differs from one to the next, batch shapes must not.
-        recipe = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
+        recipe, budget_bytes = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
 
     with loading("loading"):
         from mel_lite import run
@@ -116,7 +124,8 @@ def train(
         return
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or ())
+        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
+        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None
@@ -229,7 +238,9 @@ def export_(
         Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="adapter or merged-16bit.")] = "merged-16bit",
+    format_: Annotated[
+        str, typer.Option("--format", help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.")
+    ] = "merged-16bit",
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     allow_untrained: Annotated[

@@ -12,18 +12,19 @@ from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
 from mel_lite.errors import ConfigError
 
 
-def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> Any:
-    """The recipe with settings that fit the card; prints the plan, and refuses one that does not fit."""
+def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> tuple[Any, int | None]:
+    """The recipe with settings that fit the card, and the card's bytes; prints the plan, and refuses one that does not
+    fit."""
     from mel_lite.planning import plan_for
 
     recipe, made, reason = plan_for(gpu, config, overrides)
     if made is None:
         typer.secho(f"no memory plan: {reason}", err=True)
-        return recipe
+        return recipe, None
     console().print(made.view())
     if not made.fits:
         raise ConfigError(made.refusal())
-    return recipe
+    return recipe, made.budget_bytes
 
 
 def plan(

@@ -99,9 +99,21 @@ class MELConfig(GRPOConfig):
         "Most tokens (prompts, and completions at full length) whose keys and values are held while sampling; more "
         "sequences wait. Bounds the memory of generation, not its result. None = 64 sequences.",
     )
+    max_micro_batch_tokens: int | None = _option(
+        None,
+        "Most tokens, padding included, that go forward and backward at once. Rollouts and lessons of a micro-batch "
+        "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
+        "part of its own. None = no bound, until memory runs out.",
+    )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
+    )
+    probe_max_diff: float | None = _option(
+        0.05,
+        "Largest mean difference in nats per token between the log-probs of the engine and those of the trainer on the "
+        "same completions; the run stops above it. Measured at the start, after the first update and after a resume. "
+        "None: measure nothing.",
     )
 
     on_collapse: str = _option(
@@ -141,6 +153,12 @@ class MELConfig(GRPOConfig):
             )
         if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
             raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
+        if self.max_micro_batch_tokens is not None and self.max_micro_batch_tokens < 1:
+            raise ConfigError(
+                f"max_micro_batch_tokens={self.max_micro_batch_tokens} must be positive, or null for no bound."
+            )
+        if self.probe_max_diff is not None and not self.probe_max_diff > 0:
+            raise ConfigError(f"probe_max_diff={self.probe_max_diff} must be positive nats, or null for no probe.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:

@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from mel_lite.memory import GIB
 from mel_lite.store import ExperienceRow
 from mel_lite.terminal import printable
 from mel_lite.types import Status
+from mel_lite.worst_case import PhasePeak
 
 FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
 STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "yellow", Status.REPLAY_FAILED: "yellow"}
@@ -215,4 +217,19 @@ def funnel_table(totals: Mapping[str, int]) -> Table:
         table.add_row(stage.replace("_", " "), str(count), f"{count / previous:.0%}" if previous else "")
         previous = count
     table.add_row("trained tokens", str(totals.get("mel/trained_tokens", 0)), "")
+    return table
+
+
+def peaks_table(peaks: Sequence[PhasePeak], budget_bytes: int | None) -> Table:
+    """Predicted and measured peak of every phase of the worst step."""
+    budget = "" if budget_bytes is None else f" ({budget_bytes / GIB:.1f} GiB there are)"
+    table = Table(title=f"worst step: peak memory{budget}", box=None)
+    for column in ("phase", "predicted", "measured", "measured / predicted"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for peak in peaks:
+        predicted, ratio = "", ""
+        if peak.predicted_bytes:
+            predicted = f"{peak.predicted_bytes / GIB:.2f} GiB"
+            ratio = f"{peak.measured_bytes / peak.predicted_bytes:.2f}"
+        table.add_row(peak.name, predicted, f"{peak.measured_bytes / GIB:.2f} GiB", ratio)
     return table

@@ -7,7 +7,6 @@ the figures are saved beside the weights. Nothing appears under the target's nam
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +23,19 @@ from mel_lite.adapters import RECORD, WEIGHTS, adapter_base, attach_adapter, fin
 from mel_lite.demo import publish_dir
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.errors import ConfigError, ExportError
+from mel_lite.export_report import REPORT, ExportReport, Fidelity, card
+from mel_lite.gguf_files import GGUF_TYPES, Tools, find_tools, write_gguf
 from mel_lite.models import ModelSpec, eos_ids, load_base, load_config, load_tokenizer
 from mel_lite.templates import render
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("adapter", "merged-16bit")
+FORMATS = ("adapter", "merged-16bit", *GGUF_TYPES)
 DTYPES = ("auto", "bfloat16", "float16")
-REPORT = "export_report.json"
-MEAN_KL_LIMIT_NATS = 1e-3
-TOP1_LIMIT = 0.995
 CHECK_PROMPTS = (
     "What is 17 + 25? Think step by step, then give the final answer.",
     "A train travels 60 miles in 1.5 hours. How long does it take for 100 miles at the same speed?",
@@ -53,66 +50,6 @@ CHECK_NEW_TOKENS = 32
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
 
 
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """How a merged model compares with the adapter model on the check prompts and the adapter model's own answers."""
-
-    tokens: int
-    mean_kl_nats: float
-    """Mean over tokens of KL(adapter || merged) of the next-token distributions, in nats per token, >= 0."""
-    max_kl_nats: float
-    top1_agreement: float
-    """Share of tokens after which both put the same token first."""
-    greedy_equal: tuple[bool, ...]
-    """Per check prompt: whether both write the same greedy answer."""
-
-    @property
-    def is_faithful(self) -> bool:
-        """True when mean KL and top-1 agreement are within the limits; NaN never is."""
-        return self.mean_kl_nats <= MEAN_KL_LIMIT_NATS and self.top1_agreement >= TOP1_LIMIT
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What was exported, and how faithful it is."""
-
-    path: Path
-    format: str
-    adapter: Path
-    base: ModelSpec
-    """The base and how it was loaded in training."""
-    dtype: str | None
-    """Of the merged weights; None for `adapter`."""
-    fidelity: Fidelity | None
-    """None for `adapter`, which is a copy."""
-
-    def to_json(self) -> str:
-        """All figures as a JSON object."""
-        values = asdict(self) | {"path": self.path.name, "adapter": self.adapter.name}
-        values["limits"] = {"mean_kl_nats": MEAN_KL_LIMIT_NATS, "top1_agreement": TOP1_LIMIT}
-        return json.dumps(values, indent=1)
-
-    def as_table(self) -> Table:
-        """The figures as a rich table."""
-        from rich.table import Table
-
-        table = Table(title=f"export: {self.format}", show_header=False)
-        table.add_row("folder", str(self.path))
-        quantised = f", {self.base.quant_type} 4-bit" if self.base.load_in_4bit else ""
-        table.add_row("base in training", f"{self.base.name} ({self.base.dtype}{quantised})")
-        if self.fidelity is None:
-            return table
-        found = self.fidelity
-        table.add_row("weights", self.dtype)
-        table.add_row("mean KL", f"{found.mean_kl_nats:.1e} nats/token (limit {MEAN_KL_LIMIT_NATS:.0e})")
-        table.add_row("max KL", f"{found.max_kl_nats:.1e} nats")
-        table.add_row("same top token", f"{found.top1_agreement:.2%} of {found.tokens} (limit {TOP1_LIMIT:.1%})")
-        table.add_row("same greedy answer", f"{sum(found.greedy_equal)} of {len(found.greedy_equal)} prompts")
-        verdict = "[green]faithful[/]" if found.is_faithful else "[red]differs: serve the adapter on its base[/]"
-        table.add_row("merged vs adapter", verdict)
-        return table
-
-
 def export(
     source: Path,
     out_dir: Path,
@@ -125,7 +62,8 @@ def export(
     """Write the adapter of a run, checkpoint or adapter folder to `out_dir` in another form.
 
     Args:
-        format: `adapter` (PEFT's files alone) or `merged-16bit` (a plain model; checked against the adapter model).
+        format: `adapter` (PEFT's files alone), `merged-16bit` (a plain model; checked against the adapter model), or
+            `f16`, `q8_0`, `q4_k_m`: that model as a GGUF file of the type, written by llama.cpp's tools.
         base: where to find the base, when not where the adapter says. How it is loaded (dtype, 4-bit) is always what
             the adapter was trained with, as far as that was recorded.
         dtype: of the merged weights. `auto` is the base checkpoint's own 16-bit type; float16 for a float32 checkpoint
@@ -142,13 +80,16 @@ def export(
     spec = _training_base(adapter_dir, base)
     _check_adapter_weights(adapter_dir, allow_untrained=allow_untrained)
     _check_target(out_dir)
+    tools = find_tools(format, source) if format in GGUF_TYPES else None
     with _staging(out_dir) as staging:
         if format == "adapter":
             _copy(adapter_dir, staging, ("adapter_config.json", WEIGHTS, RECORD, *_TOKENIZER_FILES))
             report = ExportReport(out_dir, format, adapter_dir, spec, None, None)
+        elif tools is not None:
+            report = _export_gguf(adapter_dir, out_dir, staging, spec, format, tools)
         else:
             report = _export_merged(adapter_dir, out_dir, staging, spec, dtype)
-        (staging / "README.md").write_text(_card(report), encoding="utf-8")
+        (staging / "README.md").write_text(card(report), encoding="utf-8")
         (staging / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
         try:
             publish_dir(staging, out_dir)
@@ -258,6 +199,19 @@ def _export_merged(adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelS
     if not math.isfinite(fidelity.mean_kl_nats):
         raise ExportError(f"the merged model computes NaN or infinity in {dtype}. Set dtype to bfloat16.")
     return ExportReport(out_dir, "merged-16bit", adapter_dir, spec, dtype, fidelity)
+
+
+def _export_gguf(
+    adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelSpec, kind: str, tools: Tools
+) -> ExportReport:
+    """A merged model, checked as ever, then handed to llama.cpp; the figures are those of the merged model."""
+    merged = staging / "merged-16bit"
+    merged.mkdir()
+    report = _export_merged(adapter_dir, out_dir, merged, spec, "auto")
+    name = Path(spec.name).name.lower()
+    write_gguf(tools, merged, staging / f"{name}-{kind}.gguf", kind)
+    shutil.rmtree(merged)
+    return replace(report, format=kind)
 
 
 def _exact_on_cpu(model: PreTrainedModel) -> PreTrainedModel:
@@ -371,21 +325,3 @@ def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], greedy_equ
         top1_agreement=same_N.float().mean().item(),
         greedy_equal=tuple(greedy_equal),
     )
-
-
-def _card(report: ExportReport) -> str:
-    """A model card that says what this is and how it was checked."""
-    name = report.base.name
-    hub_base = [f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
-    library = "peft" if report.format == "adapter" else "transformers"
-    front = ["---", f"library_name: {library}", *hub_base, "tags: [mel-lite, mel, grpo]", "---"]
-    body = ["# Trained with MEL-Lite", ""]
-    if report.fidelity is None:
-        body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as {RECORD} says.")
-    else:
-        body.append(
-            f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter "
-            f"model over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same "
-            f"top token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
-        )
-    return "\n".join([*front, "", *body, ""])

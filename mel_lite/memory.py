@@ -229,29 +229,33 @@ def forward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2) 
     return rows * tokens * per_token + mask_bytes(rows, tokens, element_bytes)
 
 
-def saved_layer_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2) -> int:
+def saved_layer_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
     """What one layer saves for its backward pass, without checkpointing.
 
     e (4 I + 2 H + 2 A + 2 X) + 8 H + 4 (A + K if keys and queries are normed) per token: gate, up, their activation
     and product; both normed inputs; query and attention output; keys and values (X = A where a mask makes SDPA repeat
     them for every head, else K); float32 inputs of the norms.
+
+    `casts`: adapters in float32 beside 16-bit layers. Each takes its input to float32 and autocast takes it back, so
+    that query, key, value, gate and up save copies of their own, and so does the output: e (3 H + A) more per token.
     """
     e, a, k = element_bytes, shape.attention, shape.kv
     repeated = a if rows > 1 else k
     per_token = e * (4 * shape.intermediate + 2 * shape.hidden + 2 * a + 2 * repeated) + 8 * shape.hidden
-    per_token += 4 * (a + k) * shape.qk_norm
+    per_token += 4 * (a + k) * shape.qk_norm + casts * e * (3 * shape.hidden + a)
     bias = mask_bytes(rows, tokens, e) // (1 + e) * e
     return rows * tokens * per_token + bias
 
 
-def layer_backward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2) -> int:
+def layer_backward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
     """Most the backward pass of one layer holds: what the layer saved, and gradients of the MLP in flight.
 
     That is saved_layer_bytes with e (2 I + H) more per token: two of the MLP's saved tensors are still there when
-    three of its gradients are, beside the gradient of the layer's output.
+    three of its gradients are, beside the gradient of the layer's output. With `casts` 4 I more: the gradient of the
+    MLP's float32 input to the last adapter.
     """
-    extra = rows * tokens * element_bytes * (2 * shape.intermediate + shape.hidden)
-    return saved_layer_bytes(shape, rows, tokens, element_bytes) + extra
+    per_token = element_bytes * (2 * shape.intermediate + shape.hidden) + casts * 4 * shape.intermediate
+    return saved_layer_bytes(shape, rows, tokens, element_bytes, casts=casts) + rows * tokens * per_token
 
 
 def blocks_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -275,6 +279,7 @@ def update_bytes(
     checkpointing: bool,
     four_bit: bool,
     measured: bool = False,
+    casts: bool = False,
     element_bytes: int = 2,
     u_bytes: int = 2,
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
@@ -293,7 +298,7 @@ def update_bytes(
 
         peak    = sum_b (graph_b + 3 norm_b) + max_b layer_backward_bytes_b + N H (e + u) + the weight written out
 
-    where two of the three norms are what each measurement leaves in the graph.
+    where two of the three norms are what each measurement leaves in the graph. `casts` as in saved_layer_bytes.
 
     `N H (2 e + u)` are the scored hidden states, their copy in one tensor, and u = d logp / d hidden. Logits exist only
     as tiles of the head's scratch.
@@ -302,10 +307,10 @@ def update_bytes(
     blocks = blocks_of(lengths)
     kept, peak, worst_layer = 0, 0, 0
     for rows, tokens in blocks:
-        layer = saved_layer_bytes(shape, rows, tokens, e)
+        layer = saved_layer_bytes(shape, rows, tokens, e, casts=casts)
         kept += shape.layers * (e * h * rows * tokens if checkpointing else layer)
         kept += mask_bytes(rows, tokens, e) // (1 + e)
-        gradients = layer_backward_bytes(shape, rows, tokens, e) - (0 if checkpointing else layer)
+        gradients = layer_backward_bytes(shape, rows, tokens, e, casts=casts) - (0 if checkpointing else layer)
         peak, worst_layer = max(peak, kept + gradients), max(worst_layer, gradients)
         kept += 4 * h * rows * tokens
     if measured:
@@ -360,6 +365,6 @@ def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2) -> int:
 
 
 def export_bytes(shape: Shape, element_bytes: int = 2) -> int:
-    """A second, 16-bit copy of the whole model, and one layer's largest weight and update in float32."""
+    """The whole model in 16 bits, and one layer's largest weight and update in float32. The trained one is gone."""
     everything = linear_parameters(shape) + other_parameters(shape)
     return element_bytes * everything + 2 * largest_linear_bytes(shape, 4)

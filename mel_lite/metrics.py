@@ -63,6 +63,8 @@ class MeteredEngine:
 
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self.name = engine.name
+        self.own_kernels = bool(getattr(engine, "own_kernels", False))
+        self.unmetered = engine
         self._engine = engine
         self._clock = clock
         self.total_generated_tokens = 0
@@ -72,6 +74,13 @@ class MeteredEngine:
 
     def sleep(self) -> None:
         self._engine.sleep()
+
+    def limit_concurrency(self, sequences: int) -> bool:
+        """Have the engine sample fewer sequences at once; False when it cannot."""
+        limit = getattr(self._engine, "limit_concurrency", None)
+        if limit is not None:
+            limit(sequences)
+        return limit is not None
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         interrupts.poll()
@@ -148,12 +157,21 @@ class GradientMeter:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._grads: dict[str, list[torch.Tensor]] = {}
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """Measure nothing more until the next `drain`: a part of the step is done again and would count twice."""
+        self._grads.clear()
+        self._given_up = True
 
     def add(self, term: str, loss: torch.Tensor, *, scale: float = 1.0) -> None:
         """Add the gradient of `loss`, keeping its graph for the backward that trains.
 
-        `scale` is the gradient scaler's: without it, small float16 gradients would vanish on the way.
+        `scale` is the gradient scaler's: without it, small float16 gradients would vanish on the way. A loss without
+        graph adds nothing.
         """
+        if self._given_up or not loss.requires_grad:
+            return
         grads = torch.autograd.grad(loss * scale, self._parameters, retain_graph=True, allow_unused=True)
         sums = self._grads.setdefault(term, [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters])
         for total, grad in zip(sums, grads, strict=True):
@@ -166,6 +184,7 @@ class GradientMeter:
         `reduce` averages a tensor over ranks; it is called for both terms on every rank, with zeros where a rank had
         no lesson. The cosine is in [-1, 1]: below 0 the two terms pull apart.
         """
+        self._given_up = False
         if not self._grads:
             return {}
         flat = {}

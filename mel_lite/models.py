@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """Model name that stands for the demo model of `mel_lite.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("auto", "unsloth", "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,31 @@ class ModelSpec:
     """Quantise the scales too: 0.4 bits less per weight."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
+    engine: Literal["auto", "unsloth", "hf"] = "auto"
+    """What loads the model of a run and samples from it: Unsloth, or transformers. `auto`: Unsloth where there are a
+    CUDA device and the package."""
+    fast_inference: bool = True
+    """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory vLLM may take while it samples; None = what Unsloth picks for the card."""
+    max_lora_rank: int | None = None
+    """Largest rank vLLM makes room for; None = that of the adapter."""
+    max_seq_length: int | None = None
+    """Most tokens of a sequence Unsloth and vLLM make room for; None = the longest of the run."""
+    use_gradient_checkpointing: bool | Literal["unsloth"] | None = None
+    """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = as `train.gradient_checkpointing`."""
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}. Set model.engine.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must lie between 0 and 1: it is a share of the "
+                "GPU's memory. Set model.gpu_memory_utilization."
+            )
+        for name in ("max_lora_rank", "max_seq_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1, or null. Set model.{name}.")
         if not self.name:
             raise ConfigError("model name is empty. Give a Hub id (Qwen/Qwen3-4B-Base), a local folder, or `demo`.")
         if self.dtype not in DTYPES:
@@ -90,8 +114,8 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
     if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
         path, revision = str(saved_in), None
     else:
-        path, revision = _locate(spec.name), spec.revision
-    with _model_errors(path):
+        path, revision = locate(spec.name), spec.revision
+    with model_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -103,7 +127,7 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
     if tokenizer.chat_template is None:
         logger.warning("%s has no chat template: conversations are written as plain text.", spec.name)
         return tokenizer
-    with _model_errors(path):
+    with model_errors(path):
         end = turn_end_id(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         logger.warning(
@@ -153,8 +177,8 @@ def load_config(spec: ModelSpec) -> Any:
     """The model's configuration alone, without its weights. Raises ModelError as `load_base` does."""
     from transformers import AutoConfig
 
-    path = _locate(spec.name)
-    with _model_errors(spec.name):
+    path = locate(spec.name)
+    with model_errors(spec.name):
         config = AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
         _refuse_hub_kernels(path, spec)
         return config
@@ -193,8 +217,8 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
         options["attn_implementation"] = attention
     if spec.load_in_4bit:
         options["quantization_config"] = _four_bit(spec, dtype)
-    path = _locate(spec.name)
-    with _model_errors(spec.name):
+    path = locate(spec.name)
+    with model_errors(spec.name):
         _refuse_hub_kernels(path, spec)
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
     keep_four_bit_layout(model)
@@ -245,7 +269,7 @@ def context_length(model_or_config: Any) -> int:
     raise ModelError(f"config of {config.model_type!r} does not state its context length. Set max_position_embeddings.")
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
     """A path or Hub id transformers can load. Raises ModelError for a local folder that is no model."""
     if name == DEMO:
         return str(demo_model_dir())
@@ -262,7 +286,7 @@ def _locate(name: str) -> str:
 
 
 @contextmanager
-def _model_errors(name: str) -> Iterator[None]:
+def model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and the Hub client raise while loading `name` into a ModelError that says what to do."""
     import torch
 

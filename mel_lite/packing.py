@@ -70,6 +70,37 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
     would exceed `max_tokens` (a single longer row still gets a block of its own). Rows with nothing scored are left
     out, but for the shortest when there is no other: every rank needs a forward, or gradients could not be averaged.
     """
+    groups = _groups(rows, max_tokens)
+    blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
+    flat = tuple(i for group in groups for i in group)
+    return Packed(blocks, flat, len(rows), tuple(rows[i].scored_tokens for i in flat))
+
+
+def deal(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
+    """Row numbers of parts whose blocks, as `pack` makes them of all rows and of a part alone, hold `max_tokens`.
+
+    The sum of B*T over the blocks of a part is at most `max_tokens`, but for a part of one longer row; None = one part.
+    Rows with nothing scored are in no part, as they are in no block.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for group in _groups(rows, max_tokens):
+        area = area_tokens(rows, group)
+        if parts and (max_tokens is None or area <= room):
+            parts[-1] += group
+        else:
+            parts.append(list(group))
+            room = max_tokens or 0
+        room -= area
+    return parts
+
+
+def area_tokens(rows: Sequence[Row], group: Sequence[int]) -> int:
+    """B*T of one block of these rows, padding included."""
+    return len(group) * max(len(rows[i].ids) for i in group)
+
+
+def _groups(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
     wanted = [i for i, row in enumerate(rows) if row.scored_tokens]
     wanted = wanted or sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[:1]
     order = sorted(wanted, key=lambda i: (rows[i].temperature, -len(rows[i].ids)))
@@ -81,9 +112,7 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
             groups[-1].append(i)
         else:
             groups.append([i])
-    blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
-    flat = tuple(i for group in groups for i in group)
-    return Packed(blocks, flat, len(rows), tuple(rows[i].scored_tokens for i in flat))
+    return groups
 
 
 def _fits(lengths: list[int], length: int, max_tokens: int | None) -> bool:

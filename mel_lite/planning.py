@@ -1,11 +1,12 @@
 """Will it fit? The settings that keep every phase of a recipe under a card's memory, and what to change where none do.
 
-Settings that leave the result of a step as it is (micro-batch, concurrency, checkpointing, the optimiser's storage) are
-chosen here unless the user set them. What changes the method (lengths, model, rank) is only ever advised.
+Settings that leave the result of a step as it is (tokens at once, concurrency, checkpointing, the optimiser's storage)
+are chosen here unless the user set them. What changes the method (lengths, model, rank) is only ever advised.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +33,14 @@ BUDGETS = {
 """Bytes the smallest card of each class gives a process, as PyTorch reports them: RTX 3060; T4; A10G and L4 (error
 correction takes its part); A100-40; A100-80."""
 
-MAX_MICRO_BATCH = 16
+MOST_TOKENS = 16384
+"""More at once keep a GPU no busier."""
+TOKEN_STEP = 1024
 TARGET_SHARE = 0.95
 """Settings are chosen to stay below this share of a card, since predictions are not exact."""
-SPLIT = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-CACHE, CHECKPOINTING, OPTIM = "train.max_cache_tokens", "train.gradient_checkpointing", "train.optim"
-NEUTRAL = (*SPLIT, CACHE, CHECKPOINTING, OPTIM)
+TOKENS, CACHE = "train.max_micro_batch_tokens", "train.max_cache_tokens"
+CHECKPOINTING, OPTIM = "train.gradient_checkpointing", "train.optim"
+NEUTRAL = (TOKENS, CACHE, CHECKPOINTING, OPTIM)
 """What is chosen freely: the result of a step does not depend on it (8-bit moments: by rounding only)."""
 
 
@@ -80,8 +83,8 @@ class Plan:
         """What the file of a preset says of its memory, as comment lines."""
         peak, budget = f"{self.peak_bytes / GIB:.1f} GiB ({self.worst.name})", f"{self.budget_bytes / GIB:.1f} GiB"
         return (
-            f"# Peak memory: {peak} of the {budget} such a card gives. Predicted by\n"
-            f"# `mel-lite plan --gpu {self.gpu}`, not measured."
+            f"# Peak memory: {peak} of the {budget} such a card gives, predicted by\n"
+            f"# `mel-lite plan --gpu {self.gpu}`; measured: not yet."
         )
 
     def refusal(self) -> str:
@@ -139,7 +142,7 @@ def plan(recipe: Recipe, shape: Shape, *, gpu: str, budget_bytes: int, pinned: I
         notes.append(f"prompts are taken to have at most {PROMPT_TOKENS} tokens; data.max_prompt_tokens makes it so.")
     if load.exports and phases[-1].bytes > budget_bytes:
         notes.append(
-            f"the export, with the trained model still loaded, needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
+            f"the export, which has the model in 16 bits, needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
             "export on the CPU: CUDA_VISIBLE_DEVICES= mel-lite export RUN"
         )
     return Plan(recipe.model.name, gpu, budget_bytes, phases, _choices(chosen, load), advice, tuple(notes))
@@ -168,13 +171,17 @@ def _with(recipe: Recipe, **train: Any) -> Recipe:
 
 def _fitting(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[str]) -> Recipe | None:
     """The first of the settings, best first, whose every phase but the export is within the budget."""
+
+    def trains(sized: Recipe) -> bool:
+        peaks = {phase.name: phase.bytes for phase in predict(workload(sized, shape))}
+        return max(peaks[name] for name in ("load", "update", "optimiser")) <= budget_bytes
+
     for candidate in _storage(recipe, shape, pinned):
-        for sized in _micro_batches(candidate, shape, pinned):
-            peaks = {phase.name: phase.bytes for phase in predict(workload(sized, shape))}
-            if max(peaks[name] for name in ("load", "update", "optimiser")) > budget_bytes:
-                continue
-            if (whole := _concurrency(sized, shape, budget_bytes, pinned)) is not None:
-                return whole
+        sizes = _micro_batches(candidate, shape, pinned)
+        # More tokens take more memory, so the largest micro-batch that fits is found by halving.
+        first = bisect.bisect_left(sizes, True, key=trains)
+        if first < len(sizes) and (whole := _concurrency(sizes[first], shape, budget_bytes, pinned)) is not None:
+            return whole
     return None
 
 
@@ -193,17 +200,15 @@ def _storage(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Iterator[R
                 yield _with(recipe, max_context_tokens=context, gradient_checkpointing=checkpointing, optim=optim)
 
 
-def _micro_batches(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Iterator[Recipe]:
-    """The same completions per step in ever smaller micro-batches."""
-    option = {key: option_of(recipe, key) for key in DEFAULTS}
-    explicit = pinned & set(SPLIT) or option["steps_per_generation"] or option["generation_batch_size"]
-    if explicit:
-        yield recipe
-        return
-    total = option["per_device_train_batch_size"] * option["gradient_accumulation_steps"]
-    for size in range(min(total, MAX_MICRO_BATCH), 0, -1):
-        if total % size == 0:
-            yield _with(recipe, per_device_train_batch_size=size, gradient_accumulation_steps=total // size)
+def _micro_batches(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> list[Recipe]:
+    """The recipe with ever fewer tokens going forward and backward at once, down to the longest row."""
+    if TOKENS in pinned:
+        return [recipe]
+    load = workload(recipe, shape)
+    longest = max(load.rollout_tokens, load.lesson_tokens if load.pairs else 0)
+    most = max(longest, min(MOST_TOKENS, load.micro_batch_tokens))
+    sizes = [*range(most, longest, -TOKEN_STEP), longest]
+    return [_with(recipe, max_micro_batch_tokens=size) for size in sizes]
 
 
 def _concurrency(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[str]) -> Recipe | None:
@@ -231,7 +236,7 @@ def _concurrency(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozen
 
 def _smallest(recipe: Recipe, shape: Shape, pinned: frozenset[str]) -> Recipe:
     storage = list(_storage(recipe, shape, pinned))[-1]
-    smallest = list(_micro_batches(storage, shape, pinned))[-1]
+    smallest = _micro_batches(storage, shape, pinned)[-1]
     if CACHE in pinned:
         return smallest
     longest = max(prompt + new for _, prompt, new in workload(smallest, shape).sampled.values())
@@ -244,10 +249,10 @@ def _advice(recipe: Recipe, shape: Shape, budget_bytes: int, pinned: frozenset[s
     def fits(changed: Recipe, held: frozenset[str], of: Shape = shape) -> bool:
         return _fitting(changed, of, budget_bytes, held) is not None
 
-    for group in (SPLIT, *((key,) for key in (CACHE, CHECKPOINTING, OPTIM))):
-        freed = _fitting(recipe, shape, budget_bytes, pinned - set(group)) if pinned & set(group) else None
+    for key in NEUTRAL:
+        freed = _fitting(recipe, shape, budget_bytes, pinned - {key}) if key in pinned else None
         if freed is not None:
-            yield " ".join(f"--set {key}={option_of(freed, key.partition('.')[2])}" for key in group)
+            yield f"--set {key}={option_of(freed, key.partition('.')[2])}"
     load = workload(recipe, shape)
     if load.measures_gradients and fits(_with(recipe, grad_norm_every=0), pinned):
         yield "--set train.grad_norm_every=0"

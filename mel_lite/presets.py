@@ -56,8 +56,8 @@ class EvalOptions:
 class ExportOptions:
     """What is written at the end beside the adapter."""
 
-    format: Literal["merged-16bit"] | None = "merged-16bit"
-    """`merged-16bit`, or null for the adapter alone."""
+    format: Literal["merged-16bit", "f16", "q8_0", "q4_k_m"] | None = "merged-16bit"
+    """`merged-16bit`; a GGUF type, where llama.cpp's tools are installed; or null for the adapter alone."""
     dtype: Literal["auto", "bfloat16", "float16"] = "auto"
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 FREE = (
     "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
     "report_to", "grad_norm_every", "max_idle_steps", "on_collapse", "verifier_workers", "verifier_deadline_s",
-    "max_cache_tokens",
+    "max_cache_tokens", "max_micro_batch_tokens", "probe_max_diff",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")

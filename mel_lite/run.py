@@ -5,7 +5,11 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,14 +22,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from mel_lite import checkpoint, ranks
-from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
+from mel_lite.adapters import lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
-from mel_lite.display import LiveDisplay, comparison_table, funnel_table, sample_panel
-from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError
+from mel_lite.display import LiveDisplay, comparison_table, funnel_table, peaks_table, sample_panel
+from mel_lite.engines.unsloth import is_unsloth
+from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
-from mel_lite.models import context_length, load_base, load_config, load_tokenizer
+from mel_lite.gguf_files import GGUF_TYPES, find_tools
+from mel_lite.loading import load_for_training
+from mel_lite.models import context_length, load_config, load_tokenizer
+from mel_lite.planning import shape_for
 from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
 from mel_lite.resuming import check_changes
@@ -36,6 +44,8 @@ from mel_lite.terminal import printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
+from mel_lite.workload import predict, workload
+from mel_lite.worst_case import PhasePeak, WorstStepFirst, gauge_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,10 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
-    """Everything about a recipe that can be known before a model is loaded. Raises ConfigError, VerifierError."""
+    """Everything about a recipe that can be known before a model is loaded.
+
+    Raises: ConfigError, VerifierError; ExportError when the export needs programs that are not here.
+    """
     args = build_args(recipe, folder)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True
@@ -92,15 +105,29 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    if recipe.export.format in GGUF_TYPES:
+        find_tools(recipe.export.format, folder)
     return args
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow_change: Sequence[str] = ()) -> None:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    worst_case: bool | None = None,
+    budget_bytes: int | None = None,
+) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
     `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
     (`accelerate launch`) train together; the first one prints, writes, saves and exports.
 
+    Args:
+        worst_case: take the worst step before the first and compare its memory with the plan; None = on a GPU.
+        budget_bytes: memory the run may take; None = as much as there is.
     Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
     """
     on_cpu = bool(recipe.train.get("use_cpu"))
@@ -124,28 +151,58 @@ def train(recipe: Recipe, folder: Path, *, resume: bool, console: Console, allow
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, display, console)
         if leads:
             (folder / "config.yaml").write_text(recipe.as_yaml())
+        if torch.cuda.is_available() if worst_case is None else worst_case:
+            _worst_step_first(trainer, recipe, console, budget_bytes)
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
-            raise EngineError(
-                "Out of GPU memory in training. Lower train.per_device_train_batch_size (and raise "
-                "train.gradient_accumulation_steps as much), train.max_completion_length or train.max_context_tokens, "
-                f"and go on from the newest checkpoint in a new run: --adapter {folder} --output-dir NEW. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+            raise _out_of_memory(error, folder) from error
         finally:
             display.close()
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
         if leads:
             adapter_dir = _save(trainer, recipe, folder)
-            exported = _export(recipe, adapter_dir, folder, console)
+            apart = is_unsloth(trainer.model)
+            _release(trainer)
+            exported = _export(recipe, adapter_dir, folder, console, apart=apart)
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
+    return EngineError(
+        "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
+        "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
+        f"--adapter {folder} --output-dir NEW. ({str(error).splitlines()[0]})"
+    )
+
+
+def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, budget_bytes: int | None) -> None:
+    """Have the trainer begin with the worst step, where a plan says what that is."""
+    if ranks.world() > 1:
+        console.print("No worst step first: it is taken on one process only.")
+        return
+    try:
+        load = workload(recipe, shape_for(recipe))
+    except (ModelError, ConfigError) as reason:
+        console.print(f"No worst step first: {reason}")
+        return
+
+    def report(peaks: tuple[PhasePeak, ...], change: str) -> None:
+        console.print(peaks_table(peaks, budget_bytes))
+        if change:
+            console.print(f"Too much. Again with {change}")
+
+    predicted = predict(load) if torch.cuda.is_available() else ()
+    console.print("taking the worst step first: everything at full length (--no-worst-case skips it)")
+    trainer.add_callback(
+        WorstStepFirst(trainer, load, predicted, report, gauge=gauge_here(), budget_bytes=budget_bytes)
+    )
 
 
 def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
@@ -165,15 +222,12 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
     return False
 
 
-def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay) -> MELTrainer:
+def _build_trainer(
+    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay, console: Console
+) -> MELTrainer:
     from transformers import PrinterCallback
 
-    model = load_base(recipe.model)
-    peft_config = None
-    if recipe.lora is not None and recipe.lora.start_from is not None:
-        model = attach_adapter(model, find_adapter(recipe.lora.start_from), trainable=True)
-    elif recipe.lora is not None:
-        peft_config = lora_config(recipe.lora)
+    model, peft_config = load_for_training(recipe, args, console)
     try:
         trainer = MELTrainer(
             model=model,
@@ -231,12 +285,36 @@ def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
     return target
 
 
-def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
+def _release(trainer: MELTrainer) -> None:
+    """Give up the memory of a trained and saved model, so that the export has the GPU to itself.
+
+    Storage is emptied in place: too many objects refer to the tensors to let go of all of them.
+    """
+    if trainer.optimizer is not None:
+        trainer.optimizer.state.clear()
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        for weight in [*model.parameters(), *model.buffers()]:
+            weight.grad = None
+            weight.data = weight.data.new_empty(0)
+            if getattr(weight, "quant_state", None) is not None:
+                weight.quant_state = None
+    for module in trainer.model.modules():
+        if getattr(module, "quant_state", None) is not None:  # a 4-bit layer keeps it a second time
+            module.quant_state = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, apart: bool = False) -> Any:
+    """Write the merged model; the report, or None when there is none to show. `apart`: in a process of its own."""
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
     target = folder / recipe.export.format
     if target.exists():  # of the run before it was resumed
         shutil.rmtree(target)
+    if apart:
+        _export_apart(recipe, adapter_dir, target, console)
+        return None
     try:
         with console.status(f"exporting {recipe.export.format}"):
             return export(
@@ -247,10 +325,21 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
         console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
     except torch.OutOfMemoryError:
         console.print(
-            "[yellow]not exported:[/] the GPU has no room for a 16-bit copy beside the trained model. Export on the "
-            f"CPU: CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
+            "[yellow]not exported:[/] the GPU has no room for the model in 16 bits. Export on the CPU: "
+            f"CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
+
+
+def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
+    """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
+    command = [sys.executable, "-m", "mel_lite", "export", str(adapter_dir), "--output", str(target)]
+    command += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
+    with console.status(f"exporting {recipe.export.format} in a process of its own"):
+        done = subprocess.run(
+            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
+        )
+    console.print(done.stdout if done.returncode == 0 else f"[yellow]not exported:[/] {done.stderr}", highlight=False)
 
 
 def _summary(
@@ -277,7 +366,7 @@ def _summary(
         console.print(f"[yellow]{trainer.idle_advice}[/]")
     console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
-        console.print(f"merged    {escape(str(exported.path))}")
+        console.print(f"exported  {escape(str(exported.path))}")
     if trainer.args.with_meta_experience:
         console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
     console.print(f"took {elapsed_s / 60:.1f} min")

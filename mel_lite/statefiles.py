@@ -163,6 +163,7 @@ class SafeState:
 
     args: Any
     accelerator: Any
+    model: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -234,7 +235,12 @@ class SafeState:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_weights(Path(resume_from_checkpoint))
+        model = model or self.model
+        dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        for name, weight in model.named_parameters():
+            # PEFT loads a 16-bit adapter (TRL's choice on a 4-bit base) into float32: another run from here on.
+            weight.data = weight.data.to(dtypes.get(name, weight.dtype))
 
     def _load_best_model(self) -> None:
         check_weights(Path(self.state.best_model_checkpoint))  # type: ignore[attr-defined]

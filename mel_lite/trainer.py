@@ -8,7 +8,7 @@ One generation batch, top to bottom:
       _study                            pairs -> meta-experiences -> leak guard -> replay -> store -> lessons
     _prepare_inputs                   each accumulation step takes its share of the lessons
     _compute_loss                     TRL's policy loss + lambda * token-averaged NLL of the lessons
-      _get_per_token_logps...           one forward over rollout rows and lesson rows, fused log-probs
+      _get_per_token_logps...           one forward over rollout rows and lesson rows (`token_budget.py`)
     _after_step                       what the update did to the lessons, and the norms of both gradients
     _save_checkpoint                  staged, hashed, renamed (`checkpointing.py`)
 
@@ -32,7 +32,7 @@ from mel_lite.engines.hf import evaluating
 from mel_lite.experience import lesson_from
 from mel_lite.judging import Judge, RewardJudge
 from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
-from mel_lite.packing import Row, pack, pad_rows, rows_of_batch
+from mel_lite.packing import pack
 from mel_lite.pairs import select_pairs
 from mel_lite.resilience import ResilientRun
 from mel_lite.rewards import JudgedRewards
@@ -287,41 +287,6 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
             self._meter.add("nll", mel_loss, scale=scale)
         self._trained += [(lesson, nll.detach()) for lesson, nll in zip(lessons, nlls, strict=True)]
         return policy_loss + mel_loss
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **multimodal: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Log-probs and entropies (B, C) of the completions; lessons that ride along leave theirs on the trainer."""
-        riding, self._riding = self._riding, ()
-        if compute_aux_loss or any(v is not None for v in multimodal.values()):
-            assert not riding, "lessons are text-only"
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
-                **multimodal,
-            )  # fmt: skip
-        rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self._policy_temperature)
-        rollouts = len(rows)
-        rows += [self._lesson_row(lesson) for lesson in riding]
-        packed = pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=self._block_tokens(rows, batch_size))
-        with self.accelerator.autocast():
-            entropy_grad = self._entropy_bonus_enabled and torch.is_grad_enabled()
-            logps, entropies = score(model, packed, entropy_grad=entropy_grad, recompute=self._pieces > 1)
-        self._ridden_logps = logps[rollouts:]
-        mask_BC = attention_mask[:, -logits_to_keep:]
-        entropy_BC = pad_rows(entropies[:rollouts], mask_BC) if compute_entropy else None
-        return pad_rows(logps[:rollouts], mask_BC), entropy_BC, None
-
-    def _lesson_row(self, lesson: Lesson) -> Row:
-        ids = torch.tensor(lesson.context_ids + lesson.target_ids, device=self.accelerator.device)
-        return Row(ids, len(lesson.target_ids))
 
     def _measures_gradients(self) -> bool:
         every = self.args.grad_norm_every

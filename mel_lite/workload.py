@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "analysis_max_tokens": 1024,
     "max_context_tokens": None,
     "max_cache_tokens": None,
+    "max_micro_batch_tokens": None,
     "pairs_per_group": 1,
     "replay_attempts": 1,
     "replay_control": False,
@@ -56,6 +57,31 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that go forward and backward at once, each as (tokens, scored tokens)."""
+
+    rollouts: tuple[tuple[int, int], ...] = ()
+    lessons: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every row."""
+        return tuple(tokens for tokens, _ in self.rollouts + self.lessons)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Of all rows together."""
+        return sum(scored for _, scored in self.rollouts + self.lessons)
+
+
+def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: int) -> tuple[tuple[int, int], ...]:
+    """As many equal rows as fill the budget without a gap; one row that is longer stays as it is."""
+    rows = max(1, min(most_rows, math.ceil(budget_tokens / row_tokens)))
+    length = row_tokens if rows == 1 else min(row_tokens, budget_tokens // rows)
+    return ((length, min(scored_tokens, length - 1)),) * rows
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Everything a recipe says that memory depends on; tokens are the longest, counts are of one generation batch."""
 
@@ -75,6 +101,7 @@ class Workload:
     pairs: int
     replays: int
     max_cache_tokens: int | None
+    max_micro_batch_tokens: int | None
     checkpointing: bool
     optim: str
     measures_gradients: bool
@@ -82,9 +109,52 @@ class Workload:
     exports: bool
 
     @property
+    def adapter_bytes(self) -> int:
+        """Of one LoRA weight. TRL keeps the adapter of a quantised base in bfloat16, PEFT that of a 16-bit base in
+        float32; float16 training needs float32 for its gradient scaler."""
+        return 2 if self.four_bit and not self.fp16 else 4
+
+    @property
     def lessons_per_micro_batch(self) -> int:
         """Most lessons that ride with one micro-batch."""
         return math.ceil(self.pairs / max(1, self.completions // self.micro_batch))
+
+    @property
+    def rollout_tokens(self) -> int:
+        """Longest rollout."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def lesson_tokens(self) -> int:
+        """Longest row of a lesson."""
+        return self.context_tokens + self.analysis_tokens
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of the fullest micro-batch, all of its rows together."""
+        return self.micro_batch * self.rollout_tokens + self.lessons_per_micro_batch * self.lesson_tokens
+
+    @property
+    def fullest_parts(self) -> tuple[Part, ...]:
+        """The parts a micro-batch can be taken in that hold the most, of which the worst counts.
+
+        Under a token budget rows of any length may fill it, so that it is full whatever its multiple: rollouts with
+        their prompts at full length, rollouts that are nearly all completion, lessons, and a lesson among rollouts.
+        """
+        lessons, budget = self.lessons_per_micro_batch, self.max_micro_batch_tokens
+        rollout, lesson = (self.rollout_tokens, self.completion_tokens), (self.lesson_tokens, self.analysis_tokens)
+        if budget is None or budget >= self.micro_batch_tokens:
+            return (Part((rollout,) * self.micro_batch, (lesson,) * lessons),)
+        parts = [
+            Part(_filled(budget, self.micro_batch, *rollout)),
+            Part(_filled(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens)),
+        ]
+        if lessons:
+            parts.append(Part((), _filled(budget, lessons, *lesson)))
+        if lessons and budget > self.lesson_tokens:
+            beside = _filled(budget - self.lesson_tokens, self.micro_batch, *rollout)
+            parts.append(Part(beside, (lesson,)))
+        return tuple(parts)
 
     @property
     def sampled(self) -> dict[str, tuple[int, int, int]]:
@@ -138,6 +208,7 @@ def workload(recipe: Recipe, shape: Shape) -> Workload:
         pairs=pairs,
         replays=pairs * option["replay_attempts"] * (2 if control else 1),
         max_cache_tokens=option["max_cache_tokens"],
+        max_micro_batch_tokens=option["max_micro_batch_tokens"],
         checkpointing=bool(option["gradient_checkpointing"]),
         optim=str(option["optim"]),
         measures_gradients=bool(option["grad_norm_every"]),
@@ -161,6 +232,7 @@ def option_of(recipe: Recipe, key: str) -> Any:
         "generation_batch_size",
         "max_context_tokens",
         "max_cache_tokens",
+        "max_micro_batch_tokens",
     )
     if counts and value is not None:
         least = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
@@ -173,10 +245,7 @@ def predict(load: Workload) -> tuple[Phase, ...]:
     """Peak of every phase of a run, in order: what stays, and what comes and goes with the allocator's share."""
     shape, e, four_bit = load.shape, load.element_bytes, load.four_bit
     weights = memory.weight_bytes(shape, four_bit=four_bit, double_quant=load.double_quant, element_bytes=e)
-    # TRL keeps the adapter of a quantised base in bfloat16, PEFT that of a 16-bit base in float32; float16 training
-    # needs float32 for its gradient scaler.
-    parameter_bytes = 2 if four_bit and not load.fp16 else 4
-    parameters = sum(load.lora)
+    parameter_bytes, parameters = load.adapter_bytes, sum(load.lora)
     states, temporaries = memory.optimiser_bytes(load.lora, load.optim, parameter_bytes)
     adapter = {"LoRA": parameter_bytes * parameters, "optimiser states": states}
     gradients = {"LoRA gradients": parameter_bytes * parameters}
@@ -196,13 +265,14 @@ def predict(load: Workload) -> tuple[Phase, ...]:
     phases += [generation(name) for name in load.sampled]
     if scored := _scoring(load):
         phases.append(phase("scoring", {"activations": scored}))
-    # Where lessons ride, autograd sums a weight's gradients of both kinds of rows before it adds them to the rest.
-    in_flight = {"LoRA gradients": (2 if load.pairs else 1) * parameter_bytes * parameters}
-    phases.append(phase("update", {**in_flight, **_update(load)}))
+    phases.append(phase("update", max((_update(load, part) for part in load.fullest_parts), key=_total)))
     vectors = 16 * parameters if load.measures_gradients else 0
     phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
     if load.exports:
-        phases.append(phase("export", {"16-bit copy": memory.export_bytes(shape, e)}))
+        # The trained model is given up first; `weights` are those of the merged one.
+        merged = memory.export_bytes(shape, e)
+        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * merged)
+        phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
     return tuple(phases)
 
 
@@ -211,33 +281,47 @@ def _scoring(load: Workload) -> int:
     options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
     most = 0
     if load.pairs:
-        block = (1, load.context_tokens + load.analysis_tokens)
+        block = (1, load.lesson_tokens)
         most = memory.scoring_bytes(load.shape, block, load.pairs * load.analysis_tokens, **options)
     if load.scores_rollouts:
-        block = (load.micro_batch, load.prompt_tokens + load.completion_tokens)
+        rows = load.micro_batch
+        if load.max_micro_batch_tokens is not None:
+            rows = max(1, min(rows, load.max_micro_batch_tokens // load.rollout_tokens))
+        block = (rows, load.rollout_tokens)
         scored = load.completions * load.completion_tokens
         most = max(most, memory.scoring_bytes(load.shape, block, scored, **options))
     return most
 
 
-def _update(load: Workload) -> dict[str, int]:
-    """The worst micro-batch: every rollout as long as it may be, and as many full-length lessons as can ride along."""
-    lessons = load.lessons_per_micro_batch
-    rollout_tokens = load.prompt_tokens + load.completion_tokens
-    lesson_tokens = load.context_tokens + load.analysis_tokens
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _update(load: Workload, part: Part) -> dict[str, int]:
+    """Forward and backward of one part of a micro-batch, and the gradients it leaves."""
+    sixteen_bit = not load.four_bit and load.element_bytes == 2
     activations = memory.update_bytes(
         load.shape,
-        [rollout_tokens] * load.micro_batch + [lesson_tokens] * lessons,
-        load.micro_batch * load.completion_tokens + lessons * load.analysis_tokens,
+        part.lengths,
+        part.scored_tokens,
         checkpointing=load.checkpointing,
         four_bit=load.four_bit,
         measured=load.measures_gradients,
+        # PEFT's float32 adapters beside 16-bit layers; those beside 4-bit layers leave their input to autocast.
+        casts=sixteen_bit,
         element_bytes=load.element_bytes,
         u_bytes=4 if load.fp16 or load.element_bytes == 4 else 2,
     )
     parameters = sum(load.lora)
+    # Autograd sums a weight's gradients of several blocks before it adds them to the rest.
+    in_flight = 2 if len(memory.blocks_of(part.lengths)) > 1 else 1
     # Autocast keeps a 16-bit copy of an adapter in another dtype. The gradient meter keeps a float32 sum for each loss
     # term, beside the gradient it adds.
     copies = 2 * parameters if load.fp16 or not load.four_bit else 0
     sums = 12 * parameters if load.measures_gradients else 0
-    return {"activations": activations, "adapter copies": copies, "measured gradients": sums}
+    return {
+        "LoRA gradients": in_flight * load.adapter_bytes * parameters,
+        "activations": activations,
+        "adapter copies": copies,
+        "measured gradients": sums,
+    }

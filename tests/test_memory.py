@@ -187,6 +187,45 @@ def test_an_update_peaks_where_predicted(
     assert memory.scoring_bytes(shape, block, sum(scored), **options) == pytest.approx(live.peak_bytes, rel=0.10)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "lengths", "scored"),
+    [
+        ("qwen3", {}, [256, 250], [200, 200]),
+        ("llama", {"num_hidden_layers": 12}, [512], [300]),
+        ("llama", {}, [512, 256, 250], [100, 200, 200]),
+        ("qwen2", {"intermediate_size": 1536}, [512], [300]),
+    ],
+)
+def test_float32_adapters_under_autocast_peak_where_predicted(
+    kind: str, sizes: dict[str, Any], lengths: list[int], scored: list[int], checkpointing: bool
+) -> None:
+    """As PEFT makes them beside a 16-bit base: copies of their inputs, and gradients in float32. Within 10 %."""
+    made = config(kind, **sizes)
+    base = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    install_scoring_head(base)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    model = checkpointed(model) if checkpointing else model
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    packed = pack([Row(torch.arange(n), s) for n, s in zip(lengths, scored, strict=True)], pad_id=0)
+    with LiveBytes([*model.parameters(), *model.buffers(), *[weight.grad for weight in trained]]) as live:
+        with torch.autocast("cpu", torch.bfloat16):
+            logp = torch.cat(score(model, packed)[0]).sum()
+        logp.backward()
+    shape = memory.shape_of(made.to_dict())
+    options = {"four_bit": False, "head_scratch_bytes": cpu_scratch_bytes(shape, sum(scored))}
+    options["checkpointing"] = checkpointing
+    others = sum(2 * weight.numel() for weight in trained)  # the weights' own 16-bit copies
+    if len(packed.blocks) > 1:
+        others += sum(weight.nbytes for weight in trained)
+    predicted = memory.update_bytes(shape, lengths, sum(scored), casts=True, **options)
+    assert predicted + others == pytest.approx(live.peak_bytes, rel=0.10)
+    assert predicted > 1.1 * memory.update_bytes(shape, lengths, sum(scored), **options)
+
+
 @pytest.mark.parametrize(
     ("kind", "lengths", "scored"),
     [("llama", [512, 256, 250], [100, 100, 100]), ("qwen3", [300, 280, 256], [200, 9, 100])],

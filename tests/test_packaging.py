@@ -15,6 +15,7 @@ import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mel_lite
+from real_unsloth import SITE
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -265,6 +267,23 @@ def test_the_lock_satisfies_the_metadata() -> None:
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} but {version} is locked"
     assert Requirement(PROJECT["build-system"]["requires"][0]).specifier.contains(pins["setuptools"])
+
+
+def test_unsloth_fits_the_lock() -> None:
+    """Its own metadata, where it is installed, and the versions of the two that belong together."""
+    lines = (ROOT / "requirements/unsloth.txt").read_text().splitlines()
+    wanted_here = [Requirement(line) for line in lines if not line.startswith("#")]
+    pins = {r.name: str(r.specifier).removeprefix("==") for r in wanted_here}
+    assert set(pins) == {"unsloth", "unsloth_zoo"} and len(set(pins.values())) == 1
+    gpu = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"])}
+    assert all(gpu[name].contains(version) for name, version in pins.items())
+    for found in distributions(path=[str(SITE)]):
+        assert found.version == pins[found.name]
+        for wanted in map(Requirement, found.requires or ()):
+            name = canonicalize_name(wanted.name)
+            if name in locked() and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+                fits = wanted.specifier.contains(locked()[name]) or name == "certifi"  # newer than any index has
+                assert fits, f"{found.name} wants {wanted}, {locked()[name]} is locked"
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -17,9 +19,10 @@ from mel_lite.cli import app
 from mel_lite.config import MELConfig
 from mel_lite.errors import ConfigError
 from mel_lite.memory import GIB, KNOWN
+from mel_lite.packing import Row, deal
 from mel_lite.planning import BUDGETS, NEUTRAL, TARGET_SHARE, Plan, apply, find_gpu, plan, plan_for, shape_for
 from mel_lite.presets import GPU_PRESETS, Recipe, resolve
-from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, predict, workload
+from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, Part, predict, workload
 from tiny_models import save_tiny
 
 
@@ -63,16 +66,20 @@ def test_parts_add_up_and_phases_come_in_order() -> None:
     for phase in made.phases:
         assert sum(phase.parts.values()) == phase.bytes and min(phase.parts.values()) >= 0
     weights = memory.weight_bytes(KNOWN["Qwen/Qwen3-8B"], four_bit=True)
-    assert {phase.parts["weights"] for phase in made.phases} == {weights}
+    assert {phase.parts["weights"] for phase in made.phases[:-1]} == {weights}
+    sixteen_bit = memory.weight_bytes(KNOWN["Qwen/Qwen3-8B"], four_bit=False)
+    assert sixteen_bit < made.phases[-1].parts["weights"] < 1.05 * sixteen_bit, "the trained model is given up first"
     assert made.peak_bytes == max(phase.bytes for phase in made.phases[:-1])
 
 
 def test_grpo_alone_has_no_lessons() -> None:
     _, made = planned("24gb", train__algorithm="grpo")
     assert [phase.name for phase in made.phases] == ["load", "rollout", "update", "optimiser", "export"]
-    mel = {phase.name: phase.bytes for phase in predict(workload(resolve(preset="24gb"), KNOWN["Qwen/Qwen3-8B"]))}
-    grpo = resolve(preset="24gb", overrides=[("train.algorithm", "grpo")])
-    without = {phase.name: phase.bytes for phase in predict(workload(grpo, KNOWN["Qwen/Qwen3-8B"]))}
+    whole = [("train.max_micro_batch_tokens", None), ("train.per_device_train_batch_size", 4)]
+    recipes = (resolve(preset="24gb", overrides=[*whole, ("train.algorithm", name)]) for name in ("mel", "grpo"))
+    mel, without = (
+        {phase.name: phase.bytes for phase in predict(workload(recipe, KNOWN["Qwen/Qwen3-8B"]))} for recipe in recipes
+    )
     lesson_bytes = 36 * 2 * 4096 * (5120 + 1024)  # one hidden state per layer of the one lesson that rides along
     assert mel["update"] - without["update"] > lesson_bytes
 
@@ -82,7 +89,7 @@ def test_qwen3_14b_fits_24_gb_by_giving_up_concurrency() -> None:
     _, fourteen = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
     assert fourteen.fits
     assert fourteen.choices["train.max_cache_tokens"] < eight.choices["train.max_cache_tokens"]
-    assert fourteen.choices["train.per_device_train_batch_size"] < eight.choices["train.per_device_train_batch_size"]
+    assert fourteen.choices["train.max_micro_batch_tokens"] < eight.choices["train.max_micro_batch_tokens"]
     kept = [key for key in eight.choices if key not in NEUTRAL]
     assert {key: eight.choices[key] for key in kept} == {key: fourteen.choices[key] for key in kept}
 
@@ -92,14 +99,39 @@ def test_completions_per_step_stay_what_they_were() -> None:
         recipe, made = planned("24gb", model__name=name)
         chosen = apply(recipe, made).train
         assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] == 64
+        assert chosen["max_micro_batch_tokens"] >= 5120 + 1024, "the longest row, at least"
+
+
+def test_no_part_of_a_micro_batch_takes_more_than_predicted() -> None:
+    """Rows of any length up to their limits, cut as the trainer cuts them."""
+    draw, recipe = random.Random(5), resolve(preset="24gb")
+    load = workload(recipe, KNOWN["Qwen/Qwen3-8B"])
+    options: dict[str, Any] = {"checkpointing": True, "four_bit": True, "measured": True}
+
+    def bytes_of(part: Part) -> int:
+        return memory.update_bytes(load.shape, part.lengths, part.scored_tokens, **options)
+
+    worst, seen = max(map(bytes_of, load.fullest_parts)), 0
+    for _ in range(60):
+        longest = draw.randint(40, load.completion_tokens)
+        scored = [draw.randint(max(1, longest // draw.randint(1, 4)), longest) for _ in range(64)]
+        rows = [Row(torch.empty(draw.randint(1, 1024) + n, device="meta"), n) for n in scored]
+        for _ in range(draw.randint(0, 8)):
+            written = draw.randint(20, load.analysis_tokens)
+            rows.append(Row(torch.empty(draw.randint(300, load.context_tokens) + written, device="meta"), written))
+        for part in deal(rows, load.max_micro_batch_tokens):
+            chosen = [rows[i] for i in part]
+            taken = Part(tuple((len(row.ids), row.scored_tokens) for row in chosen))
+            seen = max(seen, bytes_of(taken))
+            assert bytes_of(taken) <= 1.02 * worst, (taken, worst)
+    assert seen > 0.9 * worst, "the prediction is far from what happens"
 
 
 def test_what_does_not_fit_is_refused_with_changes_that_help() -> None:
-    pinned = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-    sizes = {"train__per_device_train_batch_size": 8, "train__gradient_accumulation_steps": 8}
-    recipe, made = planned("24gb", pinned=pinned, **sizes)
+    pinned = ("train.max_micro_batch_tokens",)
+    recipe, made = planned("24gb", pinned=pinned, train__max_micro_batch_tokens=23552)
     assert not made.fits and "does not fit 24gb: the update phase needs" in made.refusal()
-    assert made.advice[0] == "--set train.per_device_train_batch_size=4 --set train.gradient_accumulation_steps=16"
+    assert made.advice[0] == "--set train.max_micro_batch_tokens=16384"
     tried = 0
     for advice in made.advice:
         changes = [word.split("=") for word in advice.split() if word.startswith(("train.", "model.load"))]
@@ -135,7 +167,7 @@ def test_settings_give_way_in_order() -> None:
     long = {**overrides, "train__max_completion_length": 8000}
     _, long_plan = planned("24gb", model__name="Qwen/Qwen3-14B", **long)
     assert long_plan.fits and 1536 <= long_plan.choices["train.max_context_tokens"] < 2 * 8000
-    assert long_plan.choices["train.per_device_train_batch_size"] == 1
+    assert long_plan.choices["train.max_micro_batch_tokens"] < 2 * (1024 + 8000)
 
 
 def test_a_pinned_setting_is_kept() -> None:
@@ -153,7 +185,9 @@ def test_a_plan_close_to_the_budget_still_fits() -> None:
 
 
 def test_memory_grows_with_everything_that_takes_it() -> None:
-    base = resolve(preset="24gb")
+    base = resolve(
+        preset="24gb", overrides=[("train.max_micro_batch_tokens", None), ("train.per_device_train_batch_size", 4)]
+    )
     shape = shape_for(base)
 
     def update(**train: Any) -> int:
@@ -166,6 +200,8 @@ def test_memory_grows_with_everything_that_takes_it() -> None:
     }.items():  # fmt: skip
         assert update(**{key: value}) > update(), key
     assert update(grad_norm_every=0) < update()
+    assert update(max_micro_batch_tokens=10_000) < update(max_micro_batch_tokens=11_000) < update()
+    assert update(max_micro_batch_tokens=8000, per_device_train_batch_size=64) == update(max_micro_batch_tokens=8000)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +226,10 @@ def test_full_fine_tuning_is_not_predicted(tmp_path: Path) -> None:
 
 def test_keys_of_a_file_are_pinned(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {per_device_train_batch_size: 1, gradient_accumulation_steps: 64}\n")
+    file.write_text("train: {max_micro_batch_tokens: 7000}\n")
     recipe, made, _ = plan_for("24gb", file, [("train.max_cache_tokens", 9000)])
-    assert made is not None and made.choices["train.per_device_train_batch_size"] == 1
-    assert recipe.train["gradient_accumulation_steps"] == 64 and recipe.train["max_cache_tokens"] == 9000
+    assert made is not None and made.choices["train.max_micro_batch_tokens"] == 7000
+    assert recipe.train["max_micro_batch_tokens"] == 7000 and recipe.train["max_cache_tokens"] == 9000
 
 
 def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
@@ -264,7 +300,7 @@ def test_auto_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:
-    _, made = planned("24gb")
+    _, made = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
     console.print(made.view())
     shown = console.export_text()
@@ -321,7 +357,7 @@ def test_the_page_on_memory_has_the_planners_figures() -> None:
             gpu.replace("gb", " GB"),
             size + dtype,
             f"{made.choices['train.max_completion_length']:,}",
-            str(made.choices["train.per_device_train_batch_size"]),
+            f"{made.choices['train.max_micro_batch_tokens']:,}",
             f"{made.choices['train.max_cache_tokens']:,}",
             f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})",
         )
@@ -332,11 +368,11 @@ def test_the_page_on_memory_has_the_planners_figures() -> None:
 def test_lessons_are_planned_for_beside_every_estimator(algorithm: str) -> None:
     peaks = {}
     for name, options in (
-        ("mel", [("train.algorithm", "mel")]),
+        ("mel", []),
         ("with", [("train.algorithm", algorithm), ("train.meta_experience", True)]),
         ("without", [("train.algorithm", algorithm)]),
     ):
-        recipe = resolve(preset="24gb", config=None, overrides=options)
+        recipe = resolve(preset="24gb", overrides=[("train.max_micro_batch_tokens", None), *options])
         phases = predict(workload(recipe, shape_for(recipe)))
         peaks[name] = {phase.name: phase.bytes for phase in phases}
     assert peaks["with"] == peaks["mel"] and "analysis" in peaks["with"]

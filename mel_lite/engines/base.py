@@ -19,6 +19,8 @@ class Sampling:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    """Go on to `max_new_tokens` whatever is sampled: for measuring what the longest sequences take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainers import assert_learnt, build, run_state, step_log, sums
+from mel_lite.models import ModelSpec, load_base
+from tiny_models import save_tiny
+from trainers import assert_learnt, build, run_state, step_log, sums, trainable
 
 COMMON: dict[str, Any] = {
     "max_steps": 3,
@@ -112,3 +114,23 @@ def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) ->
         counts = Counter(prompt for batch in epoch for prompt in batch)
         assert len(counts) == 6 and set(counts.values()) == {4}
     assert run_state(resumed) == run_state(whole)
+
+
+def test_a_16_bit_adapter_stays_16_bit_when_a_run_is_resumed(tmp_path: Path) -> None:
+    """TRL keeps the adapter of a 4-bit base in bfloat16; PEFT loads it back in float32, which is another run."""
+    base = save_tiny(tmp_path / "base")
+
+    def run(folder: str, steps: int) -> Any:
+        model = load_base(ModelSpec(str(base), dtype="float32", load_in_4bit=True))
+        saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+        return build(tmp_path, output_dir=tmp_path / folder, model=model, max_steps=steps, **saving)
+
+    whole = run("whole", 3)
+    whole.train()
+    run("cut", 2).train()
+    resumed = run("cut", 3)
+    resumed.train(resume_from_checkpoint=True)
+    assert {weight.dtype for weight in trainable(resumed).values()} == {torch.bfloat16}
+    for name, weight in trainable(whole).items():
+        assert torch.equal(trainable(resumed)[name], weight), name
+    assert_learnt(resumed)

@@ -1,0 +1,299 @@
+"""The worst step first: every prompt, completion and lesson at its longest, before a run spends hours to meet them.
+
+Made-up tokens go through the phases of a step as real ones would, up to the update, which is left out. Nothing of the
+run changes: weights, moments, random numbers, counters and metrics are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.hf import evaluating
+from mel_lite.errors import ConfigError
+from mel_lite.memory import CONTEXT_BYTES, GIB
+from mel_lite.packing import pack
+from mel_lite.scoring import score
+from mel_lite.statefiles import rng_state, set_rng_state
+from mel_lite.types import Lesson
+from mel_lite.workload import Part, Phase, Workload
+
+MOST_TRIES = 6
+"""Halvings before a phase is given up."""
+
+
+class Gauge(Protocol):
+    """Measures the peak of what is used since `start`."""
+
+    def start(self) -> None: ...
+
+    def peak_bytes(self) -> int: ...
+
+
+class GpuGauge:
+    """What PyTorch's allocator took from the GPU, and the planner's allowance for the CUDA context."""
+
+    def start(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved() + CONTEXT_BYTES
+
+
+class HostGauge:
+    """Peak resident memory of this process, from Linux' /proc; 0 elsewhere."""
+
+    def start(self) -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+    def peak_bytes(self) -> int:
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePeak:
+    """What a phase of the worst step was predicted to take, and took."""
+
+    name: str
+    predicted_bytes: int | None
+    measured_bytes: int
+
+
+def worst_step(
+    trainer: Any, load: Workload, gauge: Gauge, *, states_bytes: int = 0, only: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Measured peak in bytes of every phase but load, optimiser and export, in the order of a step.
+
+    Args:
+        trainer: A MELTrainer inside `train`, before its first step.
+        load: Lengths and counts of the step; `at_once` sequences of each sampling phase are sampled, one round.
+        states_bytes: Of the optimiser's states, held meanwhile where it has none yet.
+        only: Names of the phases to go through; None = all there are.
+    """
+    peaks: dict[str, int] = {}
+
+    def measured(name: str, phase: Callable[[], None]) -> None:
+        if only is not None and name not in only:
+            return
+        gauge.start()
+        phase()
+        peaks[name] = gauge.peak_bytes()
+
+    held = 0 if trainer.optimizer is not None and trainer.optimizer.state else states_bytes
+    states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)
+    with _as_it_was(trainer):
+        trainer.engine.wake()
+        for name in load.sampled:
+            measured(name, lambda name=name: _sample(trainer, load, name))  # type: ignore[misc]
+        trainer.engine.sleep()
+        if load.pairs or load.scores_rollouts:
+            measured("scoring", lambda: _score(trainer, load))
+        measured("update", lambda: _update(trainer, load))
+    del states
+    return peaks
+
+
+@contextmanager
+def _as_it_was(trainer: Any) -> Iterator[None]:
+    """Put back what the phases note on the way."""
+    names = ("_metrics", "_trained", "_micro_batches", "_lesson_weight", "_riding", "_ridden_logps", "_under_way")
+    noted = {name: getattr(trainer, name) for name in names}
+    clock, engine = trainer._clock, trainer.engine
+    times, tokens, total = clock.seconds_s.copy(), clock.generated_tokens, engine.total_generated_tokens
+    rng, training = rng_state(all_gpus=trainer.args.world_size > 1), trainer.model.training
+    steps = trainer.__dict__.get("current_gradient_accumulation_steps")
+    grads = [(p, p.grad) for p in trainer.model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    trainer._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
+    trainer._trained, trainer._micro_batches = [], None
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    try:
+        yield
+    finally:
+        for name, value in noted.items():
+            setattr(trainer, name, value)
+        if steps is None:
+            del trainer.current_gradient_accumulation_steps
+        else:
+            trainer.current_gradient_accumulation_steps = steps
+        trainer.__dict__.pop("_measures_gradients", None)
+        trainer._meter.give_up()
+        trainer._meter.drain(lambda tensor: tensor)
+        clock.seconds_s, clock.generated_tokens, engine.total_generated_tokens = times, tokens, total
+        for p, grad in grads:
+            p.grad = grad
+        trainer.model.train(training)
+        set_rng_state(rng)
+
+
+def _ids(trainer: Any, tokens: int, start: int = 0) -> list[int]:
+    """Ids of ordinary tokens; which ones is without effect on memory."""
+    vocabulary = trainer.model.config.get_text_config().vocab_size
+    return [(7 * (start + i) + 11) % vocabulary for i in range(tokens)]
+
+
+def _sample(trainer: Any, load: Workload, name: str) -> None:
+    _, prompt_tokens, new_tokens = load.sampled[name]
+    requests = [Request(tuple(_ids(trainer, prompt_tokens, i)), i) for i in range(load.at_once(name))]
+    trainer.engine.generate(requests, Sampling(new_tokens, trainer.temperature, ignore_eos=True))
+
+
+def _score(trainer: Any, load: Workload) -> None:
+    """Passes without gradient, as `_after_step` and TRL make them."""
+    with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
+        if load.pairs:
+            rows = [trainer._lesson_row(_lesson(trainer, load.lesson_tokens, load.analysis_tokens))] * load.pairs
+            score(trainer.model, pack(rows, pad_id=0, max_tokens=load.lesson_tokens))
+        if load.scores_rollouts:
+            whole = Part(((load.rollout_tokens, load.completion_tokens),) * load.micro_batch)
+            batch = _micro_batch(trainer, whole)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            width = batch["completion_ids"].shape[1]
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), width, load.micro_batch
+            )
+
+
+def _update(trainer: Any, load: Workload) -> None:
+    trainer.model.train()
+    trainer._lesson_weight = trainer.args.mel_weight
+    every = bool(trainer.args.grad_norm_every)
+    trainer._measures_gradients = lambda: every and torch.is_grad_enabled()
+    for part in load.fullest_parts:
+        loss = trainer.compute_loss(trainer.model_wrapped, _micro_batch(trainer, part))
+        trainer.accelerator.backward(loss)
+
+
+def _micro_batch(trainer: Any, part: Part) -> dict[str, Any]:
+    """A TRL micro-batch of these rows, as `_generate_and_score_completions` hands them on."""
+    device = trainer.accelerator.device
+    rollouts = part.rollouts or ((2, 1),)  # TRL's loss wants one
+    width, completion = max(t - s for t, s in rollouts), max(s for _, s in rollouts)
+    size = (len(rollouts), completion)
+    prompt_mask = torch.zeros(len(rollouts), width, dtype=torch.long, device=device)
+    mask = torch.zeros(size, dtype=torch.long, device=device)
+    for b, (tokens, scored) in enumerate(rollouts):
+        prompt_mask[b, width - (tokens - scored) :] = 1
+        mask[b, :scored] = 1
+    some = torch.tensor(_ids(trainer, width + completion), device=device).expand(len(rollouts), -1)
+    batch = {
+        "prompt_ids": some[:, :width] * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": some[:, width:] * mask,
+        "completion_mask": mask,
+        "advantages": torch.ones(len(rollouts), device=device),
+        "num_items_in_batch": mask.sum(),
+        "lessons": tuple(_lesson(trainer, *lesson) for lesson in part.lessons),
+    }
+    if trainer.beta:
+        batch["ref_per_token_logps"] = torch.full(size, -1.0, device=device)
+    if trainer.use_vllm:
+        batch["importance_sampling_ratio"] = torch.ones(size, device=device)
+    return batch
+
+
+def _lesson(trainer: Any, tokens: int, scored_tokens: int) -> Lesson:
+    ids = tuple(_ids(trainer, tokens))
+    return Lesson(0, ids[:-scored_tokens], ids[-scored_tokens:])
+
+
+# ---- what follows from it --------------------------------------------------------------------------------------------
+
+
+class WorstStepFirst(TrainerCallback):
+    """Takes the worst step before a run's first, and settles on what fits.
+
+    Where a phase passes the budget, fewer tokens go through at once or fewer sequences are sampled, and it is measured
+    again. Raises ConfigError, from `train`, where that does not help.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        load: Workload,
+        predicted: Sequence[Phase],
+        report: Callable[[tuple[PhasePeak, ...], str], None],
+        *,
+        gauge: Gauge,
+        budget_bytes: int | None,
+    ) -> None:
+        self._trainer, self._load, self._gauge = trainer, load, gauge
+        self._predicted = {phase.name: phase for phase in predicted}
+        self._report, self._budget_bytes = report, budget_bytes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        states = self._predicted["update"].parts["optimiser states"] if "update" in self._predicted else 0
+        for _attempt in range(MOST_TRIES):
+            try:
+                measured = worst_step(self._trainer, self._load, self._gauge, states_bytes=states)
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(self._refusal("update", None)) from error
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            peaks = tuple(
+                PhasePeak(name, self._predicted[name].bytes if name in self._predicted else None, found)
+                for name, found in measured.items()
+            )
+            if self._trainer.budget_tokens is not None:  # as it is after an update that ran out of memory
+                self._load = replace(self._load, max_micro_batch_tokens=self._trainer.budget_tokens)
+            most = self._budget_bytes
+            over = [peak for peak in peaks if most is not None and peak.measured_bytes > most]
+            if not over:
+                self._report(peaks, "")
+                return
+            self._report(peaks, self._adapt(over))
+        raise ConfigError(self._refusal(over[0].name, over[0].measured_bytes))
+
+    def _adapt(self, over: Sequence[PhasePeak]) -> str:
+        """Halve what the phases over the budget do at once; returns the options for it. Raises ConfigError."""
+        load, changes = self._load, []
+        for peak in over:
+            if peak.name == "update":
+                longest = max(load.rollout_tokens, load.lesson_tokens if load.pairs else 0)
+                if not self._trainer.halve_budget(most=load.micro_batch_tokens, least=longest):
+                    raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
+                tokens = self._trainer.budget_tokens
+                self._load = replace(self._load, max_micro_batch_tokens=tokens)
+                changes.append(f"max_micro_batch_tokens={tokens}")
+            elif peak.name in load.sampled:
+                sequences, (_, prompt, new) = load.at_once(peak.name) // 2, load.sampled[peak.name]
+                if sequences < 1 or not self._trainer.engine.limit_concurrency(sequences):
+                    raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
+                cached = min(self._load.max_cache_tokens or sequences * (prompt + new), sequences * (prompt + new))
+                self._load = replace(self._load, max_cache_tokens=cached)
+                changes.append(f"max_cache_tokens={cached}")
+            else:
+                raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
+        return " ".join(f"--set train.{change}" for change in dict.fromkeys(changes))
+
+    def _refusal(self, name: str, measured_bytes: int | None) -> str:
+        took = "runs out of memory" if measured_bytes is None else f"takes {measured_bytes / GIB:.1f} GiB"
+        budget = "" if self._budget_bytes is None else f" of the {self._budget_bytes / GIB:.1f} GiB there are"
+        knob = "train.max_completion_length" if name in ("rollout", "replay") else "train.max_context_tokens"
+        return (
+            f"The worst step's {name} {took}{budget}, with one row at a time. Lower {knob}, take a smaller model, or "
+            "set train.gradient_checkpointing=true and model.load_in_4bit=true where they are off. "
+            "(--no-worst-case trains without this check.)"
+        )
+
+
+def gauge_here() -> Gauge:
+    """The gauge for the device that trains."""
+    return GpuGauge() if torch.cuda.is_available() else HostGauge()

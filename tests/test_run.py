@@ -1,0 +1,70 @@
+"""`mel-lite train` on a tiny model: the worst step first, and an export that has the memory to itself."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mel_lite import run
+from mel_lite.cli import app
+from tiny_models import save_tiny
+
+
+def command(folder: Path, *flags: str, **settings: Any) -> Any:
+    """One step of `mel-lite train` in `folder`."""
+    save_tiny(folder / "base", "qwen3")
+    tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(4)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    values = {
+        "model.name": folder / "base", "model.dtype": "float32", "lora.start_from": "null",
+        "data.train": folder / "tasks.jsonl", "data.eval": "null", "data.eval_split": "null",
+        "data.max_prompt_tokens": 60, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
+        "train.max_context_tokens": 480, "train.max_steps": 1, "train.per_device_train_batch_size": 8,
+        "train.gradient_accumulation_steps": 1, "export.format": "null",
+        **{key.replace("__", "."): value for key, value in settings.items()},
+    }  # fmt: skip
+    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["train", "--gpu", "cpu", *flags, *options, "--output-dir", str(folder / "run")])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_the_worst_step_comes_first_where_asked(tmp_path: Path) -> None:
+    shown = command(tmp_path, "--worst-case").stdout.split("worst step: peak memory")[1]
+    for phase in ("rollout", "analysis", "replay", "scoring", "update"):
+        line = next(line for line in shown.splitlines() if phase in line)
+        assert float(line.split()[1]) > 0.1, line  # GiB: the whole process, libraries included
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"reward"') == 1
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_the_trained_model_is_given_up_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, four_bit: bool
+) -> None:
+    """Its tensors hold nothing any more; those of the test process itself are not counted."""
+    before = {id(each) for each in gc.get_objects()}
+    seen: list[tuple[int, int]] = []
+
+    def held() -> int:
+        tensors = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    release = run._release
+
+    def watched(trainer: Any) -> None:
+        with_model = held()
+        release(trainer)
+        seen.append((with_model, held()))
+
+    monkeypatch.setattr(run, "_release", watched)
+    monkeypatch.setattr(run, "export", lambda *_, **__: None)
+    command(tmp_path, model__load_in_4bit=str(four_bit).lower(), export__format="merged-16bit")
+    ((with_model, without),) = seen
+    assert with_model > 100_000 and without < 0.1 * with_model, seen
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
