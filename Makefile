@@ -35,7 +35,7 @@ test: venv $(VENV)/.gym  ## run the fast tests
 test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
 
-FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
+FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
     verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)

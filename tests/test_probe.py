@@ -106,14 +106,11 @@ def test_another_dtype_stops_the_run_at_the_start(tmp_path: Path) -> None:
 
 
 def test_cut_distributions_are_probed_on_whole_ones(tmp_path: Path) -> None:
-    options = {"top_p": 0.7, "max_steps": 2, "vllm_importance_sampling_correction": False}
+    options = {"algorithm": "rft", "top_p": 0.7, "max_steps": 2}  # RFT alone may learn from such samples
     trainer, llm = trained(tmp_path, **options)
     trainer.train()
     assert max(probes(tmp_path / "run").values()) < 1e-5
     assert [{p.top_p for p in call.params} for call in llm.calls] == [{0.7}, {1.0}, {0.7}, {1.0}]
-    cut = trained(tmp_path, output_dir=tmp_path / "cut", fault="ignores", **options)[0]
-    with pytest.raises(EngineError, match="without the adapter"):
-        cut.train()
 
 
 @pytest.mark.parametrize("fault", ["fails", "dies"])

@@ -39,7 +39,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     "F19": ("swapped arguments, threads", "test_verifiers::test_gold_and_answer test_verify_pool::test_any_thread"),
     "F20": ("an engine that dies in a batch", "faults/test_f14_f15_f20_f22::test_an_engine "
             "faults/test_f14_f15_f20_f22::test_one_that faults/test_f20_engine_process"),
-    "F21": ("a doubled adapter; another base", "faults/test_f14_f15_f20_f22::test_a_sampler "
+    "F21": ("a stale or doubled adapter in the engine; another base", "test_probe "
+            "faults/test_f20_engine_process::test_a_copy faults/test_f14_f15_f20_f22::test_a_sampler "
             "test_checkpoint::test_a_checkpoint_of_another"),
     "F22": ("a sampler that is not the policy", "faults/test_f14_f15_f20_f22::test_a_sampler "
             "faults/test_f14_f15_f20_f22::test_truncated faults/test_f14_f15_f20_f22::test_sampling "
