@@ -200,6 +200,7 @@ def keys_of(path: Path) -> set[str]:
 FREE_ON_RESUME = (
     "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
     "report_to", "grad_norm_every", "verifier_workers", "verifier_deadline_s", "max_cache_tokens",
+    "max_micro_batch_tokens",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
 
