@@ -117,9 +117,11 @@ def table(found: dict[str, Any]) -> str:
                 continue
             ratio = f"{row['measured_bytes'] / row['predicted_bytes']:.3f}" if row["predicted_bytes"] else "-"
             lines.append(
-                f"    {row['name']:<10} predicted {row['predicted_bytes'] / GIB:6.2f}  measured "
+                f"    {row['name']:<12} predicted {row['predicted_bytes'] / GIB:6.2f}  measured "
                 f"{row['measured_bytes'] / GIB:6.2f} GiB  ratio {ratio:>6}  {row['seconds_s']:7.2f} s  "
                 f"{row.get('tokens_per_s') or 0:9.0f} tokens/s  share {row.get('share', 0):5.1%}"
+                + "  LOWERED: it ran out of memory first"
+                * row.get("lowered", False)
             )
         if part == "engines" and "error" not in figures:
             lines.append(json.dumps(figures, indent=1))
@@ -212,6 +214,14 @@ class Measurement:
         states = self.predicted("update").parts["optimiser states"]
         for name in ("update", "scoring"):
             self.phase(name, lambda name=name: worst_step(trainer, load, Silent(), states_bytes=states, only=[name]))
+        # Most steps measure no gradients: what those take, and how fast they are.
+        trainer.args.grad_norm_every = 0
+        plain = replace(load, measures_gradients=False)
+        self.phase(
+            "update-plain",
+            lambda: worst_step(trainer, plain, Silent(), states_bytes=states, only=["update"]),
+            load=plain,
+        )
         self.phase("optimiser", self.optimise)
         names = list(load.sampled)
         for i, name in enumerate(names):
@@ -263,8 +273,8 @@ class Measurement:
         """Measure one phase; an error is a finding, too."""
         from mel_lite.worst_case import gauge_here
 
-        gauge, expected = gauge_here(), self.predicted(name, load)
-        if name == "update":
+        gauge, expected = gauge_here(), self.predicted(name.removesuffix("-plain"), load)
+        if name.startswith("update"):
             tokens = sum(sum(part.lengths) for part in self.load.fullest_parts)
         gauge.start()
         start_s = time.monotonic()
@@ -282,6 +292,11 @@ class Measurement:
         seconds_s = time.monotonic() - start_s
         row = {"name": name, "predicted_bytes": expected.bytes, "measured_bytes": gauge.peak_bytes()}
         row |= {"predicted_parts": expected.parts, "seconds_s": seconds_s, **facts}
+        if self.trainer is not None:  # both are lowered by what runs out of memory
+            at_once = getattr(self.trainer.engine._engine, "_max_concurrent", None)
+            row |= {"budget_tokens": self.trainer.budget_tokens, "max_concurrent": at_once}
+            row["lowered"] = self.trainer.budget_tokens != self.load.max_micro_batch_tokens
+            row["lowered"] |= bool(at_once and facts.get("sequences", 0) > at_once)
         if tokens:
             row |= {"tokens": tokens, "tokens_per_s": tokens / seconds_s}
         self.note(row)
@@ -298,9 +313,9 @@ class Measurement:
             if name in rows:
                 rounds = -(-sequences // load.at_once(name))
                 whole[name] = rounds * new_tokens * rows[name]["seconds_s"] / rows[name]["new_tokens"]
-        if "update" in rows:
+        if "update-plain" in rows:
             steps = load.completions // load.micro_batch
-            whole["update"] = steps * load.micro_batch_tokens / rows["update"]["tokens_per_s"]
+            whole["update-plain"] = steps * load.micro_batch_tokens / rows["update-plain"]["tokens_per_s"]
         for name, seconds_s in whole.items():
             rows[name] |= {"step_s": seconds_s, "share": seconds_s / sum(whole.values())}
 

@@ -105,6 +105,11 @@ class MELConfig(GRPOConfig):
         "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
         "part of its own. None = no bound, until memory runs out.",
     )
+    skip_zero_advantage: bool = _option(
+        False,
+        "Leave completions whose advantage is exactly 0 (of groups that are all right or all wrong) out of the "
+        "update's forward pass. The gradient is the same; entropy and clip ratios are over the other completions.",
+    )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
@@ -130,6 +135,7 @@ class MELConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_values()
+        self._check_skipping()
         self._check_estimator()
 
     def _check_values(self) -> None:
@@ -181,6 +187,20 @@ class MELConfig(GRPOConfig):
                     f"{name}={value} truncates or bends the distribution completions are sampled from, but the policy "
                     "gradient scores them under the whole one: every token's probability ratio would be off by the "
                     f"mass that was cut. Leave {name} unset ({_WHOLE[name][0]!r}); temperature is followed exactly."
+                )
+
+    def _check_skipping(self) -> None:
+        """Only a completion without any gradient may be left out."""
+        for name, meaning in (
+            ("beta", "a KL term"),
+            ("entropy_coef", "an entropy bonus"),
+            ("use_adaptive_entropy", "an entropy bonus"),
+            ("top_entropy_quantile", "a choice of tokens"),
+        ):
+            if self.skip_zero_advantage and getattr(self, name) != _DEFAULTS[name]:
+                raise ConfigError(
+                    f"skip_zero_advantage=True with {name}={getattr(self, name)}: {meaning} needs completions of "
+                    "advantage 0, too. Unset one of them."
                 )
 
     def _check_estimator(self) -> None:

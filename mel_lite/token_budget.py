@@ -103,12 +103,13 @@ class TokenBudget:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """As TRL's. In training, the gradients are there when it returns, and what it returns has none of its own."""
-        splits = self.budget_tokens is not None or self._can_retry
+        splits = self.budget_tokens is not None or self._can_retry or self.args.skip_zero_advantage
         if return_outputs or not self.model.training or not splits or self.aux_loss_enabled or self._is_vlm:  # type: ignore[attr-defined]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         noted = len(self._micro_batches or ()), len(self._trained)
         self._under_way = now = self._begin(inputs)
-        parts = self._parts(now.rows, range(len(now.rows)))
+        wanted = self._wanted(inputs, now.rows)
+        parts = self._parts(now.rows, wanted)
         try:
             while True:
                 loss = self._try_part(model, inputs, parts, noted)
@@ -118,6 +119,8 @@ class TokenBudget:
                     continue
                 del parts[0]
                 if not parts:
+                    if self.args.skip_zero_advantage:
+                        self._log_forwarded(model, inputs, wanted)
                     # The Trainer calls backward on it: a leaf, so that this adds nothing.
                     return loss.detach().requires_grad_()
                 interrupts.poll()
@@ -136,6 +139,46 @@ class TokenBudget:
             logps[: len(mask_BC)] = old_BC[mask_BC].float().split(mask_BC.sum(dim=1).tolist())
         return _MicroBatch(rows, logps, zeros, [])
 
+    def _wanted(self, inputs: Any, rows: Sequence[Row]) -> list[int]:
+        """Numbers of the rows that are to go through the model: all, or those with a gradient, one at least."""
+        if not self.args.skip_zero_advantage:
+            return list(range(len(rows)))
+        moves = inputs["advantages"].reshape(len(inputs["advantages"]), -1).ne(0).any(dim=1).tolist()
+        wanted = [i for i in range(len(rows)) if i >= len(moves) or moves[i]]
+        return wanted or [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
+
+    def _log_forwarded(self, model: Any, inputs: Any, wanted: Sequence[int]) -> None:
+        """Metrics over the rollouts that went through the model: the loss once more on the numbers there are.
+
+        Metrics of whole sequences still count the others, at a ratio of 1: every process hands in as many rows.
+        """
+        assert self._under_way is not None
+        now, mask_BC = self._under_way, inputs["completion_mask"].clone()
+        left_out = sorted(set(range(len(mask_BC))) - set(wanted))
+        mask_BC[left_out] = 0
+        if not self.accelerator.reduce(mask_BC.sum(), reduction="sum").item():
+            return  # lessons alone
+        now.part = []
+        for i in left_out:
+            now.logps[i] = now.entropies[i] = now.logps[i][:0]
+        noted = len(self._micro_batches or ()), len(self._trained)
+        metrics, self._metrics = self._metrics, {mode: defaultdict(list) for mode in ("train", "eval")}
+        try:
+            with torch.no_grad():
+                self._compute_loss(model, {**inputs, "completion_mask": mask_BC})  # type: ignore[attr-defined]
+            for name, values in self._metrics["train"].items():
+                if "loss" not in name:
+                    metrics["train"][name] += values
+        finally:
+            self._metrics = metrics
+            self._undo(noted)
+
+    def _undo(self, noted: tuple[int, int]) -> None:
+        """Forget what a pass noted beside its loss."""
+        del self._trained[noted[1] :]
+        if self._micro_batches is not None:
+            del self._micro_batches[noted[0] :]
+
     def _parts(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[list[int]]:
         if self._is_joint:
             return [list(numbers)]
@@ -150,14 +193,13 @@ class TokenBudget:
         grads = [None if p.grad is None else p.grad.to("cpu", copy=True) for p in weights if self._can_retry]
         # What the loss notes beside its value holds for the micro-batch only when the last part has gone through.
         metrics, self._metrics = self._metrics, {mode: defaultdict(list) for mode in ("train", "eval")}
-        del self._trained[noted[1] :]
-        if self._micro_batches is not None:
-            del self._micro_batches[noted[0] :]
+        self._undo(noted)
         try:
             loss = self._backward(model, inputs, is_last=len(parts) == 1)
             if len(parts) == 1:
                 for name, values in self._metrics["train"].items():
-                    metrics["train"][name] += values
+                    if "loss" in name or not self.args.skip_zero_advantage:
+                        metrics["train"][name] += values
             return loss
         except torch.OutOfMemoryError:
             if not self._can_retry or not self._lower(self._under_way.rows, parts[0]):
@@ -175,7 +217,8 @@ class TokenBudget:
     def _backward(self, model: Any, inputs: Any, *, is_last: bool) -> torch.Tensor:
         together = self.accelerator
         with nullcontext() if is_last else together.no_sync(model):
-            self.accelerator = together if is_last else _Alone(together)
+            # With rows left out, the metrics are taken afterwards.
+            self.accelerator = together if is_last and not self.args.skip_zero_advantage else _Alone(together)
             try:
                 loss = self._compute_loss(model, inputs)  # type: ignore[attr-defined]
             finally:
@@ -249,7 +292,7 @@ class TokenBudget:
         now = self._under_way
         rows = now.rows if now else self._rows(input_ids, attention_mask, logits_to_keep, riding)
         chosen = [rows[i] for i in now.part] if now else rows
-        logps, entropies = self._score(model, chosen, batch_size)
+        logps, entropies = self._score(model, chosen, batch_size) if chosen else ([], [])
         if now:
             logps, entropies = now.merged(logps, entropies)
         rollouts = len(input_ids)

@@ -88,11 +88,12 @@ def engine_generates(args: MELConfig, tools: Any, environment_factory: Any) -> b
 
 def check_support(trainer: Any) -> None:
     """Refuse models and set-ups on which lessons could not be trained. Raises ConfigError or ModelError."""
-    if (tokens := trainer.args.max_micro_batch_tokens) is not None:
+    in_parts = {name: getattr(trainer.args, name) for name in ("max_micro_batch_tokens", "skip_zero_advantage")}
+    if wanted := [f"{name}={value}" for name, value in in_parts.items() if value]:
         sharded = trainer.is_fsdp_enabled or trainer.args.deepspeed_plugin is not None
         if sharded or trainer._is_vlm or trainer.aux_loss_enabled:
             raise ConfigError(
-                f"max_micro_batch_tokens={tokens} with FSDP, DeepSpeed, a model that takes images or a load-balancing "
+                f"{wanted[0]} with FSDP, DeepSpeed, a model that takes images or a load-balancing "
                 "loss: their batches cannot be taken in parts. Unset it, and lower per_device_train_batch_size instead."
             )
     if trainer._is_vlm:

@@ -31,7 +31,10 @@ def test_the_dry_run_measures_every_phase_and_survives_what_fails(tmp_path: Path
         figures = found["parts"][part]
         assert "error" not in figures, figures
         rows = {row["name"]: row for row in figures["phases"]}
-        assert list(rows) == ["load", "update", "scoring", "optimiser", "rollout", "analysis", "replay"]
+        assert list(rows) == [
+            "load", "update", "scoring", "update-plain", "optimiser", "rollout", "analysis", "replay"
+        ]  # fmt: skip
+        assert not any(row.get("lowered") for row in rows.values())
         for row in rows.values():
             assert "error" not in row and row["measured_bytes"] > 0 and row["seconds_s"] > 0, row
             assert sum(row["predicted_parts"].values()) == row["predicted_bytes"] > 0

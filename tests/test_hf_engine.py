@@ -15,6 +15,7 @@ from mel_lite.engines import hf
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
+from mel_lite.models import ModelSpec, load_base
 from mel_lite.packing import Row, pack
 from mel_lite.scoring import install_scoring_head, score
 from mel_lite.types import Finish
@@ -165,3 +166,25 @@ def test_training_mode_and_generation_defaults_come_back(model: Any, tmp_path: P
     HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(_requests(1), Sampling(3))
     assert model.training
     assert (model.generation_config, model.get_base_model().generation_config) == before
+
+
+def test_sampling_goes_on_past_the_end_where_asked(tmp_path: Path) -> None:
+    model = load_base(ModelSpec(str(save_tiny(tmp_path / "base"))))
+    requests = [Request((5, 6, 7), seed) for seed in range(3)]
+    every_id_ends = HFEngine(model, eos_ids=list(range(320)), pad_id=0)
+    assert [len(c.ids) for c in every_id_ends.generate(requests, Sampling(9))] == [1, 1, 1]
+    done = every_id_ends.generate(requests, Sampling(9, ignore_eos=True))
+    assert [(len(c.ids), len(c.logprobs), c.finish) for c in done] == [(9, 9, Finish.LENGTH)] * 3
+
+
+def test_concurrency_can_be_lowered_and_samples_the_same(tmp_path: Path) -> None:
+    model = load_base(ModelSpec(str(save_tiny(tmp_path / "base"))))
+    engine, sizes = HFEngine(model, eos_ids=[2], pad_id=0), []
+    batch = engine._generate_batch
+    engine._generate_batch = lambda m, rows, s: sizes.append(len(rows)) or batch(m, rows, s)  # type: ignore[method-assign]
+    requests = [Request((5, 6, 7), seed) for seed in range(6)]
+    expected = engine.generate(requests, Sampling(8))
+    engine.limit_concurrency(4)
+    engine.limit_concurrency(5)  # lowered, never raised
+    assert [c.ids for c in engine.generate(requests, Sampling(8))] == [c.ids for c in expected]
+    assert sizes == [6, 4, 2]

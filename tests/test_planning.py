@@ -90,6 +90,9 @@ def test_qwen3_14b_fits_24_gb_by_giving_up_concurrency() -> None:
     assert fourteen.fits
     assert fourteen.choices["train.max_cache_tokens"] < eight.choices["train.max_cache_tokens"]
     assert fourteen.choices["train.max_micro_batch_tokens"] < eight.choices["train.max_micro_batch_tokens"]
+    said = resources.files("mel_lite.configs").joinpath("gpu-24gb.yaml").read_text()
+    for key in ("max_micro_batch_tokens", "max_cache_tokens"):
+        assert f"{key} {fourteen.choices[f'train.{key}']}" in said
     kept = [key for key in eight.choices if key not in NEUTRAL]
     assert {key: eight.choices[key] for key in kept} == {key: fourteen.choices[key] for key in kept}
 

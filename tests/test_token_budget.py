@@ -138,6 +138,80 @@ def test_a_run_under_a_budget_makes_the_same_steps(tmp_path: Path) -> None:
             assert cut[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
 
 
+IDLE = (0, 3)
+"""Rows of `_inputs` that get advantage 0."""
+
+
+@pytest.mark.parametrize("tokens", [None, 20])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rows_without_advantage_are_left_out_with_the_same_gradient(
+    tmp_path: Path, loss_type: str, tokens: int | None
+) -> None:
+    inputs = _inputs() | {"lessons": LESSONS}
+    inputs["advantages"][list(IDLE)] = 0.0
+    options: dict[str, Any] = {"loss_type": loss_type, "grad_norm_every": 1}
+    plain, expected, loss, _ = taken(tmp_path, None, inputs, output_dir=tmp_path / "a", **options)
+    trainer = build(
+        tmp_path, output_dir=tmp_path / "b", max_micro_batch_tokens=tokens, skip_zero_advantage=True, **options
+    )
+    set_lora(trainer.model, 0.2)
+    trainer.current_gradient_accumulation_steps, trainer._lesson_weight = 2, 0.5
+    seen = watch(trainer)
+    trainer.model.train()
+    found = trainer.compute_loss(trainer.model, inputs)
+    assert_same({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, expected)
+    assert found.item() == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    kept = [i for i in range(4) if i not in IDLE]
+    rollout_tokens = sum(int(inputs["prompt_mask"][i].sum() + inputs["completion_mask"][i].sum()) for i in kept)
+    assert rollout_tokens <= sum(seen) - 50 - 13 <= rollout_tokens + 5, "the others did not go through the model"
+    assert [i.experience_id for i, _ in trainer._trained] == [1, 2]
+
+    names = ("completion_mask", "completion_ids", "prompt_ids", "prompt_mask", "advantages", "old_per_token_logps")
+    alone = {name: inputs[name][kept] for name in names} | {"num_items_in_batch": inputs["num_items_in_batch"]}
+    other, _, _, _ = taken(tmp_path, None, alone, output_dir=tmp_path / "c", **options)
+    assert metrics(trainer).keys() == metrics(plain).keys()
+    for name, values in metrics(other).items():
+        if name == "vespo/phi_seq_mean":  # of sequences, all of which count
+            values = [(values[0] + 1.0) / 2]
+        reference = metrics(plain)[name] if "loss" in name else values
+        assert metrics(trainer)[name] == pytest.approx(reference, rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+def test_a_run_without_idle_rows_makes_the_same_steps(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 3, "num_generations": 2}
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
+    whole.train()
+    trainer = build(tmp_path, skip_zero_advantage=True, **options)
+    trainer.train()
+    expected, got = trainable(whole), trainable(trainer)
+    for name, weight in expected.items():
+        assert (got[name] - weight).norm() <= 1e-5 * max(1.0, float(weight.norm())), name
+    assert_learnt(trainer)
+    lines = step_log(tmp_path / "whole")
+    assert any(0 < line["mel/mixed_groups"] < line["mel/groups"] for line in lines), "no step with an unmixed group"
+    assert [line["grad_norm"] for line in step_log(tmp_path / "run")] == pytest.approx(
+        [line["grad_norm"] for line in lines], rel=1e-4
+    )
+
+
+def test_nothing_but_idle_rows_is_a_step_without_gradient(tmp_path: Path) -> None:
+    inputs = _inputs() | {"lessons": ()}
+    inputs["advantages"][:] = 0.0
+    trainer = build(tmp_path, skip_zero_advantage=True)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    seen = watch(trainer)
+    assert trainer.compute_loss(trainer.model, inputs).item() == 0.0
+    assert len(seen) == 1 and metrics(trainer)["entropy"][0] > 0
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("option", [{"beta": 0.1}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}])
+def test_rows_with_another_gradient_are_not_left_out(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"skip_zero_advantage=True with {next(iter(option))}"):
+        build(tmp_path, skip_zero_advantage=True, **option)
+
+
 def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_micro_batch_tokens=0 must be positive"):
         build(tmp_path, max_micro_batch_tokens=0)

@@ -54,7 +54,7 @@ def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
     # One micro-batch with both lessons, or two of which the second fails.
-    options = OPTIONS | {"gradient_accumulation_steps": 1 if where == "forward" else 2}
+    options = OPTIONS | {"gradient_accumulation_steps": 1 if where == "forward" else 2, "grad_norm_every": 1}
     whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
     sizes = limit(whole, 10**9)
     whole.train()
@@ -79,6 +79,9 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
     ]
     if where == "forward":
         assert tried[0] == largest and all(size < largest for size in tried[1:]), "the next ones are smaller, too"
+    measured = [row.get("mel/grad_norm_policy") for row in step_log(tmp_path / "run")]
+    reference = [row["mel/grad_norm_policy"] for row in step_log(tmp_path / "whole")]
+    assert measured == [None, pytest.approx(reference[1], rel=1e-3)], "a norm of half of a step is none"
     assert_learnt(trainer)
 
 
