@@ -203,16 +203,19 @@ FREE_ON_RESUME = (
     "probe_max_diff",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
+ENGINE_OPTIONS = ("engine", "fast_inference", "gpu_memory_utilization", "max_lora_rank", "max_seq_length")
+"""Options of `model` that say how it is sampled from: a run whose engine failed may go on with another one."""
 
 
 def changes(began: Recipe, now: Recipe) -> list[str]:
     """What a resumed run may not change but does, as `key: before -> now`."""
     before, after = yaml.safe_load(began.as_yaml()), yaml.safe_load(now.as_yaml())
     found = []
+    free = {"train": FREE_ON_RESUME, "model": ENGINE_OPTIONS}
     for section in ("model", "lora", "data", "train"):
         old, new = before[section] or {}, after[section] or {}
         for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key) and not (section == "train" and key in FREE_ON_RESUME):
+            if old.get(key) != new.get(key) and key not in free.get(section, ()):
                 found.append(f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return found
 

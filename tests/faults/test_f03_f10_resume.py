@@ -126,6 +126,8 @@ def test_other_options_are_refused_with_both_values(tmp_path: Path) -> None:
     found = changes(resolve(config=tmp_path / "config.yaml"), asked)
     assert len(found) == 1 and "learning_rate" in found[0] and "1e-05" in found[0] and "2e-05" in found[0]
     assert changes(resolve(config=tmp_path / "config.yaml"), begun) == []
+    other_engine = resolve(config=tmp_path / "config.yaml", overrides=[("model.engine", "hf")])
+    assert changes(begun, other_engine) == [], "a run whose engine failed may go on with another"
     from rich.console import Console
 
     from mel_lite.run import _can_resume
