@@ -19,6 +19,7 @@ from fake_vllm import fake_vllm_engine
 from mel_lite import interrupts
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
+from mel_lite.engines.vllm import _Interruptible
 from mel_lite.errors import EngineError
 from mel_lite.scoring import install_scoring_head
 from real_unsloth import needs_unsloth, with_unsloth
@@ -164,6 +165,18 @@ def test_a_signal_stops_the_sampling_and_leaves_nothing_queued(model: Any) -> No
         with pytest.raises(interrupts.Interrupted):
             engine.generate(requests(1, 2), Sampling(3))
     assert llm.events == ["abort 2"] and llm.unfinished == {}
+
+
+def test_the_progress_bar_shows_nothing_and_polls(capfd: pytest.CaptureFixture[str]) -> None:
+    """vLLM calls it once per finished sequence: the only place where a signal can stop a phase."""
+    with interrupts.deferred():
+        bar = _Interruptible(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
+        bar.update(1)
+        assert [*_Interruptible([1, 2], desc="Adding requests")] == [1, 2]
+        assert capfd.readouterr() == ("", "")
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(interrupts.Interrupted):
+            bar.update(1)
 
 
 # ---- The script that will run all this on a GPU ----
