@@ -26,6 +26,8 @@ FREE = (
     "max_cache_tokens", "max_micro_batch_tokens", "probe_max_diff",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
+ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_lora_rank", "max_seq_length")
+"""Options of `model` that say how it is sampled from: a run whose engine failed may go on with another one."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 """Options of `train` that say how a batch is split; free as long as the batches stay the same."""
 NEVER = ("model.name", *(f"lora.{f.name}" for f in fields(SECTIONS["lora"]) if f.name != "dropout"), "train.optim")
@@ -57,7 +59,7 @@ class Change:
 def changes(began: Recipe, now: Recipe) -> list[Change]:
     """What a resumed run may not change, but does. Another split of the same batches is no change."""
     before, after = yaml.safe_load(began.as_yaml()), yaml.safe_load(now.as_yaml())
-    free = {f"train.{name}" for name in FREE}
+    free = {*(f"train.{name}" for name in FREE), *(f"model.{name}" for name in ENGINE)}
     if _batches(began.train) == _batches(now.train) and _split_is_free(now.train):
         free |= {f"train.{name}" for name in SPLIT}
     found = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -17,10 +19,13 @@ from fake_vllm import fake_vllm_engine
 from mel_lite import interrupts
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
+from mel_lite.engines.vllm import _Interruptible
 from mel_lite.errors import EngineError
 from mel_lite.scoring import install_scoring_head
 from real_unsloth import needs_unsloth, with_unsloth
 from tiny_models import save_tiny, set_lora
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +165,31 @@ def test_a_signal_stops_the_sampling_and_leaves_nothing_queued(model: Any) -> No
         with pytest.raises(interrupts.Interrupted):
             engine.generate(requests(1, 2), Sampling(3))
     assert llm.events == ["abort 2"] and llm.unfinished == {}
+
+
+def test_the_progress_bar_shows_nothing_and_polls(capfd: pytest.CaptureFixture[str]) -> None:
+    """vLLM calls it once per finished sequence: the only place where a signal can stop a phase."""
+    with interrupts.deferred():
+        bar = _Interruptible(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
+        bar.update(1)
+        assert [*_Interruptible([1, 2], desc="Adding requests")] == [1, 2]
+        assert capfd.readouterr() == ("", "")
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(interrupts.Interrupted):
+            bar.update(1)
+
+
+# ---- The script that will run all this on a GPU ----
+
+
+def test_a_check_whose_process_dies_is_recorded(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_engines", ROOT / "benchmarks" / "gpu_engines.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.CHECKS, script.MODELS = ("no such check",), ("qwen3-random",)
+    report = script.measure(tmp_path, quick=True)
+    stage = report["checks"]["no such check on qwen3-random"]["process"]
+    assert not stage["ok"] and "ended with 2" in stage["error"] and "invalid choice" in stage["error"]
+    assert json.loads((tmp_path / "gpu-engines.json").read_text()) == report
+    assert report["environment"]["packages"]["torch"] == importlib.metadata.version("torch")

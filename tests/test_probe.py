@@ -46,7 +46,7 @@ def test_an_engine_that_samples_the_policy_passes_at_start_and_after_the_first_u
     shares = probes(tmp_path / "run", "mel/probe_adapter")
     assert list(shares) == [2] and shares[2] == pytest.approx(1, abs=1e-2)
     assert [call.lora.lora_int_id for call in llm.calls] == [1, 2, 3], "every update is handed over"
-    assert llm.events.count("sleep 1") >= 3 and llm.asleep, "asleep while the model trains"
+    assert llm.events.count("sleep 1") == 3 + 2 and llm.asleep, "asleep while the model trains, and scores a probe"
 
 
 def test_trls_importance_sampling_corrects_for_the_engines_kernels(tmp_path: Path) -> None:

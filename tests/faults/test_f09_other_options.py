@@ -103,6 +103,8 @@ def test_which_options_are_another_run() -> None:
             for n in (8, 4)
         ]
         assert len(changes(*pair)) == 2, f"{option}={value}: the loss depends on the split"
+    other_engine = resolve(preset="cpu", overrides=[("model.engine", "hf"), ("model.gpu_memory_utilization", 0.4)])
+    assert changes(resolve(preset="cpu"), other_engine) == [], "a run whose engine failed may go on with another"
     model = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x"), ("eval.k", 2)])
     assert [str(change) for change in changes(resolve(preset="cpu"), model)] == [
         "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1",
