@@ -58,7 +58,7 @@ lock: venv $(VENV)/.tools  ## write requirements/*.txt from what is installed in
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
-	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook tools,-r requirements/$(file).txt) $(ARGS)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -114,5 +114,5 @@ $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 # Beside site-packages: `pip check` and the other tests see an environment without it (tests/real_unsloth.py).
 $(VENV)/.unsloth: requirements/unsloth.txt $(VENV)/.locked
 	rm -rf $(VENV)/unsloth
-	$(PIP) install --progress-bar off --no-deps --no-compile --target $(VENV)/unsloth -r requirements/unsloth.txt
+	$(PIP) install $(LOCKED) --no-compile --target $(VENV)/unsloth -r requirements/unsloth.txt
 	@touch $@

@@ -344,6 +344,8 @@ def generation_bytes(
 ) -> int:
     """Most sampling `sequences` at once holds beside the weights: the worse of reading the prompts and the last token.
 
+    All prompts differ, as those of analyses do; of equal ones only one is read.
+
     prompts = 2 L K e per prompt token + max(forward_bytes + the largest weight written out, sampler)
     last    = 2 L K e per token + max(sampler, one layer's keys as they are copied to append (K e) and keys and
               values repeated for every head (2 A e, where heads share them), per token)

@@ -77,6 +77,12 @@ def hashed(uv: Path, wanted: list[str], *options: str) -> str:
     return done.stdout
 
 
+def pinned(path: Path) -> list[str]:
+    """The requirement lines of a lock file, without their hashes."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.removesuffix(" \\") for line in lines if "==" in line]
+
+
 def with_wheel(text: str, wheel: Path | None) -> str:
     """`torch.txt` with the hash of one more build; without `wheel`, the one it has now is kept."""
     listed = set(re.findall(r"sha256:[0-9a-f]{64}", text))
@@ -110,9 +116,10 @@ def main() -> None:
         (FOLDER / f"{file}.txt").write_text(HEADER.format(what=ABOUT[file]) + text)
     # Not installed here: versions move only when they are deleted from the file.
     tools = FOLDER / "tools.txt"
-    old = tools.read_text().splitlines() if tools.exists() else []
-    before = [line.removesuffix(" \\") for line in old if "==" in line]
-    tools.write_text(HEADER.format(what=ABOUT["tools"]) + hashed(given.uv, [*TOOL_ROOTS, *before]))
+    tools.write_text(HEADER.format(what=ABOUT["tools"]) + hashed(given.uv, [*TOOL_ROOTS, *pinned(tools)]))
+    unsloth = FOLDER / "unsloth.txt"
+    about = [line for line in unsloth.read_text().splitlines() if line.startswith("#")]
+    unsloth.write_text("\n".join([*about, hashed(given.uv, pinned(unsloth), "--no-deps")]))
 
 
 if __name__ == "__main__":

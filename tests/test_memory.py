@@ -270,7 +270,7 @@ def test_generation_peaks_where_predicted(
     model = with_lora(AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16))
     engine = HFEngine(model, eos_ids=[made.vocab_size], pad_id=0)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        engine.generate([Request((3,) * n, i) for i, n in enumerate(prompts)], Sampling(new_tokens))
+        engine.generate([Request((3 + i,) * n, i) for i, n in enumerate(prompts)], Sampling(new_tokens))
     shape = memory.shape_of(made.to_dict())
     predicted = memory.generation_bytes(shape, len(prompts), max(prompts), new_tokens, four_bit=False)
     assert predicted == pytest.approx(live.peak_bytes, rel=0.10)

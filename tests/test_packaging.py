@@ -188,7 +188,7 @@ def test_the_console_script_runs(builds: Builds, tmp_path: Path) -> None:
     assert mel_lite.__version__ in run(tmp_path / "venv" / "bin" / "mel-lite", "--version", cwd=tmp_path)
 
 
-LOCKS = ("torch", "cpu", "gym", "notebook", "tools")
+LOCKS = ("torch", "cpu", "gym", "notebook", "unsloth", "tools")
 
 
 def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
@@ -205,7 +205,7 @@ def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
 def locked() -> dict[str, str]:
     return {
         package: str(pin.specifier).removeprefix("==")
-        for name in LOCKS if name != "tools"
+        for name in LOCKS if name not in ("tools", "unsloth")
         for package, (pin, _) in lock(name).items()
     }  # fmt: skip
 
@@ -271,14 +271,15 @@ def test_the_lock_satisfies_the_metadata() -> None:
 
 def test_unsloth_fits_the_lock() -> None:
     """Its own metadata, where it is installed, and the versions of the two that belong together."""
-    lines = (ROOT / "requirements/unsloth.txt").read_text().splitlines()
-    wanted_here = [Requirement(line) for line in lines if not line.startswith("#")]
-    pins = {r.name: str(r.specifier).removeprefix("==") for r in wanted_here}
-    assert set(pins) == {"unsloth", "unsloth_zoo"} and len(set(pins.values())) == 1
-    gpu = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"])}
+    pins = {name: str(pin.specifier).removeprefix("==") for name, (pin, _) in lock("unsloth").items()}
+    assert set(pins) == {"unsloth", "unsloth-zoo"} and len(set(pins.values())) == 1
+    gpu = {
+        canonicalize_name(r.name): r.specifier
+        for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"])
+    }
     assert all(gpu[name].contains(version) for name, version in pins.items())
     for found in distributions(path=[str(SITE)]):
-        assert found.version == pins[found.name]
+        assert found.version == pins[canonicalize_name(found.name)]
         for wanted in map(Requirement, found.requires or ()):
             name = canonicalize_name(wanted.name)
             if name in locked() and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
