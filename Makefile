@@ -2,7 +2,8 @@
 #
 #   make train ARGS="--max-steps 2"      further options of `mel-lite train`
 #   make test  ARGS="-k store -x"        further options of pytest
-#   make train TORCH_ARGS="..."          further options of `pip install torch`, such as an index of CPU-only wheels
+#   make train TORCH_ARGS="..."          further options of `pip install torch`, such as an index of CPU-only wheels;
+#                                        its files are taken as that index has them, all others by their locked hash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -11,13 +12,14 @@ TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TORCH := $(shell grep -m1 -E '^torch==' requirements/cpu.txt | cut -d' ' -f1)
+TORCH := $(shell grep -m1 -E '^torch==' requirements/torch.txt | cut -d' ' -f1)
+LOCKED := --progress-bar off --no-deps --require-hashes
 
 # Python must not put the repository root on sys.path: `kernels/` there would hide the Hub's package of that name.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all faults lint format wheel lock clean
+.PHONY: help venv train test test-all faults lint format wheel lock audit clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,14 +32,14 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook  ## run all tests that need no GPU, but for the exhaustive ones
+test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
 
-FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires trainer export \
+FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
     verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
-	$(BIN)/python -m pytest -m "not gpu" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS)
 	$(BIN)/python tests/faults/report.py build/faults.xml docs/reliability.md
 
 lint: venv  ## ruff and mypy
@@ -52,8 +54,11 @@ format: venv  ## let ruff rewrite the code
 wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
 	$(BIN)/python -m build --no-isolation
 
-lock: venv  ## write requirements/*.txt from what is installed in .venv
-	$(BIN)/python requirements/lock.py
+lock: venv $(VENV)/.tools  ## write requirements/*.txt from what is installed in .venv (needs the package index)
+	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
+
+audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -67,9 +72,19 @@ $(VENV)/.created:
 	"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.locked: requirements/cpu.txt $(VENV)/.created
-	$(PIP) install --progress-bar off -c requirements/cpu.txt $(TORCH_ARGS) $(TORCH)
-	$(PIP) install --progress-bar off --no-deps -r requirements/cpu.txt
+# torch comes first. From the default index, or a folder of wheels, its file must have a locked hash; from an index that
+# TORCH_ARGS names it is of a build whose hashes are not known here. The last line adds what that build asks for beside
+# the lock, such as the libraries of CUDA, in the versions that it names.
+$(VENV)/.locked: requirements/torch.txt requirements/cpu.txt $(VENV)/.created
+ifeq ($(strip $(TORCH_ARGS)),)
+	$(PIP) download --progress-bar off --no-deps --dest $(VENV)/torch $(TORCH)
+	$(PIP) install $(LOCKED) --no-index --find-links $(VENV)/torch -r requirements/torch.txt
+	@rm -rf $(VENV)/torch
+else
+	$(PIP) install --progress-bar off --no-deps $(TORCH_ARGS) $(TORCH)
+endif
+	$(PIP) install $(LOCKED) -r requirements/cpu.txt
+	$(PIP) install --progress-bar off $(TORCH_ARGS) $(TORCH)
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.locked
@@ -80,12 +95,24 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.locked
 # One dependency of reasoning-gym is compiled. Without a C compiler the few tests that need it are skipped.
 $(VENV)/.gym: requirements/gym.txt $(VENV)/.locked
 	@if command -v cc >/dev/null; then \
-	    set -x; $(PIP) install --progress-bar off --no-deps --no-build-isolation -r requirements/gym.txt; \
+	    set -x; $(PIP) install $(LOCKED) --no-build-isolation -r requirements/gym.txt; \
 	else \
 	    echo "no C compiler: tests that need reasoning-gym will be skipped"; \
 	fi
 	@touch $@
 
 $(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
-	$(PIP) install --progress-bar off --no-deps -r requirements/notebook.txt
+	$(PIP) install $(LOCKED) -r requirements/notebook.txt
+	@touch $@
+
+# What locks and audits stands apart: nothing of it is needed to run or test.
+$(VENV)/.tools: requirements/tools.txt $(VENV)/.created
+	"$(PYTHON)" -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt
+	@touch $@
+
+# Beside site-packages: `pip check` and the other tests see an environment without it (tests/real_unsloth.py).
+$(VENV)/.unsloth: requirements/unsloth.txt $(VENV)/.locked
+	rm -rf $(VENV)/unsloth
+	$(PIP) install --progress-bar off --no-deps --no-compile --target $(VENV)/unsloth -r requirements/unsloth.txt
 	@touch $@

@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
 COMMON: dict[str, Any] = {
     "verifier": "numeric", "num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2,
     "max_completion_length": 64, "analysis_max_tokens": 160, "analysis_temperature": 0.7, "temperature": 1.0,
-    "learning_rate": 5e-5, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+    "learning_rate": 3e-4, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
     "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,9 @@ class Curve(TrainerCallback):
         engine.total_generated_tokens = before
         figures = {name: getattr(result, name) for name in ("pass_at_1", "avg_at_k", "pass_at_k")}
         intervals = {name: [i.value, i.low, i.high] for name, i in figures.items()}
-        self.points.append({"tokens": before, "step": self.trainer.state.global_step, **intervals})
+        answers = {"greedy_right": [int(s.greedy_right) for s in result.scores]}
+        answers["samples_right"] = [s.samples_right for s in result.scores]
+        self.points.append({"tokens": before, "step": self.trainer.state.global_step, **intervals, **answers})
         print(
             f"  {before:6d} tokens, step {self.points[-1]['step']:3d}: avg@{self._plan.samples} {intervals['avg_at_k']}"
         )
@@ -101,8 +103,8 @@ class Curve(TrainerCallback):
         control.should_training_stop = done
 
 
-def run(arm: str, seed: int, plan: Plan) -> dict[str, Any]:
-    """One run from the warm start to the token budget."""
+def run(arm: str, seed: int, plan: Plan, start: dict[str, Any] | None) -> dict[str, Any]:
+    """One run from the warm start, whose own point is `start` if it is known already, to the token budget."""
     spec = ModelSpec("demo", dtype=plan.dtype)
     tokenizer = load_tokenizer(spec)
     model = attach_adapter(load_base(spec), find_adapter("demo"), trainable=True)
@@ -116,7 +118,10 @@ def run(arm: str, seed: int, plan: Plan) -> dict[str, Any]:
             callbacks=[curve],
         )  # fmt: skip
         curve.trainer.remove_callback(PrinterCallback)
-        curve.measure()
+        if start is None:
+            curve.measure()
+        else:
+            curve.points.append(start)
         curve.trainer.train()
     took_s = round(time.monotonic() - started_s)
     return {
@@ -171,17 +176,19 @@ def main() -> None:
         return
     plan = Plan(options.tokens, options.every, options.tasks, options.samples, options.dtype)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    start = None
     for seed in range(options.seeds):
         for arm in options.arms:
             file = RESULTS / f"{arm}-{seed}.json"
             if file.exists():
                 continue
             print(f"{arm}, seed {seed}")
-            found = run(arm, seed, plan) | {
+            found = run(arm, seed, plan, start) | {
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
-                "dtype": plan.dtype,
+                "plan": asdict(plan),
             }
+            start = found["points"][0]
             file.write_text(json.dumps(found, indent=1) + "\n")
 
 

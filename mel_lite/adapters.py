@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ _ARCHITECTURE = (
     "tie_word_embeddings",
 )
 _SAMPLES_PER_WEIGHT = 1024
+_RECORDED = ("name", "revision", "dtype", "load_in_4bit", "quant_type", "double_quant", "attn_implementation")
+"""Of a ModelSpec, what makes its weights what they are; how a run sampled from them does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +153,11 @@ def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = N
     """Write `mel_lite.json` beside an adapter: the base under `model`, how it was loaded, and its fingerprint."""
     from mel_lite import __version__
 
+    base = _describe_base(model, revision)
     record = {
         "format": 1,
         "mel_lite": __version__,
-        "base": asdict(_describe_base(model, revision)),
+        "base": {key: getattr(base, key) for key in _RECORDED},
         "base_fingerprint": base_fingerprint(model),
     }
     (adapter_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -216,7 +219,7 @@ def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
             "with a current PEFT."
         )
     try:
-        config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8")))
         record_file = adapter_dir / RECORD
         record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else None
         if record is not None:
@@ -239,6 +242,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     Raises: ModelError when the adapter was trained on another base, does not fit this one, lacks weights, or (with
         `trainable`) adapts the output head.
     """
+    import torch
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -248,7 +252,9 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     device = str(next(model.parameters()).device)
     try:
         peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable, torch_device=device)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a garbled or hostile file meets whatever PEFT did not expect
         raise ModelError(
             f"adapter={str(adapter_dir)!r}, trained on {_base_name(config, record)}, does not fit "
             f"{model.config._name_or_path}: {str(error)[:500]}"

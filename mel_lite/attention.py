@@ -1,7 +1,8 @@
-"""Attention for GPUs without flash kernels (before compute capability 8.0: T4, V100).
+"""Attention for CPUs and for GPUs without flash kernels (before compute capability 8.0: T4, V100).
 
-There, SDPA with fewer key heads than query heads falls back to the kernel that holds all scores: gigabytes for a long
-sequence. With keys and values repeated for every head, the memory-efficient kernel runs.
+On such GPUs, SDPA with fewer key heads than query heads falls back to the kernel that holds all scores: gigabytes for a
+long sequence. With keys and values repeated for every head, the memory-efficient kernel runs. When one token is
+sampled, that repetition would copy the whole cache: there, the query heads that share a key head are its queries.
 """
 
 from __future__ import annotations
@@ -11,35 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-NAME = "sdpa_repeated_heads"
+NAME = "sdpa_grouped_heads"
 FLASH_CAPABILITY = (8, 0)
 
 
 def attention_for(requested: str | None) -> str | None:
-    """What to load a model with: `requested`, else the attention below where the GPU needs it, else None.
+    """What to load a model with: `requested`, else the attention below where the device needs it, else None.
 
     Registers it with transformers when it is chosen.
     """
     import torch
 
-    if requested is not None or not torch.cuda.is_available():
+    if requested is not None:
         return requested
-    if torch.cuda.get_device_capability() >= FLASH_CAPABILITY:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLASH_CAPABILITY:
         return None
     register()
     return NAME
 
 
 def register() -> None:
-    """Make `attn_implementation="sdpa_repeated_heads"` known to transformers, with SDPA's masks."""
+    """Make `attn_implementation="sdpa_grouped_heads"` known to transformers, with SDPA's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, repeated_heads)
+    AttentionInterface.register(NAME, grouped_heads)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def repeated_heads(
+def grouped_heads(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -57,7 +58,18 @@ def repeated_heads(
     import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    groups = query.shape[1] // key.shape[1]
+    batch, heads, tokens, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if tokens == 1 and groups > 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+        attended = F.scaled_dot_product_attention(
+            query.reshape(batch, key.shape[1], groups, head_dim),
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        return attended.reshape(batch, 1, heads, head_dim), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     attended = F.scaled_dot_product_attention(
         query,
@@ -66,6 +78,6 @@ def repeated_heads(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        is_causal=bool(causal and attention_mask is None and query.shape[2] > 1),
+        is_causal=bool(causal and attention_mask is None and tokens > 1),
     )
     return attended.transpose(1, 2).contiguous(), None

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mel_lite import checkpoint, interrupts
 from mel_lite.errors import EngineError
@@ -70,7 +73,9 @@ class Interruptible:
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._stop_together()
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        # Weights change after this call, but under DeepSpeed, which updates in the backward pass.
+        with nullcontext() if self.is_deepspeed_enabled else _polls_in_layers(self.model):  # type: ignore[attr-defined]
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         interrupts.poll()
         return loss
 
@@ -134,6 +139,31 @@ class Interruptible:
         if self.accelerator.is_main_process:
             logger.warning("%s", message)
         return message
+
+
+@contextmanager
+def _polls_in_layers(model: Any) -> Iterator[None]:
+    """While open, a signal is heard at every decoder layer, forward and backward: micro-batches may take minutes."""
+
+    def heard(grad: torch.Tensor) -> None:
+        interrupts.poll()
+
+    def before(layer: Any, args: Any) -> None:
+        interrupts.poll()
+
+    def after(layer: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if torch.is_tensor(hidden) and hidden.requires_grad:
+            hidden.register_hook(heard)
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _AfterUpdate(TrainerCallback):

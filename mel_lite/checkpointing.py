@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from mel_lite import checkpoint
 from mel_lite.adapters import RECORD, check_base, write_fingerprint
 from mel_lite.errors import CheckpointError
 from mel_lite.metrics import truncate_metrics
+from mel_lite.resuming import check_inputs, inputs
+from mel_lite.statefiles import usable
 
 
 class AtomicCheckpoints:
@@ -32,23 +36,36 @@ class AtomicCheckpoints:
     _staging: Path | None = None
     """Where a save that is under way puts its files; None outside of one."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *, allow_change: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
         """As TRL's. Resuming verifies the checkpoint first and takes the store and metrics back to its step.
 
-        A run whose last step was saved is loaded and left as it is. Raises: CheckpointError when there is nothing whole
-        to resume from, or when it belongs to another base model.
+        A run whose last step was saved is loaded and left as it is. `allow_change` names inputs that need not be those
+        of the checkpoint: dataset, templates, chat_template, dtype, batch.
+
+        Raises: CheckpointError when there is nothing whole to resume from, ModelError when it belongs to another base
+            model, ConfigError when it was made from other inputs.
         """
         if not resume_from_checkpoint:
             return super().train(**kwargs)  # type: ignore[misc]
         path = self._resolve(resume_from_checkpoint)
-        self._take_back(path)
-        saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
-        if 0 < self.args.max_steps <= saved.global_step:
+        with usable(path / "trainer_state.json"):
+            saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
+            done = int(saved.global_step)
+            int(saved.train_batch_size), float(saved.epoch)  # what transformers counts with; never missing in a save
+        with usable(path / checkpoint.STATE):
+            self._take_back(path, allow_change)
+        if 0 < self.args.max_steps <= done:
             # transformers would take one more step before it looks at max_steps.
             self._load_from_checkpoint(str(path))  # type: ignore[attr-defined]
             self.state = saved
-            return TrainOutput(saved.global_step, 0.0, {})
+            return TrainOutput(done, 0.0, {})
         return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        return inputs(self)
 
     def _resolve(self, wanted: str | bool) -> Path:
         """Choose the checkpoint on one process (a damaged one is renamed there) and tell the others."""
@@ -63,14 +80,17 @@ class AtomicCheckpoints:
             raise CheckpointError(problem)
         return Path(path)
 
-    def _take_back(self, path: Path) -> None:
+    def _take_back(self, path: Path, allow_change: Sequence[str]) -> None:
         """Put counters, store and metrics where they stood when `path` was saved; what came later is redone."""
         if (path / RECORD).is_file():
             check_base(self.model, path)
         state = checkpoint.read_state(path)
         if not state:
             return
-        self._step = state["micro_step"]
+        check_inputs(state.get("inputs"), self._inputs, allow_change)
+        steps = self.args.steps_per_generation
+        # In micro-batches of this run, which may be smaller or larger.
+        self._step = state["micro_step"] * steps // state.get("steps_per_generation", steps)
         self._engine.total_generated_tokens = state["generated_tokens"]
         self.funnel_totals = Counter(state["funnel_totals"])
         self._tripwires.restore(state.get("tripwires"), self.args)
@@ -119,6 +139,8 @@ class AtomicCheckpoints:
         position = {
             "step": self.state.global_step,
             "micro_step": self._step,
+            "steps_per_generation": self.args.steps_per_generation,
+            "inputs": self._inputs,
             "generated_tokens": self._engine.total_generated_tokens,
             "funnel_totals": dict(self.funnel_totals),
             "tripwires": self._tripwires.state(),

@@ -13,6 +13,7 @@ import typer
 from mel_lite import __version__, cli_gpu
 from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
 from mel_lite.errors import ConfigError, MelLiteError
+from mel_lite.terminal import printable
 
 app = typer.Typer(
     name="mel-lite",
@@ -62,10 +63,20 @@ def train(
         bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
+    ] = None,
     set_: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --resume: an option (train.learning_rate) or input (dataset, templates, chat_template, dtype, "
+            "batch) that need not be as it was; may be repeated."
+        ),
+    ] = None,
     worst_case: Annotated[
         bool | None, typer.Option(help="First take a step at full length and measure its memory. Default: on a GPU.")
     ] = None,
@@ -78,6 +89,7 @@ def train(
 
     flags = {
         "model.name": model,
+        "model.engine": engine,
         "data.train": dataset,
         "data.split": split,
         "lora.start_from": None if adapter is None else str(adapter),
@@ -90,6 +102,8 @@ def train(
         # What the preset holds out belongs to the preset's tasks.
         overrides += [("data.eval", None), ("data.eval_split", None)]
     overrides += [parse_set(text) for text in set_ or []]
+    if allow_change and not resume:
+        raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
         output_dir = output_dir or _newest_run()
         # A run goes on as it was begun, unless told otherwise.
@@ -111,7 +125,7 @@ def train(
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
         options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
-        run.train(recipe, folder, resume=resume, console=console(), **options)
+        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None
@@ -344,6 +358,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # what prints the warnings of a program that set up no logging
+        logging.lastResort.addFilter(_printable_record)
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    """Names of files and messages of verifiers may come from anyone."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def main() -> None:
@@ -354,5 +376,5 @@ def main() -> None:
     except MelLiteError as error:
         if not error.told:
             rank = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
-            typer.secho(f"{rank}error: {error}", fg=typer.colors.RED, err=True)
+            typer.secho(f"{rank}error: {printable(str(error))}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

@@ -29,6 +29,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 _RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
 """TRL's loss that is -advantage * log pi where the ratio is 1, on texts that were accepted whoever sampled them."""
+_WHOLE: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)
+}  # fmt: skip
+"""Options of sampling, with the values that leave the policy's distribution whole; the first is the default."""
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -110,11 +114,22 @@ class MELConfig(GRPOConfig):
     grad_norm_every: int = _option(
         0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
     )
+    probe_max_diff: float | None = _option(
+        0.05,
+        "Largest mean difference in nats per token between the log-probs of the engine and those of the trainer on the "
+        "same completions; the run stops above it. Measured at the start, after the first update and after a resume. "
+        "None: measure nothing.",
+    )
 
     on_collapse: str = _option(
         "warn",
         "When a figure shows training going wrong (falling reward or evaluation, shrinking completions, memorised or "
         "leaking meta-experiences, nothing learnt): `warn`, also halve `mel_weight` (`lower_lambda`), or `stop`.",
+    )
+    max_idle_steps: int = _option(
+        50,
+        "Stop after so many optimiser steps in a row without anything to learn from (no completion has an advantage, "
+        "no meta-experience was kept); a warning comes after a fifth of them. 0 = go on all the same.",
     )
 
     def __post_init__(self) -> None:
@@ -132,15 +147,24 @@ class MELConfig(GRPOConfig):
             ("replay_attempts", 1),
             ("verifier_workers", 1),
             ("grad_norm_every", 0),
+            ("max_idle_steps", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
+        self._check_sampling()
+        if self.trust_remote_code or (self.model_init_kwargs or {}).get("trust_remote_code"):
+            raise ConfigError(
+                "trust_remote_code=True would run code from a model's repository, which no option of MEL-Lite turns "
+                "on. Read that code, load the model yourself, and give MELTrainer the object."
+            )
         if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
             raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
         if self.max_micro_batch_tokens is not None and self.max_micro_batch_tokens < 1:
             raise ConfigError(
                 f"max_micro_batch_tokens={self.max_micro_batch_tokens} must be positive, or null for no bound."
             )
+        if self.probe_max_diff is not None and not self.probe_max_diff > 0:
+            raise ConfigError(f"probe_max_diff={self.probe_max_diff} must be positive nats, or null for no probe.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:
             raise ConfigError(f"pairs_per_group={self.pairs_per_group} must be 1 or more, or -1 for all pairs.")
         if not self.mel_weight >= 0:
@@ -149,6 +173,21 @@ class MELConfig(GRPOConfig):
             )
         if not self.verifier_deadline_s > 0:
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
+
+    def _check_sampling(self) -> None:
+        """Refuse to sample from another distribution than the one that is trained; RFT learns texts of any."""
+        if self.algorithm == "rft":
+            return
+        wanted = {name: getattr(self, name) for name in _WHOLE} | {
+            name: value for name, value in (self.generation_kwargs or {}).items() if name in _WHOLE
+        }
+        for name, value in wanted.items():
+            if value not in _WHOLE[name]:
+                raise ConfigError(
+                    f"{name}={value} truncates or bends the distribution completions are sampled from, but the policy "
+                    "gradient scores them under the whole one: every token's probability ratio would be off by the "
+                    f"mass that was cut. Leave {name} unset ({_WHOLE[name][0]!r}); temperature is followed exactly."
+                )
 
     def _check_skipping(self) -> None:
         """Only a completion without any gradient may be left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from mel_lite.memory import GIB
 from mel_lite.store import ExperienceRow
+from mel_lite.terminal import printable
 from mel_lite.types import Status
 from mel_lite.worst_case import PhasePeak
 
@@ -24,9 +24,7 @@ STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "ye
 
 def plain(text: str | None, limit: int | None = None) -> Text:
     """Model text for a terminal: no markup, no control characters (they could move the cursor), at most `limit`."""
-    cleaned = "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text or ""
-    )
+    cleaned = printable(text or "")
     if limit is not None and len(cleaned) > limit:
         cleaned = cleaned[: limit - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
     return Text(cleaned)

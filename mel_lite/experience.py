@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.control_tokens import neutralise
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.seeds import seed_for
-from mel_lite.templates import DEFAULT_TEMPLATES, PromptTooLong, Templates, analysis_prompt, neutralise
+from mel_lite.templates import DEFAULT_TEMPLATES, PromptTooLong, Templates, analysis_prompt
 from mel_lite.types import Analysis, Finish, Lesson, MetaExperience, Pair
 
 if TYPE_CHECKING:

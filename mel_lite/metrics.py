@@ -63,6 +63,8 @@ class MeteredEngine:
 
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self.name = engine.name
+        self.own_kernels = bool(getattr(engine, "own_kernels", False))
+        self.unmetered = engine
         self._engine = engine
         self._clock = clock
         self.total_generated_tokens = 0

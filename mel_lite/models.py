@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mel_lite.attention import attention_for
 from mel_lite.demo import demo_model_dir
-from mel_lite.errors import ConfigError, ModelError
+from mel_lite.errors import ConfigError, MelLiteError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """Model name that stands for the demo model of `mel_lite.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("auto", "unsloth", "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,43 @@ class ModelSpec:
     double_quant: bool = True
     """Quantise the scales too: 0.4 bits less per weight."""
     attn_implementation: str | None = None
-    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks."""
+    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
+    engine: Literal["auto", "unsloth", "hf"] = "auto"
+    """What loads the model of a run and samples from it: Unsloth, or transformers. `auto`: Unsloth where there are a
+    CUDA device and the package."""
+    fast_inference: bool = True
+    """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory vLLM may take while it samples; None = what Unsloth picks for the card."""
+    max_lora_rank: int | None = None
+    """Largest rank vLLM makes room for; None = that of the adapter."""
+    max_seq_length: int | None = None
+    """Most tokens of a sequence Unsloth and vLLM make room for; None = the longest of the run."""
+    use_gradient_checkpointing: bool | Literal["unsloth"] | None = None
+    """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = as `train.gradient_checkpointing`."""
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}. Set model.engine.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must lie between 0 and 1: it is a share of the "
+                "GPU's memory. Set model.gpu_memory_utilization."
+            )
+        for name in ("max_lora_rank", "max_seq_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1, or null. Set model.{name}.")
         if not self.name:
             raise ConfigError("model name is empty. Give a Hub id (Qwen/Qwen3-4B-Base), a local folder, or `demo`.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}. Set dtype.")
         if self.quant_type not in ("nf4", "fp4"):
             raise ConfigError(f"quant_type={self.quant_type!r} is not one of nf4, fp4. Set quant_type.")
+        if "/" in (self.attn_implementation or ""):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is code from a "
+                "repository; that is never run. Set sdpa, eager, or an installed one such as flash_attention_2."
+            )
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -85,8 +114,8 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
     if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
         path, revision = str(saved_in), None
     else:
-        path, revision = _locate(spec.name), spec.revision
-    with _model_errors(path):
+        path, revision = locate(spec.name), spec.revision
+    with model_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -97,7 +126,10 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
     _choose_pad_token(tokenizer)
     if tokenizer.chat_template is None:
         logger.warning("%s has no chat template: conversations are written as plain text.", spec.name)
-    elif (end := turn_end_id(tokenizer)) is not None and end != tokenizer.eos_token_id:
+        return tokenizer
+    with model_errors(path):
+        end = turn_end_id(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
         logger.warning(
             "%s: the chat template ends a turn with %s but eos is %s; make sure that generation stops at both.",
             spec.name,
@@ -145,9 +177,31 @@ def load_config(spec: ModelSpec) -> Any:
     """The model's configuration alone, without its weights. Raises ModelError as `load_base` does."""
     from transformers import AutoConfig
 
-    path = _locate(spec.name)
-    with _model_errors(spec.name):
-        return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+    path = locate(spec.name)
+    with model_errors(spec.name):
+        config = AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+        _refuse_hub_kernels(path, spec)
+        return config
+
+
+def _refuse_hub_kernels(path: str, spec: ModelSpec) -> None:
+    """A config may name a kernel on the Hub for its attention or experts, which transformers would fetch and run."""
+    from transformers import PreTrainedConfig
+
+    loaded, _ = PreTrainedConfig.get_config_dict(path, revision=spec.revision)
+    for key, value in _items(loaded):
+        if "implementation" in key and "/" in str(value):
+            raise ModelError(
+                f"model={spec.name!r}: its config.json sets {key}={value!r}, a kernel on the Hub, which is code from a "
+                "repository; that is never run. Remove the key from the file."
+            )
+
+
+def _items(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested dicts with its value."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield str(key), value
+        yield from _items(value)
 
 
 def load_base(spec: ModelSpec) -> PreTrainedModel:
@@ -163,8 +217,9 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
         options["attn_implementation"] = attention
     if spec.load_in_4bit:
         options["quantization_config"] = _four_bit(spec, dtype)
-    path = _locate(spec.name)
-    with _model_errors(spec.name):
+    path = locate(spec.name)
+    with model_errors(spec.name):
+        _refuse_hub_kernels(path, spec)
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
     keep_four_bit_layout(model)
     return model
@@ -214,7 +269,7 @@ def context_length(model_or_config: Any) -> int:
     raise ModelError(f"config of {config.model_type!r} does not state its context length. Set max_position_embeddings.")
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
     """A path or Hub id transformers can load. Raises ModelError for a local folder that is no model."""
     if name == DEMO:
         return str(demo_model_dir())
@@ -231,11 +286,15 @@ def _locate(name: str) -> str:
 
 
 @contextmanager
-def _model_errors(name: str) -> Iterator[None]:
+def model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and the Hub client raise while loading `name` into a ModelError that says what to do."""
+    import torch
+
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (MelLiteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a garbled file meets whatever its reader did not expect
         raise ModelError(f"model={name!r}: {_advice(name, error)}") from error
 
 
@@ -271,4 +330,6 @@ def _advice(name: str, error: BaseException) -> str:
         return "it has no safetensors weights, and pickled ones are never loaded. Convert it with `save_pretrained`."
     if isinstance(error, ImportError) and "bitsandbytes" in text:
         return f"{error}. 4-bit loading needs `pip install bitsandbytes`."
-    return str(error)
+    if isinstance(error, (OSError, ValueError, ImportError)):
+        return str(error)
+    return f"its files are garbled ({type(error).__name__}: {error}). Get them again, or use another model."

@@ -197,26 +197,6 @@ def keys_of(path: Path) -> set[str]:
     return {f"{section}.{key}" for section, options in _load_yaml(path).items() for key in options or ()}
 
 
-FREE_ON_RESUME = (
-    "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
-    "report_to", "grad_norm_every", "verifier_workers", "verifier_deadline_s", "max_cache_tokens",
-    "max_micro_batch_tokens",
-)  # fmt: skip
-"""Options of `train` that change nothing of what a resumed run has already done."""
-
-
-def changes(began: Recipe, now: Recipe) -> list[str]:
-    """What a resumed run may not change but does, as `key: before -> now`."""
-    before, after = yaml.safe_load(began.as_yaml()), yaml.safe_load(now.as_yaml())
-    found = []
-    for section in ("model", "lora", "data", "train"):
-        old, new = before[section] or {}, after[section] or {}
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key) and not (section == "train" and key in FREE_ON_RESUME):
-                found.append(f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
-    return found
-
-
 def parse_set(text: str) -> tuple[str, Any]:
     """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mel_lite.config import MELConfig
+from mel_lite.control_tokens import safe_turns
 from mel_lite.estimators import batch_advantages, only_right
 from mel_lite.judging import Judge, RewardJudge, completion_text
 from mel_lite.metrics import PhaseClock
@@ -59,6 +60,11 @@ class JudgedRewards:
             rollout = Rollout(first + i, tuple(ids), texts[i], self._verdicts[i], finish, rewards[i])
             self._scored.append((group, rollout))
         return rewards_per_func
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """As TRL's, of conversations whose text spells no special token: a dataset's row forges no turn, either."""
+        safe = [prompt if isinstance(prompt, str) else safe_turns(prompt, self._tokenizer) for prompt in prompts]
+        return super()._tokenize_prompts(safe)  # type: ignore[misc]
 
     def _verifier_reward(self, completions: Any, **_: Any) -> list[float | None]:
         """The default reward: 1 for right, 0 for wrong, None (no reward, no gradient) for abstain."""

@@ -6,32 +6,41 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from mel_lite import checkpoint, ranks
-from mel_lite.adapters import attach_adapter, find_adapter, lora_config, write_fingerprint
+from mel_lite.adapters import lora_config, write_fingerprint
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.display import LiveDisplay, comparison_table, funnel_table, peaks_table, sample_panel
+from mel_lite.engines.unsloth import is_unsloth
 from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export import export
 from mel_lite.gguf_files import GGUF_TYPES, find_tools
-from mel_lite.models import context_length, load_base, load_config, load_tokenizer
+from mel_lite.loading import load_for_training
+from mel_lite.models import context_length, load_config, load_tokenizer
 from mel_lite.planning import shape_for
-from mel_lite.presets import Recipe, build_args, changes, resolve
+from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
+from mel_lite.resuming import check_changes
 from mel_lite.runs import run_folder
 from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
+from mel_lite.terminal import printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
@@ -107,12 +116,14 @@ def train(
     *,
     resume: bool,
     console: Console,
+    allow_change: Sequence[str] = (),
     worst_case: bool | None = None,
     budget_bytes: int | None = None,
 ) -> None:
     """Train, evaluate before and after, save the adapter, export, and print what came of it.
 
-    Several processes (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+    `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
+    (`accelerate launch`) train together; the first one prints, writes, saves and exports.
 
     Args:
         worst_case: take the worst step before the first and compare its memory with the plan; None = on a GPU.
@@ -129,41 +140,46 @@ def train(
     with ExitStack() as claim:
         ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
-        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console), cpu=on_cpu)
+        resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
-            f"[bold]{recipe.model.name}[/] learns {recipe.data.train} with {args.algorithm}: {len(tasks.train)} tasks, "
-            f"output in {folder}" + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
+            f"[bold]{escape(recipe.model.name)}[/] learns {escape(recipe.data.train)} with {args.algorithm}: "
+            f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
+            + (f", {ranks.world()} processes" if ranks.world() > 1 else "")
         )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, display)
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, display, console)
         if leads:
             (folder / "config.yaml").write_text(recipe.as_yaml())
         if torch.cuda.is_available() if worst_case is None else worst_case:
             _worst_step_first(trainer, recipe, console, budget_bytes)
         try:
             before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
-            trainer.train(resume_from_checkpoint=resume or None)
+            trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
-            raise EngineError(
-                "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
-                "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
-                f"--adapter {folder} --output-dir NEW. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+            raise _out_of_memory(error, folder) from error
         finally:
             display.close()
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
         if leads:
             adapter_dir = _save(trainer, recipe, folder)
+            apart = is_unsloth(trainer.model)
             _release(trainer)
-            exported = _export(recipe, adapter_dir, folder, console)
+            exported = _export(recipe, adapter_dir, folder, console, apart=apart)
             _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
         trainer.accelerator.end_training()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
+    return EngineError(
+        "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
+        "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
+        f"--adapter {folder} --output-dir NEW. ({str(error).splitlines()[0]})"
+    )
 
 
 def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, budget_bytes: int | None) -> None:
@@ -189,35 +205,29 @@ def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, bud
     )
 
 
-def _can_resume(recipe: Recipe, folder: Path, console: Console) -> bool:
+def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
     """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
 
     Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
     """
-    if found := changes(resolve(config=folder / "config.yaml"), recipe):
-        listing = "\n".join(f"  {change}" for change in found)
-        raise ConfigError(
-            f"--resume: the run in {folder} was begun with other options:\n{listing}\nLeave them as they were, or "
-            "begin a new run with --adapter and another --output-dir."
-        )
+    began = resolve(config=folder / "config.yaml")
+    options = [option.name for option in fields(MELConfig)]
+    check_changes(began, recipe, allow_change, known=options, where=str(folder))
     if checkpoint.committed(folder):
         checkpoint.resolve(folder, True)  # fail before minutes of loading
         return True
-    console.print(f"{folder} has no checkpoint yet: starting from the first step.")
+    console.print(f"{escape(str(folder))} has no checkpoint yet: starting from the first step.")
     for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
         leftover.unlink(missing_ok=True)
     return False
 
 
-def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay) -> MELTrainer:
+def _build_trainer(
+    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay, console: Console
+) -> MELTrainer:
     from transformers import PrinterCallback
 
-    model = load_base(recipe.model)
-    peft_config = None
-    if recipe.lora is not None and recipe.lora.start_from is not None:
-        model = attach_adapter(model, find_adapter(recipe.lora.start_from), trainable=True)
-    elif recipe.lora is not None:
-        peft_config = lora_config(recipe.lora)
+    model, peft_config = load_for_training(recipe, args, console)
     try:
         trainer = MELTrainer(
             model=model,
@@ -295,12 +305,16 @@ def _release(trainer: MELTrainer) -> None:
     torch.cuda.empty_cache()
 
 
-def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -> Any:
+def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, apart: bool = False) -> Any:
+    """Write the merged model; the report, or None when there is none to show. `apart`: in a process of its own."""
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
     target = folder / recipe.export.format
     if target.exists():  # of the run before it was resumed
         shutil.rmtree(target)
+    if apart:
+        _export_apart(recipe, adapter_dir, target, console)
+        return None
     try:
         with console.status(f"exporting {recipe.export.format}"):
             return export(
@@ -308,13 +322,24 @@ def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console) -
             )
     except ExportError as error:
         # The adapter is saved; an export can be had later with `mel-lite export`.
-        console.print(f"[yellow]not exported:[/] {error}")
+        console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
     except torch.OutOfMemoryError:
         console.print(
             "[yellow]not exported:[/] the GPU has no room for the model in 16 bits. Export on the CPU: "
-            f"CUDA_VISIBLE_DEVICES= mel-lite export {folder}"
+            f"CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
+
+
+def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
+    """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
+    command = [sys.executable, "-m", "mel_lite", "export", str(adapter_dir), "--output", str(target)]
+    command += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
+    with console.status(f"exporting {recipe.export.format} in a process of its own"):
+        done = subprocess.run(
+            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
+        )
+    console.print(done.stdout if done.returncode == 0 else f"[yellow]not exported:[/] {done.stderr}", highlight=False)
 
 
 def _summary(
@@ -339,11 +364,11 @@ def _summary(
         console.print(exported.as_table())
     if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
         console.print(f"[yellow]{trainer.idle_advice}[/]")
-    console.print(f"adapter   {adapter_dir}")
+    console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
-        console.print(f"exported  {exported.path}")
+        console.print(f"exported  {escape(str(exported.path))}")
     if trainer.args.with_meta_experience:
-        console.print(f"lessons   mel-lite experiences list --run {folder}")
+        console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
     console.print(f"took {elapsed_s / 60:.1f} min")
 
 

@@ -9,11 +9,15 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from mel_lite.terminal import printable_all
+from mel_lite.trl_base import released_grpo_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +118,22 @@ def shelter(callback: Any) -> None:
             setattr(callback, event, functools.partial(bound, method))
 
 
+@contextmanager
+def _printable_samples() -> Iterator[None]:
+    """While open, the samples TRL prints have no control characters; its tables on disk keep them."""
+    names = released_grpo_trainer().log.__globals__
+    original = names["print_prompt_completions_sample"]
+
+    def show(*args: Any, **kwargs: Any) -> None:
+        original(*printable_all(args), **printable_all(kwargs))
+
+    names["print_prompt_completions_sample"] = show
+    try:
+        yield
+    finally:
+        names["print_prompt_completions_sample"] = original
+
+
 class Sheltered:
     """Mixin over a TRL trainer: trackers, completion tables and Hub uploads cannot end a run."""
 
@@ -129,7 +149,8 @@ class Sheltered:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's; the tables it writes after the callbacks have been called may fail."""
         try:
-            super().log(logs, start_time)  # type: ignore[misc]
+            with _printable_samples():
+                super().log(logs, start_time)  # type: ignore[misc]
         except Exception as error:
             if any(frame.name == "call_event" for frame in traceback.extract_tb(error.__traceback__)):
                 raise  # a callback stops the run

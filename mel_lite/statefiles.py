@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mel_lite.errors import CheckpointError
+from mel_lite.errors import CheckpointError, MelLiteError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,19 @@ def load(stem: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{tree_file} cannot be read ({type(error).__name__}: {error}). Resume from an earlier checkpoint."
+        ) from error
+
+
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Turn what wrong content of a state file leads to, however late, into a CheckpointError that names the file."""
+    try:
+        yield
+    except (MelLiteError, torch.OutOfMemoryError):
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} cannot be used ({type(error).__name__}: {error}). Resume from an earlier checkpoint."
         ) from error
 
 
@@ -148,6 +163,7 @@ class SafeState:
 
     args: Any
     accelerator: Any
+    model: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -170,7 +186,8 @@ class SafeState:
             return
         stem = self._rng_stem(Path(checkpoint))
         if stem.with_suffix(".json").is_file():
-            set_rng_state(load(stem))
+            with usable(stem.with_suffix(".json")):
+                set_rng_state(load(stem))
         else:
             logger.warning("%s is missing: random numbers go on from another state.", stem.with_suffix(".json"))
 
@@ -191,8 +208,10 @@ class SafeState:
         folder = Path(checkpoint)
         found = pickles(folder, PICKLED_STATE)
         if (folder / f"{OPTIMIZER}.json").is_file():
-            self.optimizer.load_state_dict(load(folder / OPTIMIZER))
-            self.lr_scheduler.load_state_dict(load(folder / SCHEDULER))
+            with usable(folder / f"{OPTIMIZER}.json"):
+                self.optimizer.load_state_dict(load(folder / OPTIMIZER))
+            with usable(folder / f"{SCHEDULER}.json"):
+                self.lr_scheduler.load_state_dict(load(folder / SCHEDULER))
         elif found:
             logger.warning(
                 "%s: %s are pickles and are not loaded, since loading one can run any code. The optimiser and the "
@@ -211,11 +230,17 @@ class SafeState:
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is not None and scaler is not None and (Path(checkpoint) / f"{SCALER}.json").is_file():
-            scaler.load_state_dict(load(Path(checkpoint) / SCALER))
+            with usable(Path(checkpoint) / f"{SCALER}.json"):
+                scaler.load_state_dict(load(Path(checkpoint) / SCALER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_weights(Path(resume_from_checkpoint))
+        model = model or self.model
+        dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        for name, weight in model.named_parameters():
+            # PEFT loads a 16-bit adapter (TRL's choice on a 4-bit base) into float32: another run from here on.
+            weight.data = weight.data.to(dtypes.get(name, weight.dtype))
 
     def _load_best_model(self) -> None:
         check_weights(Path(self.state.best_model_checkpoint))  # type: ignore[attr-defined]

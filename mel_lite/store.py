@@ -134,6 +134,7 @@ class ExperienceStore:
             frozen = not os.access(self.path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
             uri += "?mode=ro&immutable=1" if frozen else "?mode=ro"
         db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        db.execute("PRAGMA trusted_schema = OFF")  # a file may come from anyone: its views and triggers run no function
         db.create_function("fold", 1, str.casefold, deterministic=True)
         return db
 

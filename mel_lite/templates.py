@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.control_tokens import neutralise, safe_turns
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.types import Group, Message, Pair, Prompt
 
@@ -25,7 +26,7 @@ BEFORE_PARTING_TOKENS = 48
 """Tokens up to the point of parting that are never trimmed."""
 REST_TOKENS = 96
 """Tokens after that point, and as many at the end (the final answer), that are never trimmed."""
-_TRIM_ROUNDS, _BREAK_ROUNDS = 8, 4
+_TRIM_ROUNDS = 8
 
 _ANALYSIS_SYSTEM = (
     "You study your own reasoning. Below are a question and two solutions you wrote. Their labels judge the final "
@@ -158,28 +159,6 @@ def _fill(template: str, **values: str) -> str:
     return re.sub("|".join(r"\{" + name + r"\}" for name in values), lambda match: values[match[0][1:-1]], template)
 
 
-def neutralise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: bool = False) -> str:
-    """Break up every control token spelled in `text` by a space after its first character.
-
-    Control tokens are the tokenizer's special tokens and, unless `special_only`, its other added tokens that look like
-    markup (`<think>`, `[TOOL]`); added runs of blanks are text. Afterwards the text holds none of them.
-    """
-    control = set(tokenizer.all_special_tokens)
-    for added in tokenizer.added_tokens_decoder.values():
-        is_markup = added.content[:1] + added.content[-1:] in ("<>", "[]") and not special_only
-        if added.special or is_markup:
-            control.add(added.content)
-    control = {token for token in control if len(token) > 1 and not token.isspace()}
-    if not control:
-        return text
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
-    for _ in range(_BREAK_ROUNDS):  # what is broken up may spell another token
-        text, found = pattern.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        if not found:
-            break
-    return text
-
-
 def render(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,10 +174,7 @@ def render(
     """
     if isinstance(prompt, str):
         return _plain_ids(prompt + prefill, tokenizer)
-    messages = [
-        {**message, "content": neutralise(message["content"], tokenizer, special_only=True)} for message in prompt
-    ]
-    text = _chat_text(messages, tokenizer, dict(chat_template_kwargs or {})) + prefill
+    text = _chat_text(safe_turns(prompt, tokenizer), tokenizer, dict(chat_template_kwargs or {})) + prefill
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

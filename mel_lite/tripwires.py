@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
@@ -80,6 +81,8 @@ class Tripwires:
         """Logs for which each tripped wire has been so."""
         self.mel_weight: float | None = None
         """Lambda after it was lowered; None while it is the configured one."""
+        self.idle_steps = 0
+        """Optimiser steps in a row that had nothing to learn from."""
 
     def state(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
@@ -89,6 +92,7 @@ class Tripwires:
             "reward_when_longest": self._reward_when_longest,
             "tripped": self._tripped,
             "mel_weight": self.mel_weight,
+            "idle_steps": self.idle_steps,
         }
 
     def restore(self, state: dict[str, Any] | None, args: Any) -> None:
@@ -102,6 +106,7 @@ class Tripwires:
         self._reward_when_longest = state["reward_when_longest"]
         self._tripped = dict(state["tripped"])
         self.mel_weight = state["mel_weight"]
+        self.idle_steps = state.get("idle_steps", 0)
         if self.mel_weight is not None:
             args.mel_weight = self.mel_weight
 
@@ -234,6 +239,9 @@ class Watched:
     accelerator: Any
     model: Any
     state: Any
+    _shares: list[Any]
+    _has_advantage: bool = False
+    """Whether a completion of the generation batch under way, on this process, is pushed up or down."""
 
     @property
     def _tripwires(self) -> Tripwires:
@@ -244,6 +252,35 @@ class Watched:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         add_callback_once(self, _OnLog(self))
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _estimated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super()._estimated(batch)  # type: ignore[misc]
+        if self.model.training:
+            advantages = batch["advantages"]
+            per_row = advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(dim=1)
+            self._has_advantage = bool((per_row * batch["completion_mask"].sum(dim=1)).any())
+        return batch
+
+    def _count_idle(self) -> None:
+        """After each update: warn of a run that learns nothing, then end it. Raises: DivergedError."""
+        most, wires = self.args.max_idle_steps, self._tripwires
+        learns = self._has_advantage or any(self._shares)
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(learns), device=self.accelerator.device)
+            learns = self.accelerator.reduce(flag, "sum").item() > 0
+        wires.idle_steps = 0 if learns else wires.idle_steps + 1
+        if not most or wires.idle_steps not in (max(1, most // 5), most):
+            return
+        told = (
+            f"The last {wires.idle_steps} steps had nothing to learn from: in no group did rewards differ, and no "
+            "meta-experience was kept. The tasks are too easy or too hard, or the verifier misses the answers: look at "
+            "completions/, choose other tasks, or raise num_generations."
+        )
+        if wires.idle_steps == most:
+            raise DivergedError(f"{told} Stopped at step {self.state.global_step} (max_idle_steps={most}; 0 goes on "
+                                f"all the same). {_kept(Path(self.args.output_dir))}")  # fmt: skip
+        if self.accelerator.is_main_process:
+            logger.warning("Step %s: %s The run stops after %s.", self.state.global_step, told, most)
 
     def _look(self, logs: dict[str, Any]) -> None:
         spike = self._tripwires.spike(logs)
@@ -261,8 +298,7 @@ class Watched:
             for warning in due:
                 logger.warning("Step %s: %s", self.state.global_step, warning)
         if due and self.args.on_collapse == "stop":
-            saved = checkpoint.committed(Path(self.args.output_dir))
-            kept = f"Checkpoints: {', '.join(path.name for path in saved)}." if saved else "No checkpoint was saved."
+            kept = _kept(Path(self.args.output_dir))
             raise DivergedError(f"on_collapse='stop' at step {self.state.global_step}: {' '.join(due)} {kept}")
 
     def _is_untrained(self) -> bool:
@@ -273,11 +309,19 @@ class Watched:
         return bool(matrices) and not any(bool(p.detach().any()) for p in matrices)
 
 
+def _kept(run_dir: Path) -> str:
+    saved = checkpoint.committed(run_dir)
+    return f"Checkpoints: {', '.join(path.name for path in saved)}." if saved else "No checkpoint was saved."
+
+
 class _OnLog(TrainerCallback):
-    """Reads each log of a step or an evaluation."""
+    """Counts idle steps, and reads each log of a step or an evaluation."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._watched._count_idle()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and ("reward" in logs or "eval_reward" in logs):

@@ -21,8 +21,12 @@ SUPPORTED = ("1.15", "1.17")
 
 
 def _is_released(cls: type, module: str) -> bool:
-    """True when `cls` was defined by TRL's own source file, not by a generated one."""
-    return cls.__module__ == module and cls.__qualname__ == cls.__name__
+    """True when `cls` was defined by TRL's own source file, not by a generated one.
+
+    A generated class may carry the module's and the class's name, but then it stands on the class it poses as.
+    """
+    posed_as = any(base.__name__ == cls.__name__ for base in cls.__mro__[1:])
+    return cls.__module__ == module and cls.__qualname__ == cls.__name__ and not posed_as
 
 
 def _load_source(name: str) -> ModuleType:

@@ -29,6 +29,7 @@ from typing import Any
 
 from mel_lite import interrupts
 from mel_lite.errors import ConfigError, VerifierError
+from mel_lite.terminal import printable
 from mel_lite.types import Verdict
 
 MAX_COMPLETION_CHARS = 200_000
@@ -243,7 +244,7 @@ class VerifyPool:
             return
         worker.task, worker.due_s = None, math.inf
         if error is not None:
-            self._fail(error, batch)
+            self._fail(printable(error), batch)
             if message.get("retire"):
                 self._replace(worker)
             return

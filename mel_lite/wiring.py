@@ -14,6 +14,7 @@ from mel_lite.config import MELConfig
 from mel_lite.data import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
+from mel_lite.engines.unsloth import is_unsloth, unsloth_engine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.judging import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.metrics import PhaseClock
@@ -155,18 +156,20 @@ def build_judge(
 
 
 def build_engine(trainer: Any) -> Engine:
-    """The transformers engine over the model being trained."""
+    """The engine over the model being trained: Unsloth's if Unsloth loaded it, else transformers. Raises ModelError."""
     args = trainer.args
-    return HFEngine(
-        trainer.model,
-        eos_ids=trainer.eos_token_ids,
-        pad_id=trainer._tokenizer.pad_token_id,
-        max_cache_tokens=args.max_cache_tokens,
-        unwrap=lambda: unwrap_model_for_generation(
+    options: dict[str, Any] = {
+        "eos_ids": trainer.eos_token_ids,
+        "pad_id": trainer._tokenizer.pad_token_id,
+        "max_cache_tokens": args.max_cache_tokens,
+        "unwrap": lambda: unwrap_model_for_generation(
             trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
         ),
-        autocast=trainer.accelerator.autocast,
-    )
+        "autocast": trainer.accelerator.autocast,
+    }
+    if is_unsloth(trainer.model):
+        return unsloth_engine(trainer.model, step=lambda: trainer.state.global_step, **options)
+    return HFEngine(trainer.model, **options)
 
 
 def build_desk(trainer: Any, engine: Engine, judge: Judge, clock: PhaseClock) -> Desk:

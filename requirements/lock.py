@@ -1,27 +1,45 @@
-"""Write the lock files from the environment this runs in: `python requirements/lock.py` (or `make lock`).
+"""Write the lock files from the environment this runs in: `python requirements/lock.py UV` (or `make lock`).
 
-A lock file holds the exact version of every package the roots need, found by walking the installed metadata. `cpu.txt`
-needs no compiler; what only `reasoning-gym` needs is in `gym.txt`, because one of its dependencies is compiled, and
-what only notebooks need is in `notebook.txt`.
+A lock file holds the exact version of every package the roots need, found by walking the installed metadata, and the
+SHA-256 of every file the package index has of that version: any platform and Python can be installed with
+`--require-hashes`. `uv` asks the index. `cpu.txt` needs no compiler; what only `reasoning-gym` needs is in `gym.txt`,
+because one of its dependencies is compiled, and what only notebooks need is in `notebook.txt`.
+
+`torch.txt` is apart, for torch has builds (CPU, CUDA, ROCm) on indexes of their own: it has the hashes of the default
+index's files and, with `--torch-wheel FILE`, of the build that was tested. `tools.txt` is what locks and audits.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import re
+import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+FOLDER = Path(__file__).parent
 CPU_ROOTS = ("setuptools", "mel-lite[demo,dev]", "tensorboard", "triton")
 GYM_ROOTS = ("mel-lite[gym]",)
 NOTEBOOK_ROOTS = ("mel-lite[notebook]",)
+TOOL_ROOTS = ("pip-audit", "uv")
 LINUX_ONLY = ("triton",)
+PYTHON = "3.11"
 
 HEADER = """\
 # Made by `make lock`; do not edit. {what}
-# Python 3.11, Linux.
+# Packages as Python 3.11 on Linux needs them; hashes of the files of all platforms and Pythons.
 """
+ABOUT = {
+    "torch": "Installed first, by itself: `pip install --no-deps --require-hashes -r requirements/torch.txt`.",
+    "cpu": "The CPU environment of `make train` and `make test`, beside torch.",
+    "gym": "What the `gym` extra adds to cpu.txt; needs a C compiler.",
+    "notebook": "What the `notebook` extra adds to cpu.txt: a Jupyter kernel, and what runs notebooks in it.",
+    "tools": "What `make lock` and `make audit` run, in an environment of its own.",
+}
 
 
 def closure(roots: tuple[str, ...]) -> dict[str, str]:
@@ -44,30 +62,57 @@ def closure(roots: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def lines(versions: dict[str, str]) -> list[str]:
-    """Requirement lines by name, torch first: it is installed before, and by, itself."""
-    names = sorted(versions, key=lambda name: (name != "torch", name))
-    return [f"{n}=={versions[n]}" + ('; sys_platform == "linux"' if n in LINUX_ONLY else "") for n in names]
+def pins(versions: dict[str, str]) -> list[str]:
+    """Requirement lines by name."""
+    return [f"{n}=={versions[n]}" + ('; sys_platform == "linux"' if n in LINUX_ONLY else "") for n in sorted(versions)]
+
+
+def hashed(uv: Path, wanted: list[str], *options: str) -> str:
+    """`wanted` as lines with the hashes of all their files, as `uv` gets them from the index."""
+    command = [str(uv), "pip", "compile", "-", "--generate-hashes", "--universal", "--python-version", PYTHON]
+    quiet = ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
+    done = subprocess.run(
+        [*command, *quiet, *options], input="\n".join(wanted), stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def with_wheel(text: str, wheel: Path | None) -> str:
+    """`torch.txt` with the hash of one more build; without `wheel`, the one it has now is kept."""
+    listed = set(re.findall(r"sha256:[0-9a-f]{64}", text))
+    path = FOLDER / "torch.txt"
+    before = re.search(r"^# tested: (sha256:[0-9a-f]{64})$", path.read_text() if path.exists() else "", re.MULTILINE)
+    if wheel is not None:
+        digest = f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}"
+    elif before and text.split()[0] in path.read_text():
+        digest = before[1]
+    else:
+        return text
+    more = "" if digest in listed else f" \\\n    --hash={digest}"
+    return f"# tested: {digest}\n{text.rstrip()}{more}\n"
 
 
 def main() -> None:
-    """Write `cpu.txt`, `gym.txt` and `notebook.txt` beside this file."""
-    folder = Path(__file__).parent
+    """Write the lock files beside this one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("uv", type=Path)
+    parser.add_argument("--torch-wheel", type=Path)
+    given = parser.parse_args()
     cpu = closure(CPU_ROOTS)
     gym, notebook = (
         {name: version for name, version in closure(roots).items() if name not in cpu}
         for roots in (GYM_ROOTS, NOTEBOOK_ROOTS)
     )
-    for file, what, versions in (
-        ("cpu.txt", "The CPU environment of `make train` and `make test`.", cpu),
-        ("gym.txt", "What the `gym` extra adds to cpu.txt; needs a C compiler.", gym),
-        (
-            "notebook.txt",
-            "What the `notebook` extra adds to cpu.txt: a Jupyter kernel, and what runs notebooks in it.",
-            notebook,
-        ),
-    ):
-        (folder / file).write_text(HEADER.format(what=what) + "\n".join(lines(versions)) + "\n")
+    torch = {"torch": cpu.pop("torch")}
+    for file, versions in (("torch", torch), ("cpu", cpu), ("gym", gym), ("notebook", notebook)):
+        text = hashed(given.uv, pins(versions), "--no-deps")
+        text = with_wheel(text, given.torch_wheel) if file == "torch" else text
+        (FOLDER / f"{file}.txt").write_text(HEADER.format(what=ABOUT[file]) + text)
+    # Not installed here: versions move only when they are deleted from the file.
+    tools = FOLDER / "tools.txt"
+    old = tools.read_text().splitlines() if tools.exists() else []
+    before = [line.removesuffix(" \\") for line in old if "==" in line]
+    tools.write_text(HEADER.format(what=ABOUT["tools"]) + hashed(given.uv, [*TOOL_ROOTS, *before]))
 
 
 if __name__ == "__main__":

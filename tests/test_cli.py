@@ -67,6 +67,7 @@ def test_version() -> None:
         (("train", "--gpu", "cpu", "--model", "./nowhere", "--dry-run"), "no such folder", 2),
         (("train", "--gpu", "cpu", "--dataset", "none.jsonl", "--dry-run"), "none.jsonl", 2),
         (("train", "--gpu", "cpu", "--resume", "--output-dir", "nowhere"), "holds no run", 2),
+        (("train", "--gpu", "cpu", "--allow-change", "dataset"), "--allow-change dataset without --resume", 2),
         (("experiences", "list"), "There is no run in runs/", 2),
         (("experiences", "list", "--run", "nowhere"), "nowhere", 2),
         (("experiences", "list", "--run", ".", "--status", "good"), "--status 'good' is not one of", 2),

@@ -233,7 +233,8 @@ JUNK = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.tex
 OPTIONS = ("algorithm verifier_threshold "
            "verifier_workers verifier_deadline_s mel_weight mel_normalization mel_train_on "
            "pairs_per_group pair_strategy analysis_max_tokens analysis_temperature leak_policy replay_attempts "
-           "replay_criterion grad_norm_every on_collapse").split()  # fmt: skip
+           "replay_criterion grad_norm_every on_collapse max_idle_steps "
+           "top_p top_k min_p repetition_penalty").split()  # fmt: skip
 
 
 @both(100, 3000, options=st.dictionaries(st.sampled_from(OPTIONS), JUNK, max_size=3))

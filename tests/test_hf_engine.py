@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from mel_lite.engines import hf
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
@@ -43,6 +44,24 @@ def test_a_sequence_depends_on_prompt_and_seed_alone(model: Any) -> None:
     by_three = HFEngine(model, eos_ids=[EOS], pad_id=PAD, max_concurrent=3).generate(requests[::-1], sampling)[::-1]
     assert [c.ids for c in together] == [c.ids for c in by_three]
     assert len({c.ids for c in together}) > 6, "different seeds must give different sequences"
+
+
+def test_completions_of_one_prompt_share_its_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(tuple(range(10, 10 + 3 * (seed % 3) + 1)), seed) for seed in range(12)]
+    sampling = Sampling(12, temperature=0.7)
+    forwards = []
+    watch = model.get_base_model().model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: forwards.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    shared = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
+    watch.remove()
+    assert forwards[0] == (3, 6), "three prompts once each, without their last token"
+    assert set(forwards[1:]) == {(12, 1)}
+    monkeypatch.setattr(hf, "_prefill", lambda *_: None)
+    alone = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
+    assert [c.ids for c in shared] == [c.ids for c in alone]
+    for a, b in zip(shared, alone, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
 def test_a_bound_on_the_cache_makes_sequences_wait_and_changes_no_token(model: Any) -> None:

@@ -30,7 +30,7 @@ def logits_and_gradient(model: Any, mask_BT: torch.Tensor | None) -> tuple[torch
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_repeated_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+def test_grouped_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     register()
     folder = str(save_tiny(tmp_path / "base", "qwen3"))
     mask_BT = torch.ones(2, 20, dtype=torch.long)
@@ -53,20 +53,41 @@ def test_repeated_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pyte
     assert expected[1].abs().sum() > 0
 
 
-def test_generation_is_the_same(tmp_path: Path) -> None:
+def test_generation_is_the_same_without_repeating_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register()
     folder = str(save_tiny(tmp_path / "base", "qwen3"))
-    ids = torch.arange(5, 15)[None]
+    ids_BT = torch.arange(5, 25).reshape(2, 10)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :4] = 0
+    heads = []
+    original = F.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        heads.append((query.shape[1], query.shape[2], key.shape[1]))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     written = [
-        load_base(ModelSpec(folder, attn_implementation=name)).generate(ids, max_new_tokens=12, do_sample=False)
+        load_base(ModelSpec(folder, attn_implementation=name)).generate(
+            ids_BT, attention_mask=mask_BT, max_new_tokens=12, do_sample=False
+        )
         for name in ("sdpa", NAME)
     ]
     assert torch.equal(*written) and written[0].shape[1] > 12
+    ours = heads[len(heads) // 2 :]
+    assert ours[0] == (4, 10, 4), "a prompt has its keys repeated"
+    assert set(ours[2:]) == {(2, 2, 2)}, "a sampled token has not: two query heads are two queries of one key head"
 
 
 @pytest.mark.parametrize(
     ("requested", "capability", "chosen"),
-    [(None, (7, 5), NAME), (None, (8, 0), None), ("eager", (7, 5), "eager"), (None, None, None)],
+    [
+        (None, (7, 5), NAME),
+        (None, (8, 0), None),
+        ("eager", (7, 5), "eager"),
+        (None, None, NAME),
+        ("sdpa", None, "sdpa"),
+    ],
 )
 def test_it_is_chosen_where_flash_attention_is_missing(
     monkeypatch: pytest.MonkeyPatch, requested: str | None, capability: tuple[int, int] | None, chosen: str | None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mel_lite
+from real_unsloth import SITE
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -184,18 +188,75 @@ def test_the_console_script_runs(builds: Builds, tmp_path: Path) -> None:
     assert mel_lite.__version__ in run(tmp_path / "venv" / "bin" / "mel-lite", "--version", cwd=tmp_path)
 
 
+LOCKS = ("torch", "cpu", "gym", "notebook", "tools")
+
+
+def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
+    """Each package of a lock file with its pin and the SHA-256 of its files."""
+    text = (ROOT / f"requirements/{name}.txt").read_text().replace("\\\n", " ")
+    found = {}
+    for line in (line for line in text.splitlines() if not line.startswith("#")):
+        pin, *hashes = line.split("--hash=sha256:")
+        requirement = Requirement(pin.strip())
+        found[canonicalize_name(requirement.name)] = requirement, {digest.strip() for digest in hashes}
+    return found
+
+
 def locked() -> dict[str, str]:
-    lines = [line for name in ("cpu", "gym") for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines()]
-    pins = [Requirement(line) for line in lines if not line.startswith("#")]
-    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    return {
+        package: str(pin.specifier).removeprefix("==")
+        for name in LOCKS if name != "tools"
+        for package, (pin, _) in lock(name).items()
+    }  # fmt: skip
 
 
-def test_the_lock_is_exact_and_names_no_place() -> None:
-    for name in ("cpu", "gym"):
-        text = (ROOT / f"requirements/{name}.txt").read_text()
-        for word in ("://", "--", "file:", "+cpu", "index"):
-            assert word not in text
-    assert all(version and version[0].isdigit() and "*" not in version for version in locked().values())
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_lock_is_exact_has_every_hash_and_names_no_place(name: str) -> None:
+    text = (ROOT / f"requirements/{name}.txt").read_text()
+    for word in ("://", "file:", "+cpu", "index", "--find-links"):
+        assert word not in text
+    pins = lock(name)
+    assert pins
+    for package, (pin, hashes) in pins.items():
+        version = str(pin.specifier).removeprefix("==")
+        assert str(pin.specifier).startswith("==") and version[0].isdigit() and "*" not in version, package
+        assert hashes and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes), package
+    if name == "torch":
+        assert list(pins) == ["torch"], "it is installed first, by itself"
+        assert text.split("# tested: sha256:")[1].split()[0] in pins["torch"][1]
+
+
+def test_make_installs_by_hash_alone() -> None:
+    """But for torch from an index that the user names, and for what its build asks for."""
+    make = (ROOT / "Makefile").read_text()
+    installs = [line.strip() for line in make.splitlines() if " install " in line and not line.startswith("#")]
+    assert "--require-hashes" in make.split("LOCKED := ")[1].splitlines()[0]
+    free = [line for line in installs if "$(LOCKED)" not in line]
+    assert free == [
+        "$(PIP) install --progress-bar off --no-deps $(TORCH_ARGS) $(TORCH)",
+        "$(PIP) install --progress-bar off $(TORCH_ARGS) $(TORCH)",
+        "$(PIP) install --no-deps --no-build-isolation -e .",
+    ]
+    assert len(installs) - len(free) == len(LOCKS)
+
+
+def test_pip_refuses_a_file_of_another_hash(tmp_path: Path) -> None:
+    """The mechanism itself, without a network: one wheel, a lock with its hash, and one with another."""
+    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = "tiny-1.0.dist-info"
+        archive.writestr("tiny.py", "")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    options = ("--no-deps", "--require-hashes", "--no-index", "--find-links", tmp_path, "--dry-run")
+    pip = (sys.executable, "-P", "-m", "pip", "install", *options, "-r", tmp_path / "lock.txt")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (tmp_path / "lock.txt").write_text(f"tiny==1.0 --hash=sha256:{digest}\n")
+    assert "Would install tiny-1.0" in run(*pip, cwd=tmp_path)
+    (tmp_path / "lock.txt").write_text(f"tiny==1.0 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(AssertionError, match="DO NOT MATCH THE HASHES"):
+        run(*pip, cwd=tmp_path)
 
 
 def test_the_lock_satisfies_the_metadata() -> None:
@@ -206,6 +267,23 @@ def test_the_lock_satisfies_the_metadata() -> None:
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} but {version} is locked"
     assert Requirement(PROJECT["build-system"]["requires"][0]).specifier.contains(pins["setuptools"])
+
+
+def test_unsloth_fits_the_lock() -> None:
+    """Its own metadata, where it is installed, and the versions of the two that belong together."""
+    lines = (ROOT / "requirements/unsloth.txt").read_text().splitlines()
+    wanted_here = [Requirement(line) for line in lines if not line.startswith("#")]
+    pins = {r.name: str(r.specifier).removeprefix("==") for r in wanted_here}
+    assert set(pins) == {"unsloth", "unsloth_zoo"} and len(set(pins.values())) == 1
+    gpu = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"])}
+    assert all(gpu[name].contains(version) for name, version in pins.items())
+    for found in distributions(path=[str(SITE)]):
+        assert found.version == pins[found.name]
+        for wanted in map(Requirement, found.requires or ()):
+            name = canonicalize_name(wanted.name)
+            if name in locked() and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+                fits = wanted.specifier.contains(locked()[name]) or name == "certifi"  # newer than any index has
+                assert fits, f"{found.name} wants {wanted}, {locked()[name]} is locked"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import yaml
 
 from mel_lite.data import recommended_verifier
 from mel_lite.errors import ConfigError
-from mel_lite.presets import GPU_PRESETS, build_args, changes, parse_set, resolve
+from mel_lite.presets import GPU_PRESETS, build_args, parse_set, resolve
 
 
 @pytest.mark.parametrize("preset", sorted(GPU_PRESETS))
@@ -138,10 +138,3 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         preset="cpu", overrides=[parse_set("model.revision=1234e567"), parse_set("data.system_prompt=nan")]
     )
     assert recipe.model.revision == "1234e567" and recipe.data.system_prompt == "nan"
-
-
-def test_a_resumed_run_may_not_become_another() -> None:
-    began = resolve(preset="cpu")
-    assert changes(began, resolve(preset="cpu", overrides=[("train.max_steps", 99), ("eval.k", 2)])) == []
-    other = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x")])
-    assert changes(began, other) == ["model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1"]

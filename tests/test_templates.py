@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from mel_lite.control_tokens import neutralise
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.templates import (
     BEFORE_PARTING_TOKENS,
@@ -20,7 +21,6 @@ from mel_lite.templates import (
     PromptTooLong,
     analysis_prompt,
     load_templates,
-    neutralise,
     question_prompt,
     render,
     replay_prompt,

@@ -172,6 +172,75 @@ def test_a_run_whose_groups_are_all_equal_says_early_that_nothing_is_learnt(
         assert_learnt(trainer)
 
 
+# ---- F16: runs that learn nothing ----
+
+
+def _always(answer: str) -> ScriptedEngine:
+    return ScriptedEngine(tiny_tokenizer(), answer=lambda question, rng: answer)
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    "all wrong": {},
+    "all wrong, grpo": {"algorithm": "grpo"},
+    "no reward at all": {"algorithm": "grpo", "reward_funcs": lambda completions, **_: [None] * len(completions)},
+    "none to imitate": {"algorithm": "rft"},
+    "one batch, two updates": {"algorithm": "grpo", "num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_run_without_anything_to_learn_warns_and_then_stops(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"max_steps": 20, "max_idle_steps": 10, "save_strategy": "steps", "save_steps": 4} | NOTHING[case]
+    trainer = build(tmp_path, engine=_always("Answer: -1"), **options)
+    with caplog.at_level(logging.WARNING, "mel_lite.tripwires"), pytest.raises(DivergedError) as error:
+        trainer.train()
+    assert caplog.text.count("Step 2: The last 2 steps had nothing to learn from") == 1
+    assert "The run stops after 10." in caplog.text
+    assert trainer.state.global_step == 10 and error.value.exit_code == 5
+    assert "max_idle_steps=10; 0 goes on" in str(error.value) and "checkpoint-4, checkpoint-8" in str(error.value)
+    with pytest.raises(AssertionError, match="still zero"):
+        assert_learnt(trainer)
+
+
+def test_what_a_user_allows_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(tmp_path, engine=_always("Answer: -1"), algorithm="grpo", max_steps=4, max_idle_steps=0)
+    with caplog.at_level(logging.WARNING, "mel_lite.tripwires"):
+        trainer.train()
+    assert trainer.state.global_step == 4 and "nothing to learn from" not in caplog.text
+
+
+def test_one_step_that_teaches_ends_the_count_and_a_resume_goes_on_counting(tmp_path: Path) -> None:
+    """Steps 0 and 3 teach; the run of idle ones before its end is 4, 5, 6."""
+
+    def answers(trainer: Any) -> Any:
+        def reward(completions: Any, **_: Any) -> list[float]:
+            return [float(i % 2) if trainer[0].state.global_step in (0, 3) else 1.0 for i in range(len(completions))]
+
+        return reward
+
+    common = {"algorithm": "grpo", "max_steps": 9, "max_idle_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    holder: list[Any] = []
+    holder.append(build(tmp_path, reward_funcs=answers(holder), **common))
+    with pytest.raises(DivergedError, match="at step 7"):
+        holder[0].train()
+    assert_learnt(holder[0])
+    resumed: list[Any] = []
+    resumed.append(build(tmp_path, reward_funcs=answers(resumed), **common))
+    assert read_state(tmp_path / "run" / "checkpoint-5")["tripwires"]["idle_steps"] == 1
+    with pytest.raises(DivergedError, match="at step 7"):
+        resumed[0].train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("algorithm", ["mel", "grpo", "reinforce++", "rft"])
+def test_a_run_that_learns_is_never_idle(tmp_path: Path, algorithm: str) -> None:
+    trainer = build(tmp_path, algorithm=algorithm, max_steps=3, max_idle_steps=1)
+    trainer.train()
+    assert trainer._tripwires.idle_steps == 0
+    assert_learnt(trainer)
+
+
 def test_the_choice_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on_collapse='ignore' is not one of warn, lower_lambda, stop"):
         build(tmp_path, on_collapse="ignore")

@@ -51,6 +51,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
         "max_completion_length": 16,
         "analysis_max_tokens": 600,
         "max_steps": 2,
+        "probe_max_diff": None,  # a scripted engine is no policy
         "save_strategy": "no",
         "logging_steps": 1,
         "learning_rate": 1e-2,

@@ -31,6 +31,7 @@ from mel_lite.pairs import select_pairs
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.study import Desk, StudyOptions, study
 from mel_lite.templates import DEFAULT_TEMPLATES, render
+from mel_lite.terminal import printable
 from mel_lite.types import Experience, Group, Rollout, Status, Verdict
 from mel_lite.verify_pool import VerifyPool
 
@@ -181,7 +182,7 @@ def show(figures: dict[str, Any], experiences: Sequence[Experience], console: Co
         verdicts = "" if each.replay is None else f", {each.replay.solved_rate:.0%} of replays right"
         console.rule(f"{each.status}{verdicts}")
         for text in (pair.wrong.text, pair.right.text, each.analysis.text):
-            console.print(text, markup=False, highlight=False)
+            console.print(printable(text), markup=False, highlight=False)
             console.print("-" * 20)
 
 

@@ -1,6 +1,6 @@
 """Generation with transformers: runs everywhere, needs nothing but the model that is being trained.
 
-B sequences in one call, T sampled positions, V vocabulary.
+B sequences in one call, U different prompts among them, P padded prompt tokens, T sampled positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mel_lite import interrupts
@@ -37,6 +38,7 @@ class HFEngine:
     """
 
     name = "hf"
+    _shares_prefill = True
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class HFEngine:
         """
         done: dict[int, Completion] = {}
         pending = self._batches(requests, sampling.max_new_tokens)[::-1]
-        with self._unwrap() as model, evaluating(model), self._autocast(), torch.no_grad():
+        with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
                 try:
@@ -93,6 +95,10 @@ class HFEngine:
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
 
+    def _sampling_mode(self, model: Any) -> AbstractContextManager[None]:
+        """What the model is switched to while it samples."""
+        return evaluating(model)
+
     def _batches(self, requests: Sequence[Request], new_tokens: int) -> list[list[int]]:
         """Request numbers, shortest prompt first: neighbours of similar length waste the least padding."""
         batches: list[list[int]] = []
@@ -108,13 +114,18 @@ class HFEngine:
         return batches
 
     def _generate_batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        prompt_tokens = max(len(r.prompt_ids) for r in requests)
+        prompts = {request.prompt_ids: row for row, request in reversed(list(enumerate(requests)))}
+        firsts = sorted(prompts.values())
+        source = torch.tensor([firsts.index(prompts[request.prompt_ids]) for request in requests])
+        prompt_tokens = max(map(len, prompts))
         device = model.device
-        ids = torch.full((len(requests), prompt_tokens), self._pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, prompt_tokens - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, prompt_tokens - len(request.prompt_ids) :] = 1
+        ids_UP = torch.full((len(firsts), prompt_tokens), self._pad_id, dtype=torch.long)
+        mask_UP = torch.zeros_like(ids_UP)
+        for u, row in enumerate(firsts):
+            prompt_ids = requests[row].prompt_ids
+            ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
+            mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
+        ids_UP, mask_UP, source = ids_UP.to(device), mask_UP.to(device), source.to(device)
         sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -127,8 +138,9 @@ class HFEngine:
         )
         with _generation_config(model, config):
             output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                input_ids=ids_UP[source],
+                attention_mask=mask_UP[source],
+                past_key_values=_prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
             )
@@ -141,6 +153,29 @@ class HFEngine:
         end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
         finish = Finish.LENGTH if end is None else Finish.STOP
         return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
+
+
+def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: torch.Tensor) -> Any:
+    """Key-value cache of all but the last token of each row's prompt; None where the model keeps another kind of state.
+
+    The G completions of a prompt share its prefill, and the head is not applied to the prompt at all. `source` (B,)
+    says which of the U prompts a row has.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache = DynamicCache(config=causal.config.get_text_config(decoder=True))
+    if ids_UP.shape[1] < 2 or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    position_UP = (mask_UP.cumsum(dim=1) - 1).clamp(min=0)
+    before = slice(None, -1)
+    causal.base_model(
+        input_ids=ids_UP[:, before],
+        attention_mask=mask_UP[:, before],
+        position_ids=position_UP[:, before],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.batch_select_indices(source)
+    return cache
 
 
 class _SeededSampler(LogitsProcessor):

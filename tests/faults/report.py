@@ -23,8 +23,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "F6": ("a full disk while saving", "faults/test_f06_full_disk"),
     "F7": ("rotation with odd step numbers, times and a best one", "faults/test_f04_f05_f07_damage"),
     "F8": ("SIGTERM and SIGINT in every phase, and a second one", "faults/test_f08_signals"),
-    "F9": ("resume with other options", "faults/test_f03_f10_resume::test_other_options "
-           "test_presets::test_a_resumed_run"),
+    "F9": ("resume with another split, options, dataset, texts, dtype, base", "faults/test_f09_other_options"),
     "F10": ("resume in a later epoch of odd size", "faults/test_f03_f10_resume::test_no_prompt"),
     "F11": ("out of memory in a micro-batch", "faults/test_f11_f12_memory"),
     "F12": ("out of memory in generation", "faults/test_f11_f12_memory test_hf_engine::test_out_of_memory"),
@@ -32,24 +31,27 @@ FAULTS: dict[str, tuple[str, str]] = {
     "F14": ("a gradient 50 times the usual", "faults/test_f14_f15_f20_f22::test_a_spike"),
     "F15": ("rewards that are None, NaN, raise, or all equal", "faults/test_f14_f15_f20_f22::test_missing "
             "faults/test_f14_f15_f20_f22::test_a_reward"),
-    "F16": ("runs that learn nothing", "test_tripwires test_trainer::test_a_dataset_without "
+    "F16": ("runs that learn nothing, and other collapses", "test_tripwires test_trainer::test_a_dataset_without "
             "test_export::test_untrained"),
     "F17": ("hostile answers", "faults/test_f17_f18_f19_verifier test_verify_pool::test_honest"),
     "F18": ("verifier workers that die, fork, hang, write garbage", "test_verify_pool::test_each_attack "
             "test_verify_pool::test_too_many"),
     "F19": ("swapped arguments, threads", "test_verifiers::test_gold_and_answer test_verify_pool::test_any_thread"),
     "F20": ("an engine that dies in a batch", "faults/test_f14_f15_f20_f22::test_an_engine "
-            "faults/test_f14_f15_f20_f22::test_one_that"),
-    "F21": ("a doubled adapter; another base", "faults/test_f14_f15_f20_f22::test_a_sampler "
+            "faults/test_f14_f15_f20_f22::test_one_that faults/test_f20_engine_process"),
+    "F21": ("a stale or doubled adapter in the engine; another base", "test_probe "
+            "faults/test_f20_engine_process::test_a_copy faults/test_f14_f15_f20_f22::test_a_sampler "
             "test_checkpoint::test_a_checkpoint_of_another"),
     "F22": ("a sampler that is not the policy", "faults/test_f14_f15_f20_f22::test_a_sampler "
-            "test_hf_engine::test_reported"),
+            "faults/test_f14_f15_f20_f22::test_truncated faults/test_f14_f15_f20_f22::test_sampling "
+            "faults/test_f14_f15_f20_f22::test_the_temperature test_hf_engine::test_reported"),
     "F23": ("odd tokenizers, empty and truncated completions", "faults/test_f23_f24_text test_fuzz::test_a_padded "
             "test_packing test_templates::test_plain_text"),
     "F24": ("hostile meta-experiences", "faults/test_f23_f24_text test_leakage test_experience::test_any "
             "test_templates::test_no_control"),
-    "F25": ("exports: 4-bit base, tied head, existing folder, killed", "test_export"),
-    "F26": ("pickles, links and paths that lead out", "faults/test_f26_untrusted_files "
+    "F25": ("exports: 4-bit base, tied head, existing folder, killed", "test_export faults/test_f25_export"),
+    "F26": ("pickles, links, paths that lead out, hostile model folders and adapters",
+            "faults/test_f26_untrusted_files faults/test_f26_hostile_files_and_text "
             "test_models::test_pickled test_data::test_oversize"),
     "F27": ("side services that raise or hang, full disk for logs, closed terminal", "faults/test_f27_side_services"),
     "F28": ("two processes on one run, a clock that goes backwards, no write access",
@@ -60,10 +62,20 @@ NUMBERS: tuple[tuple[str, str, str, str], ...] = (
     # (what, property, aim, format)
     ("SIGKILL at random times", "kills", "100", "{:.0f}"),
     ("... of these during a resumed run", "resumes", "", "{:.0f}"),
-    ("SIGKILL inside a save, one per file operation", "kills_in_save", "all", "{:.0f}"),
-    ("Signal to exit with a committed checkpoint, slowest phase", "signal_to_exit_s", "< 25 s", "{:.1f} s"),
-    ("Commit of 100 MB (hash, flush, rename)", "commit_100mb_s", "< 0.5 s; < 1 % of a step", "{:.2f} s"),
+    ("... committed checkpoints looked at afterwards", "checkpoints", "", "{:.0f}"),
+    ("... of these damaged", "corrupt_checkpoints", "0", "{:.0f}"),
+    ("... committed steps lost", "lost_steps", "0", "{:.0f}"),
+    ("... resumed to the end, each in the state of the uninterrupted run (SHA-256)", "equal_ends", "all", "{:.0f}"),
+    ("SIGKILL inside a save, one per file operation, each resumed to the same state", "kills_in_save", "all", "{:.0f}"),
+    ("Commit of 100 MB (hash, flush, rename)", "commit_100mb_s", "< 0.5 s", "{:.2f} s"),
+    ("Demo: one step (4 prompts x 8 completions, 135M model)", "demo_step_s", "", "{:.0f} s"),
+    ("Demo: one save (33 MB, everything included)", "demo_save_s", "", "{:.2f} s"),
+    ("Demo: saves, every other step, as share of the steps", "demo_save_share", "< 1 %", "{:.2%}"),
+    ("Demo: SIGTERM in sampling to exit with a checkpoint", "demo_exit_s", "< 25 s", "{:.1f} s"),
+    ("Demo: the same at worst, longest time between two polls plus a save", "demo_longest_s", "< 25 s", "{:.1f} s"),
+    ("Tiny runs: signal to exit with a checkpoint, slowest of seven phases", "signal_to_exit_s", "< 25 s", "{:.1f} s"),
     ("40 answers, 30 of them hostile, 1 s deadline", "hostile_batch_s", "< 40 s", "{:.1f} s"),
+    ("... honest ones judged right, of 10", "hostile_batch_right", "10", "{:.0f}"),
     ("Labelled answers", "labelled_answers", ">= 300", "{:.0f}"),
     ("Agreement with them", "agreement", ">= 99.5 %", "{:.2%}"),
     ("Attacks on the verifier", "attacks", ">= 50", "{:.0f}"),

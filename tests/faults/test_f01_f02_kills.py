@@ -11,6 +11,8 @@ import os
 import random
 import signal
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,22 @@ from trainers import step_log
 Reference = tuple[dict[str, str], list[dict[str, Any]]]
 
 
-def newest_whole(run: Path) -> int:
-    """Step of the newest committed checkpoint; each one there must be whole. 0 without any."""
+def damaged(run: Path) -> list[str]:
+    """What is wrong with the committed checkpoints of a run."""
+    return [f"{path}: {trouble}" for path in checkpoint.committed(run) if (trouble := checkpoint.problem(path))]
+
+
+def newest(run: Path) -> int:
+    """Step of the newest committed checkpoint, 0 without any."""
     saved = checkpoint.committed(run)
-    for path in saved:
-        assert checkpoint.problem(path) is None, path
     return int(saved[-1].name.split("-")[1]) if saved else 0
+
+
+def clear(run: Path) -> None:
+    """As `mel-lite train --resume` does where no checkpoint was committed."""
+    for leftover in run.glob("*"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str, Any]) -> None:
@@ -36,9 +48,7 @@ def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str
     state, log = reference
     resume = bool(checkpoint.committed(folder / "run"))
     if not resume:
-        for leftover in (folder / "run").glob("*"):
-            if leftover.is_file():
-                leftover.unlink()  # as `mel-lite train --resume` does where no checkpoint was committed
+        clear(folder / "run")
     assert runs.run(folder, **common, resume=resume) == 0, (folder / "output.txt").read_text()
     assert json.loads((folder / "state.json").read_text()) == state
     assert step_log(folder / "run") == log, "each step is in metrics.jsonl once, as in the reference"
@@ -56,7 +66,8 @@ def save_events(runs: Farm, folder: Path, common: dict[str, Any]) -> list[str]:
 
 def kill_in_save(runs: Farm, folder: Path, reference: Reference, common: dict[str, Any], event: int) -> None:
     assert runs.run(folder, **common, kill_in_save=3, kill_at_event=event) == -signal.SIGKILL
-    assert newest_whole(folder / "run") in (2, 3), "at least one committed checkpoint is always there"
+    assert damaged(folder / "run") == []
+    assert newest(folder / "run") in (2, 3), "at least one committed checkpoint is always there"
     finishes_as(reference, runs, folder, common)
 
 
@@ -81,37 +92,44 @@ def test_killed_at_every_file_operation_of_a_save(
 
 def kill_at_random(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], kills: int, seed: int
-) -> dict[str, int]:
-    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen."""
+) -> Counter[str]:
+    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen.
+
+    Times are spread over what a run has left to do, so that resumed ones are hit as often as new ones.
+    """
     rng = random.Random(seed)
-    counts = {"kills": 0, "runs": 0, "resumes": 0}
-    while counts["kills"] < kills:
-        target = folder / f"run{counts['runs']}"
-        counts["runs"] += 1
-        committed = 0
+    seen: Counter[str] = Counter()
+    undisturbed = runs.start(folder / "undisturbed", **common)
+    undisturbed.wait_for("ready", 0, timeout_s=60)
+    start_s = time.monotonic()
+    assert undisturbed.wait() == 0, undisturbed.output()
+    whole_s = time.monotonic() - start_s
+    while seen["kills"] < kills:
+        target, committed = folder / f"run{seen['runs']}", 0
+        seen["runs"] += 1
         for _ in range(6):
             resume = committed > 0
             run = runs.start(target, **common, resume=resume)
             run.wait_for("ready", 0, timeout_s=60)
-            time.sleep(rng.uniform(0.05, 2.5))
-            counts["kills"] += 1
-            counts["resumes"] += resume
-            try:
+            time.sleep(rng.uniform(0.0, whole_s * (1 - committed / common["max_steps"])))
+            with suppress(ProcessLookupError):
                 os.kill(run.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             status = run.wait()
-            assert newest_whole(target / "run") >= committed, "a committed step was lost"
-            committed = newest_whole(target / "run")
-            if status == 0 or counts["kills"] == kills or committed == common["max_steps"]:
-                counts["kills"] -= status == 0  # it was done before it could be hit
+            seen["kills"] += status != 0  # else it was done before it could be hit
+            seen["resumes"] += resume and status != 0
+            seen["checkpoints"] += len(checkpoint.committed(target / "run"))
+            seen["corrupt_checkpoints"] += len(damaged(target / "run"))
+            seen["lost_steps"] += max(0, committed - newest(target / "run"))
+            committed = newest(target / "run")
+            if status == 0 or seen["kills"] == kills or committed == common["max_steps"]:
                 break
-            if not resume and committed == 0:
-                for leftover in (target / "run").glob("*"):
-                    if leftover.is_file():
-                        leftover.unlink()
-        finishes_as(reference, runs, target, common) if committed < common["max_steps"] else None
-    return counts
+            if committed == 0:
+                clear(target / "run")
+        if committed < common["max_steps"]:
+            finishes_as(reference, runs, target, common)
+            seen["equal_ends"] += 1
+    assert seen["corrupt_checkpoints"] == seen["lost_steps"] == 0, seen
+    return seen
 
 
 def test_killed_at_random_times(runs: Farm, reference: Reference, folder: Path, common: dict[str, Any]) -> None:
@@ -123,5 +141,6 @@ def test_killed_at_random_times(runs: Farm, reference: Reference, folder: Path, 
 def test_killed_a_hundred_times(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], record_property: Any
 ) -> None:
-    for name, value in kill_at_random(runs, reference, folder, common, kills=100, seed=2).items():
-        record_property(name, value)
+    seen = kill_at_random(runs, reference, folder, common, kills=100, seed=2)
+    for name in ("kills", "resumes", "checkpoints", "corrupt_checkpoints", "lost_steps", "equal_ends"):
+        record_property(name, seen[name])

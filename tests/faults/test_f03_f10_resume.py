@@ -1,4 +1,4 @@
-"""F3, F9, F10: resuming at every boundary between phases, with other options, and across epochs of odd size.
+"""F3, F10: resuming at every boundary between phases, and across epochs of odd size. Other options: test_f09_*.py.
 
 Exactness after a kill: test_f01_f02_kills.py; after a signal in every phase: test_f08_signals.py.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mel_lite.errors import ConfigError
-from mel_lite.presets import changes, resolve
-from trainers import assert_learnt, build, run_state, step_log, sums
+from mel_lite.models import ModelSpec, load_base
+from tiny_models import save_tiny
+from trainers import assert_learnt, build, run_state, step_log, sums, trainable
 
 COMMON: dict[str, Any] = {
     "max_steps": 3,
@@ -116,17 +116,21 @@ def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) ->
     assert run_state(resumed) == run_state(whole)
 
 
-def test_other_options_are_refused_with_both_values(tmp_path: Path) -> None:
-    """F9. Every option counts, micro-batch and accumulation, too: there is no --allow-change. Base model: F21."""
-    begun = resolve(preset="cpu", overrides=[("train.learning_rate", 1e-5)])
-    (tmp_path / "config.yaml").write_text(begun.as_yaml())
-    asked = resolve(preset="cpu", overrides=[("train.learning_rate", 2e-5)])
-    found = changes(resolve(config=tmp_path / "config.yaml"), asked)
-    assert len(found) == 1 and "learning_rate" in found[0] and "1e-05" in found[0] and "2e-05" in found[0]
-    assert changes(resolve(config=tmp_path / "config.yaml"), begun) == []
-    from rich.console import Console
+def test_a_16_bit_adapter_stays_16_bit_when_a_run_is_resumed(tmp_path: Path) -> None:
+    """TRL keeps the adapter of a 4-bit base in bfloat16; PEFT loads it back in float32, which is another run."""
+    base = save_tiny(tmp_path / "base")
 
-    from mel_lite.run import _can_resume
+    def run(folder: str, steps: int) -> Any:
+        model = load_base(ModelSpec(str(base), dtype="float32", load_in_4bit=True))
+        saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+        return build(tmp_path, output_dir=tmp_path / folder, model=model, max_steps=steps, **saving)
 
-    with pytest.raises(ConfigError, match="begun with other options"):
-        _can_resume(asked, tmp_path, Console(quiet=True))
+    whole = run("whole", 3)
+    whole.train()
+    run("cut", 2).train()
+    resumed = run("cut", 3)
+    resumed.train(resume_from_checkpoint=True)
+    assert {weight.dtype for weight in trainable(resumed).values()} == {torch.bfloat16}
+    for name, weight in trainable(whole).items():
+        assert torch.equal(trainable(resumed)[name], weight), name
+    assert_learnt(resumed)

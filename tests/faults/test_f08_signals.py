@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fault_runs import Farm
 from mel_lite import checkpoint, interrupts
@@ -21,7 +22,7 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.verify_pool import VerifyPool
 from tiny_models import tiny_config
-from trainers import step_log
+from trainers import assert_learnt, build, run_state, step_log
 
 PHASES = ("rollout", "verify", "analysis", "replay", "forward", "backward", "save")
 
@@ -79,6 +80,50 @@ def test_before_the_first_step_there_is_nothing_to_save(runs: Farm, folder: Path
     assert run.wait() == 130
     assert "nothing new to save" in run.output()
     assert checkpoint.committed(folder / "run") == []
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "gradient checkpointing"])
+def test_a_signal_is_heard_within_a_micro_batch(tmp_path: Path, where: str, checkpointed: bool) -> None:
+    """It comes in the first decoder layer of the forward pass, or as the backward pass begins: that pass ends early."""
+    trainer = build(tmp_path, max_steps=3, algorithm="grpo", gradient_checkpointing=checkpointed)
+    layers = trainer.model.get_base_model().model.layers
+    asked, reached = [0], {"forward": 0, "backward": 0}
+
+    def ask() -> None:
+        if trainer.state.global_step == 1 and trainer.model.training and not asked[0]:
+            asked[0] += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def first_layer(module: Any, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and where == "forward":
+            ask()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: reached.update(backward=reached["backward"] + asked[0]))
+
+    layers[0].register_forward_hook(first_layer)
+    layers[-1].register_forward_hook(lambda *_: reached.update(forward=reached["forward"] + asked[0]))
+    backward = trainer.accelerator.backward
+
+    def asked_backward(loss: torch.Tensor, **kwargs: Any) -> None:
+        if where == "backward":
+            ask()
+        backward(loss, **kwargs)
+
+    trainer.accelerator.backward = asked_backward
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143 and asked == [1]
+    assert reached == {"forward": 0, "backward": 0}, "the pass went on to its end"
+    assert [path.name for path in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1"]
+    resumed = build(tmp_path, max_steps=3, algorithm="grpo", gradient_checkpointing=checkpointed)
+    resumed.train(resume_from_checkpoint=True)
+    whole = build(tmp_path, output_dir=tmp_path / "whole", max_steps=3, algorithm="grpo",
+                  gradient_checkpointing=checkpointed)  # fmt: skip
+    whole.train()
+    assert run_state(resumed) == run_state(whole)
+    assert_learnt(resumed)
 
 
 def _in(seconds: float, signum: int) -> None:

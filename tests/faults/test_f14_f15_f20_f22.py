@@ -1,8 +1,9 @@
 """F14, F15, F20, F21, F22: spikes, missing rewards, a dead engine, a wrong adapter, a sampler that is not the policy.
 
-F21 and F22 as stated are about an engine with a copy of the weights. The transformers engine samples from the very
-model that is trained, so no adapter can be stale or applied twice; what remains is tested: that an engine whose
-log-probs are not the trainer's is told apart by the numbers, at the tolerance such an engine must keep.
+An engine whose process dies: test_f20_engine_process.py. F21 and F22 as stated are about an engine with a copy of the
+weights. The transformers engine samples from the very model that is trained, so no adapter can be stale or applied
+twice; what remains is tested: that an engine whose log-probs are not the trainer's is told apart by the numbers, at the
+tolerance such an engine must keep.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mel_lite import checkpoint
+from mel_lite import MELConfig, checkpoint
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.errors import EngineError
+from mel_lite.errors import ConfigError, EngineError
 from mel_lite.packing import Row, pack
 from mel_lite.scoring import install_scoring_head, score
 from mel_lite.tripwires import WINDOW, Tripwires
@@ -153,6 +154,60 @@ def test_one_that_dies_twice_saves_and_stops(tmp_path: Path) -> None:
 
 
 # ---- F21, F22 ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.95}, {"top_k": 20}, {"min_p": 0.05}, {"repetition_penalty": 1.1},
+     {"generation_kwargs": {"top_p": 0.9}, "algorithm": "grpo"}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_truncated_sampling_is_refused_where_it_biases_the_gradient(options: dict[str, Any]) -> None:
+    name, value = next(iter(options.items()))
+    name, value = next(iter(value.items())) if isinstance(value, dict) else (name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value} truncates or bends the distribution") as error:
+        MELConfig("out", use_cpu=True, bf16=False, **options)
+    assert f"Leave {name} unset" in str(error.value)
+
+
+def test_sampling_is_free_where_the_loss_does_not_ask_who_sampled() -> None:
+    assert MELConfig("out", use_cpu=True, bf16=False, algorithm="rft", top_p=0.9).top_p == 0.9
+    whole = MELConfig("out", use_cpu=True, bf16=False, top_p=1.0, top_k=0, min_p=None, temperature=0.7)
+    assert whole.temperature == 0.7
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_the_temperature_of_sampling_is_that_of_scoring(tmp_path: Path, temperature: float) -> None:
+    """The engine's log-probs of a real step against the trainer's, token by token."""
+    model = tiny_model(tmp_path / "base")
+    engine = HFEngine(model, eos_ids=[2], pad_id=0)
+    trainer = build(
+        tmp_path, model=model, engine=engine, algorithm="grpo", reward_funcs=_lengths, temperature=temperature
+    )
+    sampled: list[list[float]] = []
+    roll_out = trainer.rollout_func
+
+    def spy(*args: Any) -> Any:
+        result = roll_out(*args)
+        sampled.extend(result["logprobs"])
+        return result
+
+    trainer.rollout_func = spy
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4 + [trainer.train_dataset[1]] * 4)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    trainer.model.eval()
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, batch["completion_ids"].shape[1]
+        )
+    for row, own, kept in zip(sampled, logps, batch["completion_mask"].bool(), strict=True):
+        assert (torch.tensor(row) - own[kept]).abs().max() < 1e-4
+    assert sum(map(len, sampled)) == int(batch["completion_mask"].sum()) > 0
+
+
+def _lengths(completions: Any, **_: Any) -> list[float]:
+    return [float(len(str(completion))) for completion in completions]
 
 
 @pytest.mark.parametrize(("fault", "differs"), [("none", False), ("doubled adapter", True), ("logits x 1.2", True),

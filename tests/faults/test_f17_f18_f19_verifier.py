@@ -70,6 +70,7 @@ def test_three_quarters_hostile_answers_of_forty(
         verdicts = pool.verify(items)
         took_s = time.monotonic() - start_s
     record_property("hostile_batch_s", took_s)
+    record_property("hostile_batch_right", sum(v is Verdict.RIGHT for v in verdicts))
     assert took_s < 40
     assert [str(v) for v in verdicts] == ["right" if i % 4 == 0 else "abstain" for i in range(40)]
     assert len(psutil.Process().children(recursive=True)) == before

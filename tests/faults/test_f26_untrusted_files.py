@@ -7,10 +7,13 @@ checkpoint folder, is tested here. `auto_map` and pickled base models: tests/tes
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import logging
 import os
 import pickle
+import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 
 from mel_lite import checkpoint
 from mel_lite.errors import CheckpointError
+from mel_lite.store import ExperienceStore
 from trainers import assert_learnt, build, digest, trainable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,3 +201,49 @@ def test_a_link_out_of_the_checkpoint_is_damage(tmp_path: Path) -> None:
     (saved / "weights.safetensors").unlink()
     (saved / "weights.safetensors").symlink_to(outside)
     assert "leads out of the checkpoint" in str(checkpoint.problem(saved))
+
+
+WRONG: dict[str, list[str]] = {
+    "rng_state.json": ["null", "3", "{}", '{"__kind__": "dict", "items": [["python", 3], ["numpy", 4], ["cpu", 5]]}'],
+    "optimizer.json": ["null", "[]", '{"__kind__": "dict", "items": [["state", 1], ["param_groups", []]]}'],
+    "scheduler.json": ["3", '{"__kind__": "tensor", "name": "nowhere"}'],
+    "trainer_state.json": ["[]", "{}", '{"global_step": "x"}', '{"unknown": 1}'],
+    checkpoint.STATE: ["3", "[1]", '{"step": 1}', '{"step": 1, "micro_step": "x", "generated_tokens": 0}'],
+}
+
+
+def test_states_of_a_wrong_shape_are_refused_in_words(tmp_path: Path) -> None:
+    """Well-formed JSON that says something else, under a manifest that fits it."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    build(tmp_path, max_steps=1, **options).train()
+    whole = tmp_path / "whole"
+    (tmp_path / "run").rename(whole)
+    trainer = build(tmp_path, max_steps=2, **options)
+    trainer.create_optimizer_and_scheduler(2)
+    loaders: dict[str, Any] = {"rng_state.json": trainer._load_rng_state}
+    for name in ("optimizer.json", "scheduler.json"):
+        loaders[name] = trainer._load_optimizer_and_scheduler
+    for name, texts in WRONG.items():
+        for text in texts:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(whole, tmp_path / "run")
+            saved = tmp_path / "run" / "checkpoint-1"
+            (saved / name).write_text(text)
+            hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in saved.iterdir() if p.is_file()}
+            del hashes[checkpoint.MANIFEST]
+            (saved / checkpoint.MANIFEST).write_text(json.dumps(hashes))
+            assert checkpoint.problem(saved) is None
+            with pytest.raises(CheckpointError, match=f"{name} cannot be (used|read)"):
+                if name in loaders:
+                    loaders[name](str(saved))
+                else:
+                    trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_store_of_anyone_runs_no_function(tmp_path: Path) -> None:
+    with ExperienceStore(tmp_path / "experiences.sqlite") as store:
+        assert store._db.execute("PRAGMA trusted_schema").fetchone() == (0,)
+    with ExperienceStore(tmp_path / "experiences.sqlite", read_only=True) as store:
+        assert store._db.execute("PRAGMA trusted_schema").fetchone() == (0,)
+        with pytest.raises(sqlite3.Error):
+            store._db.execute("SELECT load_extension('x')")

@@ -1,16 +1,25 @@
-"""Figures of docs/reliability.md that belong to no single fault: cost of a commit, the leak guard on its corpus."""
+"""Figures of docs/reliability.md that belong to no single fault: cost of a save, the demo, the leak guard's corpus."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
-from mel_lite import checkpoint
+from mel_lite import checkpoint, interrupts, run
+from mel_lite.display import LiveDisplay
+from mel_lite.models import load_tokenizer
+from mel_lite.presets import resolve
 from test_leakage import CORPUS, check_case
 
 STEP_S = 60.0
@@ -33,6 +42,62 @@ def test_a_commit_costs_less_than_a_hundredth_of_a_step(tmp_path: Path, record_p
     commit_s = sorted(times_s)[2]
     record_property("commit_100mb_s", commit_s)
     assert commit_s < 0.01 * STEP_S
+
+
+def demo_trainer(folder: Path) -> Any:
+    """The trainer of `mel-lite train --gpu cpu`: the real model, engine, tasks and batch."""
+    recipe = resolve(preset="cpu")
+    args = run.check(recipe, folder)
+    tokenizer = load_tokenizer(recipe.model)
+    tasks = run.load_run_tasks(recipe, args, tokenizer)
+    return run._build_trainer(recipe, args, tokenizer, tasks, LiveDisplay(Console(quiet=True)))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_the_demo_saves_in_a_hundredth_of_its_steps_and_stops_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    """One real step, its save, and SIGTERM one second into the sampling of the next.
+
+    A save is everything: weights, moments, random state, hashes, flush, rename. In whichever phase a signal comes, it
+    is heard at the next poll, so the longest time between two polls plus a save is the longest time to the exit.
+    """
+    trainer = demo_trainer(tmp_path)
+    save, generate, poll = trainer._save_checkpoint, trainer.engine.generate, interrupts.poll
+    saves_s, polls_s, sent_s = list[float](), list[float](), list[float]()
+
+    def timed_save(*args: Any) -> None:
+        start_s = time.monotonic()
+        save(*args)
+        saves_s.append(time.monotonic() - start_s)
+
+    def noted_poll() -> None:
+        polls_s.append(time.monotonic())
+        poll()
+
+    def signalled_generate(*args: Any) -> Any:
+        if trainer.state.global_step == 1:
+            sent_s.append(time.monotonic() + 1.0)
+            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        return generate(*args)
+
+    trainer._save_checkpoint, trainer.engine.generate = timed_save, signalled_generate
+    monkeypatch.setattr(interrupts, "poll", noted_poll)
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    exit_s = time.monotonic() - sent_s[0]
+    assert stop.value.code == 143
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["checkpoint-1"]
+    assert checkpoint.problem(tmp_path / "checkpoint-1") is None
+    (step_s,) = (json.loads(line)["step_time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    longest_s = max(after - before for before, after in pairwise(polls_s))
+    share = saves_s[0] / (trainer.args.save_steps * step_s)
+    for name, value in (("step_s", step_s), ("save_s", saves_s[0]), ("save_share", share), ("exit_s", exit_s),
+                        ("longest_s", longest_s + saves_s[0])):  # fmt: skip
+        record_property(f"demo_{name}", value)
+    assert share < 0.01
+    assert exit_s < 25 and longest_s + saves_s[0] < 25
 
 
 def test_recall_and_false_positives_of_the_leak_guard(record_property: Any) -> None:

@@ -1,0 +1,125 @@
+"""Which engine a run samples with, and why: decided before anything is loaded, and printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.errors import ConfigError
+from mel_lite.models import ENGINES, ModelSpec
+
+if TYPE_CHECKING:
+    from mel_lite.adapters import LoraSpec
+
+VLLM_CAPABILITY = (7, 0)
+BNB_PLUGIN = "vllm-bnb-plugin"
+"""Package without which vLLM (0.28 or newer) does not load 4-bit weights."""
+
+INSTALL = 'Install it with `pip install "mel-lite[gpu]"`'
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine of a run."""
+
+    engine: str
+    """`unsloth` or `hf`."""
+    vllm: bool
+    """With `unsloth`: sample with vLLM on the trained weights; else with Unsloth's own generation."""
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """For the terminal."""
+        with_vllm = " with vLLM on the trained weights" if self.vllm else ""
+        return f"engine: {self.engine}{with_vllm} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice depends on, apart from the options."""
+
+    capability: tuple[int, int] | None
+    """Compute capability of the first CUDA device; None without one."""
+    packages: frozenset[str]
+    """Which of unsloth, vllm and vllm-bnb-plugin are installed."""
+    processes: int = 1
+
+
+def this_machine(processes: int = 1) -> Machine:
+    """Look, without importing any of the packages."""
+    import torch
+
+    found = {name for name in ("unsloth", "vllm") if find_spec(name) is not None}
+    try:
+        version(BNB_PLUGIN)
+        found.add(BNB_PLUGIN)
+    except PackageNotFoundError:
+        pass
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return Machine(capability, frozenset(found), processes)
+
+
+def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> EngineChoice:
+    """What `model.engine` comes to on this machine.
+
+    `auto` takes Unsloth where there is a CUDA device, the package, and nothing in the options that Unsloth would
+    ignore; `unsloth` insists. On a machine without CUDA it insists on Unsloth's CPU backend.
+
+    Raises: ConfigError when `unsloth` is asked for and cannot be had, with the fix.
+    """
+    assert spec.engine in ENGINES
+    if spec.engine == "hf":
+        return EngineChoice("hf", False, "model.engine=hf")
+    obstacle = _obstacle(spec, lora, machine)
+    if spec.engine == "unsloth":
+        if obstacle is not None:
+            raise ConfigError(f"engine='unsloth': {obstacle}. Fix that, or take --engine hf.")
+        vllm, reason = _fast_inference(spec, machine)
+        return EngineChoice("unsloth", vllm, f"model.engine=unsloth; {reason}")
+    if machine.capability is None:
+        return EngineChoice("hf", False, "no CUDA device")
+    if obstacle is not None:
+        return EngineChoice("hf", False, obstacle)
+    vllm, reason = _fast_inference(spec, machine)
+    return EngineChoice("unsloth", vllm, f"CUDA and unsloth are here; {reason}")
+
+
+def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:
+    """Why Unsloth cannot load this model as the options say; None when it can."""
+    ignored: dict[str, Any] = {}
+    if spec.load_in_4bit and spec.quant_type != "nf4":
+        ignored["quant_type"] = spec.quant_type
+    if spec.load_in_4bit and not spec.double_quant:
+        ignored["double_quant"] = spec.double_quant
+    if spec.attn_implementation is not None:
+        ignored["attn_implementation"] = spec.attn_implementation
+    if "unsloth" not in machine.packages:
+        return f"the package unsloth is not installed. {INSTALL}"
+    if machine.processes > 1:
+        return f"it serves one GPU, and {machine.processes} processes train together"
+    if lora is None:
+        return "lora=null: full fine-tuning needs the transformers engine"
+    if ignored:
+        (name, value), *_ = ignored.items()
+        return f"model.{name}={value!r} is an option it does not follow"
+    return None
+
+
+def _fast_inference(spec: ModelSpec, machine: Machine) -> tuple[bool, str]:
+    """Whether vLLM samples, and the reason."""
+    if not spec.fast_inference:
+        return False, "model.fast_inference=false: Unsloth's own generation"
+    if machine.capability is None:
+        return False, "no CUDA device: Unsloth's CPU backend and its own generation"
+    if "vllm" not in machine.packages:
+        return False, "vllm is not installed: Unsloth's own generation"
+    if machine.capability < VLLM_CAPABILITY:
+        return False, f"compute capability {machine.capability} is too old for vLLM: Unsloth's own generation"
+    if spec.load_in_4bit and BNB_PLUGIN not in machine.packages:
+        return False, f"vLLM needs `pip install {BNB_PLUGIN}` for 4-bit weights: Unsloth's own generation"
+    if spec.revision is not None:
+        return False, f"model.revision={spec.revision!r}, which vLLM under Unsloth ignores: Unsloth's own generation"
+    return True, "vllm is installed"

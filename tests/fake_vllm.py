@@ -1,0 +1,156 @@
+"""A vLLM of our own: its `LLM.generate` on a tiny PEFT model, with the faults that a real engine has been seen with.
+
+It draws tokens as the transformers engine does, so that what an engine makes of them can be compared with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.hf import HFEngine
+from mel_lite.engines.unsloth import adapter_fingerprint
+from mel_lite.engines.vllm import VLLMEngine
+from mel_lite.types import Finish
+
+EOS, PAD = 2, 0
+
+
+class FakeLLM:
+    """Takes what `vllm.LLM` takes. `fault` names what it does wrong, from its `since`-th call on."""
+
+    def __init__(self, model: Any, *, fault: str | None = None, since: int = 1, eos: int = EOS) -> None:
+        self.model, self.fault, self.since = model, fault, since
+        self.calls: list[SimpleNamespace] = []
+        self.events: list[str] = []
+        self.asleep = False
+        self.sampler = HFEngine(model, eos_ids=[eos], pad_id=PAD)
+        self.unfinished: dict[str, Any] = {}
+        states = SimpleNamespace(request_states=self.unfinished)
+        self.llm_engine = SimpleNamespace(output_processor=states, abort_request=self._abort)
+
+    def generate(self, prompts: Any, *, sampling_params: Any, lora_request: Any, use_tqdm: Any) -> list[Any]:
+        assert not self.asleep, "sampled while asleep"
+        ids = [tuple(p["prompt_token_ids"]) for p in prompts]
+        self.calls.append(SimpleNamespace(prompts=ids, params=sampling_params, lora=lora_request))
+        fault = self.fault if len(self.calls) >= self.since else None
+        self.unfinished.update({str(i): None for i in range(len(ids))})
+        if fault == "dies" or (fault == "fails" and len(self.calls) == self.since):
+            raise RuntimeError("EngineCore encountered an issue")
+        if fault == "memory" and len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        bar = use_tqdm(total=len(ids), desc="", dynamic_ncols=True, postfix="")
+        with self._adapter(fault):
+            outputs = [self._answer(i, p, fault, lora_request) for i, p in zip(ids, sampling_params, strict=True)]
+        bar.update(len(ids))
+        self.unfinished.clear()
+        return outputs[:-1] if fault == "fewer" else outputs
+
+    def sleep(self, level: int) -> None:
+        self.events.append(f"sleep {level}")
+        self.asleep = True
+
+    def wake_up(self) -> None:
+        self.events.append("wake")
+        self.asleep = False
+
+    def _abort(self, ids: list[str], internal: bool) -> None:
+        self.events.append(f"abort {len(ids)}")
+        for i in ids:
+            self.unfinished.pop(i)
+
+    @contextmanager
+    def _adapter(self, fault: str | None) -> Iterator[None]:
+        layers = [m for m in self.model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+        factor = 2.0 if fault == "twice" else 1.0
+        with self.model.disable_adapter() if fault == "ignores" else nullcontext():
+            for layer in layers:
+                layer.scaling["default"] *= factor
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.scaling["default"] /= factor
+
+    def _answer(self, ids: tuple[int, ...], params: Any, fault: str | None, lora_request: Any) -> Any:
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        sampling = Sampling(params.max_tokens, **{name: getattr(params, name) for name in names})
+        (done,) = self.sampler.generate([Request(ids, params.seed)], sampling)
+        logprobs = [{t: SimpleNamespace(logprob=x)} for t, x in zip(done.ids, done.logprobs, strict=True)]
+        if fault == "other dtype":
+            for at, sign in zip(logprobs, (1, -1) * len(logprobs), strict=False):
+                next(iter(at.values())).logprob += 0.2 * sign
+        if fault == "nan":
+            logprobs[-1][done.ids[-1]].logprob = float("nan")
+        sampled = SimpleNamespace(
+            token_ids=list(done.ids),
+            logprobs=None if fault == "no log-probs" else logprobs,
+            finish_reason="abort" if fault == "aborts" else "stop" if done.finish is Finish.STOP else "length",
+        )
+        return SimpleNamespace(
+            prompt_token_ids=list(ids[1:] if fault == "cuts prompts" else ids),
+            outputs=[sampled],
+            lora_request=None if fault == "drops request" else lora_request,
+        )
+
+
+def fake_vllm_engine(
+    model: Any,
+    *,
+    step: Callable[[], int] = lambda: 0,
+    eos_ids: Sequence[int] = (EOS,),
+    standby: bool = True,
+    **fault: Any,
+) -> tuple[VLLMEngine, FakeLLM]:
+    """The real engine over a fake vLLM whose adapter ids count up as vLLM's do."""
+    llm = FakeLLM(model, eos=eos_ids[0], **fault)
+    handed = iter(range(1, 10**6))
+    engine = VLLMEngine(
+        llm,
+        sampling_params=SimpleNamespace,
+        load_adapter=lambda: SimpleNamespace(lora_int_id=next(handed)),
+        fingerprint=lambda: adapter_fingerprint(model),
+        step=step,
+        eos_ids=eos_ids,
+        standby=standby,
+        max_prompt_tokens=4095,
+    )
+    return engine, llm
+
+
+class LateEngine:
+    """An engine that a trainer is built with before the model it samples from exists."""
+
+    name, own_kernels = VLLMEngine.name, True
+
+    def __init__(self) -> None:
+        self.inner: VLLMEngine | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def wake(self) -> None:
+        assert self.inner is not None
+        self.inner.wake()
+
+    def sleep(self) -> None:
+        assert self.inner is not None
+        self.inner.sleep()
+
+    def generate(self, asked: Sequence[Request], sampling: Sampling) -> Any:
+        assert self.inner is not None
+        return self.inner.generate(asked, sampling)
+
+
+def trainer_with_fake_vllm(build: Callable[..., Any], folder: Any, **options: Any) -> tuple[Any, FakeLLM]:
+    """A trainer that samples from its model through the vLLM engine; `fault` and `since` go to the fake vLLM."""
+    fault = {key: options.pop(key) for key in ("fault", "since") if key in options}
+    late = LateEngine()
+    trainer = build(folder, engine=late, **options)
+    late.inner, llm = fake_vllm_engine(trainer.model, step=lambda: trainer.state.global_step, **fault)
+    return trainer, llm

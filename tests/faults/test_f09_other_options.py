@@ -1,0 +1,235 @@
+"""F9: resuming with other options or inputs: another split of the same batch is the same run, all else is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+from mel_lite import checkpoint
+from mel_lite.errors import ConfigError, ModelError
+from mel_lite.presets import resolve
+from mel_lite.resuming import FREE, INPUTS, NEVER, changes
+from mel_lite.run import _can_resume
+from tiny_models import save_tiny
+from trainers import assert_learnt, build, run_state, step_log, sums
+
+COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0}
+
+
+class LastGradient(TrainerCallback):
+    """The whole gradient of the last update."""
+
+    def __init__(self) -> None:
+        self.gradient: torch.Tensor = torch.zeros(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+def split(rows: int, accumulated: int) -> dict[str, Any]:
+    return COMMON | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The uninterrupted run in one micro-batch of 8, with every one of its checkpoints."""
+    folder, last = tmp_path_factory.mktemp("whole"), LastGradient()
+    trainer = build(folder, **split(8, 1), callbacks=[last])
+    trainer.train()
+    assert_learnt(trainer)
+    return folder, trainer, last.gradient
+
+
+def begun(whole: Any, folder: Path, *, steps: int = 2) -> None:
+    """A copy of that run as it was after so many steps."""
+    shutil.copytree(whole[0] / "base", folder / "base")
+    shutil.copytree(whole[0] / "run", folder / "run")
+    for saved in checkpoint.committed(folder / "run")[steps:]:
+        shutil.rmtree(saved)
+
+
+@pytest.mark.parametrize(("rows", "accumulated"), [(4, 2), (2, 4)])
+def test_another_split_of_the_batch_has_the_same_gradients(
+    tmp_path: Path, whole: Any, rows: int, accumulated: int
+) -> None:
+    begun(whole, tmp_path)
+    last = LastGradient()
+    resumed = build(tmp_path, **split(rows, accumulated), callbacks=[last])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and resumed._step == 3 * accumulated
+    size = whole[2].norm()
+    assert size > 1e-2 and (last.gradient - whole[2]).norm() <= 1e-6 * size
+    assert run_state(resumed)["tokens"] == run_state(whole[1])["tokens"], "the same texts were sampled"
+    written = [
+        [(row.step, row.analysis, row.status, row.replay_verdicts) for row in trainer._open_store().list()]
+        for trainer in (resumed, whole[1])
+    ]
+    assert written[0] == written[1] and written[0]
+    for one, other in zip(step_log(tmp_path / "run"), step_log(whole[0] / "run"), strict=True):
+        assert one["reward"] == other["reward"] and one["mel/trained_tokens"] == other["mel/trained_tokens"]
+
+
+def recipe(**train: Any) -> Any:
+    return resolve(preset="cpu", overrides=[(f"train.{name}", value) for name, value in train.items()])
+
+
+def test_which_options_are_another_run() -> None:
+    began = recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    same = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert changes(began, began) == [] and changes(began, same) == []
+    assert changes(recipe(learning_rate=1e-5), recipe(learning_rate="1e-5")) == [], "as a command line has it"
+    assert [str(change) for change in changes(recipe(learning_rate=1e-5), recipe(learning_rate="2e-5"))] == [
+        "train.learning_rate: 1e-05 -> '2e-5'"
+    ]
+    assert changes(began, recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=99)) == []
+    other = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert [str(change) for change in changes(began, other)] == ["train.per_device_train_batch_size: 8 -> 4"]
+    # Same update, but twice as many sampled before it.
+    ahead = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8)
+    assert {change.key for change in changes(began, ahead)} == {
+        "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.steps_per_generation",
+    }  # fmt: skip
+    for option, value in (("loss_type", "bnpo"), ("top_entropy_quantile", 0.2)):
+        pair = [
+            recipe(**{option: value}, per_device_train_batch_size=n, gradient_accumulation_steps=16 // n)
+            for n in (8, 4)
+        ]
+        assert len(changes(*pair)) == 2, f"{option}={value}: the loss depends on the split"
+    other_engine = resolve(preset="cpu", overrides=[("model.engine", "hf"), ("model.gpu_memory_utilization", 0.4)])
+    assert changes(resolve(preset="cpu"), other_engine) == [], "a run whose engine failed may go on with another"
+    model = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x"), ("eval.k", 2)])
+    assert [str(change) for change in changes(resolve(preset="cpu"), model)] == [
+        "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1",
+    ]  # fmt: skip
+
+
+REFUSAL = """\
+--resume: the run in {folder} was begun with something else:
+  lora.r: 8 -> 4
+  train.learning_rate: 1e-05 -> 2e-05
+The rest would be another run. Either leave it as it was, or change it all the same with \
+--allow-change train.learning_rate, or begin a new run with --adapter and another --output-dir."""
+
+
+def test_the_refusal_names_each_field_with_both_values(tmp_path: Path) -> None:
+    began = recipe(learning_rate=1e-5)
+    (tmp_path / "config.yaml").write_text(began.as_yaml())
+    asked = resolve(preset="cpu", overrides=[("train.learning_rate", 2e-5), ("lora.r", 4)])
+    with pytest.raises(ConfigError) as refused:
+        _can_resume(asked, tmp_path, Console(quiet=True))
+    assert str(refused.value) == REFUSAL.format(folder=tmp_path)
+
+
+def test_a_named_change_is_let_through_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text(recipe(learning_rate=1e-5).as_yaml())
+    asked = recipe(learning_rate=2e-5)
+    with caplog.at_level(logging.WARNING, "mel_lite.resuming"):
+        assert _can_resume(asked, tmp_path, Console(quiet=True), ["train.learning_rate"]) is False  # no checkpoint yet
+    assert "train.learning_rate: 1e-05 -> 2e-05, as was allowed" in caplog.text
+    both = recipe(learning_rate=2e-5, seed=3)
+    with pytest.raises(ConfigError, match=r"train\.seed: 42 -> 3") as refused:
+        _can_resume(both, tmp_path, Console(quiet=True), ["train.learning_rate"])
+    assert "learning_rate" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train.learning_rat", r"no such option or input. Did you mean 'train.learning_rate'\?"),
+        ("lora.r", "would not fit. Begin a new run"),
+        ("model.name", "would not fit. Begin a new run"),
+        ("train.optim", "would not fit. Begin a new run"),
+    ],
+)
+def test_what_cannot_be_allowed(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "config.yaml").write_text(recipe().as_yaml())
+    with pytest.raises(ConfigError, match=words):
+        _can_resume(recipe(), tmp_path, Console(quiet=True), [name])
+    assert "max_steps" in FREE and "lora.dropout" not in NEVER
+
+
+# ---- inputs, compared when a checkpoint is loaded ----
+
+
+def other_dataset(folder: Path) -> dict[str, Any]:
+    return {"train_dataset": sums(25)}
+
+
+def other_answer(folder: Path) -> dict[str, Any]:
+    return {"train_dataset": sums().map(lambda row, i: {"answer": "0" if i == 5 else row["answer"]}, with_indices=True)}
+
+
+def other_texts(folder: Path) -> dict[str, Any]:
+    (folder / "texts.yaml").write_text("analysis_system: Be brief.\n")
+    return {"templates": str(folder / "texts.yaml")}
+
+
+def other_batch(folder: Path) -> dict[str, Any]:
+    return split(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "values"),
+    [
+        (other_dataset, "dataset", ["24 rows, sha256 ", "25 rows, sha256 "]),
+        (other_answer, "dataset", ["24 rows, sha256 ", "24 rows, sha256 "]),
+        (other_texts, "templates", ["'1, sha256 ", "'custom-"]),
+        (other_batch, "batch", ["8 completions per update", "16 completions per update"]),
+    ],
+)
+def test_other_inputs_are_refused_unless_allowed(
+    tmp_path: Path, whole: Any, change: Any, named: str, values: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(whole, tmp_path)
+    options = split(8, 1) | change(tmp_path)
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError) as refused:
+        build(tmp_path, **options).train(resume_from_checkpoint=True)
+    text = str(refused.value)
+    assert f"\n  {named}: " in text and f"--allow-change {named}" in text
+    assert values[0] in text.split("->")[0] and values[1] in text.split("->")[1], text
+    assert sorted((tmp_path / "run").rglob("*")) == before, "nothing was touched"
+    resumed = build(tmp_path, **options)
+    with caplog.at_level(logging.WARNING, "mel_lite.resuming"):
+        resumed.train(resume_from_checkpoint=True, allow_change=[named])
+    assert f"another {named}: " in caplog.text
+    assert resumed.state.global_step == 3 and resumed._inputs[named] != whole[1]._inputs[named]
+    assert_learnt(resumed)
+
+
+def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: Any) -> None:
+    begun(whole, tmp_path)
+    trainer = build(tmp_path, **split(8, 1))
+    trainer._tokenizer.chat_template = trainer._tokenizer.chat_template + " "
+    with pytest.raises(ConfigError, match="chat_template: 'sha256 .*' -> 'sha256 .*'"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = build(tmp_path, **split(8, 1))
+    trainer.model.get_base_model().to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="dtype: 'float32, mixed precision no' -> 'bfloat16, mixed precision no'"):
+        trainer.train(resume_from_checkpoint=True)
+    save_tiny(tmp_path / "base", seed=5)
+    with pytest.raises(ModelError, match="on another base it is noise"):
+        build(tmp_path, **split(8, 1)).train(resume_from_checkpoint=True)
+    assert set(INPUTS) == set(trainer._inputs)
+
+
+def test_a_checkpoint_of_before_is_taken_as_it_is(tmp_path: Path, whole: Any) -> None:
+    """One that notes no inputs, as plain TRL's."""
+    begun(whole, tmp_path)
+    newest = checkpoint.committed(tmp_path / "run")[-1]
+    state = json.loads((newest / checkpoint.STATE).read_text())
+    for name in ("inputs", "steps_per_generation"):
+        del state[name]
+    (newest / checkpoint.STATE).write_text(json.dumps(state))
+    (newest / checkpoint.MANIFEST).unlink()
+    resumed = build(tmp_path, **split(8, 1) | {"train_dataset": sums(24)})
+    resumed.train(resume_from_checkpoint=str(newest))
+    assert run_state(resumed) == run_state(whole[1])

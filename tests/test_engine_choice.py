@@ -1,0 +1,251 @@
+"""Which engine a run gets, with the reason; and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import LlamaForCausalLM
+
+import fake_unsloth
+from mel_lite import loading
+from mel_lite.adapters import LoraSpec
+from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, this_machine
+from mel_lite.engines.hf import HFEngine
+from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY, adapter_fingerprint, is_unsloth
+from mel_lite.errors import ConfigError, EngineError
+from mel_lite.models import ModelSpec
+from mel_lite.presets import build_args, resolve
+from test_cli import mel_lite_command
+from tiny_models import save_tiny
+from trainers import build
+
+ALL = frozenset({"unsloth", "vllm", BNB_PLUGIN})
+GPU = Machine((8, 9), ALL)
+CPU = Machine(None, ALL)
+
+
+def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -> EngineChoice:  # noqa: B008
+    return choose_engine(ModelSpec("demo", **model), lora, machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "engine", "vllm", "reason"),
+    [
+        (GPU, {"load_in_4bit": True}, "unsloth", True, "CUDA and unsloth are here; vllm is installed"),
+        (GPU, {"engine": "hf"}, "hf", False, "model.engine=hf"),
+        (CPU, {}, "hf", False, "no CUDA device"),
+        (CPU, {"engine": "unsloth"}, "unsloth", False, "Unsloth's CPU backend"),
+        (Machine((8, 9), frozenset({"vllm"})), {}, "hf", False, 'not installed. Install it with `pip install "mel'),
+        (Machine((8, 9), ALL, processes=2), {}, "hf", False, "2 processes train together"),
+        (Machine((8, 9), frozenset({"unsloth"})), {}, "unsloth", False, "vllm is not installed: Unsloth's own"),
+        (Machine((6, 1), ALL), {}, "unsloth", False, "compute capability (6, 1) is too old"),
+        (Machine((8, 9), ALL - {BNB_PLUGIN}), {"load_in_4bit": True}, "unsloth", False, "pip install vllm-bnb-plugin"),
+        (Machine((8, 9), ALL - {BNB_PLUGIN}), {}, "unsloth", True, "vllm is installed"),
+        (GPU, {"fast_inference": False}, "unsloth", False, "model.fast_inference=false"),
+        (GPU, {"revision": "abc"}, "unsloth", False, "model.revision='abc', which vLLM under Unsloth ignores"),
+        (GPU, {"attn_implementation": "eager"}, "hf", False, "model.attn_implementation='eager' is an option it does"),
+        (GPU, {"load_in_4bit": True, "quant_type": "fp4"}, "hf", False, "model.quant_type='fp4'"),
+        (GPU, {"load_in_4bit": True, "double_quant": False}, "hf", False, "model.double_quant=False"),
+    ],
+)  # fmt: skip
+def test_the_choice_and_its_reason(machine: Machine, model: Any, engine: str, vllm: bool, reason: str) -> None:
+    choice = chosen(machine, **model)
+    assert (choice.engine, choice.vllm) == (engine, vllm)
+    assert reason in choice.reason and choice.line.startswith(f"engine: {engine}") and reason in choice.line
+    assert ("with vLLM" in choice.line) == vllm
+
+
+def test_full_fine_tuning_is_left_to_transformers() -> None:
+    assert chosen(GPU, lora=None).engine == "hf"
+
+
+@pytest.mark.parametrize(
+    ("machine", "lora", "model", "message"),
+    [
+        (Machine((8, 9), frozenset()), LoraSpec(), {}, "unsloth is not installed. Install it with.*take --engine hf"),
+        (Machine((8, 9), ALL, processes=4), LoraSpec(), {}, "serves one GPU, and 4 processes"),
+        (GPU, None, {}, "lora=null"),
+        (GPU, LoraSpec(), {"attn_implementation": "eager"}, "attn_implementation='eager'"),
+    ],
+)
+def test_an_engine_that_cannot_be_had_is_refused(machine: Machine, lora: Any, model: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine='unsloth': .*{message}"):
+        chosen(machine, lora=lora, engine="unsloth", **model)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"engine": "vllm"}, "engine='vllm' is not one of auto, unsloth, hf"),
+        ({"gpu_memory_utilization": 1.5}, "must lie between 0 and 1"),
+        ({"max_lora_rank": 0}, "max_lora_rank=0 must be at least 1"),
+        ({"max_seq_length": -1}, "max_seq_length=-1 must be at least 1"),
+    ],
+)
+def test_values_are_checked(option: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelSpec("demo", **option)
+
+
+def test_looking_imports_nothing() -> None:
+    before = set(sys.modules)
+    this_machine()
+    assert not {"unsloth", "vllm"} & (set(sys.modules) - before)
+
+
+def test_the_command_line_says_what_is_missing_and_what_it_took(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    arguments = ("train", "--gpu", "cpu", "--model", tmp_path / "base", "--set", "lora.start_from=null")
+    if "unsloth" not in this_machine().packages:
+        refused = mel_lite_command(*arguments, "--engine", "unsloth", "--output-dir", tmp_path / "a")
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert "engine='unsloth': the package unsloth is not installed" in refused.stderr
+    unknown = mel_lite_command(*arguments, "--engine", "vllm", "--output-dir", tmp_path / "b")
+    assert unknown.returncode == 2 and "model.engine='vllm' must be auto or unsloth or hf" in unknown.stderr
+
+
+# ---- Loading ----
+
+
+def recipe_for(folder: Path, **overrides: Any) -> Any:
+    options = {"model.name": str(folder), "lora.start_from": None, "lora.r": 4, "train.max_steps": 1}
+    return resolve(preset="cpu", overrides=[*(options | overrides).items()])
+
+
+def loaded(folder: Path, **overrides: Any) -> tuple[Any, Any, str]:
+    recipe = recipe_for(folder, **overrides)
+    console = Console(record=True, width=200, file=(folder.parent / "shown").open("w"))
+    model, peft_config = loading.load_for_training(recipe, build_args(recipe, folder.parent / "run"), console)
+    return model, peft_config, console.export_text()
+
+
+def test_unsloth_that_does_not_import_gives_way_on_auto_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name that raises, as Unsloth does where something it patches is missing."""
+    folder = save_tiny(tmp_path / "base")
+    (tmp_path / "site" / "unsloth").mkdir(parents=True)
+    (tmp_path / "site" / "unsloth" / "__init__.py").write_text("raise NotImplementedError('no accelerator')\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(loading, "this_machine", lambda processes: Machine((8, 9), frozenset({"unsloth"})))
+    model, peft_config, shown = loaded(folder)
+    assert isinstance(model, LlamaForCausalLM) and peft_config.r == 4
+    first, second = shown.strip().splitlines()
+    assert first.startswith("engine: unsloth (CUDA and unsloth are here; vllm is not installed")
+    assert second.startswith("engine: hf (unsloth does not import (NotImplementedError: no accelerator)")
+    with pytest.raises(EngineError, match="no accelerator.*mel-lite doctor"):
+        loaded(folder, **{"model.engine": "unsloth"})
+
+
+def fake_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, *, error: Exception | None = None, **set_: Any
+) -> dict[str, Any]:
+    """What a stand-in for Unsloth is asked for when a recipe is loaded on a machine."""
+    package = tmp_path / "site" / "unsloth"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text(fake_unsloth.PACKAGE)
+    monkeypatch.syspath_prepend(package.parent)
+    for name in (STANDBY, KEEP_UTILIZATION):
+        monkeypatch.setenv(name, "")  # noted, so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(fake_unsloth, "asked", {})
+    monkeypatch.setattr(fake_unsloth, "fails_with", [error] if error else [])
+    monkeypatch.setattr(loading, "this_machine", lambda processes: machine)
+    folder = tmp_path / "base"
+    if not folder.exists():
+        save_tiny(folder)
+    try:
+        model, peft_config, _ = loaded(folder, **set_)
+    finally:
+        sys.modules.pop("unsloth", None)
+    assert peft_config is None and hasattr(model, "peft_config"), "the adapter is there already"
+    return fake_unsloth.asked
+
+
+def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_load(
+        tmp_path, monkeypatch, GPU,
+        **{"model.load_in_4bit": True, "model.dtype": "bfloat16", "lora.r": 8, "train.seed": 11,
+           "train.max_completion_length": 100, "data.max_prompt_tokens": 50, "train.max_context_tokens": 300,
+           "train.analysis_max_tokens": 60},
+    )  # fmt: skip
+    lora = asked.pop("lora")
+    assert str(asked.pop("dtype")) == "torch.bfloat16" and asked.pop("standby at import") == "1"
+    assert asked == {
+        "model_name": str(tmp_path / "base"), "load_in_4bit": True, "revision": None, "fast_inference": True,
+        "max_lora_rank": 8, "gpu_memory_utilization": 0.5, "max_seq_length": 512, "use_gradient_checkpointing": False,
+        "use_exact_model_name": True, "use_safetensors": True, "offload_embedding": False, "trust_remote_code": False,
+        "random_state": 11,
+    }  # fmt: skip
+    assert lora["r"] == 8 and lora["target_modules"] == "all-linear" and lora["random_state"] == 11
+
+
+def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_ = {
+        "model.gpu_memory_utilization": 0.7, "model.max_lora_rank": 64, "model.max_seq_length": 333,
+        "model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 0,
+    }  # fmt: skip
+    asked = fake_load(tmp_path, monkeypatch, GPU, **set_)
+    assert {name: asked[name.removeprefix("model.")] for name in set_ if "model" in name} == {
+        name: value for name, value in set_.items() if "model" in name
+    }
+    assert asked["lora"]["use_gradient_checkpointing"] == "unsloth"
+    assert os.environ[KEEP_UTILIZATION] == "1", "else Unsloth ignores the share in standby"
+    without = fake_load(tmp_path, monkeypatch, CPU, **{"model.engine": "unsloth"})
+    assert "fast_inference" not in without and without["standby at import"] is None
+
+
+@pytest.mark.parametrize(
+    ("set_", "message"),
+    [
+        ({"model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 5}, "reentrant.*grad_norm_every=0"),
+        ({"model.max_lora_rank": 2}, "max_lora_rank=2 is below lora.r=4"),
+        ({"train.beta": 0.1}, "beta=0.1 with vLLM.*second adapter"),
+    ],
+)
+def test_what_cannot_work_is_refused(set_: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fake_load(tmp_path, monkeypatch, GPU, **set_)
+
+
+def test_vllm_that_does_not_start_is_an_error_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="RuntimeError: No available memory.*fast_inference=false") as error:
+        fake_load(tmp_path, monkeypatch, GPU, error=RuntimeError("No available memory for the cache blocks"))
+    assert error.value.exit_code == 6
+
+
+def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    lengths = {"train.max_completion_length": 20, "data.max_prompt_tokens": 10, "train.max_context_tokens": 100,
+               "train.analysis_max_tokens": 30, "eval.max_new_tokens": None}  # fmt: skip
+
+    def longest(**more: Any) -> int:
+        recipe = recipe_for(tmp_path / "base", **(lengths | more))
+        return loading.longest_tokens(recipe, build_args(recipe, tmp_path / "run"))
+
+    replay = 10 + 30 + loading.PREFIX_TOKENS + 20
+    assert longest() == replay > 130
+    assert longest(**{"train.max_context_tokens": 400}) == 430
+    assert longest(**{"train.algorithm": "grpo"}) == 30
+    assert longest(**{"train.algorithm": "grpo", "eval.max_new_tokens": 200}) == 210
+    assert longest(**{"train.max_context_tokens": None, "data.max_prompt_tokens": None}) == 512, "the model's context"
+
+
+# ---- What a trainer samples with ----
+
+
+def test_a_plain_model_samples_with_transformers(tmp_path: Path) -> None:
+    from mel_lite.wiring import build_engine
+
+    trainer = build(tmp_path)
+    assert not is_unsloth(trainer.model)
+    assert type(build_engine(trainer)) is HFEngine
+    before = adapter_fingerprint(trainer.model)
+    assert len(before) == 2 * sum("lora_" in name for name, _ in trainer.model.named_parameters())
+    assert adapter_fingerprint(trainer.model) == before
+    weight = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    weight.data[0, 0] = 1e-6
+    assert adapter_fingerprint(trainer.model) != before

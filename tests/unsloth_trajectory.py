@@ -1,0 +1,49 @@
+"""`python unsloth_trajectory.py ORDER FOLDER`: a short MEL run, where ORDER says when unsloth was imported and patched.
+
+Prints the state it ends in as JSON. With UNSLOTH_ALLOW_CPU=1 the import goes the way it goes on a GPU; the last
+patches, which it leaves out on such a machine, are made here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def patch() -> None:
+    """What `import unsloth` and loading a model do to TRL's and transformers' trainers on a GPU."""
+    unsloth: Any = importlib.import_module("unsloth")
+    rl: Any = importlib.import_module("unsloth.models.rl")
+    from transformers import Trainer
+
+    rl.PatchRL(unsloth.FastLanguageModel)
+    rl._patch_trl_rl_trainers("grpo_trainer")
+    importlib.import_module("unsloth.models._utils").patch_gradient_accumulation_fix(Trainer)
+
+
+def main(order: str, folder: Path) -> dict[str, str]:
+    if order == "unsloth first":
+        patch()
+    import mel_lite.trainer
+
+    assert mel_lite.trainer.GRPOTrainer.__name__ == "GRPOTrainer"
+    if order == "unsloth second":
+        patch()
+    from transformers import Trainer
+
+    from trainers import assert_learnt, build, run_state
+
+    folder.mkdir()
+    trainer = build(
+        folder, gradient_accumulation_steps=2, per_device_train_batch_size=4, max_steps=2, gradient_checkpointing=True
+    )
+    trainer.train()
+    assert_learnt(trainer)
+    return {"trainer": Trainer.training_step.__module__, **run_state(trainer)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
