@@ -34,7 +34,7 @@ def test_the_dry_run_measures_every_phase_and_survives_what_hangs(tmp_path: Path
         shutil.copy(SCRIPT.with_name(name), scripts)
     (scripts / "gpu_engines.py").write_text(ENGINES)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    options = ["--dry-run", "--parts", "step-24gb", "step-12gb", "engines", "--minutes", "3"]
+    options = ["--dry-run", "--parts", "step-24gb", "step-12gb", "engines", "--minutes", "2.2"]
     done = subprocess.run(
         [sys.executable, str(scripts / "gpu.py"), str(tmp_path / "out"), *options],
         env=environment, capture_output=True, text=True,
@@ -61,8 +61,8 @@ def test_the_dry_run_measures_every_phase_and_survives_what_hangs(tmp_path: Path
     hung = found["parts"]["engines"]
     assert hung["checks"]["transformers on smollm2"]["load"]["ok"] and "exit code 124" in hung["error"]
     assert "transformers on smollm2: load ok" in done.stdout
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "out" / "child").read_text()), 0)
+    status = Path("/proc") / (tmp_path / "out" / "child").read_text() / "status"
+    assert not status.exists() or "State:\tZ" in status.read_text(), "what it had started runs on"
 
 
 @pytest.mark.slow
