@@ -9,7 +9,8 @@
 
 Weights are random, of the sizes of the real models; nothing is downloaded. Each part runs in a process of its own: one
 that fails is written down and the others run. `--parts` chooses, `--minutes` bounds the whole. Where bitsandbytes is
-missing, weights stay in 16 bits, as the figures then say. `--dry-run` goes through all of it on a CPU with tiny sizes.
+missing, weights stay in 16 bits, as the figures then say. Beside the steps the engines have two minutes, and what they
+finished by then is kept; `--parts engines` gives them all. `--dry-run` goes through it on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,17 +73,28 @@ def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, A
     if seconds < 20:
         return {"error": "not run: the time was used up"}
     result, log = out / f"{part}.json", out / f"{part}.log"
-    result.unlink(missing_ok=True)
+    for old in (result, out / "gpu-engines.json"):
+        old.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(out), "--part", part, "--seconds", f"{seconds - 10:.0f}"]
     start_s = time.monotonic()
     with log.open("w") as file:
+        # A session of its own, so that what it starts ends with it.
+        process = subprocess.Popen(
+            command + ["--dry-run"] * dry_run, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                command + ["--dry-run"] * dry_run, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            ).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = 124
-    found = json.loads(result.read_text()) if result.is_file() else {}
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    partial = out / "gpu-engines.json"  # which grows while the engines are measured
+    for file in (result, partial) if part == "engines" else (result,):
+        if file.is_file():
+            found = json.loads(file.read_text())
+            break
+    else:
+        found = {}
     if code:
         ending = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
         found.setdefault("error", f"exit code {code}: {ending}")
@@ -123,8 +137,9 @@ def table(found: dict[str, Any]) -> str:
                 + "  LOWERED: it ran out of memory first"
                 * row.get("lowered", False)
             )
-        if part == "engines" and "error" not in figures:
-            lines.append(json.dumps(figures, indent=1))
+        for check, stages in figures.get("checks", {}).items():
+            told = (f"{name} {'ok' if stage.get('ok') else 'FAILED'}" for name, stage in stages.items())
+            lines.append(f"    {check}: {', '.join(told)}")
     return "\n".join(lines)
 
 

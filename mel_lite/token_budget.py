@@ -76,7 +76,8 @@ class TokenBudget:
 
     Out of memory, a part is done again with half of the tokens, and so are the next ones; nothing is sampled anew. That
     is for adapters on one process: a copy of all gradients of a model is too much to keep, and several processes would
-    have to run out of memory together. Under DDP gradients are averaged in the last part's backward pass.
+    have to run out of memory together. Under DDP gradients are averaged in the last part's backward pass. DeepSpeed and
+    FSDP want one backward pass per micro-batch, and get it.
 
     A loss that depends on all rows at once (`_is_joint`) is taken in one part, whose blocks are computed again one by
     one in the backward pass.
@@ -245,7 +246,8 @@ class TokenBudget:
 
     @property
     def _can_retry(self) -> bool:
-        return self.accelerator.num_processes == 1 and hasattr(self.model, "peft_config")
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        return self.accelerator.num_processes == 1 and hasattr(self.model, "peft_config") and not sharded
 
     @property
     def _is_joint(self) -> bool:

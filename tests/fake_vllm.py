@@ -78,7 +78,8 @@ class FakeLLM:
                     layer.scaling["default"] /= factor
 
     def _answer(self, ids: tuple[int, ...], params: Any, fault: str | None, lora_request: Any) -> Any:
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+        assert params.stop_token_ids or params.ignore_eos, "stop tokens end a sequence whatever ignore_eos says"
         sampling = Sampling(params.max_tokens, **{name: getattr(params, name) for name in names})
         (done,) = self.sampler.generate([Request(ids, params.seed)], sampling)
         logprobs = [{t: SimpleNamespace(logprob=x)} for t, x in zip(done.ids, done.logprobs, strict=True)]

@@ -12,6 +12,7 @@ import torch
 from mel_lite.errors import ConfigError
 from mel_lite.packing import Row, area_tokens, deal, pack
 from mel_lite.types import Lesson
+from mel_lite.wiring import check_support
 from test_trainer import LOSS_TYPES, _inputs
 from tiny_models import set_lora
 from trainers import assert_learnt, build, step_log, trainable
@@ -210,6 +211,22 @@ def test_nothing_but_idle_rows_is_a_step_without_gradient(tmp_path: Path) -> Non
 def test_rows_with_another_gradient_are_not_left_out(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"skip_zero_advantage=True with {next(iter(option))}"):
         build(tmp_path, skip_zero_advantage=True, **option)
+
+
+@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_sharded_training_gets_one_backward_pass(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, _inputs()).grad_fn is None, "otherwise it is over by then"
+    trainer.model.zero_grad()
+    monkeypatch.setattr(trainer, name, True)
+    assert trainer.compute_loss(trainer.model, _inputs()).grad_fn is not None
+    assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.args.max_micro_batch_tokens = 100
+    trainer.args.deepspeed_plugin = object()
+    with pytest.raises(ConfigError, match="max_micro_batch_tokens=100 with FSDP, DeepSpeed"):
+        check_support(trainer)
 
 
 def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:

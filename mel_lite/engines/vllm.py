@@ -86,6 +86,10 @@ class VLLMEngine:
         self._version: AdapterVersion | None = None
         self._lora_request: Any = None
 
+    def limit_concurrency(self, sequences: int) -> None:
+        """Sample no more than this many sequences at once from now on, >= 1."""
+        self._at_once = min(self._at_once or sequences, sequences)
+
     def wake(self) -> None:
         """Take the memory back and hand over the adapter as it is now."""
         if self._standby and self._asleep:
@@ -169,7 +173,8 @@ class VLLMEngine:
             top_k=sampling.top_k,
             min_p=sampling.min_p or 0.0,
             repetition_penalty=sampling.repetition_penalty,
-            stop_token_ids=list(self._eos_ids),
+            stop_token_ids=[] if sampling.ignore_eos else list(self._eos_ids),
+            ignore_eos=sampling.ignore_eos,
             logprobs=0,  # of the sampled id alone
             detokenize=False,
         )
