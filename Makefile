@@ -39,8 +39,8 @@ FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint preset
     verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
-	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS)
-	$(BIN)/python tests/faults/report.py build/faults.xml docs/reliability.md
+	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS) \
+	    ; status=$$?; $(BIN)/python tests/faults/report.py build/faults.xml docs/reliability.md && exit $$status
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ format: venv  ## let ruff rewrite the code
 wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
 	$(BIN)/python -m build --no-isolation
 
-lock: venv $(VENV)/.tools  ## write requirements/*.txt from what is installed in .venv (needs the package index)
+lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.tools  ## write requirements/*.txt from what is installed in .venv (needs the package index)
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)

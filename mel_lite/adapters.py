@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +186,11 @@ def find_adapter(folder: Path | str) -> Path:
     `demo` is the packaged warm start of the demo model. Raises: ModelError when there is none.
     """
     folder = DEMO_ADAPTER if str(folder) == DEMO else Path(folder)
-    checkpoints = sorted(folder.glob("checkpoint-*/manifest.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-    places = [folder, folder / "adapter", *(path.parent for path in reversed(checkpoints))]
+    named = {
+        re.fullmatch(r"checkpoint-(\d+)", path.parent.name): path.parent for path in folder.glob("*/manifest.json")
+    }
+    checkpoints = {int(match[1]): path for match, path in named.items() if match}  # not those that were set aside
+    places = [folder, folder / "adapter", *(checkpoints[step] for step in sorted(checkpoints, reverse=True))]
     for place in places:
         if (place / "adapter_config.json").is_file():
             return place

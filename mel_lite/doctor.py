@@ -279,7 +279,7 @@ def check_disk(facts: Facts) -> Check:
         return Check("disk for runs", "ok", f"{found}; the size of {facts.model} is not known here")
     needed = facts.model_bytes + CHECKPOINT_BYTES
     if free < needed:
-        fix = "Free some space, or skip the merged model (--set export.format=adapter) and export elsewhere later."
+        fix = "Free some space, or skip the merged model (--set export.format=null) and export elsewhere later."
         return Check("disk for runs", "warn", f"{found}; {facts.model} takes {needed / GIB:.1f} to export", fix)
     return Check("disk for runs", "ok", f"{found}; {facts.model} takes {needed / GIB:.1f} to export")
 

@@ -61,12 +61,13 @@ class ExportReport:
 
     def as_table(self) -> Table:
         """The figures as a rich table."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"export: {self.format}", show_header=False)
-        table.add_row("folder", str(self.path))
+        table.add_row("folder", escape(str(self.path)))
         quantised = f", {self.base.quant_type} 4-bit" if self.base.load_in_4bit else ""
-        table.add_row("base in training", f"{self.base.name} ({self.base.dtype}{quantised})")
+        table.add_row("base in training", f"{escape(self.base.name)} ({self.base.dtype}{quantised})")
         if self.fidelity is None:
             return table
         found = self.fidelity

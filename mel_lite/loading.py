@@ -26,7 +26,7 @@ def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tupl
     """
     spec, lora = recipe.model, recipe.lora
     choice = choose_engine(spec, lora, this_machine(ranks.world()))
-    console.print(choice.line, highlight=False)
+    console.print(choice.line, highlight=False, markup=False)
     if choice.engine == "unsloth":
         assert lora is not None  # the choice saw to it
         _check(recipe, args, vllm=choice.vllm)
@@ -36,7 +36,7 @@ def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tupl
         except UnslothUnusable as error:
             if spec.engine == "unsloth":
                 raise
-            console.print(EngineChoice("hf", False, str(error)).line, highlight=False)
+            console.print(EngineChoice("hf", False, str(error)).line, highlight=False, markup=False)
     model = load_base(spec)
     if lora is None:
         return model, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -21,17 +22,22 @@ from mel_lite.presets import SECTIONS, Recipe, suggest
 logger = logging.getLogger(__name__)
 
 FREE = (
-    "max_steps", "save_steps", "save_total_limit", "logging_steps", "log_completions", "num_completions_to_print",
-    "report_to", "grad_norm_every", "max_idle_steps", "on_collapse", "verifier_workers", "verifier_deadline_s",
-    "max_cache_tokens", "max_micro_batch_tokens", "probe_max_diff",
+    "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "run_name",
+    "log_completions", "num_completions_to_print", "report_to", "grad_norm_every", "max_idle_steps", "on_collapse",
+    "verifier_workers", "verifier_deadline_s", "dataloader_num_workers", "max_cache_tokens", "max_micro_batch_tokens",
+    "probe_max_diff",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
 ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_lora_rank", "max_seq_length")
 """Options of `model` that say how it is sampled from: a run whose engine failed may go on with another one."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 """Options of `train` that say how a batch is split; free as long as the batches stay the same."""
-NEVER = ("model.name", *(f"lora.{f.name}" for f in fields(SECTIONS["lora"]) if f.name != "dropout"), "train.optim")
-"""What the saved weights or moments would not fit: no one can allow a change of these."""
+NEVER = (
+    *(f"lora.{f.name}" for f in fields(SECTIONS["lora"]) if f.name not in ("dropout", "start_from")),
+    "train.optim",
+)
+"""What the saved weights or moments would not fit: no one can allow a change of these. A base or warm start may have
+moved: another base is told by its weights."""
 INPUTS: dict[str, tuple[str, ...]] = {
     "dataset": ("data.",),
     "templates": ("train.templates",),
@@ -74,7 +80,7 @@ def changes(began: Recipe, now: Recipe) -> list[Change]:
 def _number(value: Any) -> Any:
     """A number that is written as text, as YAML reads 1e-5, as a number; anything else as it is."""
     try:
-        return float(value) if isinstance(value, str) else value
+        return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:
         return value
 

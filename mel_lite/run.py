@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import TrainerCallback
 
 from mel_lite import checkpoint, ranks
 from mel_lite.adapters import lora_config, write_fingerprint
@@ -152,8 +153,10 @@ def train(
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         display = LiveDisplay(console)
         trainer = _build_trainer(recipe, args, tokenizer, tasks, display, console)
-        if leads:
-            (folder / "config.yaml").write_text(recipe.as_yaml())
+        if leads and not resume:
+            _write_config(recipe, folder)
+        elif leads:
+            trainer.add_callback(_OnceAccepted(recipe, folder))
         if torch.cuda.is_available() if worst_case is None else worst_case:
             _worst_step_first(trainer, recipe, console, budget_bytes)
         try:
@@ -174,11 +177,28 @@ def train(
         trainer.accelerator.end_training()
 
 
+def _write_config(recipe: Recipe, folder: Path) -> None:
+    """The old file or the new one, never half of one: without it a run cannot be resumed."""
+    part = folder / ".config.yaml"
+    part.write_text(recipe.as_yaml())
+    part.replace(folder / "config.yaml")
+
+
+class _OnceAccepted(TrainerCallback):
+    """Notes changed options when the checkpoint was taken with them: a refused resume leaves the run as it was."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._recipe, self._folder = recipe, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _write_config(self._recipe, self._folder)
+
+
 def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
     return EngineError(
-        "Out of GPU memory in training. Lower train.max_micro_batch_tokens, train.max_completion_length or "
-        "train.max_context_tokens, and go on from the newest checkpoint in a new run: "
-        f"--adapter {folder} --output-dir NEW. ({str(error).splitlines()[0]})"
+        "Out of GPU memory in training. Go on with --resume and a lower --set train.max_micro_batch_tokens=...; or, "
+        "with a lower train.max_completion_length or train.max_context_tokens, in a new run from a checkpoint: "
+        f"--adapter {folder}/checkpoint-N --output-dir NEW. ({str(error).splitlines()[0]})"
     )
 
 
@@ -190,7 +210,7 @@ def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, bud
     try:
         load = workload(recipe, shape_for(recipe))
     except (ModelError, ConfigError) as reason:
-        console.print(f"No worst step first: {reason}")
+        console.print(f"No worst step first: {reason}", markup=False)
         return
 
     def report(peaks: tuple[PhasePeak, ...], change: str) -> None:
@@ -339,7 +359,8 @@ def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Cons
         done = subprocess.run(
             command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
         )
-    console.print(done.stdout if done.returncode == 0 else f"[yellow]not exported:[/] {done.stderr}", highlight=False)
+    told = done.stdout if done.returncode == 0 else f"not exported: {done.stderr}"
+    console.print(printable(told), highlight=False, markup=False)
 
 
 def _summary(

@@ -26,7 +26,7 @@ from mel_lite.errors import CheckpointError, MelLiteError
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, SCHEDULER, SCALER, RNG = "optimizer", "scheduler", "scaler", "rng_state"
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "*/adapter_model*.bin")
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model*.bin", "*/adapter_model*.bin")
 PICKLED_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin")
 """What transformers writes with `torch.save`, by file name."""
 _TAG = "__kind__"

@@ -8,11 +8,11 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """`text` with every control, format and unassigned character replaced by U+FFFD; line breaks stay.
+    """`text` with every control, format and unassigned character replaced by U+FFFD; line breaks and tabs stay.
 
     Such characters can move the cursor, set the window's title, or reorder what is read (Unicode category C).
     """
-    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def printable_all(value: Any) -> Any:

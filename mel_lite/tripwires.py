@@ -81,6 +81,8 @@ class Tripwires:
         """Logs for which each tripped wire has been so."""
         self.mel_weight: float | None = None
         """Lambda after it was lowered; None while it is the configured one."""
+        self.lowered_from: float | None = None
+        """The configured one, once it was lowered."""
         self.idle_steps = 0
         """Optimiser steps in a row that had nothing to learn from."""
 
@@ -92,6 +94,7 @@ class Tripwires:
             "reward_when_longest": self._reward_when_longest,
             "tripped": self._tripped,
             "mel_weight": self.mel_weight,
+            "lowered_from": self.lowered_from,
             "idle_steps": self.idle_steps,
         }
 
@@ -105,8 +108,10 @@ class Tripwires:
         self._norms = list(state["norms"])
         self._reward_when_longest = state["reward_when_longest"]
         self._tripped = dict(state["tripped"])
-        self.mel_weight = state["mel_weight"]
+        self.mel_weight, self.lowered_from = state["mel_weight"], state.get("lowered_from")
         self.idle_steps = state.get("idle_steps", 0)
+        if self.lowered_from not in (None, args.mel_weight):  # the resumed run was allowed another
+            self.mel_weight = self.lowered_from = None
         if self.mel_weight is not None:
             args.mel_weight = self.mel_weight
 
@@ -269,14 +274,14 @@ class Watched:
             flag = torch.tensor(float(learns), device=self.accelerator.device)
             learns = self.accelerator.reduce(flag, "sum").item() > 0
         wires.idle_steps = 0 if learns else wires.idle_steps + 1
-        if not most or wires.idle_steps not in (max(1, most // 5), most):
+        if not most or not (wires.idle_steps == max(1, most // 5) or wires.idle_steps >= most):
             return
         told = (
             f"The last {wires.idle_steps} steps had nothing to learn from: in no group did rewards differ, and no "
             "meta-experience was kept. The tasks are too easy or too hard, or the verifier misses the answers: look at "
             "completions/, choose other tasks, or raise num_generations."
         )
-        if wires.idle_steps == most:
+        if wires.idle_steps >= most:
             raise DivergedError(f"{told} Stopped at step {self.state.global_step} (max_idle_steps={most}; 0 goes on "
                                 f"all the same). {_kept(Path(self.args.output_dir))}")  # fmt: skip
         if self.accelerator.is_main_process:
@@ -292,6 +297,7 @@ class Watched:
             due, lower = broadcast_object_list([due, lower], from_process=0)
         if lower and self.args.on_collapse == "lower_lambda":
             before = self.args.mel_weight
+            self._tripwires.lowered_from = self._tripwires.lowered_from or before
             self.args.mel_weight = self._tripwires.mel_weight = before / 2
             due[-1] += f" mel_weight was lowered from {before:g} to {before / 2:g}."
         if self.accelerator.is_main_process:

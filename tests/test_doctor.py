@@ -169,7 +169,7 @@ def test_a_machine_without_a_gpu_is_no_fault() -> None:
             "rm -r",
         ),
         ({"run_free_bytes": GIB}, "disk for runs", "fail", "1.0 GiB free", "--output-dir"),
-        ({"run_free_bytes": 16 * GIB}, "disk for runs", "warn", "takes 17.3 to export", "export.format=adapter"),
+        ({"run_free_bytes": 16 * GIB}, "disk for runs", "warn", "takes 17.3 to export", "export.format=null"),
         ({"offline": True}, "Hugging Face Hub", "warn", "offline mode", "hf download Qwen/Qwen3-8B-Base"),
         ({"hub_writable": False}, "Hugging Face Hub", "fail", "cannot be written", "HF_HOME"),
         ({"hub_free_bytes": 9 * GIB}, "Hugging Face Hub", "warn", "9.0 GiB free", "HF_HOME"),

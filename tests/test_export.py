@@ -250,6 +250,8 @@ def test_newest_whole_checkpoint_of_a_run_is_found(adapter_dir: Path, tmp_path: 
         folder = shutil.copytree(adapter_dir, tmp_path / f"checkpoint-{step}")
         if whole:
             (folder / "manifest.json").write_text("{}")
+    for aside in ("checkpoint-11.corrupt", "checkpoint-12.superseded"):
+        (shutil.copytree(adapter_dir, tmp_path / aside) / "manifest.json").write_text("{}")
     assert export(tmp_path, tmp_path / "out", format="adapter").adapter.name == "checkpoint-10"
     with pytest.raises(ModelError, match="holds no adapter"):
         export(tmp_path / "nowhere", tmp_path / "out2")

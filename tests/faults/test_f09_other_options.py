@@ -145,7 +145,6 @@ def test_a_named_change_is_let_through_and_told(tmp_path: Path, caplog: pytest.L
     [
         ("train.learning_rat", r"no such option or input. Did you mean 'train.learning_rate'\?"),
         ("lora.r", "would not fit. Begin a new run"),
-        ("model.name", "would not fit. Begin a new run"),
         ("train.optim", "would not fit. Begin a new run"),
     ],
 )
