@@ -200,6 +200,13 @@ def find_adapter(folder: Path | str) -> Path:
     )
 
 
+def adapter_rank(lora: LoraSpec) -> int:
+    """Rank of the adapter a run trains: that of the one it starts from, else `lora.r`. Raises: ModelError."""
+    if lora.start_from is None:
+        return lora.r
+    return int(json.loads((find_adapter(lora.start_from) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+
+
 def adapter_base(adapter_dir: Path) -> ModelSpec:
     """The base an adapter says it was trained on, and how it was loaded then.
 

@@ -117,6 +117,9 @@ def train(
         # One process plans for all: free memory differs from one to the next, batch shapes must not.
         recipe, budget_bytes = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
 
+    if recipe.train.get("use_cpu"):
+        # Before PyTorch looks: loading, engine, memory check and export must all hear that there is no GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with loading("loading"):
         from mel_lite import run
     if dry_run:

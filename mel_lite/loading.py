@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from mel_lite import ranks
-from mel_lite.adapters import attach_adapter, find_adapter, lora_config
+from mel_lite.adapters import adapter_rank, attach_adapter, find_adapter, lora_config
 from mel_lite.config import MELConfig
 from mel_lite.engines.choice import EngineChoice, choose_engine, this_machine
 from mel_lite.engines.unsloth import UnslothUnusable, load_unsloth
@@ -57,9 +57,11 @@ def _check(recipe: Recipe, args: MELConfig, *, vllm: bool) -> None:
             "is reentrant and cannot take the gradient of one loss term. Set train.grad_norm_every=0, or leave "
             "model.use_gradient_checkpointing unset."
         )
-    rank, most = (recipe.lora.r if recipe.lora else 0), recipe.model.max_lora_rank
+    rank, most = (adapter_rank(recipe.lora) if recipe.lora else 0), recipe.model.max_lora_rank
     if most is not None and most < rank:
-        raise ConfigError(f"max_lora_rank={most} is below lora.r={rank}. Raise model.max_lora_rank, or leave it unset.")
+        raise ConfigError(
+            f"max_lora_rank={most} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or leave it unset."
+        )
 
 
 def longest_tokens(recipe: Recipe, args: MELConfig) -> int:

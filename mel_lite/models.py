@@ -5,6 +5,7 @@ Weights come from safetensors only, and no code from a model's repository is eve
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -220,7 +221,15 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     path = locate(spec.name)
     with model_errors(spec.name):
         _refuse_hub_kernels(path, spec)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+        load = functools.partial(
+            AutoModelForCausalLM.from_pretrained, path, trust_remote_code=False, use_safetensors=True, **options
+        )
+        try:
+            model = load()
+        except ValueError:
+            if attention in (None, spec.attn_implementation):
+                raise
+            model = load(attn_implementation=None)  # one of the few that SDPA does not serve
     keep_four_bit_layout(model)
     return model
 

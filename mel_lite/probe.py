@@ -136,18 +136,21 @@ class Probed:
         return not self._share_seen and step >= self._probed_at[-1] + EVERY
 
     def _probe(self, batch: Any) -> None:
-        step = self.state.global_step
+        step, mine = self.state.global_step, []
         assert self._probed_at is not None
-        self._probed_at.append(step)
         with self._clock("probe"):  # type: ignore[attr-defined]
             rows, engine_T = self._probe_rows(batch)
-            if not rows or engine_T.isnan().any():  # an engine may report no log-probs
-                return
-            self.engine.sleep()  # scoring needs the memory
-            trainer_T = self._scores(rows)
-            base_T = self._scores(rows, adapter=False)
-            self.engine.wake()
-        found = max(gather_object([agreement(engine_T, trainer_T, base_T)]), key=lambda each: each.mean)
+            if rows and not engine_T.isnan().any():  # an engine may report no log-probs
+                self.engine.sleep()  # scoring needs the memory
+                trainer_T = self._scores(rows)
+                base_T = self._scores(rows, adapter=False)
+                self.engine.wake()
+                mine = [agreement(engine_T, trainer_T, base_T)]
+        everyones = gather_object(mine)  # on every process, also where all completions were masked
+        if not everyones:
+            return
+        self._probed_at.append(step)
+        found = max(everyones, key=lambda each: each.mean)
         self._share_seen = found.share_is_seen or not hasattr(self.model, "disable_adapter")
         logged = {"mel/probe_logp_diff": found.mean, "mel/probe_logp_diff_max": found.highest}
         if found.share_is_seen:

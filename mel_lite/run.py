@@ -219,7 +219,7 @@ def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, bud
             console.print(f"Too much. Again with {change}")
 
     predicted = predict(load) if torch.cuda.is_available() else ()
-    console.print("taking the worst step first: everything at full length (--no-worst-case skips it)")
+    console.print("before the first step comes the worst one: everything at full length (--no-worst-case skips it)")
     trainer.add_callback(
         WorstStepFirst(trainer, load, predicted, report, gauge=gauge_here(), budget_bytes=budget_bytes)
     )

@@ -167,6 +167,8 @@ def build_engine(trainer: Any) -> Engine:
         ),
         "autocast": trainer.accelerator.autocast,
     }
+    if trainer.is_fsdp_enabled:
+        options["shares_prefill"] = False  # only the whole model gathers what is sharded
     if is_unsloth(trainer.model):
         return unsloth_engine(trainer.model, step=lambda: trainer.state.global_step, **options)
     return HFEngine(trainer.model, **options)

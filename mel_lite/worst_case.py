@@ -26,7 +26,7 @@ from mel_lite.statefiles import rng_state, set_rng_state
 from mel_lite.types import Lesson
 from mel_lite.workload import Part, Phase, Workload
 
-MOST_TRIES = 6
+MOST_TRIES = 7
 """Halvings before a phase is given up."""
 
 
@@ -98,10 +98,10 @@ def worst_step(
     states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)
     with _as_it_was(trainer):
         trainer.engine.wake()
-        for name in load.sampled:
+        for name in () if trainer.engine.own_kernels else load.sampled:  # vLLM takes its share when it starts
             measured(name, lambda name=name: _sample(trainer, load, name))  # type: ignore[misc]
         trainer.engine.sleep()
-        if load.pairs or load.scores_rollouts:
+        if load.pairs or load.scores_rollouts or trainer.use_vllm:
             measured("scoring", lambda: _score(trainer, load))
         measured("update", lambda: _update(trainer, load))
     del states

@@ -13,12 +13,12 @@ from transformers import LlamaForCausalLM
 
 import fake_unsloth
 from mel_lite import loading
-from mel_lite.adapters import LoraSpec
+from mel_lite.adapters import LoraSpec, adapter_rank
 from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, this_machine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY, adapter_fingerprint, is_unsloth
-from mel_lite.errors import ConfigError, EngineError
-from mel_lite.models import ModelSpec
+from mel_lite.errors import ConfigError, EngineError, ModelError
+from mel_lite.models import ModelSpec, load_base
 from mel_lite.presets import build_args, resolve
 from test_cli import mel_lite_command
 from tiny_models import save_tiny
@@ -202,7 +202,7 @@ def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.
     ("set_", "message"),
     [
         ({"model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 5}, "reentrant.*grad_norm_every=0"),
-        ({"model.max_lora_rank": 2}, "max_lora_rank=2 is below lora.r=4"),
+        ({"model.max_lora_rank": 2}, "max_lora_rank=2 is below the adapter's rank of 4"),
         ({"train.beta": 0.1}, "beta=0.1 with vLLM.*second adapter"),
     ],
 )
@@ -249,3 +249,34 @@ def test_a_plain_model_samples_with_transformers(tmp_path: Path) -> None:
     weight = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
     weight.data[0, 0] = 1e-6
     assert adapter_fingerprint(trainer.model) != before
+
+
+def test_the_rank_is_that_of_the_adapter_a_run_starts_from() -> None:
+    assert adapter_rank(LoraSpec(r=16)) == 16
+    assert adapter_rank(LoraSpec(r=16, start_from="demo")) == 8, "the packaged warm start has rank 8"
+
+
+def test_a_model_without_sdpa_is_loaded_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(save_tiny(tmp_path / "base"))
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    assert load_base(ModelSpec(folder)).config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="attn_implementation|scaled_dot_product"):
+        load_base(ModelSpec(folder, attn_implementation="sdpa"))
+
+
+def test_the_cpu_preset_hides_the_gpu_from_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from mel_lite import run
+    from mel_lite.cli import app
+
+    seen, check = [], run.check
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return check(*arguments)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(run, "check", watched)
+    assert CliRunner().invoke(app, ["train", "--gpu", "cpu", "--dry-run"]).exit_code == 0
+    assert seen == [""]

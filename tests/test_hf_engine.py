@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconH1Config
 
 from mel_lite.engines import hf
 from mel_lite.engines.base import Request, Sampling
@@ -62,6 +63,16 @@ def test_completions_of_one_prompt_share_its_prefill(model: Any, monkeypatch: py
     assert [c.ids for c in shared] == [c.ids for c in alone]
     for a, b in zip(shared, alone, strict=True):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+
+
+def test_states_beside_keys_and_values_are_not_shared() -> None:
+    """Picking rows of such a cache would leave its recurrent states as they are."""
+    made = FalconH1Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8,
+    )  # fmt: skip
+    ids_UP = torch.ones(2, 5, dtype=torch.long)
+    assert hf._prefill(SimpleNamespace(config=made), ids_UP, ids_UP, torch.tensor([0, 0, 1])) is None
 
 
 def test_a_bound_on_the_cache_makes_sequences_wait_and_changes_no_token(model: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mel_lite import interrupts
@@ -35,10 +35,10 @@ class HFEngine:
             sequence is always sampled.
         unwrap: Opens a context yielding the model to sample from, without the wrapper of distributed training.
         autocast: Opens the autocast context training uses, so that sampling and scoring see the same numbers.
+        shares_prefill: Whether equal prompts of a batch are read once, by the backbone alone.
     """
 
     name = "hf"
-    _shares_prefill = True
 
     def __init__(
         self,
@@ -50,10 +50,12 @@ class HFEngine:
         max_cache_tokens: int | None = None,
         unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        shares_prefill: bool = True,
     ) -> None:
         assert max_concurrent >= 1
         self._unwrap = unwrap or (lambda: nullcontext(model))
         self._autocast = autocast
+        self._shares_prefill = shares_prefill
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
@@ -125,7 +127,7 @@ class HFEngine:
             prompt_ids = requests[row].prompt_ids
             ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
             mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
-        ids_UP, mask_UP, source = ids_UP.to(device), mask_UP.to(device), source.to(device)
+        ids_UP, mask_UP = ids_UP.to(device), mask_UP.to(device)
         sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -159,11 +161,13 @@ def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: to
     """Key-value cache of all but the last token of each row's prompt; None where the model keeps another kind of state.
 
     The G completions of a prompt share its prefill, and the head is not applied to the prompt at all. `source` (B,)
-    says which of the U prompts a row has.
+    (on the CPU, since layers may lie on several devices) says which of the U prompts a row has.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     cache = DynamicCache(config=causal.config.get_text_config(decoder=True))
-    if ids_UP.shape[1] < 2 or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    # Their subclasses keep further states, which picking rows leaves as they are.
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if ids_UP.shape[1] < 2 or not known:
         return None
     position_UP = (mask_UP.cumsum(dim=1) - 1).clamp(min=0)
     before = slice(None, -1)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mel_lite.adapters import LoraSpec, attach_adapter, find_adapter, lora_config
+from mel_lite.adapters import LoraSpec, adapter_rank, attach_adapter, find_adapter, lora_config
 from mel_lite.engines.base import Engine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import VLLMEngine
@@ -56,7 +56,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
     if vllm:
         options |= {
             "fast_inference": True,
-            "max_lora_rank": spec.max_lora_rank or lora.r,
+            "max_lora_rank": spec.max_lora_rank or adapter_rank(lora),
             "gpu_memory_utilization": spec.gpu_memory_utilization or DEFAULT_UTILIZATION,
         }
     with model_errors(spec.name), _engine_errors(vllm):
@@ -140,7 +140,8 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
     llm = getattr(model, "vllm_engine", None)
     if llm is None:
         # One GPU needs no unwrapping, and Unsloth's patch of TRL's would switch modes beside ours.
-        return UnslothEngine(model, eos_ids=eos_ids, **(options | {"unwrap": None}))
+        # Its inference mode builds caches of its own.
+        return UnslothEngine(model, eos_ids=eos_ids, **(options | {"unwrap": None, "shares_prefill": False}))
     if not hasattr(model, "peft_config"):
         raise ModelError(
             "The model has no LoRA adapter, but vLLM shares its weights. Add one with "
@@ -186,7 +187,6 @@ class UnslothEngine(HFEngine):
     """The transformers engine on a model that Unsloth loaded, switched to Unsloth's inference mode while it samples."""
 
     name = "unsloth"
-    _shares_prefill = False  # its inference mode builds caches of its own
 
     @contextmanager
     def _sampling_mode(self, model: Any) -> Iterator[None]:
