@@ -50,7 +50,8 @@ def demo_trainer(folder: Path) -> Any:
     args = run.check(recipe, folder)
     tokenizer = load_tokenizer(recipe.model)
     tasks = run.load_run_tasks(recipe, args, tokenizer)
-    return run._build_trainer(recipe, args, tokenizer, tasks, LiveDisplay(Console(quiet=True)))
+    quiet = Console(quiet=True)
+    return run._build_trainer(recipe, args, tokenizer, tasks, LiveDisplay(quiet), quiet)
 
 
 @pytest.mark.exhaustive
