@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import learning_figures
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
@@ -25,7 +26,7 @@ from mel_lite.data import load_tasks
 from mel_lite.evaluate import evaluate
 from mel_lite.models import ModelSpec, load_base, load_tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "learning"
+RESULTS = learning_figures.RUNS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
 COMMON: dict[str, Any] = {
     "verifier": "numeric", "num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2,
@@ -134,30 +135,46 @@ def run(arm: str, seed: int, plan: Plan, start: dict[str, Any] | None) -> dict[s
     }
 
 
-def plot(results: Path, target: Path) -> None:
-    """Learning curves of every arm, one line per seed, and retention and uplift over generated tokens."""
+def plot(target: Path) -> None:
+    """Learning curves, what each arm gained over GRPO, and what became of the lessons, over generated tokens."""
     from matplotlib import pyplot
 
-    runs = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-    arms = sorted({each["arm"] for each in runs})
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
-    panels = (
-        ("avg_at_k", "Avg@k on held-out tasks"),
-        ("mel/retention_ratio", "retention"),
-        ("mel/replay_uplift", "uplift"),
-    )
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        for each in runs:
-            series = each["points"] if name == "avg_at_k" else [step for step in each["steps"] if name in step]
-            values = [point[name][0] if name == "avg_at_k" else point[name] for point in series]
-            label = each["arm"] if each["seed"] == 0 else None
-            axis.plot(
-                [p["tokens"] for p in series], values, marker=".", color=f"C{arms.index(each['arm'])}", label=label
+    runs = learning_figures.runs()
+    samples = next(iter(runs.values()))[0]["plan"]["samples"]
+    figure, (curves, lessons, terms) = pyplot.subplots(1, 3, figsize=(15, 4.2))
+    for color, (arm, group) in enumerate(runs.items()):
+        for each in group:
+            points = each["points"]
+            curves.plot(
+                [p["tokens"] for p in points], [p["avg_at_k"][0] for p in points], color=f"C{color}", alpha=0.25
             )
-        axis.set(title=title, xlabel="generated tokens")
-    axes[0].legend()
+        means = [
+            [sum(p[key] for p in points) / len(points) for key in ("tokens", "share")] for points in _by_rank(group)
+        ]
+        curves.plot(*zip(*means, strict=True), color=f"C{color}", marker="o", label=f"{arm} ({len(group)} seeds)")
+    for axis, panels in (
+        (lessons, {"mel/retention_ratio": "retention", "mel/replay_uplift": "uplift"}),
+        (terms, {"mel/grad_norm_policy": "policy gradient norm", "mel/grad_norm_nll": "NLL gradient norm",
+                 "mel/grad_cosine": "their cosine"}),
+    ):  # fmt: skip
+        for color, (name, label) in enumerate(panels.items()):
+            steps = [step for run in runs.get("mel", []) for step in run["steps"] if name in step]
+            axis.scatter([s["tokens"] for s in steps], [s[name] for s in steps], color=f"C{color}", s=14, label=label)
+        axis.axhline(0, color="grey", linewidth=0.5)
+    curves.set(title=f"Avg@{samples} on held-out tasks (faint: one seed)", ylabel="share right")
+    lessons.set(title="lessons of arm mel, all seeds, per step")
+    terms.set(title="gradients of arm mel, all seeds")
+    for axis in (curves, lessons, terms):
+        axis.set_xlabel("generated tokens")
+        axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, dpi=110)
+
+
+def _by_rank(group: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """Points of the runs of one arm, first measurements together, then second ones, and so on."""
+    lined_up = zip(*(run["points"] for run in group), strict=False)
+    return [[{"tokens": p["tokens"], "share": p["avg_at_k"][0]} for p in points] for points in lined_up]
 
 
 def main() -> None:
@@ -172,7 +189,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="draw what is there, train nothing")
     options = parser.parse_args()
     if options.plot:
-        plot(RESULTS, PAGE)
+        plot(PAGE)
         return
     plan = Plan(options.tokens, options.every, options.tasks, options.samples, options.dtype)
     RESULTS.mkdir(parents=True, exist_ok=True)
