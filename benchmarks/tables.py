@@ -102,7 +102,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "mass": mass,
     "learning-setup": learning_figures.setup,
     "learning-results": learning_figures.results,
+    "learning-scan": learning_figures.scan,
+    "learning-curve": learning_figures.halfway,
     "learning-lessons": learning_figures.lessons,
+    "learning-held-out-lessons": learning_figures.held_out_lessons,
 }
 
 
