@@ -91,7 +91,7 @@ def small(folder: Path | None = None) -> Subject:
         load_tokenizer(spec), partial(load_base, spec), learning_small.tasks("train"), learning_small.tasks("test"),
         [learning_small.shorter(each) for each in made],
         {"templates": str(folder / "templates.yaml"), "per_device_train_batch_size": 32, "max_completion_length": 48,
-         "analysis_max_tokens": 120, "analysis_temperature": 1.0, "learning_rate": 1e-4},
+         "analysis_max_tokens": 120, "analysis_temperature": 1.0, "learning_rate": 5e-5},
     )  # fmt: skip
 
 
@@ -214,10 +214,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["grpo", "mel"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=90_000, help="generated per run")
-    parser.add_argument("--points", type=int, default=4, help="measurements per run, beside the start")
+    parser.add_argument("--points", type=int, default=3, help="measurements per run, beside the start")
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--lessons", type=int, default=48)
+    parser.add_argument("--lessons", type=int, default=32)
     parser.add_argument("--scan", nargs="+", type=float, default=[], metavar="RATE", help="learning rates to try")
     return parser.parse_args()
 
