@@ -31,6 +31,7 @@ from mel_lite.data import load_tasks
 from mel_lite.demo import cache_dir
 from mel_lite.demo_warmup.examples import make_examples
 from mel_lite.demo_warmup.measure import Conditions, measure_engine
+from mel_lite.engines.base import Engine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import evaluate
 from mel_lite.models import ModelSpec, eos_ids, load_base, load_tokenizer
@@ -78,6 +79,8 @@ class Subject:
     made: list[dict[str, Any]]
     """Pairs with a known slip and their analyses, to see whether the model points at it."""
     options: dict[str, Any]
+    engine: Engine | None = None
+    """What samples; None = transformers, from the model being trained."""
 
 
 def small(folder: Path | None = None) -> Subject:
@@ -177,11 +180,12 @@ def run(arm: str, seed: int, plan: Plan, subject: Subject, start: Any = None, **
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         args = MELConfig(folder, max_steps=100_000, seed=seed, use_cpu=not torch.cuda.is_available(), **options)
-        model = subject.load()
-        pad_id = subject.tokenizer.pad_token_id
-        engine = HFEngine(model, eos_ids=eos_ids(model, subject.tokenizer), pad_id=pad_id, max_concurrent=512)
+        model, tokenizer = subject.load(), subject.tokenizer
+        engine = subject.engine or HFEngine(
+            model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_concurrent=512
+        )
         curve.trainer = StudyTrainer(
-            model=model, args=args, train_dataset=subject.train, processing_class=subject.tokenizer,
+            model=model, args=args, train_dataset=subject.train, processing_class=tokenizer,
             callbacks=[curve], engine=engine, lessons_of=lessons_of,
         )  # fmt: skip
         curve.trainer.remove_callback(PrinterCallback)
