@@ -71,7 +71,7 @@ class Stage:
 
 STAGES = (
     Stage({"solve": 24_000, "chain": 0, "analyse": 5_000, "replay": 2_500}, 2e-3, 1050),
-    Stage({"solve": 2_000, "analyse": 8_000, "replay": 2_500}, 1e-3, 10_000),
+    Stage({"solve": 2_000, "analyse": 8_000, "replay": 2_500}, 1e-3, 400),
 )
 """First arithmetic, stopped while a third of the tasks is solved; then mostly analyses and solving with notes."""
 BATCH = 16
