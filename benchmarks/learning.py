@@ -232,7 +232,9 @@ def main() -> None:
     tasks = min(options.tasks, len(subject.test))
     plan = Plan(options.model, options.tokens, options.points, tasks, options.samples, options.lessons)
     home = RESULTS if options.model == "small" else RESULTS.with_name(f"learning-{options.model}")
-    jobs = [(home / f"{arm}-{seed}.json", arm, seed, {}) for seed in range(options.seeds) for arm in options.arms]
+    jobs: list[tuple[Path, str, int, dict[str, float]]] = [
+        (home / f"{arm}-{seed}.json", arm, seed, {}) for seed in range(options.seeds) for arm in options.arms
+    ]
     if options.scan:
         jobs = [
             (home / "scan" / f"{arm}-{rate:g}.json", arm, SCAN_SEED, {"learning_rate": rate})

@@ -69,6 +69,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mel": MEL,
     "mel-replay": MEL | {"lessons": replayed},
     "mel-quarter": MEL | {"mel_weight": 0.25},
+    "mel-tenth": MEL | {"mel_weight": 0.1},
     "mel-failed": MEL | {"lessons": failed},
     "mel-uplift": MEL | {"replay_criterion": "uplift", "replay_attempts": 2},
     "mel-right": MEL | {"lessons": right},

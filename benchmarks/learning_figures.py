@@ -16,6 +16,7 @@ MEANINGS = {
     "grpo": "GRPO",
     "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
     "mel-quarter": "lambda 0.25",
+    "mel-tenth": "lambda 0.1",
     "mel-uplift": "kept only if two replays with the lesson do better than two without",
     "mel-experience": "NLL of step, critique and heuristic alone",
     "mel-prompts": "NLL divided by the number of prompts, not of kept lessons",

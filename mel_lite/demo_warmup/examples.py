@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -111,9 +111,7 @@ def chain(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
     return {"prompt": problem.question, "completion": text, "kind": "chain"}
 
 
-def analyse(
-    rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES
-) -> dict[str, Any]:
+def analyse(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
     """The analysis prompt for a pair, and the analysis."""
     problem, right, wrong, text, _ = _pair(rng, unused)
     user = templates.analysis_user
@@ -123,9 +121,7 @@ def analyse(
     return {"prompt": [system, {"role": "user", "content": user}], "completion": text, "kind": "analyse"}
 
 
-def replay(
-    rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES
-) -> dict[str, Any]:
+def replay(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
     """A question with notes on it, or on another one, and its right solution."""
     problem, right, _, _, notes = _pair(rng, unused)
     if rng.random() < FOREIGN_NOTES:
@@ -156,7 +152,7 @@ def make_examples(
     counts = COUNTS if counts is None else counts
     rng = random.Random(seed)
     unused = _unused_problems(rng)
-    makers = {
+    makers: dict[str, Callable[[random.Random, Iterator[Problem]], dict[str, Any]]] = {
         "solve": solve,
         "chain": chain,
         "analyse": partial(analyse, templates=templates),
