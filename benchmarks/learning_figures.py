@@ -93,6 +93,12 @@ def scan() -> str:
     return "\n".join(lines)
 
 
+def _share_at(run: dict[str, Any], step: int) -> float:
+    """Avg@k of a run after `step` optimiser steps, on the straight line between its measurements."""
+    shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1)
+    return float(np.interp(step, [point["step"] for point in run["points"]], shares))
+
+
 def results() -> str:
     """Before, and after every arm: the three figures, and Avg@k against GRPO seed by seed and prompt by prompt."""
     found = runs()
@@ -100,22 +106,25 @@ def results() -> str:
     reference = {run["seed"]: run for run in found[REFERENCE]}
     lines = [
         f"| | seeds | steps | Pass@1 | Avg@{samples} | Pass@{samples} | Avg@{samples} against GRPO, points | seeds "
-        "above GRPO |",
-        "|---|---|---|---|---|---|---|---|",
+        "above GRPO | at equal steps, points |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     before = figures([found[REFERENCE][0]["points"][0]], samples)
-    lines.append(f"| start | | 0 | {' | '.join(_share(before[name]) for name in before)} | | |")
+    lines.append(f"| start | | 0 | {' | '.join(_share(before[name]) for name in before)} | | | |")
     for arm, group in found.items():
         after = figures([run["points"][-1] for run in group], samples)
         steps = round(sum(run["points"][-1]["step"] for run in group) / len(group))
-        against = ahead = ""
+        against = ahead = equal_steps = ""
         pairs = [(run, reference[run["seed"]]) for run in group if run["seed"] in reference]
         if arm != REFERENCE and pairs:
             one, other = (figures([pair[i]["points"][-1] for pair in pairs], samples)["avg_at_k"] for i in (0, 1))
             against = _points(one - other)
             ahead = f"{int(((one - other).mean(1) > 0).sum())} of {len(pairs)}"
+            lead = [_share_at(run, run["points"][-1]["step"]) - _share_at(ref, run["points"][-1]["step"])
+                    for run, ref in pairs]  # fmt: skip
+            equal_steps = f"{100 * np.mean(lead):+.1f}"
         shares = " | ".join(_share(after[name]) for name in after)
-        lines.append(f"| {arm} | {len(group)} | {steps} | {shares} | {against} | {ahead} |")
+        lines.append(f"| {arm} | {len(group)} | {steps} | {shares} | {against} | {ahead} | {equal_steps} |")
     meanings = [f"`{arm}`: {MEANINGS[arm]}" for arm in found]
     return "\n".join([*lines, "", "; ".join(meanings) + "."])
 

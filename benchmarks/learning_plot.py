@@ -45,9 +45,10 @@ def _lessons(axis: Any, runs: list[dict[str, Any]]) -> None:
              if step.get("mel/written")]  # fmt: skip
     tokens, values = _smoothed([{"steps": steps}], "kept")
     axis.plot(tokens, 100 * values, label="retention (kept / written)")
-    points = [point for run in runs for point in run["points"] if point["lessons"]["uplift"] != "none"]
-    held = {"steps": [{"tokens": p["tokens"], "uplift": float(p["lessons"]["uplift"].split()[0])} for p in points]}
-    tokens, values = _smoothed([held], "uplift")
+    measured = list(zip(*(run["points"] for run in runs), strict=False))
+    tokens = np.array([np.mean([point["tokens"] for point in points]) / 1000 for points in measured])
+    uplifts = [[point["lessons"]["uplift"].split()[0] for point in points] for points in measured]
+    values = np.array([np.mean([float(uplift) for uplift in each if uplift != "none"]) for each in uplifts])
     axis.plot(tokens, 100 * values, marker="o", markersize=3, label="uplift, held-out tasks (points)")
     axis.axhline(0, color="grey", linewidth=0.5)
     axis.set(title="Lessons of arm mel", ylabel="%")
