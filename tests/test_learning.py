@@ -117,6 +117,9 @@ def test_the_small_model_is_made_and_asked_what_it_was_not_shown(study: Any, tmp
     assert len(asked) == 200 and not asked & {row["prompt"][0]["content"] for row in made.train}
     shown = small.examples({"solve": 3000})
     assert not asked & {each["prompt"][0]["content"] for each in shown}
+    (analyse,) = small.examples({"analyse": 1})
+    assert analyse["prompt"][0]["content"] == small.TEMPLATES["analysis_system"]
+    assert "Incorrect:" in analyse["prompt"][1]["content"] and "running total" not in analyse["prompt"][1]["content"]
     fresh, trained = small.make_model(made.tokenizer), made.load()
     rows, _ = tokenise(
         [Example(e["prompt"], e["completion"]) for e in shown[:16]], made.tokenizer, max_length_tokens=512, turn_end=2
