@@ -12,6 +12,8 @@ import numpy as np
 RUNS = Path(__file__).resolve().parent / "results" / "learning"
 RESAMPLES = 4000
 REFERENCE = "grpo"
+MAX_GRAD_NORM = 1.0
+"""The trainer's default, which all runs have."""
 MEANINGS = {
     "grpo": "GRPO",
     "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
@@ -147,26 +149,28 @@ def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def lessons() -> str:
-    """What happened to the lessons of every arm that writes them, over all its steps."""
+    """What happened to the lessons of every arm that writes them, over all its steps, and to its gradients."""
     lines = [
         "| | mixed groups | lessons | parsed | kept | NLL before the update, nats | after | policy gradient, median "
-        "norm | NLL gradient | cosine, mean [10 %, 90 %] |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, group in runs().items():
+        policy = np.median(_logged(group, "mel/grad_norm_policy"))
+        clipped = (_logged(group, "grad_norm") > MAX_GRAD_NORM).mean()
         written = _logged(group, "mel/written").sum()
         if not written:
+            lines.append(f"| {arm} | | | | | | | {policy:.2f} | | | {clipped:.0%} |")
             continue
         mixed = _logged(group, "mel/mixed_groups").sum() / _logged(group, "mel/groups").sum()
         parsed, kept = (_logged(group, name).sum() / written for name in ("mel/parsed", "mel/replay_valid"))
         nll, nll_after = (_logged(group, name).mean() for name in ("mel/nll", "mel/nll_after"))
-        norms = [np.median(_logged(group, f"mel/grad_norm_{term}")) for term in ("policy", "nll")]
+        nll_norm = np.median(_logged(group, "mel/grad_norm_nll"))
         cosine = _logged(group, "mel/grad_cosine")
         low, high = np.percentile(cosine, [10, 90])
         lines.append(
             f"| {arm} | {mixed:.0%} | {written:.0f} | {parsed:.0%} | {kept:.0%} | {nll:.3f} | {nll_after:.3f} | "
-            f"{norms[0]:.2f} | {norms[1]:.2f} | "
-            f"{cosine.mean():+.2f} [{low:+.2f}, {high:+.2f}] |"
+            f"{policy:.2f} | {nll_norm:.2f} | {cosine.mean():+.2f} [{low:+.2f}, {high:+.2f}] | {clipped:.0%} |"
         )
     return "\n".join(lines)
 
