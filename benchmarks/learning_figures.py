@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 
 RUNS = Path(__file__).resolve().parent / "results" / "learning"
-RESAMPLES = 10_000
+RESAMPLES = 4000
 REFERENCE = "grpo"
+MAX_GRAD_NORM = 1.0
+"""The trainer's default, which all runs have."""
 MEANINGS = {
     "grpo": "GRPO",
-    "mel": "MEL as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
+    "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
     "mel-quarter": "lambda 0.25",
-    "mel-prompts": "NLL divided by the number of prompts, not of kept lessons",
+    "mel-tenth": "lambda 0.1",
+    "mel-uplift": "kept only if two replays with the lesson do better than two without",
     "mel-experience": "NLL of step, critique and heuristic alone",
-    "mel-uplift": "kept only if replays with the lesson do better than without, 2 attempts each",
-    "mel-uplift-prompts": "kept on uplift, and NLL divided by the number of prompts",
-    "mel-slow": "both terms, half the learning rate",
+    "mel-prompts": "NLL divided by the number of prompts, not of kept lessons",
+    "mel-pairs": "two pairs per group",
+    "mel-failed": "ablation: the lessons whose replay failed, in place of those whose replay was right",
+    "mel-replay": "NLL of the right replay as an answer to the plain question, in place of the lesson",
+    "mel-both": "NLL of the lesson and of that answer",
+    "mel-right": "ablation: NLL of the pair's right solution, which needed no lesson",
     "rft": "RFT",
     "rft-mel": "RFT with lessons",
-    "reinforce++": "REINFORCE++",
-    "reinforce++-mel": "REINFORCE++ with lessons",
 }
 
 
@@ -34,36 +38,32 @@ def runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
     return {arm: found for arm in MEANINGS if (found := [run for run in read if run["arm"] == arm])}
 
 
-def pass_at_k(right: np.ndarray, samples: int) -> np.ndarray:
-    """Whether any of the k = samples answers is right."""
-    return (right > 0).astype(float)
-
-
 def figures(points: Sequence[dict[str, Any]], samples: int) -> dict[str, np.ndarray]:
-    """Pass@1, Avg@k and Pass@k of every prompt, averaged over runs: (prompts,) each."""
-    right = np.array([point["samples_right"] for point in points])
-    greedy = np.array([point["greedy_right"] for point in points], dtype=float)
-    return {
-        "pass_at_1": greedy.mean(0),
-        "avg_at_k": (right / samples).mean(0),
-        "pass_at_k": pass_at_k(right, samples).mean(0),
-    }
+    """Pass@1 (greedy), Avg@k and Pass@k with k = samples, of every run and prompt: (runs, prompts) each."""
+    right_RP = np.array([point["samples_right"] for point in points])
+    greedy_RP = np.array([point["greedy_right"] for point in points], dtype=float)
+    return {"pass_at_1": greedy_RP, "avg_at_k": right_RP / samples, "pass_at_k": (right_RP > 0).astype(float)}
 
 
-def interval(per_prompt: np.ndarray) -> tuple[float, float, float]:
-    """Mean over prompts and its 95 % percentile bootstrap interval; the prompts are resampled, the runs are not."""
-    picks = np.random.default_rng(0).integers(len(per_prompt), size=(RESAMPLES, len(per_prompt)))
-    low, high = np.percentile(per_prompt[picks].mean(1), [2.5, 97.5])
-    return float(per_prompt.mean()), float(low), float(high)
+def interval(values_RP: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile bootstrap interval; runs and prompts are both resampled, each on their own."""
+    rng = np.random.default_rng(0)
+    runs_count, prompts = values_RP.shape
+    means = [
+        values_RP[rng.integers(runs_count, size=runs_count)].mean(0)[rng.integers(prompts, size=prompts)].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values_RP.mean()), float(low), float(high)
 
 
-def _share(per_prompt: np.ndarray) -> str:
-    value, low, high = interval(per_prompt)
+def _share(values_RP: np.ndarray) -> str:
+    value, low, high = interval(values_RP)
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _points(per_prompt: np.ndarray) -> str:
-    value, low, high = (100 * figure for figure in interval(per_prompt))
+def _points(values_RP: np.ndarray) -> str:
+    value, low, high = (100 * figure for figure in interval(values_RP))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -71,40 +71,77 @@ def setup() -> str:
     """What all runs have in common."""
     first = next(iter(runs().values()))[0]
     plan, options = first["plan"], first["options"]
-    batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+    batch = options["per_device_train_batch_size"]
     return (
-        f"Demo model ({plan['dtype']}, LoRA rank 8) from its warm start, {plan['tokens']:,} generated tokens per run "
-        f"(rollouts, analyses and replays all count), {batch} rollouts per step in groups of "
-        f"{options['num_generations']}, learning rate {options['learning_rate']:g}; {plan['tasks']} held-out tasks, "
-        f"{plan['samples']} samples each. Torch {first['torch']}, {first['threads']} thread."
+        f"The {plan['model']} model, {plan['tokens']:,} generated tokens per run (rollouts, analyses and replays all "
+        f"count), {batch} rollouts per step in groups of {options['num_generations']}, learning rate "
+        f"{options['learning_rate']:g}; {plan['tasks']} held-out tasks, {plan['samples']} samples each at temperature "
+        f"0.6. Torch {first['torch']}, {first['threads']} thread."
     )
 
 
+def scan() -> str:
+    """Avg@k at the end of one run per learning rate and arm, on a seed that the study does not use."""
+    found = runs(RUNS / "scan")
+    rates = sorted({run["options"]["learning_rate"] for group in found.values() for run in group})
+    lines = ["| learning rate | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for rate in rates:
+        cells = []
+        for group in found.values():
+            run = next((run for run in group if run["options"]["learning_rate"] == rate), None)
+            shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1) if run else []
+            cells.append(" → ".join(f"{share:.1%}" for share in shares))
+        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share_at(run: dict[str, Any], step: int) -> float:
+    """Avg@k of a run after `step` optimiser steps, on the straight line between its measurements."""
+    shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1)
+    return float(np.interp(step, [point["step"] for point in run["points"]], shares))
+
+
 def results() -> str:
-    """Before, and after every arm: the three figures, and Avg@k against GRPO prompt by prompt."""
+    """Before, and after every arm: the three figures, and Avg@k against GRPO seed by seed and prompt by prompt."""
     found = runs()
     samples = found[REFERENCE][0]["plan"]["samples"]
-    shared = sorted(run["seed"] for run in found[REFERENCE])
+    reference = {run["seed"]: run for run in found[REFERENCE]}
     lines = [
-        f"| | seeds | steps | Pass@1 | Avg@{samples} | Pass@{samples} | Avg@{samples} against GRPO on the same seeds, "
-        "points |",
-        "|---|---|---|---|---|---|---|",
+        f"| | seeds | steps | Pass@1 | Avg@{samples} | Pass@{samples} | Avg@{samples} against GRPO, points | seeds "
+        "above GRPO | at equal steps, points |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     before = figures([found[REFERENCE][0]["points"][0]], samples)
-    lines.append(f"| warm start | | 0 | {' | '.join(_share(before[name]) for name in before)} | |")
+    lines.append(f"| start | | 0 | {' | '.join(_share(before[name]) for name in before)} | | | |")
     for arm, group in found.items():
         after = figures([run["points"][-1] for run in group], samples)
-        steps = " ".join(str(run["points"][-1]["step"]) for run in group)
-        seeds = {run["seed"] for run in group}
-        against = ""
-        if arm != REFERENCE and seeds <= set(shared):
-            twins = [run["points"][-1] for run in found[REFERENCE] if run["seed"] in seeds]
-            against = _points(after["avg_at_k"] - figures(twins, samples)["avg_at_k"])
-        lines.append(
-            f"| {arm} | {len(group)} | {steps} | {' | '.join(_share(after[name]) for name in after)} | {against} |"
-        )
+        steps = round(sum(run["points"][-1]["step"] for run in group) / len(group))
+        against = ahead = equal_steps = ""
+        pairs = [(run, reference[run["seed"]]) for run in group if run["seed"] in reference]
+        if arm != REFERENCE and pairs:
+            one, other = (figures([pair[i]["points"][-1] for pair in pairs], samples)["avg_at_k"] for i in (0, 1))
+            against = _points(one - other)
+            ahead = f"{int(((one - other).mean(1) > 0).sum())} of {len(pairs)}"
+            lead = [_share_at(run, run["points"][-1]["step"]) - _share_at(ref, run["points"][-1]["step"])
+                    for run, ref in pairs]  # fmt: skip
+            equal_steps = f"{100 * np.mean(lead):+.1f}"
+        shares = " | ".join(_share(after[name]) for name in after)
+        lines.append(f"| {arm} | {len(group)} | {steps} | {shares} | {against} | {ahead} | {equal_steps} |")
     meanings = [f"`{arm}`: {MEANINGS[arm]}" for arm in found]
     return "\n".join([*lines, "", "; ".join(meanings) + "."])
+
+
+def halfway() -> str:
+    """Avg@k of every arm at each measurement, averaged over its runs: the curve as figures."""
+    found = runs()
+    samples = found[REFERENCE][0]["plan"]["samples"]
+    count = min(len(run["points"]) for group in found.values() for run in group)
+    tokens = [round(np.mean([r["points"][i]["tokens"] for r in found[REFERENCE]]), -3) for i in range(count)]
+    lines = ["| | " + " | ".join(f"{each:,.0f} tokens" for each in tokens) + " |", "|---|" + "---|" * count]
+    for arm, group in found.items():
+        shares = [figures([run["points"][i] for run in group], samples)["avg_at_k"].mean() for i in range(count)]
+        lines.append(f"| {arm} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    return "\n".join(lines)
 
 
 def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -112,22 +149,52 @@ def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def lessons() -> str:
-    """What happened to the lessons of every arm that writes them."""
+    """What happened to the lessons of every arm that writes them, over all its steps, and to its gradients."""
     lines = [
-        "| | pairs | parsed | kept | retention | uplift, points | NLL before, nats | after | policy gradient, median "
-        "norm | NLL gradient | cosine |",
+        "| | mixed groups | lessons | parsed | kept | NLL before the update, nats | after | policy gradient, median "
+        "norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, group in runs().items():
-        pairs, kept = (_logged(group, name).sum() for name in ("mel/mixed_groups", "mel/replay_valid"))
-        if not len(_logged(group, "mel/parsed")) or "mel" not in arm:
+        policy = np.median(_logged(group, "mel/grad_norm_policy"))
+        clipped = (_logged(group, "grad_norm") > MAX_GRAD_NORM).mean()
+        written = _logged(group, "mel/written").sum()
+        if not written:
+            lines.append(f"| {arm} | | | | | | | {policy:.2f} | | | {clipped:.0%} |")
             continue
-        norms = [_logged(group, f"mel/grad_{name}") for name in ("norm_policy", "norm_nll", "cosine")]
-        medians = [f"{np.median(norm):.3f}" if len(norm) else "" for norm in norms]
+        mixed = _logged(group, "mel/mixed_groups").sum() / _logged(group, "mel/groups").sum()
+        parsed, kept = (_logged(group, name).sum() / written for name in ("mel/parsed", "mel/replay_valid"))
+        nll, nll_after = (_logged(group, name).mean() for name in ("mel/nll", "mel/nll_after"))
+        nll_norm = np.median(_logged(group, "mel/grad_norm_nll"))
+        cosine = _logged(group, "mel/grad_cosine")
+        low, high = np.percentile(cosine, [10, 90])
         lines.append(
-            f"| {arm} | {pairs:.0f} | {_logged(group, 'mel/parsed').sum():.0f} | {kept:.0f} | "
-            f"{kept / max(1, pairs):.0%} | {100 * _logged(group, 'mel/replay_uplift').mean():+.1f} | "
-            f"{_logged(group, 'mel/nll').mean():.3f} | {_logged(group, 'mel/nll_after').mean():.3f} | "
-            f"{' | '.join(medians)} |"
+            f"| {arm} | {mixed:.0%} | {written:.0f} | {parsed:.0%} | {kept:.0%} | {nll:.3f} | {nll_after:.3f} | "
+            f"{policy:.2f} | {nll_norm:.2f} | {cosine.mean():+.2f} [{low:+.2f}, {high:+.2f}] | {clipped:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def held_out_lessons() -> str:
+    """Lessons written about held-out tasks at the start and at the end, without training on them."""
+    found = runs()
+    lines = [
+        "| | analyses | parsed | retention (one replay) | solved with the lesson | without | points at the slip |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = {"start": [found[REFERENCE][0]["points"][0]]}
+    rows |= {arm: [run["points"][-1] for run in group] for arm, group in found.items()}
+    for name, points in rows.items():
+        each = [point["lessons"] for point in points]
+        parsed, retention, points_right = (
+            np.mean([one[key] for one in each]) for key in ("parsed", "retention_k1", "points_right")
+        )
+        count = sum(one["analyses"] for one in each)
+        solved, without = (
+            np.mean([float(one[key].split()[0]) for one in each if one[key] != "none"])
+            for key in ("solved_with_lesson", "solved_without")
+        )
+        lines.append(
+            f"| {name} | {count} | {parsed:.0%} | {retention:.0%} | {solved:.0%} | {without:.0%} | {points_right:.0%} |"
         )
     return "\n".join(lines)

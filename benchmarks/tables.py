@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import learning_figures
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/kernels.md", "docs/learning.md")
 MARK = re.compile(r"(<!-- figures (?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -94,7 +96,17 @@ def mass() -> str:
     return "\n".join([f"{report['model']}, {report['tasks']}: {rows}.", "", *lines])
 
 
-FIGURES: dict[str, Callable[[], str]] = {"kernel-cpu": kernel_cpu, "kernel-cpu-line": kernel_cpu_line, "mass": mass}
+FIGURES: dict[str, Callable[[], str]] = {
+    "kernel-cpu": kernel_cpu,
+    "kernel-cpu-line": kernel_cpu_line,
+    "mass": mass,
+    "learning-setup": learning_figures.setup,
+    "learning-results": learning_figures.results,
+    "learning-scan": learning_figures.scan,
+    "learning-curve": learning_figures.halfway,
+    "learning-lessons": learning_figures.lessons,
+    "learning-held-out-lessons": learning_figures.held_out_lessons,
+}
 
 
 def filled(text: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mel_lite.demo_warmup.phrases import GOES_ON, ONLY_ANSWER, PARTING, PARTING_
 from mel_lite.demo_warmup.problems import Problem, Slip, draw_problem, draw_slip, draw_style, write_solution
 from mel_lite.experience import parse_analysis
 from mel_lite.leakage import check_leak
-from mel_lite.templates import DEFAULT_TEMPLATES
+from mel_lite.templates import DEFAULT_TEMPLATES, Templates
 from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
@@ -110,22 +111,22 @@ def chain(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
     return {"prompt": problem.question, "completion": text, "kind": "chain"}
 
 
-def analyse(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
+def analyse(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
     """The analysis prompt for a pair, and the analysis."""
     problem, right, wrong, text, _ = _pair(rng, unused)
-    user = DEFAULT_TEMPLATES.analysis_user
+    user = templates.analysis_user
     for name, value in (("question", problem.question[-1]["content"]), ("wrong", wrong), ("right", right)):
         user = user.replace("{" + name + "}", value)
-    system = {"role": "system", "content": DEFAULT_TEMPLATES.analysis_system}
+    system = {"role": "system", "content": templates.analysis_system}
     return {"prompt": [system, {"role": "user", "content": user}], "completion": text, "kind": "analyse"}
 
 
-def replay(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
+def replay(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
     """A question with notes on it, or on another one, and its right solution."""
     problem, right, _, _, notes = _pair(rng, unused)
     if rng.random() < FOREIGN_NOTES:
         _, _, _, _, notes = _pair(rng, unused)
-    user = DEFAULT_TEMPLATES.replay_user.replace("{question}", problem.question[-1]["content"])
+    user = templates.replay_user.replace("{question}", problem.question[-1]["content"])
     user = user.replace("{experience}", notes.as_text())
     return {"prompt": [{"role": "user", "content": user}], "completion": right, "kind": "replay"}
 
@@ -144,12 +145,19 @@ def _unused_problems(rng: random.Random) -> Iterator[Problem]:
             yield problem
 
 
-def make_examples(counts: dict[str, int] | None = None, *, seed: int = SEED) -> list[dict[str, Any]]:
-    """Shuffled examples; the same for the same counts and seed."""
+def make_examples(
+    counts: dict[str, int] | None = None, *, seed: int = SEED, templates: Templates = DEFAULT_TEMPLATES
+) -> list[dict[str, Any]]:
+    """Shuffled examples in the words of `templates`; the same for the same arguments."""
     counts = COUNTS if counts is None else counts
     rng = random.Random(seed)
     unused = _unused_problems(rng)
-    makers = {"solve": solve, "chain": chain, "analyse": analyse, "replay": replay}
+    makers: dict[str, Callable[[random.Random, Iterator[Problem]], dict[str, Any]]] = {
+        "solve": solve,
+        "chain": chain,
+        "analyse": partial(analyse, templates=templates),
+        "replay": partial(replay, templates=templates),
+    }
     examples = [makers[kind](rng, unused) for kind, count in counts.items() for _ in range(count)]
     rng.shuffle(examples)
     return examples

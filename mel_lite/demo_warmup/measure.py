@@ -30,7 +30,7 @@ from mel_lite.models import ModelSpec, eos_ids, load_base, load_tokenizer
 from mel_lite.pairs import select_pairs
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.study import Desk, StudyOptions, study
-from mel_lite.templates import DEFAULT_TEMPLATES, render
+from mel_lite.templates import DEFAULT_TEMPLATES, Templates, render
 from mel_lite.terminal import printable
 from mel_lite.types import Experience, Group, Rollout, Status, Verdict
 from mel_lite.verify_pool import VerifyPool
@@ -77,7 +77,7 @@ def roll_out(engine: Any, tokenizer: Any, tasks: Any, judge: Judge, conditions: 
 
 
 def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any], list[Experience]]:
-    """Figures of one MEL step without its update, and the experiences behind them."""
+    """Figures of one MEL step of the demo model without its update, and the experiences behind them."""
     spec = ModelSpec("demo", dtype=conditions.dtype)
     tokenizer = load_tokenizer(spec)
     model: Any = load_base(spec)
@@ -86,6 +86,19 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         model = attach_adapter(model, adapter)
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
     tasks = load_tasks(conditions.tasks, limit=conditions.prompts, conversational=True)
+    made = make_examples({"analyse": conditions.made_pairs}, seed=SEED + conditions.seed)
+    return measure_engine(engine, tokenizer, tasks, made, conditions)
+
+
+def measure_engine(
+    engine: Any,
+    tokenizer: Any,
+    tasks: Any,
+    made: Sequence[dict[str, Any]],
+    conditions: Conditions,
+    templates: Templates = DEFAULT_TEMPLATES,
+) -> tuple[dict[str, Any], list[Experience]]:
+    """The same of any policy on `tasks`, prompted with `templates`; `made` are examples of pairs with a known slip."""
     options = StudyOptions(
         analysis=Sampling(conditions.analysis_max_tokens, conditions.analysis_temperature),
         replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
@@ -104,18 +117,17 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         pairs = select_pairs(
             groups, per_group=conditions.pairs_per_group, strategy="longest_prefix", run_seed=conditions.seed, step=0
         )
-        desk = Desk(engine, tokenizer, DEFAULT_TEMPLATES, judge, options, lambda name: nullcontext())
+        desk = Desk(engine, tokenizer, templates, judge, options, lambda name: nullcontext())
         experiences, _ = study(pairs, desk, step=0, batch=0)
     figures = _figures(groups, experiences, conditions, time.monotonic() - started_s)
-    return figures | {"points_right": pointing(engine, tokenizer, conditions)}, experiences
+    return figures | {"points_right": pointing(engine, tokenizer, made, conditions)}, experiences
 
 
-def pointing(engine: Any, tokenizer: Any, conditions: Conditions) -> float:
+def pointing(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions) -> float:
     """Share of made pairs whose greedy analysis names the step, and quotes the lines, that the reference does.
 
-    The pairs hold a known slip each and are drawn by another seed than the warm-up's.
+    The pairs hold a known slip each and should be drawn by another seed than the warm-up's.
     """
-    made = make_examples({"analyse": conditions.made_pairs}, seed=SEED + conditions.seed)
     prefill = DEFAULT_TEMPLATES.analysis_prefill
     requests = [Request(render(each["prompt"], tokenizer, prefill=prefill), seed=0) for each in made]
     done = engine.generate(requests, Sampling(conditions.analysis_max_tokens, temperature=0.0))
