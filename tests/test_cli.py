@@ -22,7 +22,7 @@ SURFACE = Path(__file__).parent / "cli_surface.json"
 def mel_lite_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the installed command as a user would."""
     command = [str(Path(sys.executable).with_name("mel-lite")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=900, check=False)
 
 
 def surface() -> dict[str, list[str]]:
