@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mel_lite import __version__, cli_gpu
-from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
+from mel_lite.cli_shared import ConfigOption, EngineOption, SetOption, console, loading
 from mel_lite.errors import ConfigError, MelLiteError
 from mel_lite.terminal import printable
 
@@ -63,9 +63,7 @@ def train(
         bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
-    ] = None,
+    engine: EngineOption = None,
     set_: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli_shared import ConfigOption, SetOption, console, loading
+from mel_lite.cli_shared import ConfigOption, EngineOption, SetOption, console, loading
 from mel_lite.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> 
     fit."""
     from mel_lite.planning import plan_for
 
-    recipe, made, reason = plan_for(gpu, config, overrides)
+    recipe, made, reason = plan_for(gpu, config, overrides, run_here=True)
     if made is None:
         typer.secho(f"no memory plan: {reason}", err=True)
         return recipe, None
@@ -31,6 +31,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto: the card that is here.")],
     config: ConfigOption = None,
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    engine: EngineOption = None,
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -38,7 +39,8 @@ def plan(
     from mel_lite.planning import plan_for
     from mel_lite.presets import build_args, parse_set
 
-    overrides = [("model.name", model)] if model else []
+    flags = {"model.name": model, "model.engine": engine}
+    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
     recipe, made, reason = plan_for(gpu, config, overrides + [parse_set(text) for text in set_ or []])
     with loading("checking options"):  # as a run would, but on this machine, which need not have the card
         checked = replace(recipe, train={**recipe.train, "use_cpu": True, "bf16": False, "fp16": False})
@@ -49,6 +51,7 @@ def plan(
         typer.echo(made.to_json())
     else:
         console().print(made.view())
+        console().print(made.engine.line, highlight=False, markup=False)
     if not made.fits:
         raise ConfigError(made.refusal())
 

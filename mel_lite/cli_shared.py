@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value over everything else; may be repeated.")
 ]

@@ -46,14 +46,14 @@ class LiveDisplay(TrainerCallback):
     side_service = True
     """A terminal that is gone does not stop training."""
 
-    def __init__(self, console: Console, *, sample_every: int = 10) -> None:
+    def __init__(self, console: Console, trainer: Any = None, *, sample_every: int = 10) -> None:
         self._console = console
         self._sample_every = sample_every
         self._last_sample = 0
         self._progress: Progress | None = None
         self._task: Any = None
-        self.trainer: Any = None
-        """Set after the trainer is built: where samples come from."""
+        self.trainer = trainer
+        """Where samples come from; None = there are none to show."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._console.print(_legend(args))

@@ -75,11 +75,11 @@ class MeteredEngine:
     def sleep(self) -> None:
         self._engine.sleep()
 
-    def limit_concurrency(self, sequences: int) -> bool:
-        """Have the engine sample fewer sequences at once; False when it cannot."""
-        limit = getattr(self._engine, "limit_concurrency", None)
+    def limit_cache(self, tokens: int) -> bool:
+        """Have the engine hold fewer tokens at once; False when it cannot."""
+        limit = getattr(self._engine, "limit_cache", None)
         if limit is not None:
-            limit(sequences)
+            limit(tokens)
         return limit is not None
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -90,6 +90,15 @@ class MeteredEngine:
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
         return completions
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """While open, tokens do not count: they are not training's."""
+        noted = self._clock.generated_tokens, self.total_generated_tokens
+        try:
+            yield
+        finally:
+            self._clock.generated_tokens, self.total_generated_tokens = noted
 
     def _with_one_restart(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Seeds belong to the requests, so what is sampled after a restart is what the failed call would have."""

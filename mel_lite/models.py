@@ -57,7 +57,9 @@ class ModelSpec:
     fast_inference: bool = True
     """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
     gpu_memory_utilization: float | None = None
-    """Share of the GPU's memory vLLM may take while it samples; None = what Unsloth picks for the card."""
+    """Share of the GPU's memory vLLM may take while it samples; None = as planned, else what Unsloth picks."""
+    max_num_seqs: int | None = None
+    """Most sequences vLLM samples at once; None = as planned, else what Unsloth picks."""
     max_lora_rank: int | None = None
     """Largest rank vLLM makes room for; None = that of the adapter."""
     max_seq_length: int | None = None
@@ -73,7 +75,7 @@ class ModelSpec:
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must lie between 0 and 1: it is a share of the "
                 "GPU's memory. Set model.gpu_memory_utilization."
             )
-        for name in ("max_lora_rank", "max_seq_length"):
+        for name in ("max_num_seqs", "max_lora_rank", "max_seq_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1, or null. Set model.{name}.")
         if not self.name:

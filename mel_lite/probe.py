@@ -144,7 +144,6 @@ class Probed:
                 self.engine.sleep()  # scoring needs the memory
                 trainer_T = self._scores(rows)
                 base_T = self._scores(rows, adapter=False)
-                self.engine.wake()
                 mine = [agreement(engine_T, trainer_T, base_T)]
         everyones = gather_object(mine)  # on every process, also where all completions were masked
         if not everyones:

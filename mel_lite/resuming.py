@@ -28,7 +28,7 @@ FREE = (
     "probe_max_diff",
 )  # fmt: skip
 """Options of `train` that change nothing of what a resumed run has already done."""
-ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_lora_rank", "max_seq_length")
+ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_num_seqs", "max_lora_rank", "max_seq_length")
 """Options of `model` that say how it is sampled from: a run whose engine failed may go on with another one."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 """Options of `train` that say how a batch is split; free as long as the batches stay the same."""

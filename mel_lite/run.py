@@ -5,13 +5,8 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
-import gc
-import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,30 +18,28 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from mel_lite import checkpoint, ranks
-from mel_lite.adapters import lora_config, write_fingerprint
+from mel_lite.adapters import lora_config
 from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
-from mel_lite.display import LiveDisplay, comparison_table, funnel_table, peaks_table, sample_panel
+from mel_lite.display import LiveDisplay, peaks_table
 from mel_lite.engines.unsloth import is_unsloth
-from mel_lite.errors import ConfigError, DataError, EngineError, ExportError, MelLiteError, ModelError
+from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
-from mel_lite.export import export
+from mel_lite.finish import export_trained, print_summary, release, save
 from mel_lite.gguf_files import GGUF_TYPES, find_tools
 from mel_lite.loading import load_for_training
 from mel_lite.models import context_length, load_config, load_tokenizer
 from mel_lite.planning import shape_for
+from mel_lite.prediction import predict
 from mel_lite.presets import Recipe, build_args, resolve
 from mel_lite.ranks import SplitEngine
 from mel_lite.resuming import check_changes
 from mel_lite.runs import run_folder
-from mel_lite.store import ExperienceRow, ExperienceStore
 from mel_lite.templates import load_templates, render
-from mel_lite.terminal import printable
 from mel_lite.trainer import MELTrainer
-from mel_lite.types import Status
 from mel_lite.verifiers import get_verifier
-from mel_lite.workload import predict, workload
-from mel_lite.worst_case import PhasePeak, WorstStepFirst, gauge_here
+from mel_lite.workload import workload
+from mel_lite.worst_case import Gauge, PhasePeak, WorstStepFirst, gauge_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +135,8 @@ def train(
         ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
         resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
+        checks_memory = torch.cuda.is_available() if worst_case is None else worst_case
+        gauge = gauge_here() if checks_memory else None  # before a model takes anything
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
@@ -151,16 +146,21 @@ def train(
         )
         if tasks.dropped_long:
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
-        display = LiveDisplay(console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, display, console)
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
         if leads and not resume:
             _write_config(recipe, folder)
         elif leads:
             trainer.add_callback(_OnceAccepted(recipe, folder))
-        if torch.cuda.is_available() if worst_case is None else worst_case:
-            _worst_step_first(trainer, recipe, console, budget_bytes)
+        if gauge is not None:
+            _worst_step_first(trainer, recipe, console, gauge, budget_bytes)
+        # After the worst step, which is there to save the time that this takes, too.
+        before = _EvaluatedBefore(
+            lambda: _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
+        )
+        trainer.add_callback(before)
+        display = LiveDisplay(console, trainer)
+        trainer.add_callback(display)  # last: nothing else may draw while its bar is there
         try:
-            before = _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
             trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, folder) from error
@@ -169,11 +169,12 @@ def train(
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
         if leads:
-            adapter_dir = _save(trainer, recipe, folder)
+            adapter_dir = save(trainer, recipe, folder)
             apart = is_unsloth(trainer.model)
-            _release(trainer)
-            exported = _export(recipe, adapter_dir, folder, console, apart=apart)
-            _summary(trainer, folder, adapter_dir, exported, before, after, time.monotonic() - started_s, console)
+            release(trainer)
+            exported = export_trained(recipe, adapter_dir, folder, console, apart=apart)
+            elapsed_s = time.monotonic() - started_s
+            print_summary(trainer, folder, adapter_dir, exported, before.result, after, elapsed_s, console)
         trainer.accelerator.end_training()
 
 
@@ -182,6 +183,17 @@ def _write_config(recipe: Recipe, folder: Path) -> None:
     part = folder / ".config.yaml"
     part.write_text(recipe.as_yaml())
     part.replace(folder / "config.yaml")
+
+
+class _EvaluatedBefore(TrainerCallback):
+    """Measures the model before its first step. A resumed run reads what it measured then."""
+
+    def __init__(self, evaluation: Callable[[], EvalResult | None]) -> None:
+        self._evaluation = evaluation
+        self.result: EvalResult | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.result = self._evaluation()
 
 
 class _OnceAccepted(TrainerCallback):
@@ -202,13 +214,16 @@ def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
     )
 
 
-def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, budget_bytes: int | None) -> None:
+def _worst_step_first(
+    trainer: MELTrainer, recipe: Recipe, console: Console, gauge: Gauge, budget_bytes: int | None
+) -> None:
     """Have the trainer begin with the worst step, where a plan says what that is."""
     if ranks.world() > 1:
         console.print("No worst step first: it is taken on one process only.")
         return
     try:
-        load = workload(recipe, shape_for(recipe))
+        vllm_card_bytes = torch.cuda.mem_get_info()[1] if trainer.engine.own_kernels else None
+        load = workload(recipe, shape_for(recipe), vllm_card_bytes=vllm_card_bytes)
     except (ModelError, ConfigError) as reason:
         console.print(f"No worst step first: {reason}", markup=False)
         return
@@ -220,9 +235,7 @@ def _worst_step_first(trainer: MELTrainer, recipe: Recipe, console: Console, bud
 
     predicted = predict(load) if torch.cuda.is_available() else ()
     console.print("before the first step comes the worst one: everything at full length (--no-worst-case skips it)")
-    trainer.add_callback(
-        WorstStepFirst(trainer, load, predicted, report, gauge=gauge_here(), budget_bytes=budget_bytes)
-    )
+    trainer.add_callback(WorstStepFirst(trainer, load, predicted, report, gauge=gauge, budget_bytes=budget_bytes))
 
 
 def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
@@ -242,9 +255,7 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
     return False
 
 
-def _build_trainer(
-    recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, display: LiveDisplay, console: Console
-) -> MELTrainer:
+def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, console: Console) -> MELTrainer:
     from transformers import PrinterCallback
 
     model, peft_config = load_for_training(recipe, args, console)
@@ -255,7 +266,6 @@ def _build_trainer(
             train_dataset=tasks.train,
             eval_dataset=tasks.held_out,
             processing_class=tokenizer,
-            callbacks=[display],
             peft_config=peft_config,
         )
     except MelLiteError:
@@ -263,7 +273,6 @@ def _build_trainer(
     except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of their options
         raise ConfigError(f"section 'train': {error}") from error
     trainer.remove_callback(PrinterCallback)
-    display.trainer = trainer
     return trainer
 
 
@@ -273,9 +282,9 @@ def _evaluation(
     """Measure the model as it is on the held-out tasks; None when the recipe has none."""
     if tasks.held_out is None:
         return None
-    if reuse and path.is_file():
-        return EvalResult.from_json(path.read_text())
-    with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"):
+    if reuse:  # what there is to measure now is another model
+        return EvalResult.from_json(path.read_text()) if path.is_file() else None
+    with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"), trainer.engine.uncounted():
         result = evaluate(
             SplitEngine(trainer.engine) if ranks.world() > 1 else trainer.engine,
             trainer.processing_class,
@@ -292,109 +301,3 @@ def _evaluation(
         path.parent.mkdir(exist_ok=True)
         path.write_text(result.to_json() + "\n")
     return result
-
-
-def _save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
-    """Write the trained adapter (or the whole model, without LoRA) in PEFT's layout; returns its folder."""
-    adapted = hasattr(trainer.model, "peft_config")
-    target = folder / ("adapter" if adapted else "model")
-    trainer.model.save_pretrained(target)
-    trainer.processing_class.save_pretrained(target)
-    if adapted:
-        write_fingerprint(target, trainer.model, revision=recipe.model.revision)
-    return target
-
-
-def _release(trainer: MELTrainer) -> None:
-    """Give up the memory of a trained and saved model, so that the export has the GPU to itself.
-
-    Storage is emptied in place: too many objects refer to the tensors to let go of all of them.
-    """
-    if trainer.optimizer is not None:
-        trainer.optimizer.state.clear()
-    for model in filter(None, (trainer.model, trainer.ref_model)):
-        for weight in [*model.parameters(), *model.buffers()]:
-            weight.grad = None
-            weight.data = weight.data.new_empty(0)
-            if getattr(weight, "quant_state", None) is not None:
-                weight.quant_state = None
-    for module in trainer.model.modules():
-        if getattr(module, "quant_state", None) is not None:  # a 4-bit layer keeps it a second time
-            module.quant_state = None
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _export(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, apart: bool = False) -> Any:
-    """Write the merged model; the report, or None when there is none to show. `apart`: in a process of its own."""
-    if recipe.export.format is None or adapter_dir.name != "adapter":
-        return None
-    target = folder / recipe.export.format
-    if target.exists():  # of the run before it was resumed
-        shutil.rmtree(target)
-    if apart:
-        _export_apart(recipe, adapter_dir, target, console)
-        return None
-    try:
-        with console.status(f"exporting {recipe.export.format}"):
-            return export(
-                adapter_dir, target, format=recipe.export.format, base=recipe.model, dtype=recipe.export.dtype
-            )
-    except ExportError as error:
-        # The adapter is saved; an export can be had later with `mel-lite export`.
-        console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
-    except torch.OutOfMemoryError:
-        console.print(
-            "[yellow]not exported:[/] the GPU has no room for the model in 16 bits. Export on the CPU: "
-            f"CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
-        )
-    return None
-
-
-def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
-    """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
-    command = [sys.executable, "-m", "mel_lite", "export", str(adapter_dir), "--output", str(target)]
-    command += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
-    with console.status(f"exporting {recipe.export.format} in a process of its own"):
-        done = subprocess.run(
-            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
-        )
-    told = done.stdout if done.returncode == 0 else f"not exported: {done.stderr}"
-    console.print(printable(told), highlight=False, markup=False)
-
-
-def _summary(
-    trainer: MELTrainer,
-    folder: Path,
-    adapter_dir: Path,
-    exported: Any,
-    before: EvalResult | None,
-    after: EvalResult | None,
-    elapsed_s: float,
-    console: Console,
-) -> None:
-    console.rule("summary")
-    if before is not None and after is not None:
-        console.print(comparison_table(before, after))
-    if trainer.args.with_meta_experience:
-        console.print(funnel_table(trainer.funnel_totals))
-        with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
-            for row in exemplary(store):
-                console.print(sample_panel(row))
-    if exported is not None:
-        console.print(exported.as_table())
-    if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
-        console.print(f"[yellow]{trainer.idle_advice}[/]")
-    console.print(f"adapter   {escape(str(adapter_dir))}")
-    if exported is not None:
-        console.print(f"exported  {escape(str(exported.path))}")
-    if trainer.args.with_meta_experience:
-        console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
-    console.print(f"took {elapsed_s / 60:.1f} min")
-
-
-def exemplary(store: ExperienceStore, most: int = 3) -> list[ExperienceRow]:
-    """Up to `most` meta-experiences to show: kept ones first, then one of each way to be dropped, newest first."""
-    kept = store.list(status=Status.KEPT, limit=most - 1)
-    dropped = [row for status in Status if status is not Status.KEPT for row in store.list(status=status, limit=1)]
-    return [*kept, *dropped][:most]

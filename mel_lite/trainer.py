@@ -169,6 +169,7 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
         with self._clock("rollout"):
             self.engine.wake()
             completions = self.engine.generate(requests, sampling)
+            self.engine.sleep()  # scoring comes next, which needs the memory
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [list(c.ids) for c in completions],

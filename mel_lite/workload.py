@@ -1,15 +1,15 @@
-"""What a recipe asks of a GPU's memory: the lengths and counts of its steps, and the peak of every phase of a run."""
+"""What a recipe asks of a GPU's memory: the lengths and counts of its steps, and how vLLM shares the card."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mel_lite import memory
+from mel_lite import memory, vllm_memory
+from mel_lite.adapters import adapter_rank
 from mel_lite.errors import ConfigError
-from mel_lite.memory import CONTEXT_BYTES, Shape
+from mel_lite.memory import Shape
 from mel_lite.presets import Recipe
 
 DEFAULTS: dict[str, Any] = {
@@ -47,16 +47,6 @@ MAX_SEQUENCES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """Predicted peak of one phase of a run."""
-
-    name: str
-    bytes: int
-    parts: dict[str, int]
-    """What the bytes are made of; they sum to `bytes`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """Rows that go forward and backward at once, each as (tokens, scored tokens)."""
 
@@ -79,6 +69,20 @@ def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: 
     rows = max(1, min(most_rows, math.ceil(budget_tokens / row_tokens)))
     length = row_tokens if rows == 1 else min(row_tokens, budget_tokens // rows)
     return ((length, min(scored_tokens, length - 1)),) * rows
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMShare:
+    """How vLLM samples from the trained weights."""
+
+    card_bytes: int
+    """Memory of the card, of which it takes a share."""
+    rank: int
+    """Of the largest adapter it makes room for."""
+    sequences: int
+    """Most it samples at once."""
+    utilization: float | None = None
+    """Share of the card; None = not chosen yet: the least it can do with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,16 @@ class Workload:
     measures_gradients: bool
     scores_rollouts: bool
     exports: bool
+    assumes_prompts: bool
+    """Whether nothing bounds the prompts, so that their length is a guess."""
+    vllm: VLLMShare | None = None
+    """None: transformers' generation, or Unsloth's own."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the loaded base model."""
+        options: dict[str, Any] = {"double_quant": self.double_quant, "element_bytes": self.element_bytes}
+        return memory.weight_bytes(self.shape, four_bit=self.four_bit, **options)
 
     @property
     def adapter_bytes(self) -> int:
@@ -166,17 +180,56 @@ class Workload:
             phases["replay"] = (self.replays, replay_tokens, self.completion_tokens)
         return phases
 
+    @property
+    def longest_sampled(self) -> int:
+        """Tokens of the longest sequence that is sampled, its prompt included."""
+        return max(prompt + new for _, prompt, new in self.sampled.values())
+
+    @property
+    def vllm_overhead_bytes(self) -> int:
+        """vLLM's share without weights and cache."""
+        assert self.vllm is not None
+        rank, sequences = self.vllm.rank, self.vllm.sequences
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        return vllm_memory.overhead_bytes(self.shape, sequences, rank, **options)
+
+    def share_of(self, cache_tokens: int) -> int:
+        """Bytes of vLLM's share with a cache of so many tokens."""
+        cache = memory.kv_cache_bytes(self.shape, cache_tokens, self.element_bytes)
+        return self.weight_bytes + self.vllm_overhead_bytes + cache
+
+    @property
+    def share_bytes(self) -> int:
+        """vLLM's share: as set, or what a cache for the longest sequence takes."""
+        assert self.vllm is not None
+        if self.vllm.utilization is None:
+            return self.share_of(self.longest_sampled + vllm_memory.BLOCK_TOKENS)
+        return int(self.vllm.utilization * self.vllm.card_bytes)
+
+    @property
+    def vllm_cache_tokens(self) -> int:
+        """Tokens that vLLM's cache has room for."""
+        left = self.share_bytes - self.weight_bytes - self.vllm_overhead_bytes
+        return vllm_memory.cache_tokens(self.shape, left, self.element_bytes)
+
     def at_once(self, phase: str) -> int:
-        """Sequences of a phase that the engine samples together."""
+        """Sequences of a phase that the engine samples together; vLLM those that its cache holds at full length."""
         sequences, prompt_tokens, new_tokens = self.sampled[phase]
+        if self.vllm is not None:
+            held = self.vllm_cache_tokens // (prompt_tokens + new_tokens)
+            return max(1, min(sequences, self.vllm.sequences, held))
         most = min(sequences, MAX_SEQUENCES)
         if self.max_cache_tokens is None:
             return most
         return max(1, min(most, self.max_cache_tokens // (prompt_tokens + new_tokens)))
 
 
-def workload(recipe: Recipe, shape: Shape) -> Workload:
-    """What a recipe asks of a model of this shape. Raises ConfigError for full fine-tuning, which is not predicted."""
+def workload(recipe: Recipe, shape: Shape, *, vllm_card_bytes: int | None = None) -> Workload:
+    """What a recipe asks of a model of this shape.
+
+    `vllm_card_bytes`: memory of the card that vLLM takes a share of; None where something else samples.
+    Raises: ConfigError for full fine-tuning, which is not predicted.
+    """
     if recipe.lora is None:
         raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Give section `lora` its options.")
     option = {key: option_of(recipe, key) for key in DEFAULTS}
@@ -198,7 +251,7 @@ def workload(recipe: Recipe, shape: Shape) -> Workload:
         double_quant=recipe.model.double_quant,
         element_bytes=4 if recipe.model.dtype == "float32" else 2,
         fp16=bool(option["fp16"]),
-        lora=tuple(memory.lora_sizes(shape, recipe.lora.r, recipe.lora.target_modules)),
+        lora=tuple(memory.lora_sizes(shape, adapter_rank(recipe.lora), recipe.lora.target_modules)),
         prompt_tokens=prompt,
         completion_tokens=completion,
         context_tokens=context,
@@ -212,9 +265,22 @@ def workload(recipe: Recipe, shape: Shape) -> Workload:
         checkpointing=bool(option["gradient_checkpointing"]),
         optim=str(option["optim"]),
         measures_gradients=bool(option["grad_norm_every"]),
-        scores_rollouts=option["beta"] != 0 or accumulation % (steps * option["num_iterations"]) != 0,
+        # TRL scores them where vLLM sampled, for its importance weights.
+        scores_rollouts=vllm_card_bytes is not None
+        or option["beta"] != 0
+        or accumulation % (steps * option["num_iterations"]) != 0,
         exports=recipe.export.format is not None,
+        assumes_prompts=recipe.data.max_prompt_tokens is None,
+        vllm=None if vllm_card_bytes is None else _vllm_share(recipe, vllm_card_bytes, max(completions, pairs)),
     )
+
+
+def _vllm_share(recipe: Recipe, card_bytes: int, sequences: int) -> VLLMShare:
+    assert recipe.lora is not None
+    spec = recipe.model
+    rank = spec.max_lora_rank or adapter_rank(recipe.lora)
+    most = spec.max_num_seqs or min(sequences, vllm_memory.MOST_SEQUENCES)
+    return VLLMShare(card_bytes, rank, most, spec.gpu_memory_utilization)
 
 
 def with_lessons(recipe: Recipe) -> bool:
@@ -239,89 +305,3 @@ def option_of(recipe: Recipe, key: str) -> Any:
         if type(value) is not int or value < least:
             raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {least}. Set train.{key}.")
     return value
-
-
-def predict(load: Workload) -> tuple[Phase, ...]:
-    """Peak of every phase of a run, in order: what stays, and what comes and goes with the allocator's share."""
-    shape, e, four_bit = load.shape, load.element_bytes, load.four_bit
-    weights = memory.weight_bytes(shape, four_bit=four_bit, double_quant=load.double_quant, element_bytes=e)
-    parameter_bytes, parameters = load.adapter_bytes, sum(load.lora)
-    states, temporaries = memory.optimiser_bytes(load.lora, load.optim, parameter_bytes)
-    adapter = {"LoRA": parameter_bytes * parameters, "optimiser states": states}
-    gradients = {"LoRA gradients": parameter_bytes * parameters}
-
-    def phase(name: str, moving: Mapping[str, int], staying: Mapping[str, int] = adapter) -> Phase:
-        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * sum(moving.values()))
-        parts = {"CUDA and allocator": overhead, "weights": weights, **staying, **moving}
-        return Phase(name, sum(parts.values()), parts)
-
-    def generation(name: str) -> Phase:
-        at_once, (_, prompt_tokens, new_tokens) = load.at_once(name), load.sampled[name]
-        total = memory.generation_bytes(shape, at_once, prompt_tokens, new_tokens, four_bit=four_bit, element_bytes=e)
-        cache = memory.kv_cache_bytes(shape, at_once * (prompt_tokens + new_tokens), e)
-        return phase(name, {"KV cache": min(cache, total), "activations": max(0, total - cache)})
-
-    phases = [phase("load", {"tensors on their way to 4 bits": memory.load_bytes(shape, four_bit=four_bit)}, {})]
-    phases += [generation(name) for name in load.sampled]
-    if scored := _scoring(load):
-        phases.append(phase("scoring", {"activations": scored}))
-    phases.append(phase("update", max((_update(load, part) for part in load.fullest_parts), key=_total)))
-    vectors = 16 * parameters if load.measures_gradients else 0
-    phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
-    if load.exports:
-        # The trained model is given up first; `weights` are those of the merged one.
-        merged = memory.export_bytes(shape, e)
-        overhead = CONTEXT_BYTES + int(memory.ALLOCATOR_SHARE * merged)
-        phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
-    return tuple(phases)
-
-
-def _scoring(load: Workload) -> int:
-    """Passes without gradient: lessons after their update, one row at a time, and rollouts where TRL asks for them."""
-    options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
-    most = 0
-    if load.pairs:
-        block = (1, load.lesson_tokens)
-        most = memory.scoring_bytes(load.shape, block, load.pairs * load.analysis_tokens, **options)
-    if load.scores_rollouts:
-        rows = load.micro_batch
-        if load.max_micro_batch_tokens is not None:
-            rows = max(1, min(rows, load.max_micro_batch_tokens // load.rollout_tokens))
-        block = (rows, load.rollout_tokens)
-        scored = load.completions * load.completion_tokens
-        most = max(most, memory.scoring_bytes(load.shape, block, scored, **options))
-    return most
-
-
-def _total(parts: Mapping[str, int]) -> int:
-    return sum(parts.values())
-
-
-def _update(load: Workload, part: Part) -> dict[str, int]:
-    """Forward and backward of one part of a micro-batch, and the gradients it leaves."""
-    sixteen_bit = not load.four_bit and load.element_bytes == 2
-    activations = memory.update_bytes(
-        load.shape,
-        part.lengths,
-        part.scored_tokens,
-        checkpointing=load.checkpointing,
-        four_bit=load.four_bit,
-        measured=load.measures_gradients,
-        # PEFT's float32 adapters beside 16-bit layers; those beside 4-bit layers leave their input to autocast.
-        casts=sixteen_bit,
-        element_bytes=load.element_bytes,
-        u_bytes=4 if load.fp16 or load.element_bytes == 4 else 2,
-    )
-    parameters = sum(load.lora)
-    # Autograd sums a weight's gradients of several blocks before it adds them to the rest.
-    in_flight = 2 if len(memory.blocks_of(part.lengths)) > 1 else 1
-    # Autocast keeps a 16-bit copy of an adapter in another dtype. The gradient meter keeps a float32 sum for each loss
-    # term, beside the gradient it adds.
-    copies = 2 * parameters if load.fp16 or not load.four_bit else 0
-    sums = 12 * parameters if load.measures_gradients else 0
-    return {
-        "LoRA gradients": in_flight * load.adapter_bytes * parameters,
-        "activations": activations,
-        "adapter copies": copies,
-        "measured gradients": sums,
-    }

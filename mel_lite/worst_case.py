@@ -21,13 +21,24 @@ from mel_lite.engines.hf import evaluating
 from mel_lite.errors import ConfigError
 from mel_lite.memory import CONTEXT_BYTES, GIB
 from mel_lite.packing import pack
+from mel_lite.prediction import Phase
 from mel_lite.scoring import score
 from mel_lite.statefiles import rng_state, set_rng_state
 from mel_lite.types import Lesson
-from mel_lite.workload import Part, Phase, Workload
+from mel_lite.workload import Part, Workload
 
 MOST_TRIES = 7
 """Halvings before a phase is given up."""
+FEW_TOKENS = 16
+"""Sampled in the worst step by an engine whose memory does not grow with what it samples."""
+
+
+class OutOfMemoryIn(Exception):
+    """A phase of the worst step ran out of memory."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__(phase)
+        self.phase = phase
 
 
 class Gauge(Protocol):
@@ -39,7 +50,19 @@ class Gauge(Protocol):
 
 
 class GpuGauge:
-    """What PyTorch's allocator took from the GPU, and the planner's allowance for the CUDA context."""
+    """What this process takes of the GPU, whatever allocated it.
+
+    Memory in use on the device now, and what PyTorch's allocator held above that at its peak. The allocator's own
+    figures alone would not do: it counts vLLM's cache on while that sleeps. What was in use when the gauge was made is
+    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded.
+    """
+
+    def __init__(self) -> None:
+        some = torch.ones(64, 64, device="cuda")
+        (some @ some).sum().item()  # the libraries' workspaces are there from now on
+        del some
+        torch.cuda.empty_cache()
+        self._before_bytes = self._used_bytes()
 
     def start(self) -> None:
         torch.cuda.synchronize()
@@ -47,7 +70,14 @@ class GpuGauge:
         torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved() + CONTEXT_BYTES
+        torch.cuda.synchronize()
+        above_now = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+        return self._used_bytes() - self._before_bytes + above_now + CONTEXT_BYTES
+
+    @staticmethod
+    def _used_bytes() -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return total_bytes - free_bytes
 
 
 class HostGauge:
@@ -84,6 +114,7 @@ def worst_step(
         load: Lengths and counts of the step; `at_once` sequences of each sampling phase are sampled, one round.
         states_bytes: Of the optimiser's states, held meanwhile where it has none yet.
         only: Names of the phases to go through; None = all there are.
+    Raises: OutOfMemoryIn the phase that did.
     """
     peaks: dict[str, int] = {}
 
@@ -91,17 +122,20 @@ def worst_step(
         if only is not None and name not in only:
             return
         gauge.start()
-        phase()
+        try:
+            phase()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryIn(name) from error
         peaks[name] = gauge.peak_bytes()
 
     held = 0 if trainer.optimizer is not None and trainer.optimizer.state else states_bytes
     states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)
     with _as_it_was(trainer):
-        trainer.engine.wake()
-        for name in () if trainer.engine.own_kernels else load.sampled:  # vLLM takes its share when it starts
+        trainer.engine.sleep()  # so that waking up has to find its memory beside the optimiser's states
+        for name in load.sampled:
             measured(name, lambda name=name: _sample(trainer, load, name))  # type: ignore[misc]
         trainer.engine.sleep()
-        if load.pairs or load.scores_rollouts or trainer.use_vllm:
+        if load.pairs or load.scores_rollouts:
             measured("scoring", lambda: _score(trainer, load))
         measured("update", lambda: _update(trainer, load))
     del states
@@ -151,6 +185,9 @@ def _ids(trainer: Any, tokens: int, start: int = 0) -> list[int]:
 def _sample(trainer: Any, load: Workload, name: str) -> None:
     _, prompt_tokens, new_tokens = load.sampled[name]
     requests = [Request(tuple(_ids(trainer, prompt_tokens, i)), i) for i in range(load.at_once(name))]
+    if load.vllm is not None:  # its cache has its size from the start
+        new_tokens = min(new_tokens, FEW_TOKENS)
+    trainer.engine.wake()
     trainer.engine.generate(requests, Sampling(new_tokens, trainer.temperature, ignore_eos=True))
 
 
@@ -242,8 +279,8 @@ class WorstStepFirst(TrainerCallback):
         for _attempt in range(MOST_TRIES):
             try:
                 measured = worst_step(self._trainer, self._load, self._gauge, states_bytes=states)
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(self._refusal("update", None)) from error
+            except OutOfMemoryIn as error:
+                raise ConfigError(self._refusal(error.phase, None)) from error
             finally:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -263,34 +300,55 @@ class WorstStepFirst(TrainerCallback):
 
     def _adapt(self, over: Sequence[PhasePeak]) -> str:
         """Halve what the phases over the budget do at once; returns the options for it. Raises ConfigError."""
-        load, changes = self._load, []
+        changes: dict[str, Any] = {}
         for peak in over:
-            if peak.name == "update":
-                longest = max(load.rollout_tokens, load.lesson_tokens if load.pairs else 0)
-                if not self._trainer.halve_budget(most=load.micro_batch_tokens, least=longest):
-                    raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
-                tokens = self._trainer.budget_tokens
-                self._load = replace(self._load, max_micro_batch_tokens=tokens)
-                changes.append(f"max_micro_batch_tokens={tokens}")
-            elif peak.name in load.sampled:
-                sequences, (_, prompt, new) = load.at_once(peak.name) // 2, load.sampled[peak.name]
-                if sequences < 1 or not self._trainer.engine.limit_concurrency(sequences):
-                    raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
-                cached = min(self._load.max_cache_tokens or sequences * (prompt + new), sequences * (prompt + new))
-                self._load = replace(self._load, max_cache_tokens=cached)
-                changes.append(f"max_cache_tokens={cached}")
-            else:
-                raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
-        return " ".join(f"--set train.{change}" for change in dict.fromkeys(changes))
+            if peak.name in self._load.sampled:
+                tokens = self._sample_less(peak)
+                changes["max_cache_tokens"] = min(tokens, changes.get("max_cache_tokens", tokens))
+            elif "max_micro_batch_tokens" not in changes:  # once for scoring and update together
+                changes["max_micro_batch_tokens"] = self._train_less(peak)
+        self._load = replace(self._load, **changes)
+        return " ".join(f"--set train.{key}={tokens}" for key, tokens in changes.items())
+
+    def _train_less(self, peak: PhasePeak) -> int:
+        """Half of the tokens that go through the model at once."""
+        load = self._load
+        longest = max(load.rollout_tokens, load.lesson_tokens if load.pairs else 0)
+        if not self._trainer.halve_budget(most=load.micro_batch_tokens, least=longest):
+            raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
+        return int(self._trainer.budget_tokens)
+
+    def _sample_less(self, peak: PhasePeak) -> int:
+        """Tokens of half of the sequences that the phase samples at once."""
+        load = self._load
+        sequences, (_, prompt, new) = load.at_once(peak.name) // 2, load.sampled[peak.name]
+        tokens = min(load.max_cache_tokens or sequences * (prompt + new), sequences * (prompt + new))
+        if load.vllm is not None or sequences < 1 or not self._trainer.engine.limit_cache(tokens):
+            raise ConfigError(self._refusal(peak.name, peak.measured_bytes))
+        return tokens
 
     def _refusal(self, name: str, measured_bytes: int | None) -> str:
         took = "runs out of memory" if measured_bytes is None else f"takes {measured_bytes / GIB:.1f} GiB"
         budget = "" if self._budget_bytes is None else f" of the {self._budget_bytes / GIB:.1f} GiB there are"
+        if self._load.vllm is not None and name in self._load.sampled:
+            return f"The worst step's {name} {took}{budget}. {self._smaller_share(measured_bytes)}"
         knob = "train.max_completion_length" if name in ("rollout", "replay") else "train.max_context_tokens"
         return (
             f"The worst step's {name} {took}{budget}, with one row at a time. Lower {knob}, take a smaller model, or "
             "set train.gradient_checkpointing=true and model.load_in_4bit=true where they are off. "
             "(--no-worst-case trains without this check.)"
+        )
+
+    def _smaller_share(self, measured_bytes: int | None) -> str:
+        """What to do where vLLM takes too much: its share cannot be changed once it runs."""
+        assert self._load.vllm is not None
+        share = self._load.share_bytes / self._load.vllm.card_bytes
+        over = share / 10
+        if measured_bytes is not None and self._budget_bytes is not None:
+            over = (measured_bytes - self._budget_bytes) / self._load.vllm.card_bytes
+        return (
+            f"Start again with a smaller share for vLLM, --set model.gpu_memory_utilization={share - over:.2f} (now "
+            f"{share:.2f}), or sample with transformers: --engine hf. (--no-worst-case trains without this check.)"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
@@ -84,6 +85,7 @@ def test_an_engine_that_cannot_be_had_is_refused(machine: Machine, lora: Any, mo
         ({"engine": "vllm"}, "engine='vllm' is not one of auto, unsloth, hf"),
         ({"gpu_memory_utilization": 1.5}, "must lie between 0 and 1"),
         ({"max_lora_rank": 0}, "max_lora_rank=0 must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
         ({"max_seq_length": -1}, "max_seq_length=-1 must be at least 1"),
     ],
 )
@@ -176,7 +178,8 @@ def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(asked.pop("dtype")) == "torch.bfloat16" and asked.pop("standby at import") == "1"
     assert asked == {
         "model_name": str(tmp_path / "base"), "load_in_4bit": True, "revision": None, "fast_inference": True,
-        "max_lora_rank": 8, "gpu_memory_utilization": 0.5, "max_seq_length": 512, "use_gradient_checkpointing": False,
+        "max_lora_rank": 8, "gpu_memory_utilization": 0.5, "max_num_batched_tokens": 4096, "max_seq_length": 512,
+        "use_gradient_checkpointing": False,
         "use_exact_model_name": True, "use_safetensors": True, "offload_embedding": False, "trust_remote_code": False,
         "random_state": 11,
     }  # fmt: skip
@@ -185,8 +188,8 @@ def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_ = {
-        "model.gpu_memory_utilization": 0.7, "model.max_lora_rank": 64, "model.max_seq_length": 333,
-        "model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 0,
+        "model.gpu_memory_utilization": 0.7, "model.max_num_seqs": 48, "model.max_lora_rank": 64,
+        "model.max_seq_length": 333, "model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 0,
     }  # fmt: skip
     asked = fake_load(tmp_path, monkeypatch, GPU, **set_)
     assert {name: asked[name.removeprefix("model.")] for name in set_ if "model" in name} == {
@@ -196,6 +199,18 @@ def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.
     assert os.environ[KEEP_UTILIZATION] == "1", "else Unsloth ignores the share in standby"
     without = fake_load(tmp_path, monkeypatch, CPU, **{"model.engine": "unsloth"})
     assert "fast_inference" not in without and without["standby at import"] is None
+
+
+def test_unsloth_is_given_the_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies by what is free, and vLLM by all there is: a share of the card must come out."""
+    from mel_lite.engines import unsloth
+
+    assert unsloth._share_of_free(0.7) == 0.7 and unsloth._share_of_free(None) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(20e9), int(24e9)))
+    asked = unsloth._share_of_free(0.7)
+    assert asked is not None and asked * 20 / 24 == pytest.approx(0.7)
+    assert unsloth._share_of_free(0.95) == 0.99 and unsloth._share_of_free(None) is None
 
 
 @pytest.mark.parametrize(

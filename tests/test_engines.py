@@ -84,9 +84,7 @@ def test_a_phase_goes_out_at_once_sorted_by_prompt_with_its_seeds(model: Any) ->
         "n": 1, "seed": None, "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.0,
         "repetition_penalty": 1.0, "stop_token_ids": [EOS], "ignore_eos": False, "logprobs": 0, "detokenize": False,
     }  # fmt: skip
-    engine.limit_concurrency(4)
     assert [len(c.ids) for c in engine.generate(asked, Sampling(9, ignore_eos=True))] == [9] * 6
-    assert [len(call.prompts) for call in llm.calls[1:]] == [4, 2]
     assert llm.calls[1].params[0].ignore_eos and llm.calls[1].params[0].stop_token_ids == []
     alone = [fake_vllm_engine(model)[0].generate([r], Sampling(4, 0.5, 0.9, 7))[0] for r in asked]
     assert done == alone, "answers come in the order of the requests"

@@ -195,7 +195,7 @@ def test_concurrency_can_be_lowered_and_samples_the_same(tmp_path: Path) -> None
     engine._generate_batch = lambda m, rows, s: sizes.append(len(rows)) or batch(m, rows, s)  # type: ignore[method-assign]
     requests = [Request((5, 6, 7), seed) for seed in range(6)]
     expected = engine.generate(requests, Sampling(8))
-    engine.limit_concurrency(4)
-    engine.limit_concurrency(5)  # lowered, never raised
+    engine.limit_cache(4 * 11)
+    engine.limit_cache(5 * 11)  # lowered, never raised
     assert [c.ids for c in engine.generate(requests, Sampling(8))] == [c.ids for c in expected]
     assert sizes == [6, 4, 2]

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from mel_lite import attention, run
+from mel_lite import attention, finish
 from mel_lite.attention import NAME, attention_for, register
 from mel_lite.models import ModelSpec, load_base
 from mel_lite.presets import resolve
@@ -117,7 +117,7 @@ def test_an_export_that_does_not_fit_keeps_the_run(tmp_path: Path, monkeypatch: 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run, "export", full)
+    monkeypatch.setattr(finish, "export", full)
     console = Console(width=200, record=True, file=(tmp_path / "shown").open("w"))
-    assert run._export(resolve(preset="24gb"), tmp_path / "adapter", tmp_path, console) is None
+    assert finish.export_trained(resolve(preset="24gb"), tmp_path / "adapter", tmp_path, console) is None
     assert f"CUDA_VISIBLE_DEVICES= mel-lite export {tmp_path}" in console.export_text().replace("\n", "")

@@ -14,12 +14,7 @@ from mel_lite import checkpoint
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.probe import EVERY, Agreement, agreement, verdict
-from trainers import assert_learnt, build, run_state
-
-
-def even_ids(completion_ids: Any, **_: Any) -> list[float]:
-    """A reward that differs within a group of a random model, so that there is something to learn."""
-    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+from trainers import assert_learnt, build, even_ids, run_state
 
 
 def trained(folder: Path, **options: Any) -> tuple[Any, FakeLLM]:
@@ -46,7 +41,7 @@ def test_an_engine_that_samples_the_policy_passes_at_start_and_after_the_first_u
     shares = probes(tmp_path / "run", "mel/probe_adapter")
     assert list(shares) == [2] and shares[2] == pytest.approx(1, abs=1e-2)
     assert [call.lora.lora_int_id for call in llm.calls] == [1, 2, 3], "every update is handed over"
-    assert llm.events.count("sleep 1") == 3 + 2 and llm.asleep, "asleep while the model trains, and scores a probe"
+    assert llm.events == ["sleep 1", "wake", "sleep 1", "wake", "sleep 1"], "awake for its rollouts alone"
 
 
 def test_trls_importance_sampling_corrects_for_the_engines_kernels(tmp_path: Path) -> None:

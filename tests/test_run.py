@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mel_lite import run
+from mel_lite import finish, run
 from mel_lite.cli import app
 from tiny_models import save_tiny
 
@@ -55,15 +55,15 @@ def test_the_trained_model_is_given_up_before_the_export(
         tensors = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    release = run._release
+    release = finish.release
 
     def watched(trainer: Any) -> None:
         with_model = held()
         release(trainer)
         seen.append((with_model, held()))
 
-    monkeypatch.setattr(run, "_release", watched)
-    monkeypatch.setattr(run, "export", lambda *_, **__: None)
+    monkeypatch.setattr(run, "release", watched)
+    monkeypatch.setattr(finish, "export", lambda *_, **__: None)
     command(tmp_path, model__load_in_4bit=str(four_bit).lower(), export__format="merged-16bit")
     ((with_model, without),) = seen
     assert with_model > 100_000 and without < 0.1 * with_model, seen

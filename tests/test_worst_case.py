@@ -13,16 +13,19 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from fake_vllm import trainer_with_fake_vllm
 from live_bytes import LiveBytes
+from mel_lite import worst_case
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError
 from mel_lite.memory import shape_of
+from mel_lite.prediction import Phase
 from mel_lite.presets import resolve
-from mel_lite.workload import Phase, Workload, workload
-from mel_lite.worst_case import HostGauge, PhasePeak, WorstStepFirst, worst_step
+from mel_lite.workload import VLLMShare, Workload, workload
+from mel_lite.worst_case import GpuGauge, HostGauge, PhasePeak, WorstStepFirst, worst_step
 from scripted import ScriptedEngine, default_answer
 from tiny_models import tiny_tokenizer
-from trainers import assert_learnt, build, run_state, step_log, tiny_model
+from trainers import assert_learnt, build, even_ids, run_state, step_log, tiny_model
 
 SIZES = {"max_completion_length": 16, "analysis_max_tokens": 32, "max_context_tokens": 300, "num_generations": 4}
 
@@ -169,7 +172,7 @@ def test_what_passes_the_budget_is_halved_and_measured_again(tmp_path: Path) -> 
     assert [peak.name for peak in before] == ["rollout", "analysis", "replay", "scoring", "update"]
     assert before[-1] == PhasePeak("update", 100, 500) and after[-1] == PhasePeak("update", 100, 120)
     assert change == f"--set train.max_cache_tokens={4 * 56} --set train.max_micro_batch_tokens=350" and not nothing
-    assert trainer.budget_tokens == 350 and trainer.engine._engine._max_concurrent == 4
+    assert trainer.budget_tokens == 350 and trainer.engine._engine._max_cache_tokens == 4 * 56
 
 
 def test_what_cannot_fit_stops_the_run_with_the_knob_to_turn(tmp_path: Path) -> None:
@@ -182,6 +185,108 @@ def test_what_cannot_fit_stops_the_run_with_the_knob_to_turn(tmp_path: Path) -> 
         trainer.train()
     assert trainer.budget_tokens == 332, "down to one row"
     assert trainer.state.global_step == 0
+
+
+def test_scoring_and_update_that_are_both_too_much_are_halved_once(tmp_path: Path) -> None:
+    trainer = trainer_with_real_engine(tmp_path, max_micro_batch_tokens=700)
+    load, shown = load_of(trainer, max_micro_batch_tokens=700), []
+    sizes = {"rollout": [300, 100], "analysis": [300, 90], "replay": [90], "scoring": [500, 90], "update": [500, 120]}
+    trainer.create_optimizer()
+    first(trainer, load, sizes, 150, shown).on_train_begin(None, None, None)
+    # Rollouts are 8 of 56 tokens, analyses 2 of 332: half of either, and the smaller bound holds for both.
+    assert shown[0][1] == "--set train.max_cache_tokens=224 --set train.max_micro_batch_tokens=350"
+
+
+def test_the_phase_that_runs_out_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_with_real_engine(tmp_path)
+    trainer.create_optimizer()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(worst_case, "_score", full)
+    fine = {name: [90] for name in ("rollout", "analysis", "replay")}
+    step = first(trainer, load_of(trainer), fine, 150, [])
+    with pytest.raises(ConfigError, match="The worst step's scoring runs out of memory of the 0.0 GiB there are"):
+        step.on_train_begin(None, None, None)
+
+
+# ---- with vLLM -------------------------------------------------------------------------------------------------------
+
+
+def vllm_load(trainer: Any, utilization: float = 0.5) -> Workload:
+    return replace(load_of(trainer), scores_rollouts=True, vllm=VLLMShare(8 * 2**30, 8, 64, utilization))
+
+
+def test_vllm_wakes_beside_the_states_and_sleeps_while_the_model_scores_and_trains(tmp_path: Path) -> None:
+    trainer, llm = trainer_with_fake_vllm(build, tmp_path, reward_funcs=even_ids, **SIZES)
+    asleep: list[tuple[str, bool]] = []
+    for name in ("_get_per_token_logps_and_entropies", "compute_loss"):
+        original = getattr(trainer, name)
+
+        def watched(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            asleep.append((name, llm.asleep))
+            return original(*args, **kwargs)
+
+        setattr(trainer, name, watched)
+    checks = Before(trainer, vllm_load(trainer))
+    trainer.add_callback(checks)
+    trainer.train()
+    assert set(checks.peaks) == {"rollout", "analysis", "replay", "scoring", "update"}
+    worst = llm.calls[:3]
+    assert [(len(call.prompts), call.params[0].max_tokens) for call in worst] == [(8, 16), (2, 16), (2, 16)]
+    assert all(call.params[0].ignore_eos for call in worst), "few tokens, of all sequences"
+    assert llm.events[:3] == ["sleep 1", "wake", "sleep 1"], "it had to find its memory again"
+    assert {name for name, _ in asleep} == {"_get_per_token_logps_and_entropies", "compute_loss"}
+    assert all(state for _, state in asleep), "in the worst step and in the real ones"
+    assert_learnt(trainer)
+
+
+def test_a_share_that_is_too_large_stops_the_run_with_one_that_is_not(tmp_path: Path) -> None:
+    trainer, _ = trainer_with_fake_vllm(build, tmp_path, **SIZES)
+    trainer.create_optimizer()
+    sizes = {name: [2**30] for name in ("analysis", "replay", "scoring", "update")}
+    step = first(trainer, vllm_load(trainer), {**sizes, "rollout": [5 * 2**30]}, 4 * 2**30, [])
+    with pytest.raises(ConfigError, match=r"rollout takes 5.0 GiB of the 4.0 .*utilization=0.38 \(now 0.50\).*hf"):
+        step.on_train_begin(None, None, None)
+
+
+class FakeDevice:
+    """What the gauge asks PyTorch for, in MiB: memory of the device, and what the allocator says it holds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used, self.reserved, self.peak = 0, 0, 0
+        for name, answer in {
+            "mem_get_info": lambda: ((8192 - self.used) * 2**20, 8192 * 2**20),
+            "memory_reserved": lambda: self.reserved * 2**20,
+            "max_memory_reserved": lambda: self.peak * 2**20,
+            "reset_peak_memory_stats": lambda: setattr(self, "peak", self.reserved),
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+
+
+@pytest.mark.parametrize("counts_sleeping_cache", [True, False])
+def test_the_gauge_sees_what_is_mapped_whoever_counts_it(
+    monkeypatch: pytest.MonkeyPatch, counts_sleeping_cache: bool
+) -> None:
+    """A sleeping cache of 3000 MiB is not on the device, though PyTorch may still count it as held."""
+    device = FakeDevice(monkeypatch)
+    device.used = 900  # another program's and the context
+    gauge = GpuGauge()
+    device.used, device.reserved = 900 + 2000, 2000  # a model
+    gauge.start()
+    device.used, device.peak = 900 + 2000 + 3000, 2000 + 3000 * counts_sleeping_cache  # vLLM's cache
+    device.reserved = device.peak
+    assert gauge.peak_bytes() == (5000 + 600) * 2**20
+    device.used -= 3000  # asleep
+    gauge.start()
+    device.peak, device.reserved = device.peak + 1500, device.reserved + 500
+    device.used += 500  # 1500 at the peak, of which 1000 were given back
+    assert gauge.peak_bytes() == (2000 + 1500 + 600) * 2**20
 
 
 def test_a_scripted_engine_cannot_sample_less(tmp_path: Path) -> None:

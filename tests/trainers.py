@@ -75,6 +75,11 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
     )
 
 
+def even_ids(completion_ids: Any, **_: Any) -> list[float]:
+    """A reward that differs within a group of a random model, so that there is something to learn."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
 def trainable(trainer: MELTrainer) -> dict[str, torch.Tensor]:
     """Copies of the trained weights by name."""
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

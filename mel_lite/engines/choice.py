@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,11 @@ class EngineChoice:
     vllm: bool
     """With `unsloth`: sample with vLLM on the trained weights; else with Unsloth's own generation."""
     reason: str
+
+    @property
+    def title(self) -> str:
+        """Of what samples, for people."""
+        return "Unsloth and vLLM" if self.vllm else {"hf": "transformers", "unsloth": "Unsloth"}[self.engine]
 
     @property
     def line(self) -> str:
@@ -85,6 +90,16 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
         return EngineChoice("hf", False, obstacle)
     vllm, reason = _fast_inference(spec, machine)
     return EngineChoice("unsloth", vllm, f"CUDA and unsloth are here; {reason}")
+
+
+def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | None) -> EngineChoice:
+    """As `choose_engine`; None = a machine elsewhere, with a GPU and `mel-lite[gpu]` on it."""
+    if machine is not None:
+        return choose_engine(spec, lora, machine)
+    choice = choose_engine(spec, lora, Machine((8, 0), frozenset({"unsloth", "vllm", BNB_PLUGIN})))
+    if choice.vllm:
+        return replace(choice, reason="as `pip install mel-lite[gpu]` brings it; model.engine=hf is the other plan")
+    return choice
 
 
 def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:

@@ -67,9 +67,9 @@ class HFEngine:
     def sleep(self) -> None:
         """Nothing to give up: the key-value cache lives only during a call."""
 
-    def limit_concurrency(self, sequences: int) -> None:
-        """Sample no more than this many sequences at once from now on, >= 1."""
-        self._max_concurrent = min(self._max_concurrent, sequences)
+    def limit_cache(self, tokens: int) -> None:
+        """Hold no more than this many tokens (prompts, and completions at full length) at once from now on."""
+        self._max_cache_tokens = min(self._max_cache_tokens or tokens, tokens)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Sample one completion per request, in their order.
@@ -91,7 +91,8 @@ class HFEngine:
                             "analysis_max_tokens, or use a smaller model."
                         ) from error
                     torch.cuda.empty_cache()
-                    self._max_concurrent = max(1, len(rows) // 2)
+                    longest = max(len(requests[i].prompt_ids) for i in rows) + sampling.max_new_tokens
+                    self.limit_cache(max(1, len(rows) // 2) * longest)
                     pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
                     continue
                 done.update(zip(rows, completions, strict=True))

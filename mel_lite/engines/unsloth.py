@@ -24,6 +24,7 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import EngineError, ModelError
 from mel_lite.models import ModelSpec, keep_four_bit_layout, locate, model_errors, resolve_dtype
+from mel_lite.vllm_memory import BATCHED_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,11 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
         options |= {
             "fast_inference": True,
             "max_lora_rank": spec.max_lora_rank or adapter_rank(lora),
-            "gpu_memory_utilization": spec.gpu_memory_utilization or DEFAULT_UTILIZATION,
+            "gpu_memory_utilization": _share_of_free(spec.gpu_memory_utilization) or DEFAULT_UTILIZATION,
+            "max_num_batched_tokens": BATCHED_TOKENS,
         }
+        if spec.max_num_seqs is not None:
+            options["max_num_seqs"] = spec.max_num_seqs
     with model_errors(spec.name), _engine_errors(vllm):
         model, _ = fast.from_pretrained(
             model_name=locate(spec.name),
@@ -87,6 +91,14 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
         use_gradient_checkpointing=checkpointing,
         random_state=seed,
     )
+
+
+def _share_of_free(share: float | None) -> float | None:
+    """The share of what is free now that is this share of the whole card: Unsloth multiplies by what is free."""
+    if share is None or not torch.cuda.is_available():
+        return share
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return min(0.99, share * total_bytes / free_bytes)
 
 
 def _import_unsloth(vllm: bool) -> Any:

@@ -86,10 +86,6 @@ class VLLMEngine:
         self._version: AdapterVersion | None = None
         self._lora_request: Any = None
 
-    def limit_concurrency(self, sequences: int) -> None:
-        """Sample no more than this many sequences at once from now on, >= 1."""
-        self._at_once = min(self._at_once or sequences, sequences)
-
     def wake(self) -> None:
         """Take the memory back and hand over the adapter as it is now."""
         if self._standby and self._asleep:

@@ -17,7 +17,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from mel_lite import checkpoint, interrupts, run
-from mel_lite.display import LiveDisplay
 from mel_lite.models import load_tokenizer
 from mel_lite.presets import resolve
 from test_leakage import CORPUS, check_case
@@ -51,7 +50,7 @@ def demo_trainer(folder: Path) -> Any:
     tokenizer = load_tokenizer(recipe.model)
     tasks = run.load_run_tasks(recipe, args, tokenizer)
     quiet = Console(quiet=True)
-    return run._build_trainer(recipe, args, tokenizer, tasks, LiveDisplay(quiet), quiet)
+    return run._build_trainer(recipe, args, tokenizer, tasks, quiet)
 
 
 @pytest.mark.exhaustive

@@ -1,0 +1,72 @@
+"""What vLLM takes of a GPU when it samples from the trained weights: a share, fixed when it starts.
+
+    share = gpu_memory_utilization * card = weights + LoRA slots + one forward pass + CUDA graphs + key-value cache
+
+vLLM (0.21 or newer) measures the first four as it starts and makes its cache of the rest. Asleep it gives the cache
+back and keeps slots and graphs; the weights are the trainer's. `docs/memory.md` says what was checked against what.
+
+Letters: e bytes of a compute element, H hidden size, I width of the MLP, V vocabulary, r LoRA rank, S sequences.
+"""
+
+from __future__ import annotations
+
+from mel_lite.memory import GIB, MIB, Shape, kv_cache_bytes, largest_linear_bytes, lora_sizes
+
+BATCHED_TOKENS = 4096
+"""T: most tokens of one forward pass, prompts being read in chunks of this (`max_num_batched_tokens`)."""
+MOST_SEQUENCES = 128
+"""Most sequences at once; what Unsloth asks for on a card of 80 GB."""
+LOGIT_BYTES = 38
+"""Per vocabulary entry and sequence while sampling, fitted to published measurements (docs/memory.md)."""
+GRAPHS_BYTES = 512 * MIB
+"""Estimate: captured CUDA graphs. Published: 0.1 to 0.5 GiB for models of 0.6B to 20B weights."""
+LIBRARY_BYTES = 133 * MIB
+"""What libraries take beside PyTorch's allocator as vLLM starts, as published for models on one GPU."""
+BLOCK_TOKENS = 16
+"""The cache comes in blocks of this many tokens."""
+MOST_SHARE = ((40, 0.87), (25, 0.85), (20, 0.78), (14, 0.76), (10, 0.73), (0, 0.71))
+"""(least GiB of a card, share): what Unsloth found vLLM to wake up with, step after step, beside a trainer. More can
+fail: PyTorch does not give back every piece that training has left it with."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks vLLM makes slots for."""
+
+
+def slot_bytes(shape: Shape, rank: int, element_bytes: int = 2) -> int:
+    """The adapter as vLLM holds it: r (inputs + outputs) e for every linear layer, adapted or not, r rounded up."""
+    slot_rank = next((supported for supported in RANKS if supported >= rank), rank)
+    return element_bytes * sum(lora_sizes(shape, slot_rank, "all-linear"))
+
+
+def resident_bytes(shape: Shape, rank: int, element_bytes: int = 2) -> int:
+    """What stays beside the weights while vLLM sleeps: LoRA slots and CUDA graphs."""
+    return slot_bytes(shape, rank, element_bytes) + GRAPHS_BYTES
+
+
+def pass_bytes(
+    shape: Shape, sequences: int, *, four_bit: bool, batched_tokens: int = BATCHED_TOKENS, element_bytes: int = 2
+) -> int:
+    """Most a forward pass holds: max(4 I e T + the largest 4-bit weight written out, 38 S V + 2 H e T).
+
+    The MLP of a full chunk of prompts, or the sampler beside hidden state and residual.
+    """
+    e = element_bytes
+    written_out = largest_linear_bytes(shape, e) if four_bit else 0
+    reading = 4 * shape.intermediate * e * batched_tokens + written_out
+    return max(reading, LOGIT_BYTES * sequences * shape.vocab + 2 * shape.hidden * e * batched_tokens)
+
+
+def overhead_bytes(shape: Shape, sequences: int, rank: int, *, four_bit: bool, element_bytes: int = 2) -> int:
+    """The share without weights and cache: LoRA slots, CUDA graphs, libraries, one forward pass."""
+    one_pass = pass_bytes(shape, sequences, four_bit=four_bit, element_bytes=element_bytes)
+    return resident_bytes(shape, rank, element_bytes) + LIBRARY_BYTES + one_pass
+
+
+def cache_tokens(shape: Shape, cache_bytes: int, element_bytes: int = 2) -> int:
+    """Tokens that fit a cache of this many bytes, in whole blocks; 0 for none."""
+    block_bytes = kv_cache_bytes(shape, BLOCK_TOKENS, element_bytes)
+    return max(0, cache_bytes // block_bytes) * BLOCK_TOKENS
+
+
+def most_share(card_bytes: int) -> float:
+    """Largest `gpu_memory_utilization` that is chosen for a card of this memory."""
+    return next(share for least_gib, share in MOST_SHARE if card_bytes >= least_gib * GIB)
