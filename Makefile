@@ -2,12 +2,14 @@
 #
 #   make train ARGS="--max-steps 2"      further options of `mel-lite train`
 #   make test  ARGS="-k store -x"        further options of pytest
+#   make test  WORKERS=0                 one test after another, in this process; default: two at once
 #   make train TORCH_ARGS="..."          further options of `pip install torch`, such as an index of CPU-only wheels;
 #                                        its files are taken as that index has them, all others by their locked hash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,10 +32,10 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 	$(BIN)/mel-lite train --gpu cpu $(ARGS)
 
 test: venv $(VENV)/.gym  ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth  ## run all tests that need no GPU, but for the exhaustive ones
-	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
     verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))

@@ -183,10 +183,19 @@ def _ids(trainer: Any, tokens: int, start: int = 0) -> list[int]:
 
 
 def _sample(trainer: Any, load: Workload, name: str) -> None:
-    _, prompt_tokens, new_tokens = load.sampled[name]
-    requests = [Request(tuple(_ids(trainer, prompt_tokens, i)), i) for i in range(load.at_once(name))]
-    if load.vllm is not None:  # its cache has its size from the start
-        new_tokens = min(new_tokens, FEW_TOKENS)
+    _, _, new_tokens = load.sampled[name]
+    # vLLM's cache has its size from the start, so a few tokens show as much as many.
+    sample_at_full_length(trainer, load, name, new_tokens if load.vllm is None else min(new_tokens, FEW_TOKENS))
+
+
+def sample_at_full_length(
+    trainer: Any, load: Workload, name: str, new_tokens: int, *, sequences: int | None = None
+) -> None:
+    """Sample after the longest prompts of a phase, past the end of every sequence; `sequences` None = as many as are
+    sampled at once."""
+    _, prompt_tokens, _ = load.sampled[name]
+    count = sequences or load.at_once(name)
+    requests = [Request(tuple(_ids(trainer, prompt_tokens, i)), i) for i in range(count)]
     trainer.engine.wake()
     trainer.engine.generate(requests, Sampling(new_tokens, trainer.temperature, ignore_eos=True))
 

@@ -7,9 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+
+from fake_vllm import trainer_with_fake_vllm
+from mel_lite.presets import resolve
+from trainers import build, even_ids
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 
@@ -30,18 +37,18 @@ def test_the_dry_run_measures_every_phase_and_survives_what_hangs(tmp_path: Path
     """The engines' own script is tested elsewhere; here it hangs, after a first result."""
     scripts = tmp_path / "benchmarks"
     scripts.mkdir()
-    for name in ("gpu.py", "random_models.py"):
+    for name in ("gpu.py", "gpu_step.py", "random_models.py"):
         shutil.copy(SCRIPT.with_name(name), scripts)
     (scripts / "gpu_engines.py").write_text(ENGINES)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    options = ["--dry-run", "--parts", "step-24gb", "step-12gb", "engines", "--minutes", "2.2"]
+    options = ["--dry-run", "--parts", "engines", "step-24gb", "step-12gb", "--minutes", "1.8"]
     done = subprocess.run(
         [sys.executable, str(scripts / "gpu.py"), str(tmp_path / "out"), *options],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert list(found["parts"]) == ["step-24gb", "step-12gb", "engines"] and found["dry_run"]
+    assert list(found["parts"]) == ["engines", "step-24gb", "step-12gb"] and found["dry_run"]
     assert found["machine"]["packages"]["torch"]
     for part in ("step-24gb", "step-12gb"):
         figures = found["parts"][part]
@@ -81,3 +88,38 @@ def test_a_part_that_dies_is_written_down(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]["step-16gb"]
     assert "libcudart" in figures["error"] and "libcudart" in done.stdout
     assert figures["wall_s"] > 0 and "Traceback" in (tmp_path / "out" / "step-16gb.log").read_text()
+
+
+def test_a_step_with_vllm_is_measured_with_all_sequences_beside_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part that needs Unsloth, vLLM and a GPU, on a fake vLLM that samples from a tiny model."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_step import Measurement
+
+    sizes = {"max_completion_length": 16, "analysis_max_tokens": 32, "max_context_tokens": 300, "grad_norm_every": 1}
+    trainer, llm = trainer_with_fake_vllm(build, tmp_path, reward_funcs=even_ids, **sizes)
+    options = {**sizes, "per_device_train_batch_size": 8, "num_generations": 4, "use_cpu": True}
+    overrides = [("model.name", str(tmp_path / "base")), ("model.dtype", "float32"), ("data.max_prompt_tokens", 40)]
+    overrides += [(f"train.{key}", value) for key, value in options.items()]
+    recipe = resolve(overrides=[*overrides, ("model.gpu_memory_utilization", 0.25)])
+    figures: dict[str, Any] = {"phases": []}
+    part = Measurement(recipe, figures, tmp_path / "vllm-24gb.json", time.monotonic() + 20, vllm_card_bytes=2**33)
+    part.trainer = trainer
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            part.phases()
+            trainer.args.max_steps = state.max_steps = 0
+
+    trainer.add_callback(Begin())
+    trainer.train()
+    rows = {row["name"]: row for row in json.loads((tmp_path / "vllm-24gb.json").read_text())["phases"]}
+    assert list(rows) == ["update", "scoring", "update-plain", "optimiser", "rollout", "analysis", "replay"]
+    assert not any("error" in row or row["lowered"] for row in rows.values()), rows
+    assert [rows[name]["sequences"] for name in ("rollout", "analysis", "replay")] == [8, 2, 2]
+    assert rows["rollout"]["new_tokens"] == 16 and rows["analysis"]["new_tokens"] == 32
+    assert {rows[name]["predicted_parts"]["vLLM's cache"] for name in ("rollout", "replay")} != {0}
+    assert "vLLM asleep" in rows["update"]["predicted_parts"]
+    assert sum(row.get("share", 0) for row in figures["phases"]) == pytest.approx(1)
+    assert [len(call.prompts) for call in llm.calls[:6]] == [8, 8, 2, 2, 2, 2], "a probe, then all sequences"
