@@ -1,4 +1,5 @@
-"""Write the figures of benchmarks/results/*.json into the pages that quote them: `python benchmarks/tables.py`.
+"""Write the figures of benchmarks/results/*.json, and the planner's, into the pages that quote them:
+`python benchmarks/tables.py`.
 
 A page marks the place with `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a function below. `--check` writes
 nothing and fails where a page is not what the raw results give.
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import learning_figures
+import plan_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/kernels.md", "docs/learning.md")
+PAGES = ("README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md")
 MARK = re.compile(r"(<!-- figures (?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -106,6 +108,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "learning-curve": learning_figures.halfway,
     "learning-lessons": learning_figures.lessons,
     "learning-held-out-lessons": learning_figures.held_out_lessons,
+    "plan": plan_figures.shown,
+    "plan-what-fits": plan_figures.what_fits,
 }
 
 
@@ -126,7 +130,9 @@ def main() -> None:
             if not check:
                 (ROOT / page).write_text(new, encoding="utf-8")
     if check and stale:
-        sys.exit(f"not what benchmarks/results gives: {', '.join(stale)}. Run python benchmarks/tables.py")
+        sys.exit(
+            f"not what benchmarks/results and the planner give: {', '.join(stale)}. Run python benchmarks/tables.py"
+        )
 
 
 if __name__ == "__main__":

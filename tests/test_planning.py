@@ -381,23 +381,6 @@ def test_long_prompts_are_left_out(tmp_path: Path) -> None:
         assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
 
 
-def test_the_page_on_memory_has_the_planners_figures() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text()
-    for gpu, name in (*((gpu, None) for gpu in BUDGETS), ("24gb", "Qwen/Qwen3-14B-Base")):
-        recipe, made = planned(gpu, **({"model__name": name} if name else {}))
-        size = recipe.model.name.split("/")[1].removesuffix("-Base")
-        dtype = "" if recipe.model.load_in_4bit else " (bfloat16)"
-        cells = (
-            gpu.replace("gb", " GB"),
-            size + dtype,
-            f"{made.choices['train.max_completion_length']:,}",
-            f"{made.choices['train.max_micro_batch_tokens']:,}",
-            f"{made.choices['train.max_cache_tokens']:,}",
-            f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})",
-        )
-        assert f"| {' | '.join(cells)} |" in page
-
-
 def test_groups_are_halved_where_nothing_else_fits() -> None:
     """Scoring for a KL term holds the hidden states of all completions of a step."""
     large: dict[str, Any] = {"train__beta": 0.04, "train__per_device_train_batch_size": 512}

@@ -1,0 +1,68 @@
+"""What the pages show of the memory plans: made by the planner itself, on any machine."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from mel_lite.engines.choice import planned_engine
+from mel_lite.memory import GIB
+from mel_lite.planning import BUDGETS, Plan, plan, shape_for
+from mel_lite.presets import resolve
+from mel_lite.workload import workload
+
+ROWS: tuple[tuple[str, str | None], ...] = (
+    ("12gb", None), ("16gb", None), ("24gb", None), ("24gb", "Qwen/Qwen3-14B-Base"), ("40gb", None), ("80gb", None),
+)  # fmt: skip
+WIDTH = 100
+
+
+def planned(gpu: str, model: str | None, *, engine: str) -> tuple[Plan, str]:
+    """The plan of a preset on its card, elsewhere than here, and its model for people."""
+    options: list[tuple[str, Any]] = [("model.engine", engine)]
+    recipe = resolve(preset=gpu, overrides=[*options, *([("model.name", model)] if model else [])])
+    choice = planned_engine(recipe.model, recipe.lora, None)
+    made = plan(recipe, shape_for(recipe), gpu=gpu, budget_bytes=BUDGETS[gpu], engine=choice)
+    size = recipe.model.name.split("/")[1].removesuffix("-Base")
+    return made, size + ("" if recipe.model.load_in_4bit else " (bfloat16)")
+
+
+def shown() -> str:
+    """`mel-lite plan --gpu 24gb`, as a terminal shows it."""
+    made, _ = planned("24gb", None, engine="auto")
+    console = Console(width=WIDTH, file=io.StringIO(), record=True)
+    console.print(made.view())
+    lines = (line.rstrip() for line in console.export_text().rstrip().splitlines())
+    return "\n".join(["```text", *lines, "```"])
+
+
+def what_fits() -> str:
+    """Every preset with both engines, and the largest model on 24 GB."""
+    lines = [
+        "| card | model | completions | vLLM's share | its cache | predicted peak with vLLM | tokens at once | cache "
+        "tokens | with transformers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for gpu, model in ROWS:
+        vllm, size = planned(gpu, model, engine="auto")
+        alone, _ = planned(gpu, model, engine="hf")
+        cells = (
+            gpu.replace("gb", " GB"), size, f"{alone.choices['train.max_completion_length']:,}",
+            f"{vllm.choices['model.gpu_memory_utilization']:.2f}", f"{_cache_tokens(gpu, model, vllm):,}", _peak(vllm),
+            f"{alone.choices['train.max_micro_batch_tokens']:,}", f"{alone.choices['train.max_cache_tokens']:,}",
+            _peak(alone),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _peak(made: Plan) -> str:
+    return f"{made.peak_bytes / GIB:.1f} of {made.budget_bytes / GIB:.1f} GiB ({made.worst.name})"
+
+
+def _cache_tokens(gpu: str, model: str | None, made: Plan) -> int:
+    chosen = [(key, value) for key, value in made.choices.items() if key.startswith(("train.", "model."))]
+    recipe = resolve(preset=gpu, overrides=[*chosen, *([("model.name", model)] if model else [])])
+    return workload(recipe, shape_for(recipe), vllm_card_bytes=BUDGETS[gpu]).vllm_cache_tokens
