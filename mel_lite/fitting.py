@@ -86,7 +86,7 @@ class Search:
         kept = [each for each in self._storage(self._open(recipe)) if option_of(each, "num_generations") == group]
         sized = self._micro_batches(kept[-1])[-1]
         if self.vllm_card_bytes is not None:
-            return sized if UTILIZATION in self.pinned else self._with_share(sized, 0)
+            return self._with_sequences(sized) if UTILIZATION in self.pinned else self._with_share(sized, 0)
         longest = self.workload(sized).longest_sampled
         return sized if CACHE in self.pinned else changed(sized, max_cache_tokens=longest)
 
@@ -161,9 +161,10 @@ class Search:
     def _share(self, recipe: Recipe) -> Recipe | None:
         """The largest share for vLLM that leaves the trainer its part, less what no phase could fill."""
         if UTILIZATION in self.pinned:
-            load = self.workload(recipe)
+            sharing = self._with_sequences(recipe)
+            load = self.workload(sharing)
             held = load.vllm_cache_tokens >= load.longest_sampled
-            return recipe if held and self._fits(load) else None
+            return sharing if held and self._fits(load) else None
         load = self.workload(recipe)
         at_least = {phase.name: phase.bytes for phase in predict(load)}["rollout"]
         room = self.budget_bytes - (at_least - load.share_bytes) - load.share_of(0)
@@ -181,8 +182,14 @@ class Search:
         held = max(load.longest_sampled, min(tokens, most)) + 2 * vllm_memory.BLOCK_TOKENS
         share = min(load.share_of(held) / load.vllm.card_bytes, vllm_memory.most_share(load.vllm.card_bytes))
         rounded = math.floor(1e5 * share) / 1e5
-        model = replace(recipe.model, gpu_memory_utilization=rounded, max_num_seqs=load.vllm.sequences)
-        return replace(recipe, model=model)
+        sharing = self._with_sequences(recipe)
+        return replace(sharing, model=replace(sharing.model, gpu_memory_utilization=rounded))
+
+    def _with_sequences(self, recipe: Recipe) -> Recipe:
+        """With `max_num_seqs`, where it is open, set to what it was taken for."""
+        load = self.workload(recipe)
+        assert load.vllm is not None
+        return replace(recipe, model=replace(recipe.model, max_num_seqs=load.vllm.sequences))
 
     def _open(self, recipe: Recipe) -> Recipe:
         """Without the share that the recipe has and that need not stay."""
@@ -195,16 +202,19 @@ class Search:
 
     # ---- where nothing fits ----
 
-    def advice(self, recipe: Recipe) -> Iterator[str]:
-        """Single changes that make it fit, mildest first."""
-
-        def fits(other: Recipe, shape: Shape = self.shape) -> bool:
-            return replace(self, shape=shape).fitting(other) is not None
-
+    def released(self, recipe: Recipe) -> Iterator[str]:
+        """Other values of single settings that are pinned, with which it would fit."""
         for key in self.neutral:
             freed = replace(self, pinned=self.pinned - {key}).fitting(recipe) if key in self.pinned else None
             if freed is not None:
                 yield f"--set {key}={value_of(freed, key)}"
+
+    def advice(self, recipe: Recipe) -> Iterator[str]:
+        """Single changes of what is trained that make it fit, mildest first."""
+
+        def fits(other: Recipe, shape: Shape = self.shape) -> bool:
+            return replace(self, shape=shape).fitting(other) is not None
+
         load = self.workload(recipe)
         if load.measures_gradients and fits(changed(recipe, grad_norm_every=0)):
             yield "--set train.grad_norm_every=0"

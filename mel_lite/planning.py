@@ -145,10 +145,9 @@ def plan(
     chosen = search.fitting(recipe) or replace(search, budget_bytes=budget_bytes).fitting(recipe)
     advice: tuple[str, ...] = ()
     if chosen is None:
-        advice = tuple(search.advice(recipe))
         alone = replace(search, budget_bytes=budget_bytes, vllm_card_bytes=None)
-        if vllm_card is not None and alone.fitting(recipe) is not None:
-            advice = ("--engine hf", *advice)
+        without = ("--engine hf",) if vllm_card is not None and alone.fitting(recipe) is not None else ()
+        advice = (*search.released(recipe), *without, *search.advice(recipe))
         chosen = search.smallest(recipe)
     load = search.workload(chosen)
     phases = predict(load)
@@ -174,7 +173,7 @@ def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int) -> list[s
     notes = []
     if load.assumes_prompts:
         notes.append(f"prompts are taken to have at most {PROMPT_TOKENS} tokens; data.max_prompt_tokens makes it so.")
-    if load.vllm is not None:
+    if load.vllm is not None and not _obstacle(load):
         notes.append(
             f"vLLM's cache holds {load.vllm_cache_tokens} tokens: {load.at_once('rollout')} of {load.completions} "
             "rollouts at full length, more of shorter ones. The update is predicted for transformers' layers."

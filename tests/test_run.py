@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mel_lite import finish, run
+from mel_lite import finish, run, worst_case
 from mel_lite.cli import app
 from tiny_models import save_tiny
 
@@ -68,3 +68,40 @@ def test_the_trained_model_is_given_up_before_the_export(
     ((with_model, without),) = seen
     assert with_model > 100_000 and without < 0.1 * with_model, seen
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def evaluated(folder: Path, *flags: str, **settings: Any) -> Any:
+    """One step on two held-out tasks beside the four that are trained on."""
+    tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return command(folder, *flags, data__eval=folder / "held_out.jsonl", eval__k=2, eval__limit=2, **settings)
+
+
+def test_the_evaluation_waits_for_the_worst_step_and_its_tokens_are_not_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for module, name in ((worst_case, "worst_step"), (run, "evaluate"), (run.MELTrainer, "training_step")):
+        original = getattr(module, name)
+
+        def watched(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            order.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+    evaluated(tmp_path, "--worst-case", train__algorithm="grpo")
+    assert order == ["worst_step", "evaluate", "training_step", "evaluate"]
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open() if '"reward"' in line]
+    assert row["mel/generated_tokens"] == 8 * row["completions/mean_length"] > 0, "of the rollouts alone"
+
+
+def test_a_resumed_run_does_not_measure_another_model_as_the_one_it_began_with(tmp_path: Path) -> None:
+    options = {"train__save_steps": 1, "train__save_strategy": "steps"}
+    assert "Pass@1" in evaluated(tmp_path, **options).stdout
+    before = tmp_path / "run" / "eval" / "before.json"
+    began = before.read_text()
+    assert "Pass@1" in evaluated(tmp_path, "--resume", train__max_steps=2, **options).stdout
+    assert before.read_text() == began, "read, not measured again"
+    before.unlink()
+    assert "Pass@1" not in evaluated(tmp_path, "--resume", train__max_steps=3, **options).stdout
+    assert not before.is_file()

@@ -134,12 +134,13 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
     _, too_much, _ = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.97)
     assert not too_much.fits and "the rollout phase needs 22.3 GiB" in too_much.refusal()
     _, too_little, load = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.31)
-    assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"]
+    assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"] and not too_little.notes
     assert (
         f"holds a cache of {load.vllm_cache_tokens} tokens, and the longest sequence has 6144" in too_little.refusal()
     )
     for refused in (too_much, too_little):
-        assert f"--set {key}=0.78" in refused.advice
+        assert refused.advice[:2] == (f"--set {key}=0.78", "--engine hf")
+        assert refused.choices["model.max_num_seqs"] == 64
 
 
 def test_pinned_sequences_are_kept() -> None:

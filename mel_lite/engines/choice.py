@@ -17,6 +17,7 @@ VLLM_CAPABILITY = (7, 0)
 BNB_PLUGIN = "vllm-bnb-plugin"
 """Package without which vLLM (0.28 or newer) does not load 4-bit weights."""
 
+_HERE = "CUDA and unsloth are here"
 INSTALL = 'Install it with `pip install "mel-lite[gpu]"`'
 
 
@@ -89,7 +90,7 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
     if obstacle is not None:
         return EngineChoice("hf", False, obstacle)
     vllm, reason = _fast_inference(spec, machine)
-    return EngineChoice("unsloth", vllm, f"CUDA and unsloth are here; {reason}")
+    return EngineChoice("unsloth", vllm, f"{_HERE}; {reason}")
 
 
 def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | None) -> EngineChoice:
@@ -97,9 +98,7 @@ def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | No
     if machine is not None:
         return choose_engine(spec, lora, machine)
     choice = choose_engine(spec, lora, Machine((8, 0), frozenset({"unsloth", "vllm", BNB_PLUGIN})))
-    if choice.vllm:
-        return replace(choice, reason="as `pip install mel-lite[gpu]` brings it; model.engine=hf is the other plan")
-    return choice
+    return replace(choice, reason=choice.reason.replace(_HERE, "as `pip install mel-lite[gpu]` brings it"))
 
 
 def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:
