@@ -17,10 +17,13 @@ from mel_lite.models import context_length, load_base, load_config
 from mel_lite.presets import Recipe
 
 
-def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tuple[Any, Any]:
+def load_for_training(
+    recipe: Recipe, args: MELConfig, console: Console, *, prompt_tokens: int | None = None
+) -> tuple[Any, Any]:
     """The model, and the PEFT configuration that the trainer is still to add (None when it has its adapter).
 
-    Prints which engine was chosen, and why, before anything is loaded.
+    Prints which engine was chosen, and why, before anything is loaded. `prompt_tokens`: of the longest prompt, for
+    which Unsloth and vLLM make room; None = not known.
 
     Raises: ConfigError when the engine asked for cannot be had; ModelError, EngineError when loading fails.
     """
@@ -31,7 +34,7 @@ def load_for_training(recipe: Recipe, args: MELConfig, console: Console) -> tupl
         assert lora is not None  # the choice saw to it
         _check(recipe, args, vllm=choice.vllm)
         try:
-            longest = spec.max_seq_length or longest_tokens(recipe, args)
+            longest = spec.max_seq_length or longest_tokens(recipe, args, prompt_tokens)
             return load_unsloth(spec, lora, vllm=choice.vllm, max_seq_length=longest, seed=args.seed), None
         except UnslothUnusable as error:
             if spec.engine == "unsloth":
@@ -64,13 +67,13 @@ def _check(recipe: Recipe, args: MELConfig, *, vllm: bool) -> None:
         )
 
 
-def longest_tokens(recipe: Recipe, args: MELConfig) -> int:
+def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = None) -> int:
     """Tokens of the longest sequence a run may sample or train on, within the model's context.
 
     Rollouts and evaluation: prompt + completion. Analyses: C_retro + analysis. Replays: prompt + lesson + completion.
     """
     context = context_length(load_config(recipe.model))
-    prompt = recipe.data.max_prompt_tokens or context - args.max_completion_length
+    prompt = prompt_tokens or recipe.data.max_prompt_tokens or context - args.max_completion_length
     needs = [prompt + max(args.max_completion_length, recipe.eval.max_new_tokens or 0)]
     if args.with_meta_experience:
         needs.append((args.max_context_tokens or context) + args.analysis_max_tokens)

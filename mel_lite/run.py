@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Tasks:
     held_out: Any | None
     dropped_long: int
     """Training prompts left out because prompt and completion do not fit the context together."""
+    longest_prompt_tokens: int
+    """Of all prompts, those held out included."""
 
 
 def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
@@ -69,9 +71,13 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
         held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
     room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
-    fits = train.filter(
-        lambda row: len(render(row["prompt"], tokenizer, chat_template_kwargs=args.chat_template_kwargs)) <= room_tokens
-    )
+
+    def tokens_of(tasks: Any) -> list[int]:
+        kwargs = args.chat_template_kwargs
+        return [len(render(row["prompt"], tokenizer, chat_template_kwargs=kwargs)) for row in tasks]
+
+    lengths = tokens_of(train)
+    fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
     if len(fits) == 0:
         raise DataError(
             f"None of the {len(train)} prompts of {options.train!r} leaves room for max_completion_length="
@@ -83,7 +89,8 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
             f"{options.train!r} has {len(fits)} usable rows, but one step takes {prompts} different prompts. Lower "
             "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
         )
-    return Tasks(fits, held_out, len(train) - len(fits))
+    used = [length for length in lengths if length <= room_tokens] + tokens_of(held_out or [])
+    return Tasks(fits, held_out, len(train) - len(fits), max(used))
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
@@ -152,7 +159,7 @@ def train(
         elif leads:
             trainer.add_callback(_OnceAccepted(recipe, folder))
         if gauge is not None:
-            _worst_step_first(trainer, recipe, console, gauge, budget_bytes)
+            _worst_step_first(trainer, _as_long_as(recipe, tasks), console, gauge, budget_bytes)
         # After the worst step, which is there to save the time that this takes, too.
         before = _EvaluatedBefore(
             lambda: _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
@@ -214,6 +221,13 @@ def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
     )
 
 
+def _as_long_as(recipe: Recipe, tasks: Tasks) -> Recipe:
+    """The recipe with prompts as long as they are, where it does not bound them."""
+    if recipe.data.max_prompt_tokens is not None:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, max_prompt_tokens=tasks.longest_prompt_tokens))
+
+
 def _worst_step_first(
     trainer: MELTrainer, recipe: Recipe, console: Console, gauge: Gauge, budget_bytes: int | None
 ) -> None:
@@ -258,7 +272,7 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
 def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, console: Console) -> MELTrainer:
     from transformers import PrinterCallback
 
-    model, peft_config = load_for_training(recipe, args, console)
+    model, peft_config = load_for_training(recipe, args, console, prompt_tokens=tasks.longest_prompt_tokens)
     try:
         trainer = MELTrainer(
             model=model,

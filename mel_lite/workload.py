@@ -100,6 +100,8 @@ class Workload:
     completion_tokens: int
     context_tokens: int
     analysis_tokens: int
+    evaluated_tokens: int
+    """New tokens of an evaluation's longest answer; 0 without one."""
     completions: int
     micro_batch: int
     pairs: int
@@ -182,8 +184,9 @@ class Workload:
 
     @property
     def longest_sampled(self) -> int:
-        """Tokens of the longest sequence that is sampled, its prompt included."""
-        return max(prompt + new for _, prompt, new in self.sampled.values())
+        """Tokens of the longest sequence that is sampled, its prompt included; an evaluation's are, too."""
+        trained = max(prompt + new for _, prompt, new in self.sampled.values())
+        return max(trained, self.prompt_tokens + self.evaluated_tokens)
 
     @property
     def vllm_overhead_bytes(self) -> int:
@@ -256,6 +259,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_card_bytes: int | None = None
         completion_tokens=completion,
         context_tokens=context,
         analysis_tokens=option["analysis_max_tokens"],
+        evaluated_tokens=recipe.eval.max_new_tokens or completion if recipe.data.eval else 0,
         completions=completions,
         micro_batch=micro,
         pairs=pairs,

@@ -237,9 +237,9 @@ def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     lengths = {"train.max_completion_length": 20, "data.max_prompt_tokens": 10, "train.max_context_tokens": 100,
                "train.analysis_max_tokens": 30, "eval.max_new_tokens": None}  # fmt: skip
 
-    def longest(**more: Any) -> int:
+    def longest(prompt_tokens: int | None = None, **more: Any) -> int:
         recipe = recipe_for(tmp_path / "base", **(lengths | more))
-        return loading.longest_tokens(recipe, build_args(recipe, tmp_path / "run"))
+        return loading.longest_tokens(recipe, build_args(recipe, tmp_path / "run"), prompt_tokens)
 
     replay = 10 + 30 + loading.PREFIX_TOKENS + 20
     assert longest() == replay > 130
@@ -247,6 +247,7 @@ def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     assert longest(**{"train.algorithm": "grpo"}) == 30
     assert longest(**{"train.algorithm": "grpo", "eval.max_new_tokens": 200}) == 210
     assert longest(**{"train.max_context_tokens": None, "data.max_prompt_tokens": None}) == 512, "the model's context"
+    assert longest(9, **{"data.max_prompt_tokens": None}) == replay - 1, "prompts are as long as they are"
 
 
 # ---- What a trainer samples with ----

@@ -379,6 +379,7 @@ def test_long_prompts_are_left_out(tmp_path: Path) -> None:
         recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
         tasks = load_run_tasks(recipe, check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
         assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
+        assert tasks.longest_prompt_tokens == (5, 10, 15, 200)[3 - dropped] == max(map(len, tasks.train["prompt"]))
 
 
 def test_groups_are_halved_where_nothing_else_fits() -> None:

@@ -179,7 +179,11 @@ def test_unsloth_has_the_names_we_call_it_by() -> None:
         "use_gradient_checkpointing",
     }  # fmt: skip
     assert parameters("unsloth_zoo/vllm_utils.py", "load_lora") >= {"model", "save_directory", "load_tensors"}
+    assert parameters("unsloth_zoo/vllm_utils.py", "load_vllm") >= {
+        "gpu_memory_utilization", "max_lora_rank", "max_num_seqs", "max_num_batched_tokens",
+    }  # fmt: skip
     vllm = (SITE / "unsloth_zoo/vllm_utils.py").read_text()
+    assert "actual_gpu_memory_utilization = free_memory / total_memory" in vllm, "a share of what is free, of the whole"
     for name in (STANDBY, KEEP_UTILIZATION):
         assert f'os.getenv("{name}", "0")' in vllm
     assert '"processed_logprobs" if training' in vllm and "enable_prefix_caching  : bool = True" in vllm

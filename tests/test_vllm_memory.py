@@ -143,6 +143,12 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
         assert refused.choices["model.max_num_seqs"] == 64
 
 
+def test_an_evaluations_longest_answer_must_fit_the_cache_too() -> None:
+    longer = {"data__eval": "demo:test", "eval__max_new_tokens": 9000}
+    assert planned("24gb", **longer)[2].longest_sampled == 1024 + 9000
+    assert planned("24gb", eval__max_new_tokens=9000)[2].longest_sampled == 5120 + 1024, "nothing is evaluated"
+
+
 def test_pinned_sequences_are_kept() -> None:
     recipe, made, load = planned("24gb", pinned=("model.max_num_seqs",), model__max_num_seqs=16)
     assert recipe.model.max_num_seqs == 16 == load.at_once("rollout") and made.fits
