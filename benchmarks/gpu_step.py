@@ -33,6 +33,7 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
 
     from mel_lite.memory import CONTEXT_BYTES
     from mel_lite.planning import BUDGETS, plan_for
+    from mel_lite.workload import VLLMCard
 
     gpu, end_s = part.rpartition("-")[2], time.monotonic() + seconds
     name, config = config_of(gpu, dry_run)
@@ -57,23 +58,24 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
         if torch.cuda.is_available() and not made_plan.engine.vllm:  # for PyTorch, vLLM's sleeping cache is held, too
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, (BUDGETS[gpu] - CONTEXT_BYTES) / total))
-        card_bytes = torch.cuda.mem_get_info()[1] if made_plan.engine.vllm else None
-        Measurement(recipe, figures, out / f"{part}.json", end_s, card_bytes).run(folder / "run")
+        if part.startswith("vllm") and not made_plan.engine.vllm:
+            return figures | {"error": f"not vLLM, but {made_plan.engine.line}"}
+        free, total = torch.cuda.mem_get_info() if made_plan.engine.vllm else (0, 0)
+        card = VLLMCard(total, free) if made_plan.engine.vllm else None
+        Measurement(recipe, figures, out / f"{part}.json", end_s, card).run(folder / "run")
     return figures
 
 
 class Measurement:
     """One process's step: what it measures goes to its file at once, so that a crash leaves what came before."""
 
-    def __init__(
-        self, recipe: Any, figures: dict[str, Any], file: Path, end_s: float, vllm_card_bytes: int | None = None
-    ) -> None:
+    def __init__(self, recipe: Any, figures: dict[str, Any], file: Path, end_s: float, vllm_on: Any = None) -> None:
         from mel_lite.planning import shape_for
         from mel_lite.workload import workload
         from mel_lite.worst_case import gauge_here
 
         self.recipe, self.figures, self.file, self.end_s = recipe, figures, file, end_s
-        self.load = workload(recipe, shape_for(recipe), vllm_card_bytes=vllm_card_bytes)
+        self.load = workload(recipe, shape_for(recipe), vllm_on=vllm_on)
         self.trainer: Any = None
         self.gauge = gauge_here()  # before a model takes anything
 

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from mel_lite.engines.choice import planned_engine
-from mel_lite.memory import GIB
+from mel_lite.memory import CONTEXT_BYTES, GIB
 from mel_lite.planning import BUDGETS, Plan, plan, shape_for
 from mel_lite.presets import resolve
-from mel_lite.workload import workload
+from mel_lite.workload import VLLMCard, workload
 
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("12gb", None), ("16gb", None), ("24gb", None), ("24gb", "Qwen/Qwen3-14B-Base"), ("40gb", None), ("80gb", None),
@@ -65,4 +65,5 @@ def _peak(made: Plan) -> str:
 def _cache_tokens(gpu: str, model: str | None, made: Plan) -> int:
     chosen = [(key, value) for key, value in made.choices.items() if key.startswith(("train.", "model."))]
     recipe = resolve(preset=gpu, overrides=[*chosen, *([("model.name", model)] if model else [])])
-    return workload(recipe, shape_for(recipe), vllm_card_bytes=BUDGETS[gpu]).vllm_cache_tokens
+    card = VLLMCard(BUDGETS[gpu], BUDGETS[gpu] - CONTEXT_BYTES)
+    return workload(recipe, shape_for(recipe), vllm_on=card).vllm_cache_tokens

@@ -227,9 +227,12 @@ def peaks_table(peaks: Sequence[PhasePeak], budget_bytes: int | None) -> Table:
     for column in ("phase", "predicted", "measured", "measured / predicted"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for peak in peaks:
-        predicted, ratio = "", ""
+        predicted, measured, ratio = "", "out of memory", ""
         if peak.predicted_bytes:
             predicted = f"{peak.predicted_bytes / GIB:.2f} GiB"
+        if peak.measured_bytes is not None:
+            measured = f"{peak.measured_bytes / GIB:.2f} GiB"
+        if peak.predicted_bytes and peak.measured_bytes is not None:
             ratio = f"{peak.measured_bytes / peak.predicted_bytes:.2f}"
-        table.add_row(peak.name, predicted, f"{peak.measured_bytes / GIB:.2f} GiB", ratio)
+        table.add_row(peak.name, predicted, measured, ratio)
     return table

@@ -16,7 +16,7 @@ from mel_lite import memory, vllm_memory
 from mel_lite.memory import Shape
 from mel_lite.prediction import predict
 from mel_lite.presets import Recipe
-from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, Workload, option_of, with_lessons, workload
+from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, VLLMCard, Workload, option_of, with_lessons, workload
 
 MOST_TOKENS = 16384
 """More at once keep a GPU no busier."""
@@ -51,19 +51,21 @@ class Search:
     budget_bytes: int
     pinned: frozenset[str]
     """Keys that stay as a recipe has them."""
-    vllm_card_bytes: int | None = None
-    """Memory of the card vLLM takes its share of; None where something else samples."""
+    vllm_on: VLLMCard | None = None
+    """The card vLLM takes its share of; None where something else samples."""
+    halves_groups: bool = False
+    """Whether groups are halved where nothing else helps."""
 
     @property
     def neutral(self) -> tuple[str, ...]:
         """Keys that are chosen freely, mildest first."""
-        if self.vllm_card_bytes is None:
+        if self.vllm_on is None:
             return NEUTRAL
         return (TOKENS, UTILIZATION, SEQUENCES, CHECKPOINTING, OPTIM)
 
     def workload(self, recipe: Recipe) -> Workload:
         """What the recipe asks of the card."""
-        return workload(recipe, self.shape, vllm_card_bytes=self.vllm_card_bytes)
+        return workload(recipe, self.shape, vllm_on=self.vllm_on)
 
     def fitting(self, recipe: Recipe) -> Recipe | None:
         """The first of the settings, best first, whose every phase but the export is within the budget."""
@@ -81,11 +83,9 @@ class Search:
         return None
 
     def smallest(self, recipe: Recipe) -> Recipe:
-        """The recipe with the least of everything, in groups as it has them."""
-        group = option_of(recipe, "num_generations")
-        kept = [each for each in self._storage(self._open(recipe)) if option_of(each, "num_generations") == group]
-        sized = self._micro_batches(kept[-1])[-1]
-        if self.vllm_card_bytes is not None:
+        """The recipe with the least of everything."""
+        sized = self._micro_batches(list(self._storage(self._open(recipe)))[-1])[-1]
+        if self.vllm_on is not None:
             return self._with_sequences(sized) if UTILIZATION in self.pinned else self._with_share(sized, 0)
         longest = self.workload(sized).longest_sampled
         return sized if CACHE in self.pinned else changed(sized, max_cache_tokens=longest)
@@ -94,7 +94,7 @@ class Search:
 
     def _storage(self, recipe: Recipe) -> Iterator[Recipe]:
         """The recipe, then with less to store: shorter C_retro where its length is open, checkpointing, 8-bit moments;
-        last with smaller groups."""
+        last, where that is allowed, with smaller groups."""
         option = {key: option_of(recipe, key) for key in DEFAULTS}
         full = self.workload(recipe).context_tokens
         contexts: list[int] = [full]
@@ -116,8 +116,8 @@ class Search:
     def _smaller_groups(self, recipe: Recipe) -> Iterator[tuple[int, int]]:
         """Halved group sizes with the batch that has as many prompts; none where group or batch is given."""
         group, batch = option_of(recipe, "num_generations"), option_of(recipe, "per_device_train_batch_size")
-        given = option_of(recipe, "generation_batch_size") is not None or {GROUP, BATCH} & self.pinned
-        while not given and group % 2 == 0 and batch % 2 == 0 and group // 2 >= SMALLEST_GROUP:
+        given = option_of(recipe, "generation_batch_size") is not None or bool({GROUP, BATCH} & self.pinned)
+        while self.halves_groups and not given and group % 2 == 0 and batch % 2 == 0 and group // 2 >= SMALLEST_GROUP:
             group, batch = group // 2, batch // 2
             yield group, batch
 
@@ -133,7 +133,7 @@ class Search:
 
     def _sampling(self, recipe: Recipe) -> Recipe | None:
         """The most that fits to be sampled at once; None when no sequence does."""
-        return self._concurrency(recipe) if self.vllm_card_bytes is None else self._share(recipe)
+        return self._concurrency(recipe) if self.vllm_on is None else self._share(recipe)
 
     def _concurrency(self, recipe: Recipe) -> Recipe | None:
         """The most tokens in the cache, less what saves no round of sampling."""
@@ -163,27 +163,28 @@ class Search:
         if UTILIZATION in self.pinned:
             sharing = self._with_sequences(recipe)
             load = self.workload(sharing)
-            held = load.vllm_cache_tokens >= load.longest_sampled
+            held = load.vllm_granted_tokens >= load.vllm_context_tokens
             return sharing if held and self._fits(load) else None
         load = self.workload(recipe)
         at_least = {phase.name: phase.bytes for phase in predict(load)}["rollout"]
-        room = self.budget_bytes - (at_least - load.share_bytes) - load.share_of(0)
+        room = self.budget_bytes - (at_least - load.share_bytes) - load.weight_bytes - load.vllm_overhead_bytes
         tokens = vllm_memory.cache_tokens(self.shape, room, load.element_bytes) - 2 * vllm_memory.BLOCK_TOKENS
         sharing = self._with_share(recipe, tokens)
         whole = self.workload(sharing)
-        return sharing if whole.vllm_cache_tokens >= whole.longest_sampled and self._fits(whole) else None
+        return sharing if whole.vllm_granted_tokens >= whole.vllm_context_tokens and self._fits(whole) else None
 
     def _with_share(self, recipe: Recipe, tokens: int) -> Recipe:
         """With a cache of so many tokens, but at least the longest sequence's and at most all sequences'."""
-        load = self.workload(recipe)
+        sharing = self._with_sequences(recipe)
+        load = self.workload(sharing)
         assert load.vllm is not None
         most = max(min(n, load.vllm.sequences) * (prompt + new) for n, prompt, new in load.sampled.values())
-        # Two blocks more than asked for: one is begun, one is rounded away.
-        held = max(load.longest_sampled, min(tokens, most)) + 2 * vllm_memory.BLOCK_TOKENS
-        share = min(load.share_of(held) / load.vllm.card_bytes, vllm_memory.most_share(load.vllm.card_bytes))
-        rounded = math.floor(1e5 * share) / 1e5
-        sharing = self._with_sequences(recipe)
-        return replace(sharing, model=replace(sharing.model, gpu_memory_utilization=rounded))
+        card = load.vllm.card
+        # A block more than asked for is rounded away.
+        share = load.share_of(min(tokens, most) + vllm_memory.BLOCK_TOKENS) / card.total_bytes
+        share = min(share, vllm_memory.most_share(card.total_bytes, card.free_bytes))
+        model = replace(sharing.model, gpu_memory_utilization=math.floor(1e5 * share) / 1e5)
+        return replace(sharing, model=model)
 
     def _with_sequences(self, recipe: Recipe) -> Recipe:
         """With `max_num_seqs`, where it is open, set to what it was taken for."""
@@ -193,7 +194,7 @@ class Search:
 
     def _open(self, recipe: Recipe) -> Recipe:
         """Without the share that the recipe has and that need not stay."""
-        if self.vllm_card_bytes is None or UTILIZATION in self.pinned:
+        if self.vllm_on is None or UTILIZATION in self.pinned:
             return recipe
         return replace(recipe, model=replace(recipe.model, gpu_memory_utilization=None))
 

@@ -7,11 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from mel_lite import ranks
-from mel_lite.adapters import adapter_rank, attach_adapter, find_adapter, lora_config
+from mel_lite.adapters import attach_adapter, find_adapter, lora_config
 from mel_lite.config import MELConfig
-from mel_lite.engines.choice import EngineChoice, choose_engine, this_machine
+from mel_lite.engines.choice import EngineChoice, check_engine, choose_engine, this_machine
 from mel_lite.engines.unsloth import UnslothUnusable, load_unsloth
-from mel_lite.errors import ConfigError
 from mel_lite.memory import PREFIX_TOKENS
 from mel_lite.models import context_length, load_base, load_config
 from mel_lite.presets import Recipe
@@ -30,9 +29,9 @@ def load_for_training(
     spec, lora = recipe.model, recipe.lora
     choice = choose_engine(spec, lora, this_machine(ranks.world()))
     console.print(choice.line, highlight=False, markup=False)
+    check_engine(choice, recipe)
     if choice.engine == "unsloth":
         assert lora is not None  # the choice saw to it
-        _check(recipe, args, vllm=choice.vllm)
         try:
             longest = spec.max_seq_length or longest_tokens(recipe, args, prompt_tokens)
             return load_unsloth(spec, lora, vllm=choice.vllm, max_seq_length=longest, seed=args.seed), None
@@ -48,25 +47,6 @@ def load_for_training(
     return model, lora_config(lora)
 
 
-def _check(recipe: Recipe, args: MELConfig, *, vllm: bool) -> None:
-    if vllm and args.beta:
-        raise ConfigError(
-            f"beta={args.beta} with vLLM on the trained weights: TRL keeps a second adapter as the reference, and vLLM "
-            "would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
-        )
-    if recipe.model.use_gradient_checkpointing == "unsloth" and args.grad_norm_every:
-        raise ConfigError(
-            f"use_gradient_checkpointing='unsloth' and grad_norm_every={args.grad_norm_every}: Unsloth's checkpointing "
-            "is reentrant and cannot take the gradient of one loss term. Set train.grad_norm_every=0, or leave "
-            "model.use_gradient_checkpointing unset."
-        )
-    rank, most = (adapter_rank(recipe.lora) if recipe.lora else 0), recipe.model.max_lora_rank
-    if most is not None and most < rank:
-        raise ConfigError(
-            f"max_lora_rank={most} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or leave it unset."
-        )
-
-
 def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = None) -> int:
     """Tokens of the longest sequence a run may sample or train on, within the model's context.
 
@@ -74,7 +54,8 @@ def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = 
     """
     context = context_length(load_config(recipe.model))
     prompt = prompt_tokens or recipe.data.max_prompt_tokens or context - args.max_completion_length
-    needs = [prompt + max(args.max_completion_length, recipe.eval.max_new_tokens or 0)]
+    evaluated = (recipe.eval.max_new_tokens or 0) if recipe.data.eval else 0
+    needs = [prompt + max(args.max_completion_length, evaluated)]
     if args.with_meta_experience:
         needs.append((args.max_context_tokens or context) + args.analysis_max_tokens)
         needs.append(prompt + args.analysis_max_tokens + PREFIX_TOKENS + args.max_completion_length)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite import memory, ranks
-from mel_lite.engines.choice import EngineChoice, planned_engine, this_machine
+from mel_lite.engines.choice import EngineChoice, check_engine, planned_engine, this_machine
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.fitting import BATCH, GROUP, Search, value_of
 from mel_lite.memory import CONTEXT_BYTES, GIB, Shape
 from mel_lite.prediction import Phase, predict
 from mel_lite.presets import Recipe, keys_of, resolve, suggest
-from mel_lite.workload import PROMPT_TOKENS, Workload
+from mel_lite.workload import PROMPT_TOKENS, VLLMCard, Workload
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -126,7 +126,7 @@ def plan(
     budget_bytes: int,
     pinned: Iterable[str] = (),
     engine: EngineChoice | None = None,
-    card_bytes: int | None = None,
+    card: VLLMCard | None = None,
 ) -> Plan:
     """Choose the settings for a card and predict every phase under them.
 
@@ -135,37 +135,46 @@ def plan(
 
     Args:
         engine: What samples; None = transformers.
-        card_bytes: Memory of the whole card, of which vLLM's share is counted; None = the budget.
+        card: The whole card, of which vLLM's share is counted; None = one that is the budget, and free.
     Raises: ConfigError where the recipe cannot be predicted.
     """
-    fixed, vllm_card = frozenset(pinned), None
-    if engine is not None and engine.vllm:
-        vllm_card = card_bytes or budget_bytes
-    search = Search(shape, int(TARGET_SHARE * budget_bytes), fixed, vllm_card)
-    chosen = search.fitting(recipe) or replace(search, budget_bytes=budget_bytes).fitting(recipe)
+    engine = engine or EngineChoice("hf", False, "what a plan is for unless told otherwise")
+    card = card or VLLMCard(budget_bytes, budget_bytes - CONTEXT_BYTES)
+    most = Search(shape, budget_bytes, frozenset(pinned), card if engine.vllm else None)
+    likely = replace(most, budget_bytes=int(TARGET_SHARE * budget_bytes))
+    searches = (likely, most, replace(likely, halves_groups=True), replace(most, halves_groups=True))
+    chosen = next(filter(None, (search.fitting(recipe) for search in searches)), None)
+    with_transformers: tuple[str, ...] = ()
+    if engine.vllm and (chosen is None or _group(chosen) != _group(recipe)):
+        alone = replace(most, vllm_on=None).fitting(recipe)
+        with_transformers = () if alone is None else ("--engine hf",)
     advice: tuple[str, ...] = ()
     if chosen is None:
-        alone = replace(search, budget_bytes=budget_bytes, vllm_card_bytes=None)
-        without = ("--engine hf",) if vllm_card is not None and alone.fitting(recipe) is not None else ()
-        advice = (*search.released(recipe), *without, *search.advice(recipe))
-        chosen = search.smallest(recipe)
-    load = search.workload(chosen)
+        advice = (*likely.released(recipe), *with_transformers, *likely.advice(recipe))
+        chosen = likely.smallest(recipe)
+    load = most.workload(chosen)
     phases = predict(load)
     notes = _notes(load, phases, budget_bytes)
-    if not advice and (group := value_of(chosen, GROUP)) != (before := value_of(recipe, GROUP)):
-        notes.append(f"groups have {group} completions, not {before}: nothing else fits. --set {GROUP}=... decides.")
-    plain = EngineChoice("hf", False, "what a plan is for unless told otherwise")
-    choices = _choices(chosen, load, search)
+    if _group(chosen) != _group(recipe):
+        other = f", but for {with_transformers[0]}" if with_transformers else ""
+        notes.append(
+            f"groups have {_group(chosen)} completions, not {_group(recipe)}: nothing else fits{other}. "
+            f"--set {GROUP}=... decides."
+        )
     told = tuple(notes), _obstacle(load)
-    return Plan(recipe.model.name, gpu, engine or plain, budget_bytes, phases, choices, advice, *told)
+    return Plan(recipe.model.name, gpu, engine, budget_bytes, phases, _choices(chosen, load, most), advice, *told)
+
+
+def _group(recipe: Recipe) -> int:
+    return int(value_of(recipe, GROUP))
 
 
 def _obstacle(load: Workload) -> str:
-    if load.vllm is None or load.vllm_cache_tokens >= load.longest_sampled:
+    if load.vllm is None or load.vllm_granted_tokens >= load.vllm_context_tokens:
         return ""
     return (
-        f"vLLM's share of {load.share_bytes / GIB:.1f} GiB holds a cache of {load.vllm_cache_tokens} tokens, and the "
-        f"longest sequence has {load.longest_sampled}"
+        f"with a share of {load.share_bytes / GIB:.1f} GiB vLLM makes room for sequences of {load.vllm_granted_tokens} "
+        f"tokens, and the longest has {load.vllm_context_tokens}"
     )
 
 
@@ -217,7 +226,7 @@ class Card:
     preset: str
     budget_bytes: int
     """What it gives this process, its CUDA context included."""
-    total_bytes: int
+    whole: VLLMCard
     """All of its memory, of which vLLM's share is counted."""
     precision: dict[str, bool]
     """Options of `train` that it decides; empty where the preset does."""
@@ -234,18 +243,18 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     if name != "auto" and name not in BUDGETS:
         raise ConfigError(f"--gpu {name!r} is no preset{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
     if name in BUDGETS and not run_here:
-        return Card(name, BUDGETS[name], BUDGETS[name], {})
+        return _elsewhere(name)
     import torch
 
     if not torch.cuda.is_available():
         if name in BUDGETS:
-            return Card(name, BUDGETS[name], BUDGETS[name], {})
+            return _elsewhere(name)
         raise ConfigError("--gpu auto: PyTorch sees no GPU here (`mel-lite doctor` says why). Name a preset instead.")
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     # The context this question made is part of every prediction, so it is not counted twice.
     budget_bytes = min(total_bytes, free_bytes + CONTEXT_BYTES)
     if name in BUDGETS:
-        return Card(name, min(BUDGETS[name], budget_bytes), total_bytes, {})
+        return Card(name, min(BUDGETS[name], budget_bytes), VLLMCard(total_bytes, free_bytes), {})
     card = torch.cuda.get_device_name()
     presets = [preset for preset, needed in BUDGETS.items() if needed <= total_bytes]
     if not presets:
@@ -254,7 +263,13 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
             f"{BUDGETS['12gb'] / GIB:.1f}. Name a preset and a small model: --gpu 12gb --model Qwen/Qwen3-0.6B-Base."
         )
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Card(presets[-1], budget_bytes, total_bytes, {"bf16": bf16, "fp16": not bf16})
+    precision = {"bf16": bf16, "fp16": not bf16}
+    return Card(presets[-1], budget_bytes, VLLMCard(total_bytes, free_bytes), precision)
+
+
+def _elsewhere(preset: str) -> Card:
+    budget_bytes = BUDGETS[preset]
+    return Card(preset, budget_bytes, VLLMCard(budget_bytes, budget_bytes - CONTEXT_BYTES), {})
 
 
 def plan_for(
@@ -277,8 +292,8 @@ def plan_for(
         return recipe, None, str(reason)
     here = run_here or gpu == "auto"
     engine = planned_engine(recipe.model, recipe.lora, this_machine(ranks.world()) if here else None)
-    sizes = {"budget_bytes": card.budget_bytes, "card_bytes": card.total_bytes}
-    made = plan(recipe, shape, gpu=gpu, pinned=pinned, engine=engine, **sizes)
+    check_engine(engine, recipe)
+    made = plan(recipe, shape, gpu=gpu, pinned=pinned, engine=engine, budget_bytes=card.budget_bytes, card=card.whole)
     return apply(recipe, made), made, ""
 
 

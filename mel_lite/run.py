@@ -23,6 +23,7 @@ from mel_lite.config import MELConfig
 from mel_lite.data import load_tasks, recommended_verifier
 from mel_lite.display import LiveDisplay, peaks_table
 from mel_lite.engines.unsloth import is_unsloth
+from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.finish import export_trained, print_summary, release, save
@@ -38,7 +39,7 @@ from mel_lite.runs import run_folder
 from mel_lite.templates import load_templates, render
 from mel_lite.trainer import MELTrainer
 from mel_lite.verifiers import get_verifier
-from mel_lite.workload import workload
+from mel_lite.workload import VLLMCard, Workload, workload
 from mel_lite.worst_case import Gauge, PhasePeak, WorstStepFirst, gauge_here
 
 
@@ -142,8 +143,7 @@ def train(
         ranks.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
         resume = ranks.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
-        checks_memory = torch.cuda.is_available() if worst_case is None else worst_case
-        gauge = gauge_here() if checks_memory else None  # before a model takes anything
+        gauge = _gauge(worst_case, console)  # made before a model takes anything
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
         console.print(
@@ -161,18 +161,10 @@ def train(
         if gauge is not None:
             _worst_step_first(trainer, _as_long_as(recipe, tasks), console, gauge, budget_bytes)
         # After the worst step, which is there to save the time that this takes, too.
-        before = _EvaluatedBefore(
-            lambda: _evaluation(recipe, trainer, tasks, folder / "eval" / "before.json", console, reuse=resume)
-        )
+        path = folder / "eval" / "before.json"
+        before = _EvaluatedBefore(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
         trainer.add_callback(before)
-        display = LiveDisplay(console, trainer)
-        trainer.add_callback(display)  # last: nothing else may draw while its bar is there
-        try:
-            trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error, folder) from error
-        finally:
-            display.close()
+        _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
         if leads:
@@ -185,6 +177,27 @@ def train(
         trainer.accelerator.end_training()
 
 
+def _gauge(worst_case: bool | None, console: Console) -> Gauge | None:
+    """What measures the worst step; None where none is taken."""
+    if not (torch.cuda.is_available() if worst_case is None else worst_case):
+        return None
+    if ranks.world() > 1:
+        console.print("No worst step first: it is taken on one process only.")
+        return None
+    return gauge_here()
+
+
+def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, allow_change: Sequence[str]) -> None:
+    display = LiveDisplay(console, trainer)
+    trainer.add_callback(display)  # last: nothing else may draw while its bar is there
+    try:
+        trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error, folder) from error
+    finally:
+        display.close()
+
+
 def _write_config(recipe: Recipe, folder: Path) -> None:
     """The old file or the new one, never half of one: without it a run cannot be resumed."""
     part = folder / ".config.yaml"
@@ -195,12 +208,13 @@ def _write_config(recipe: Recipe, folder: Path) -> None:
 class _EvaluatedBefore(TrainerCallback):
     """Measures the model before its first step. A resumed run reads what it measured then."""
 
-    def __init__(self, evaluation: Callable[[], EvalResult | None]) -> None:
-        self._evaluation = evaluation
+    def __init__(self, trainer: MELTrainer, evaluation: Callable[[], EvalResult | None]) -> None:
+        self._trainer, self._evaluation = trainer, evaluation
         self.result: EvalResult | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.result = self._evaluation()
+        self._trainer._stop_together()  # where a signal came in meanwhile
 
 
 class _OnceAccepted(TrainerCallback):
@@ -228,16 +242,25 @@ def _as_long_as(recipe: Recipe, tasks: Tasks) -> Recipe:
     return replace(recipe, data=replace(recipe.data, max_prompt_tokens=tasks.longest_prompt_tokens))
 
 
+def _load_of(trainer: MELTrainer, recipe: Recipe) -> Workload:
+    """What the recipe asks of the memory, with the share that vLLM was really started with."""
+    engine = trainer.engine.unmetered
+    if not isinstance(engine, VLLMEngine):
+        return workload(recipe, shape_for(recipe))
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    load = workload(recipe, shape_for(recipe), vllm_on=VLLMCard(total_bytes, free_bytes))
+    assert load.vllm is not None
+    sequences = engine.max_num_seqs or load.vllm.sequences
+    share = replace(load.vllm, utilization=engine.share or load.vllm.utilization, sequences=sequences)
+    return replace(load, vllm=share)
+
+
 def _worst_step_first(
     trainer: MELTrainer, recipe: Recipe, console: Console, gauge: Gauge, budget_bytes: int | None
 ) -> None:
     """Have the trainer begin with the worst step, where a plan says what that is."""
-    if ranks.world() > 1:
-        console.print("No worst step first: it is taken on one process only.")
-        return
     try:
-        vllm_card_bytes = torch.cuda.mem_get_info()[1] if trainer.engine.own_kernels else None
-        load = workload(recipe, shape_for(recipe), vllm_card_bytes=vllm_card_bytes)
+        load = _load_of(trainer, recipe)
     except (ModelError, ConfigError) as reason:
         console.print(f"No worst step first: {reason}", markup=False)
         return

@@ -10,7 +10,18 @@ Letters: e bytes of a compute element, H hidden size, I width of the MLP, V voca
 
 from __future__ import annotations
 
-from mel_lite.memory import GIB, MIB, Shape, kv_cache_bytes, largest_linear_bytes, lora_sizes
+import math
+
+from mel_lite.memory import (
+    GIB,
+    MIB,
+    Shape,
+    kv_cache_bytes,
+    largest_linear_bytes,
+    linear_parameters,
+    lora_sizes,
+    other_parameters,
+)
 
 BATCHED_TOKENS = 4096
 """T: most tokens of one forward pass, prompts being read in chunks of this (`max_num_batched_tokens`)."""
@@ -25,9 +36,11 @@ LIBRARY_BYTES = 133 * MIB
 BLOCK_TOKENS = 16
 """The cache comes in blocks of this many tokens."""
 MOST_SHARE = ((40, 0.87), (25, 0.85), (20, 0.78), (14, 0.76), (10, 0.73), (0, 0.71))
-"""(least GiB of a card, share): what Unsloth found vLLM to wake up with, step after step, beside a trainer. More can
-fail: PyTorch does not give back every piece that training has left it with."""
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""(least GiB of a card, share of what is free on it): what Unsloth found vLLM to wake up with, step after step, beside
+a trainer. More can fail: PyTorch does not give back every piece that training has left it with."""
+GRANTED_SHARE = 0.95
+"""Of what it takes to be left for the cache, what Unsloth lets one sequence fill."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks vLLM makes slots for."""
 
 
@@ -38,8 +51,8 @@ def slot_bytes(shape: Shape, rank: int, element_bytes: int = 2) -> int:
 
 
 def resident_bytes(shape: Shape, rank: int, element_bytes: int = 2) -> int:
-    """What stays beside the weights while vLLM sleeps: LoRA slots and CUDA graphs."""
-    return slot_bytes(shape, rank, element_bytes) + GRAPHS_BYTES
+    """What stays beside the weights while vLLM sleeps: LoRA slots, CUDA graphs, libraries."""
+    return slot_bytes(shape, rank, element_bytes) + GRAPHS_BYTES + LIBRARY_BYTES
 
 
 def pass_bytes(
@@ -56,9 +69,9 @@ def pass_bytes(
 
 
 def overhead_bytes(shape: Shape, sequences: int, rank: int, *, four_bit: bool, element_bytes: int = 2) -> int:
-    """The share without weights and cache: LoRA slots, CUDA graphs, libraries, one forward pass."""
+    """The share without weights and cache: what stays, and one forward pass."""
     one_pass = pass_bytes(shape, sequences, four_bit=four_bit, element_bytes=element_bytes)
-    return resident_bytes(shape, rank, element_bytes) + LIBRARY_BYTES + one_pass
+    return resident_bytes(shape, rank, element_bytes) + one_pass
 
 
 def cache_tokens(shape: Shape, cache_bytes: int, element_bytes: int = 2) -> int:
@@ -67,6 +80,29 @@ def cache_tokens(shape: Shape, cache_bytes: int, element_bytes: int = 2) -> int:
     return max(0, cache_bytes // block_bytes) * BLOCK_TOKENS
 
 
-def most_share(card_bytes: int) -> float:
-    """Largest `gpu_memory_utilization` that is chosen for a card of this memory."""
-    return next(share for least_gib, share in MOST_SHARE if card_bytes >= least_gib * GIB)
+def granted_tokens(shape: Shape, share_bytes: int, rank: int, *, four_bit: bool, element_bytes: int = 2) -> int:
+    """Longest sequence that Unsloth has vLLM make room for, whatever was asked for: its own, more careful estimate.
+
+    95 % of share - weights - LoRA slots - graphs, in whole 256 tokens, where a 4-bit weight counts as 5/8 byte and the
+    graphs as 688 H L bytes, but 0.15 to 1 GiB.
+    """
+    left = share_bytes - _taken_for_granted_bytes(shape, rank, four_bit=four_bit)
+    return max(0, int(GRANTED_SHARE * left / kv_cache_bytes(shape, 1, element_bytes))) // 256 * 256
+
+
+def share_to_be_granted_bytes(shape: Shape, tokens: int, rank: int, *, four_bit: bool, element_bytes: int = 2) -> int:
+    """The least share with which Unsloth grants sequences of this length."""
+    cache = kv_cache_bytes(shape, -(-tokens // 256) * 256, element_bytes) / GRANTED_SHARE
+    return math.ceil(_taken_for_granted_bytes(shape, rank, four_bit=four_bit) + cache) + MIB
+
+
+def _taken_for_granted_bytes(shape: Shape, rank: int, *, four_bit: bool) -> float:
+    weights = (5 / 8 if four_bit else 2) * linear_parameters(shape) + 2 * other_parameters(shape)
+    graphs = min(max(688 * shape.hidden * shape.layers, 0.15 * GIB), GIB)
+    return weights + slot_bytes(shape, rank) + graphs
+
+
+def most_share(card_bytes: int, free_bytes: int) -> float:
+    """Largest `gpu_memory_utilization` that is chosen for a card of this memory, of which so much is free."""
+    share = next(share for least_gib, share in MOST_SHARE if card_bytes >= least_gib * GIB)
+    return share * min(1.0, free_bytes / card_bytes)

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "generation_batch_size": None,
     "num_iterations": 1,
     "beta": 0.0,
+    "use_vllm": False,
     "max_completion_length": 512,
     "analysis_max_tokens": 1024,
     "max_context_tokens": None,
@@ -72,11 +73,19 @@ def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: 
 
 
 @dataclass(frozen=True, slots=True)
+class VLLMCard:
+    """The card that vLLM takes a share of."""
+
+    total_bytes: int
+    free_bytes: int
+    """Before the run."""
+
+
+@dataclass(frozen=True, slots=True)
 class VLLMShare:
     """How vLLM samples from the trained weights."""
 
-    card_bytes: int
-    """Memory of the card, of which it takes a share."""
+    card: VLLMCard
     rank: int
     """Of the largest adapter it makes room for."""
     sequences: int
@@ -115,6 +124,8 @@ class Workload:
     exports: bool
     assumes_prompts: bool
     """Whether nothing bounds the prompts, so that their length is a guess."""
+    max_seq_length: int | None = None
+    """As the recipe bounds sequences for Unsloth and vLLM; None = as long as they are."""
     vllm: VLLMShare | None = None
     """None: transformers' generation, or Unsloth's own."""
 
@@ -189,6 +200,11 @@ class Workload:
         return max(trained, self.prompt_tokens + self.evaluated_tokens)
 
     @property
+    def vllm_context_tokens(self) -> int:
+        """Longest sequence that vLLM is asked to make room for."""
+        return self.max_seq_length or self.longest_sampled
+
+    @property
     def vllm_overhead_bytes(self) -> int:
         """vLLM's share without weights and cache."""
         assert self.vllm is not None
@@ -197,23 +213,36 @@ class Workload:
         return vllm_memory.overhead_bytes(self.shape, sequences, rank, **options)
 
     def share_of(self, cache_tokens: int) -> int:
-        """Bytes of vLLM's share with a cache of so many tokens."""
-        cache = memory.kv_cache_bytes(self.shape, cache_tokens, self.element_bytes)
-        return self.weight_bytes + self.vllm_overhead_bytes + cache
+        """Bytes of vLLM's share with a cache of so many tokens, but no less than it takes for the longest sequence."""
+        assert self.vllm is not None
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        longest = self.vllm_context_tokens
+        least = vllm_memory.share_to_be_granted_bytes(self.shape, longest, self.vllm.rank, **options)
+        held = max(cache_tokens, longest) + vllm_memory.BLOCK_TOKENS  # one block is begun
+        cache = memory.kv_cache_bytes(self.shape, held, self.element_bytes)
+        return max(least, self.weight_bytes + self.vllm_overhead_bytes + cache)
 
     @property
     def share_bytes(self) -> int:
-        """vLLM's share: as set, or what a cache for the longest sequence takes."""
+        """vLLM's share: as set, or the least it can do with."""
         assert self.vllm is not None
         if self.vllm.utilization is None:
-            return self.share_of(self.longest_sampled + vllm_memory.BLOCK_TOKENS)
-        return int(self.vllm.utilization * self.vllm.card_bytes)
+            return self.share_of(0)
+        return int(self.vllm.utilization * self.vllm.card.total_bytes)
 
     @property
     def vllm_cache_tokens(self) -> int:
         """Tokens that vLLM's cache has room for."""
         left = self.share_bytes - self.weight_bytes - self.vllm_overhead_bytes
         return vllm_memory.cache_tokens(self.shape, left, self.element_bytes)
+
+    @property
+    def vllm_granted_tokens(self) -> int:
+        """Longest sequence that it would be started for: what its cache holds, and what Unsloth thinks it does."""
+        assert self.vllm is not None
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        granted = vllm_memory.granted_tokens(self.shape, self.share_bytes, self.vllm.rank, **options)
+        return min(granted, self.vllm_cache_tokens)
 
     def at_once(self, phase: str) -> int:
         """Sequences of a phase that the engine samples together; vLLM those that its cache holds at full length."""
@@ -227,10 +256,9 @@ class Workload:
         return max(1, min(most, self.max_cache_tokens // (prompt_tokens + new_tokens)))
 
 
-def workload(recipe: Recipe, shape: Shape, *, vllm_card_bytes: int | None = None) -> Workload:
-    """What a recipe asks of a model of this shape.
+def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -> Workload:
+    """What a recipe asks of a model of this shape; `vllm_on` None where something else than vLLM samples.
 
-    `vllm_card_bytes`: memory of the card that vLLM takes a share of; None where something else samples.
     Raises: ConfigError for full fine-tuning, which is not predicted.
     """
     if recipe.lora is None:
@@ -269,22 +297,24 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_card_bytes: int | None = None
         checkpointing=bool(option["gradient_checkpointing"]),
         optim=str(option["optim"]),
         measures_gradients=bool(option["grad_norm_every"]),
-        # TRL scores them where vLLM sampled, for its importance weights.
-        scores_rollouts=vllm_card_bytes is not None
+        # TRL scores them where vLLM sampled, its own or ours, for its importance weights.
+        scores_rollouts=vllm_on is not None
+        or option["use_vllm"]
         or option["beta"] != 0
         or accumulation % (steps * option["num_iterations"]) != 0,
         exports=recipe.export.format is not None,
         assumes_prompts=recipe.data.max_prompt_tokens is None,
-        vllm=None if vllm_card_bytes is None else _vllm_share(recipe, vllm_card_bytes, max(completions, pairs)),
+        max_seq_length=recipe.model.max_seq_length,
+        vllm=None if vllm_on is None else _vllm_share(recipe, vllm_on, max(completions, pairs)),
     )
 
 
-def _vllm_share(recipe: Recipe, card_bytes: int, sequences: int) -> VLLMShare:
+def _vllm_share(recipe: Recipe, card: VLLMCard, sequences: int) -> VLLMShare:
     assert recipe.lora is not None
     spec = recipe.model
     rank = spec.max_lora_rank or adapter_rank(recipe.lora)
     most = spec.max_num_seqs or min(sequences, vllm_memory.MOST_SEQUENCES)
-    return VLLMShare(card_bytes, rank, most, spec.gpu_memory_utilization)
+    return VLLMShare(card, rank, most, spec.gpu_memory_utilization)
 
 
 def with_lessons(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ run changes: weights, moments, random numbers, counters and metrics are afterwar
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -101,7 +102,8 @@ class PhasePeak:
 
     name: str
     predicted_bytes: int | None
-    measured_bytes: int
+    measured_bytes: int | None
+    """None: it ran out of memory."""
 
 
 def worst_step(
@@ -122,16 +124,15 @@ def worst_step(
         if only is not None and name not in only:
             return
         gauge.start()
-        try:
+        with _memory_of(name):
             phase()
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryIn(name) from error
         peaks[name] = gauge.peak_bytes()
 
+    trainer.engine.sleep()  # so that waking up has to find its memory beside the optimiser's states
     held = 0 if trainer.optimizer is not None and trainer.optimizer.state else states_bytes
-    states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)
+    with _memory_of("optimiser"):
+        states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)
     with _as_it_was(trainer):
-        trainer.engine.sleep()  # so that waking up has to find its memory beside the optimiser's states
         for name in load.sampled:
             measured(name, lambda name=name: _sample(trainer, load, name))  # type: ignore[misc]
         trainer.engine.sleep()
@@ -140,6 +141,14 @@ def worst_step(
         measured("update", lambda: _update(trainer, load))
     del states
     return peaks
+
+
+@contextmanager
+def _memory_of(phase: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryIn(phase) from error
 
 
 @contextmanager
@@ -183,9 +192,11 @@ def _ids(trainer: Any, tokens: int, start: int = 0) -> list[int]:
 
 
 def _sample(trainer: Any, load: Workload, name: str) -> None:
-    _, _, new_tokens = load.sampled[name]
-    # vLLM's cache has its size from the start, so a few tokens show as much as many.
-    sample_at_full_length(trainer, load, name, new_tokens if load.vllm is None else min(new_tokens, FEW_TOKENS))
+    sequences, _, new_tokens = load.sampled[name]
+    if load.vllm is None:
+        sample_at_full_length(trainer, load, name, new_tokens)
+    else:  # its cache has its size from the start, so a few tokens of all sequences show as much as many
+        sample_at_full_length(trainer, load, name, min(new_tokens, FEW_TOKENS), sequences=sequences)
 
 
 def sample_at_full_length(
@@ -286,26 +297,34 @@ class WorstStepFirst(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         states = self._predicted["update"].parts["optimiser states"] if "update" in self._predicted else 0
         for _attempt in range(MOST_TRIES):
-            try:
-                measured = worst_step(self._trainer, self._load, self._gauge, states_bytes=states)
-            except OutOfMemoryIn as error:
-                raise ConfigError(self._refusal(error.phase, None)) from error
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            peaks = tuple(
-                PhasePeak(name, self._predicted[name].bytes if name in self._predicted else None, found)
-                for name, found in measured.items()
-            )
-            if self._trainer.budget_tokens is not None:  # as it is after an update that ran out of memory
-                self._load = replace(self._load, max_micro_batch_tokens=self._trainer.budget_tokens)
-            most = self._budget_bytes
-            over = [peak for peak in peaks if most is not None and peak.measured_bytes > most]
+            over = self._attempt(states)
             if not over:
-                self._report(peaks, "")
                 return
-            self._report(peaks, self._adapt(over))
         raise ConfigError(self._refusal(over[0].name, over[0].measured_bytes))
+
+    def _attempt(self, states_bytes: int) -> list[PhasePeak]:
+        """Take the step, report it, and halve what was too much, which is returned. Raises ConfigError."""
+        try:
+            measured = worst_step(self._trainer, self._load, self._gauge, states_bytes=states_bytes)
+        except OutOfMemoryIn as error:
+            found = PhasePeak(error.phase, self._predicted_bytes(error.phase), None)
+            if found.name == "optimiser":  # nothing that is done less of at once would help
+                raise ConfigError(self._refusal(found.name, None)) from error
+            self._report((found,), self._adapt([found]))
+            return [found]
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        peaks = tuple(PhasePeak(name, self._predicted_bytes(name), found) for name, found in measured.items())
+        if self._trainer.budget_tokens is not None:  # as it is after an update that ran out of memory
+            self._load = replace(self._load, max_micro_batch_tokens=self._trainer.budget_tokens)
+        most = self._budget_bytes
+        over = [peak for peak in peaks if most is not None and (peak.measured_bytes or 0) > most]
+        self._report(peaks, self._adapt(over) if over else "")
+        return over
+
+    def _predicted_bytes(self, name: str) -> int | None:
+        return self._predicted[name].bytes if name in self._predicted else None
 
     def _adapt(self, over: Sequence[PhasePeak]) -> str:
         """Halve what the phases over the budget do at once; returns the options for it. Raises ConfigError."""
@@ -341,7 +360,7 @@ class WorstStepFirst(TrainerCallback):
         budget = "" if self._budget_bytes is None else f" of the {self._budget_bytes / GIB:.1f} GiB there are"
         if self._load.vllm is not None and name in self._load.sampled:
             return f"The worst step's {name} {took}{budget}. {self._smaller_share(measured_bytes)}"
-        knob = "train.max_completion_length" if name in ("rollout", "replay") else "train.max_context_tokens"
+        knob = "train.max_context_tokens" if name in ("analysis", "update") else "train.max_completion_length"
         return (
             f"The worst step's {name} {took}{budget}, with one row at a time. Lower {knob}, take a smaller model, or "
             "set train.gradient_checkpointing=true and model.load_in_4bit=true where they are off. "
@@ -351,12 +370,14 @@ class WorstStepFirst(TrainerCallback):
     def _smaller_share(self, measured_bytes: int | None) -> str:
         """What to do where vLLM takes too much: its share cannot be changed once it runs."""
         assert self._load.vllm is not None
-        share = self._load.share_bytes / self._load.vllm.card_bytes
+        card_bytes = self._load.vllm.card.total_bytes
+        share = self._load.share_bytes / card_bytes
         over = share / 10
         if measured_bytes is not None and self._budget_bytes is not None:
-            over = (measured_bytes - self._budget_bytes) / self._load.vllm.card_bytes
+            over = (measured_bytes - self._budget_bytes) / card_bytes
+        smaller = math.floor(100 * (share - over)) / 100
         return (
-            f"Start again with a smaller share for vLLM, --set model.gpu_memory_utilization={share - over:.2f} (now "
+            f"Start again with a smaller share for vLLM, --set model.gpu_memory_utilization={smaller:.2f} (now "
             f"{share:.2f}), or sample with transformers: --engine hf. (--no-worst-case trains without this check.)"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 from peft import get_peft_model
@@ -12,6 +13,8 @@ from mel_lite.adapters import LoraSpec, lora_config
 
 asked: dict[str, Any] = {}
 fails_with: list[Exception] = []
+shortened_by = 0
+"""Tokens by which vLLM's context is shorter than what was asked for."""
 
 PACKAGE = "import fake_unsloth\nfake_unsloth.note_import()\nfrom fake_unsloth import FastLanguageModel\n"
 """Source of a package `unsloth` that stands on this module."""
@@ -27,7 +30,12 @@ class FastLanguageModel:
         asked.update(options)
         for error in fails_with:
             raise error
-        return AutoModelForCausalLM.from_pretrained(options["model_name"]), None
+        model = AutoModelForCausalLM.from_pretrained(options["model_name"])
+        if options.get("fast_inference"):
+            granted = options["max_seq_length"] - shortened_by
+            config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=granted))
+            model.vllm_engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+        return model, None
 
     @staticmethod
     def get_peft_model(model: Any, **options: Any) -> Any:

@@ -56,6 +56,8 @@ class FakeLLM:
         self.asleep = True
 
     def wake_up(self) -> None:
+        if self.fault == "does not wake":  # in the words of vLLM's allocator
+            raise RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62")
         self.events.append("wake")
         self.asleep = False
 

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import fake_unsloth
 from mel_lite import loading
 from mel_lite.adapters import LoraSpec, adapter_rank
-from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, this_machine
+from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, planned_engine, this_machine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY, adapter_fingerprint, is_unsloth
 from mel_lite.errors import ConfigError, EngineError, ModelError
@@ -47,6 +47,7 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
         (Machine((6, 1), ALL), {}, "unsloth", False, "compute capability (6, 1) is too old"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {"load_in_4bit": True}, "unsloth", False, "pip install vllm-bnb-plugin"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {}, "unsloth", True, "vllm is installed"),
+        (GPU, {"max_lora_rank": 1024}, "unsloth", False, "vLLM takes adapters up to rank 512, not 1024"),
         (GPU, {"fast_inference": False}, "unsloth", False, "model.fast_inference=false"),
         (GPU, {"revision": "abc"}, "unsloth", False, "model.revision='abc', which vLLM under Unsloth ignores"),
         (GPU, {"attn_implementation": "eager"}, "hf", False, "model.attn_implementation='eager' is an option it does"),
@@ -59,6 +60,15 @@ def test_the_choice_and_its_reason(machine: Machine, model: Any, engine: str, vl
     assert (choice.engine, choice.vllm) == (engine, vllm)
     assert reason in choice.reason and choice.line.startswith(f"engine: {engine}") and reason in choice.line
     assert ("with vLLM" in choice.line) == vllm
+
+
+def test_a_plan_for_elsewhere_does_not_say_what_is_here() -> None:
+    found = planned_engine(ModelSpec("demo", load_in_4bit=True), LoraSpec(), None)
+    assert found.vllm and "mel-lite[gpu]" in found.reason and "here" not in found.reason
+    found = planned_engine(ModelSpec("demo", revision="abc"), LoraSpec(), None)
+    assert not found.vllm and found.engine == "unsloth" and "here" not in found.reason and "revision" in found.reason
+    assert planned_engine(ModelSpec("demo", engine="hf"), LoraSpec(), None).engine == "hf"
+    assert planned_engine(ModelSpec("demo"), LoraSpec(), CPU).engine == "hf", "this machine"
 
 
 def test_full_fine_tuning_is_left_to_transformers() -> None:
@@ -226,10 +236,37 @@ def test_what_cannot_work_is_refused(set_: Any, message: str, tmp_path: Path, mo
         fake_load(tmp_path, monkeypatch, GPU, **set_)
 
 
-def test_vllm_that_does_not_start_is_an_error_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="RuntimeError: No available memory.*fast_inference=false") as error:
-        fake_load(tmp_path, monkeypatch, GPU, error=RuntimeError("No available memory for the cache blocks"))
-    assert error.value.exit_code == 6
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (RuntimeError("No available memory for the cache blocks"), "Raise model.gpu_memory_utilization"),
+        (RuntimeError("larger than the available KV cache memory"), "Raise model.gpu_memory_utilization"),
+        (MemoryError("vLLM ran out of memory"), "Lower model.gpu_memory_utilization"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "Lower model.gpu_memory_utilization"),
+    ],
+)
+def test_vllm_that_does_not_start_is_an_error_with_the_fix(
+    error: Exception, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match=f"{type(error).__name__}: .*{fix}.*fast_inference=false") as raised:
+        fake_load(tmp_path, monkeypatch, GPU, error=error)
+    assert raised.value.exit_code == 6
+
+
+def test_a_context_that_was_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth shortens it without a word where it takes the share to be too small; answers would be cut."""
+    monkeypatch.setattr(fake_unsloth, "shortened_by", 12)
+    with pytest.raises(EngineError, match="sequences of 321 tokens, and this run has some of 333. Raise model.gpu_mem"):
+        fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333})
+
+
+@pytest.mark.parametrize(("asked", "given"), [(256, 255), (48, 48), (5000, 5000)])
+def test_sequences_at_once_are_what_was_asked_for(
+    asked: int, given: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 is to Unsloth what nobody asked for; vLLM takes no fewer tokens a pass than sequences."""
+    found = fake_load(tmp_path, monkeypatch, GPU, **{"model.max_num_seqs": asked})
+    assert found["max_num_seqs"] == given and found["max_num_batched_tokens"] == max(4096, asked)
 
 
 def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from fake_vllm import trainer_with_fake_vllm
 from mel_lite.presets import resolve
+from mel_lite.workload import VLLMCard
 from trainers import build, even_ids
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
@@ -104,7 +105,9 @@ def test_a_step_with_vllm_is_measured_with_all_sequences_beside_its_prediction(
     overrides += [(f"train.{key}", value) for key, value in options.items()]
     recipe = resolve(overrides=[*overrides, ("model.gpu_memory_utilization", 0.25)])
     figures: dict[str, Any] = {"phases": []}
-    part = Measurement(recipe, figures, tmp_path / "vllm-24gb.json", time.monotonic() + 20, vllm_card_bytes=2**33)
+    part = Measurement(
+        recipe, figures, tmp_path / "vllm-24gb.json", time.monotonic() + 20, vllm_on=VLLMCard(2**33, 2**33)
+    )
     part.trainer = trainer
 
     class Begin(TrainerCallback):

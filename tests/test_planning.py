@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mel_lite import memory
+from mel_lite import memory, planning
 from mel_lite.cli import app
 from mel_lite.config import MELConfig
-from mel_lite.engines.choice import EngineChoice
+from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine
 from mel_lite.errors import ConfigError
 from mel_lite.fitting import NEUTRAL
 from mel_lite.memory import GIB, KNOWN
@@ -27,6 +27,8 @@ from mel_lite.prediction import predict
 from mel_lite.presets import GPU_PRESETS, Recipe, resolve
 from mel_lite.workload import DEFAULTS, MAX_SEQUENCES, Part, workload
 from tiny_models import save_tiny
+
+ALL = ("unsloth", "vllm", BNB_PLUGIN)
 
 
 def planned(gpu: str, *, pinned: tuple[str, ...] = (), **overrides: Any) -> tuple[Recipe, Plan]:
@@ -290,7 +292,8 @@ def test_auto_takes_the_card_that_is_here(
 ) -> None:
     card.install(monkeypatch)
     found = find_gpu("auto")
-    assert (found.preset, found.budget_bytes, found.total_bytes) == (preset, card.total_bytes, card.total_bytes)
+    assert (found.preset, found.budget_bytes, found.whole.total_bytes) == (preset, card.total_bytes, card.total_bytes)
+    assert found.whole.free_bytes == card.total_bytes - memory.CONTEXT_BYTES
     assert found.precision == {"bf16": bf16, "fp16": not bf16}
     recipe, made, _ = plan_for("auto", None, [])
     assert made is not None and made.fits
@@ -301,12 +304,39 @@ def test_auto_takes_the_card_that_is_here(
 def test_a_preset_that_is_run_here_gets_no_more_than_this_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCuda(15.8, used_gib=1).install(monkeypatch)
     elsewhere, here = find_gpu("24gb"), find_gpu("24gb", run_here=True)
-    assert elsewhere.budget_bytes == elsewhere.total_bytes == BUDGETS["24gb"]
-    assert here.total_bytes == int(15.8 * GIB) and here.budget_bytes == int(15.8 * GIB) - GIB
+    assert elsewhere.budget_bytes == elsewhere.whole.total_bytes == BUDGETS["24gb"]
+    assert here.whole.total_bytes == int(15.8 * GIB) and here.budget_bytes == int(15.8 * GIB) - GIB
     _, made, _ = plan_for("24gb", None, [("model.name", "Qwen/Qwen3-14B-Base")], run_here=True)
     assert made is not None and not made.fits, "although it fits 24 GB"
     FakeCuda(79.0).install(monkeypatch)
     assert find_gpu("24gb", run_here=True).budget_bytes == BUDGETS["24gb"]
+
+
+def test_vllms_share_on_a_machine_is_of_its_card_and_of_what_is_free_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Unsloth found to be safe is a share of what is free."""
+    monkeypatch.setattr(planning, "this_machine", lambda processes: Machine((8, 9), frozenset({*ALL})))
+    found = {}
+    for name, used_gib in (("alone", 0.0), ("beside", 5.6)):
+        FakeCuda(23.6, used_gib=used_gib).install(monkeypatch)
+        recipe, made, _ = plan_for("auto", None, [])
+        assert made is not None and made.fits and made.engine.vllm
+        found[name] = recipe.model.gpu_memory_utilization
+        free_gib = 23.6 - used_gib - memory.CONTEXT_BYTES / GIB
+        assert found[name] == pytest.approx(0.78 * free_gib / 23.6, abs=1e-4)
+    FakeCuda(79.0).install(monkeypatch)
+    recipe, made, _ = plan_for("24gb", None, [], run_here=True)
+    assert made is not None and made.peak_bytes <= BUDGETS["24gb"]
+    assert recipe.model.gpu_memory_utilization == pytest.approx(20.0 / 79.0, abs=0.01), "bytes of the budget"
+
+
+def test_what_an_engine_cannot_follow_is_refused_with_the_plan() -> None:
+    for key, value, message in (
+        ("train.beta", 0.04, "beta=0.04 with vLLM"), ("train.temperature", 2.5, "temperature=2.5: vLLM samples at 2.0"),
+        ("model.max_lora_rank", 8, "max_lora_rank=8 is below the adapter's rank of 32"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            plan_for("24gb", None, [(key, value)])
+        assert plan_for("24gb", None, [(key, value), ("model.engine", "hf")])[1] is not None
 
 
 def test_auto_counts_what_others_use_and_refuses_small_cards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +421,9 @@ def test_groups_are_halved_where_nothing_else_fits() -> None:
     assert any("groups have 4 completions, not 8: nothing else fits" in note for note in made.notes)
     chosen = apply(recipe, made).train
     assert (chosen["num_generations"], chosen["per_device_train_batch_size"]) == (4, 256)
+    _, whole = planned("24gb", **{**large, "train__per_device_train_batch_size": 384})
+    assert whole.fits and whole.choices["train.num_generations"] == 8, "first the last of the card"
+    assert whole.peak_bytes > TARGET_SHARE * BUDGETS["24gb"]
     for pinned in ("train.num_generations", "train.per_device_train_batch_size"):
         _, refused = planned("24gb", pinned=(pinned,), **large)
         assert not refused.fits and refused.choices["train.num_generations"] == 8
@@ -411,3 +444,39 @@ def test_lessons_are_planned_for_beside_every_estimator(algorithm: str) -> None:
         peaks[name] = {phase.name: phase.bytes for phase in phases}
     assert peaks["with"] == peaks["mel"] and "analysis" in peaks["with"]
     assert "analysis" not in peaks["without"] and peaks["without"]["update"] < peaks["mel"]["update"]
+
+
+def trained_with(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Recipe, Any]:
+    """The recipe and the budget that `mel-lite train` would train with."""
+    from mel_lite import run
+
+    seen: list[tuple[Recipe, Any]] = []
+    monkeypatch.setattr(run, "train", lambda recipe, folder, **options: seen.append((recipe, options["budget_bytes"])))
+    done = CliRunner().invoke(app, ["train", *arguments])
+    assert done.exit_code == 0, done.output
+    return seen[0]
+
+
+def test_a_run_on_the_cpu_is_not_planned_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("a CUDA context for a run on the CPU"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    recipe, budget = trained_with(
+        monkeypatch, "--gpu", "24gb", "--set", "train.use_cpu=true", "--output-dir", str(tmp_path / "run")
+    )
+    assert budget is None and recipe.train["use_cpu"] and recipe.model.gpu_memory_utilization is None
+
+
+def test_a_resumed_run_keeps_what_a_plan_had_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever is free on the card today: its checkpoint was made with these."""
+    (tmp_path / "run").mkdir()
+    changes = [("train.num_generations", 4), ("train.per_device_train_batch_size", 32), ("train.optim", "adamw_torch")]
+    began = resolve(preset="24gb", overrides=[*changes, ("train.max_context_tokens", 4096)])
+    (tmp_path / "run" / "config.yaml").write_text(began.as_yaml())
+    arguments = ("--gpu", "24gb", "--resume", "--output-dir", str(tmp_path / "run"))
+    recipe, budget = trained_with(monkeypatch, *arguments)
+    assert budget == BUDGETS["24gb"]
+    for key, value in (*changes, ("train.max_context_tokens", 4096)):
+        assert recipe.train[key.partition(".")[2]] == value
+    again, _ = trained_with(monkeypatch, *arguments, "--set", "train.max_context_tokens=3072")
+    assert again.train["max_context_tokens"] == 3072, "but for what is said now"

@@ -11,7 +11,7 @@ from mel_lite.engines.choice import EngineChoice
 from mel_lite.memory import CONTEXT_BYTES, GIB, KNOWN, Shape
 from mel_lite.planning import BUDGETS, TARGET_SHARE, Plan, apply, plan
 from mel_lite.presets import Recipe, resolve
-from mel_lite.workload import Workload, workload
+from mel_lite.workload import VLLMCard, Workload, workload
 
 QWEN3_32B = Shape(64, 5120, 25600, 64, 8, 128, 151936, False, qk_norm=True)
 H100_GIB = 79.18
@@ -66,16 +66,24 @@ def test_slots_are_part_of_what_vllm_says_its_weights_take() -> None:
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-def planned(gpu: str, *, pinned: tuple[str, ...] = (), card_gib: float | None = None, **overrides: Any) -> Any:
+def planned(
+    gpu: str,
+    *,
+    pinned: tuple[str, ...] = (),
+    card_gib: float | None = None,
+    free_gib: float | None = None,
+    **overrides: Any,
+) -> Any:
     """The recipe with the plan in it, the plan, and the load it is for."""
     recipe = resolve(preset=gpu, overrides=[(key.replace("__", "."), value) for key, value in overrides.items()])
-    card = BUDGETS[gpu] if card_gib is None else int(card_gib * GIB)
+    total = BUDGETS[gpu] if card_gib is None else int(card_gib * GIB)
+    card = VLLMCard(total, total - CONTEXT_BYTES)
     shape, engine = memory.known_shape(recipe.model.name), EngineChoice("unsloth", True, "test")
     assert shape is not None
-    sizes: dict[str, Any] = {"budget_bytes": BUDGETS[gpu], "card_bytes": card}
+    sizes: dict[str, Any] = {"budget_bytes": BUDGETS[gpu], "card": card}
     made: Plan = plan(recipe, shape, gpu=gpu, pinned=pinned, engine=engine, **sizes)
     chosen: Recipe = apply(recipe, made)
-    load: Workload = workload(chosen, shape, vllm_card_bytes=card)
+    load: Workload = workload(chosen, shape, vllm_on=card)
     return chosen, made, load
 
 
@@ -98,7 +106,7 @@ def test_the_share_is_the_rollouts_peak_and_the_cache_is_given_back_for_the_upda
     cache = memory.kv_cache_bytes(load.shape, load.vllm_cache_tokens)
     assert cache == pytest.approx(phases["rollout"].parts["vLLM's cache"], rel=0.001)
     assert load.vllm_cache_tokens >= 2 * load.longest_sampled
-    assert recipe.model.gpu_memory_utilization <= vllm_memory.most_share(BUDGETS[gpu])
+    assert recipe.model.gpu_memory_utilization <= vllm_memory.most_share(BUDGETS[gpu], BUDGETS[gpu])
     assert str(load.vllm_cache_tokens) in made.notes[0]
 
 
@@ -111,7 +119,7 @@ def test_rollouts_are_scored_where_vllm_sampled_them() -> None:
 
 def test_no_more_than_all_sequences_can_fill() -> None:
     recipe, made, load = planned("80gb", model__name="Qwen/Qwen3-0.6B")
-    assert recipe.model.gpu_memory_utilization < vllm_memory.most_share(BUDGETS["80gb"]) - 0.01
+    assert recipe.model.gpu_memory_utilization < 0.8
     most = max(min(n, load.vllm.sequences) * (prompt + new) for n, prompt, new in load.sampled.values())
     assert most <= load.vllm_cache_tokens <= 1.02 * most
     assert made.choices["model.max_num_seqs"] == vllm_memory.MOST_SEQUENCES == load.at_once("rollout")
@@ -131,15 +139,15 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
     key = "model.gpu_memory_utilization"
     recipe, made, _ = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.6)
     assert made.fits and recipe.model.gpu_memory_utilization == 0.6
+    chosen = planned("24gb")[0].model.gpu_memory_utilization
     _, too_much, _ = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.97)
     assert not too_much.fits and "the rollout phase needs 22.3 GiB" in too_much.refusal()
     _, too_little, load = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.31)
     assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"] and not too_little.notes
-    assert (
-        f"holds a cache of {load.vllm_cache_tokens} tokens, and the longest sequence has 6144" in too_little.refusal()
-    )
+    room = f"vLLM makes room for sequences of {load.vllm_granted_tokens} tokens, and the longest has 6144"
+    assert room in too_little.refusal()
     for refused in (too_much, too_little):
-        assert refused.advice[:2] == (f"--set {key}=0.78", "--engine hf")
+        assert refused.advice[:2] == (f"--set {key}={chosen}", "--engine hf")
         assert refused.choices["model.max_num_seqs"] == 64
 
 
@@ -147,6 +155,35 @@ def test_an_evaluations_longest_answer_must_fit_the_cache_too() -> None:
     longer = {"data__eval": "demo:test", "eval__max_new_tokens": 9000}
     assert planned("24gb", **longer)[2].longest_sampled == 1024 + 9000
     assert planned("24gb", eval__max_new_tokens=9000)[2].longest_sampled == 5120 + 1024, "nothing is evaluated"
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-14B"])
+def test_the_least_share_for_a_length_is_granted_it(name: str, four_bit: bool) -> None:
+    """Unsloth's estimate, computed by hand for one, and its inverse."""
+    for tokens in (1, 256, 6144, 30_000):
+        share = vllm_memory.share_to_be_granted_bytes(KNOWN[name], tokens, 32, four_bit=four_bit)
+        granted = vllm_memory.granted_tokens(KNOWN[name], share, 32, four_bit=four_bit)
+        assert tokens <= granted < tokens + 257
+        assert vllm_memory.granted_tokens(KNOWN[name], share - 2**28, 32, four_bit=four_bit) < granted
+    # Qwen3-14B: 13.2e9 weights at 5/8 byte, 1.556e9 others at 2, slots of rank 32, graphs at 0.13 of at least 0.15 GiB
+    if name.endswith("14B") and four_bit:
+        left = 16 * GIB - (0.625 * 13_212_057_600 + 2 * 1_556_250_112 + 256_901_120 + 0.15 * GIB)
+        expected = int(0.95 * left / 163_840) // 256 * 256
+        assert vllm_memory.granted_tokens(KNOWN[name], 16 * GIB, 32, four_bit=True) == expected > 0
+
+
+def test_what_unsloth_would_cut_is_refused() -> None:
+    """By vLLM's own count the cache holds the longest sequence, by Unsloth's it does not."""
+    options = {"model__name": "Qwen/Qwen3-14B-Base", "train__algorithm": "grpo"}
+    pinned = ("model.gpu_memory_utilization",)
+    _, made, load = planned("24gb", pinned=pinned, model__gpu_memory_utilization=0.52, **options)
+    assert load.vllm_cache_tokens > load.longest_sampled == 3072 > load.vllm_granted_tokens
+    assert not made.fits and f"makes room for sequences of {load.vllm_granted_tokens} tokens" in made.refusal()
+    _, made, load = planned("24gb", **options)
+    assert made.fits and load.vllm_granted_tokens >= 3072
+    _, made, _ = planned("24gb", model__max_seq_length=200_000)
+    assert not made.fits and "the longest has 200000" in made.refusal()
 
 
 def test_pinned_sequences_are_kept() -> None:

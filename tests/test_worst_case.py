@@ -21,7 +21,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.memory import shape_of
 from mel_lite.prediction import Phase
 from mel_lite.presets import resolve
-from mel_lite.workload import VLLMShare, Workload, workload
+from mel_lite.workload import VLLMCard, VLLMShare, Workload, workload
 from mel_lite.worst_case import GpuGauge, HostGauge, PhasePeak, WorstStepFirst, worst_step
 from scripted import ScriptedEngine, default_answer
 from tiny_models import tiny_tokenizer
@@ -205,17 +205,44 @@ def test_the_phase_that_runs_out_of_memory_is_named(tmp_path: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(worst_case, "_score", full)
-    fine = {name: [90] for name in ("rollout", "analysis", "replay")}
-    step = first(trainer, load_of(trainer), fine, 150, [])
-    with pytest.raises(ConfigError, match="The worst step's scoring runs out of memory of the 0.0 GiB there are"):
+    fine, shown = {name: [90] for name in ("rollout", "analysis", "replay")}, []
+    step = first(trainer, load_of(trainer), fine, 150, shown)
+    monkeypatch.setattr(step._gauge, "peak_bytes", lambda: 90)
+    with pytest.raises(ConfigError, match="scoring runs out of memory of the 0.0 GiB there are.*max_completion_length"):
         step.on_train_begin(None, None, None)
+    assert [(peaks[0].name, peaks[0].measured_bytes) for peaks, _ in shown] == [("scoring", None)] * len(shown)
+    tokens = [int(change.rpartition("=")[2]) for _, change in shown]
+    assert tokens == sorted(tokens, reverse=True) and tokens[-1] == 332, "halved down to the longest row first"
+
+
+def test_vllm_that_does_not_wake_beside_the_states_is_told_with_its_share(tmp_path: Path) -> None:
+    trainer, llm = trainer_with_fake_vllm(build, tmp_path, fault="does not wake", **SIZES)
+    trainer.create_optimizer()
+    step = first(trainer, vllm_load(trainer), {"rollout": [90]}, 2**33, [])
+    with pytest.raises(ConfigError, match=r"rollout runs out of memory.*gpu_memory_utilization=0.45 \(now 0.50\)"):
+        step.on_train_begin(None, None, None)
+    assert llm.events == ["sleep 1"]
+
+
+def test_states_are_there_while_vllm_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, llm = trainer_with_fake_vllm(build, tmp_path, **SIZES)
+    empty, held = torch.empty, []
+
+    def noted(*size: Any, **options: Any) -> Any:
+        if options.get("dtype") is torch.uint8:
+            held.append((size, llm.asleep))
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    worst_step(trainer, vllm_load(trainer), LiveGauge(), states_bytes=12345, only=["rollout"])
+    assert held == [((12345,), True)] and llm.events[:2] == ["sleep 1", "wake"]
 
 
 # ---- with vLLM -------------------------------------------------------------------------------------------------------
 
 
 def vllm_load(trainer: Any, utilization: float = 0.5) -> Workload:
-    return replace(load_of(trainer), scores_rollouts=True, vllm=VLLMShare(8 * 2**30, 8, 64, utilization))
+    return replace(load_of(trainer), scores_rollouts=True, vllm=VLLMShare(VLLMCard(2**33, 2**33), 8, 64, utilization))
 
 
 def test_vllm_wakes_beside_the_states_and_sleeps_while_the_model_scores_and_trains(tmp_path: Path) -> None:
@@ -247,7 +274,7 @@ def test_a_share_that_is_too_large_stops_the_run_with_one_that_is_not(tmp_path: 
     trainer.create_optimizer()
     sizes = {name: [2**30] for name in ("analysis", "replay", "scoring", "update")}
     step = first(trainer, vllm_load(trainer), {**sizes, "rollout": [5 * 2**30]}, 4 * 2**30, [])
-    with pytest.raises(ConfigError, match=r"rollout takes 5.0 GiB of the 4.0 .*utilization=0.38 \(now 0.50\).*hf"):
+    with pytest.raises(ConfigError, match=r"rollout takes 5.0 GiB of the 4.0 .*utilization=0.37 \(now 0.50\).*hf"):
         step.on_train_begin(None, None, None)
 
 

@@ -29,7 +29,9 @@ def tiny_tokenizer(*, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>"
     )
 
 
-def tiny_config(kind: str = "llama", *, tied: bool = True, hidden: int = 64, layers: int = 2) -> Any:
+def tiny_config(
+    kind: str = "llama", *, tied: bool = True, hidden: int = 64, layers: int = 2, head_dim: int = 16
+) -> Any:
     """Config of a model of about 100k weights; sizes are multiples of 64 so that 4-bit blocks fit."""
     options = {
         "vocab_size": 320,
@@ -38,7 +40,7 @@ def tiny_config(kind: str = "llama", *, tied: bool = True, hidden: int = 64, lay
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
         "bos_token_id": 1,

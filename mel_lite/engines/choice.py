@@ -7,13 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.adapters import LoraSpec, adapter_rank
 from mel_lite.errors import ConfigError
 from mel_lite.models import ENGINES, ModelSpec
+from mel_lite.vllm_memory import RANKS
 
 if TYPE_CHECKING:
-    from mel_lite.adapters import LoraSpec
+    from mel_lite.presets import Recipe
 
 VLLM_CAPABILITY = (7, 0)
+VLLM_TEMPERATURE = 2.0
+"""Highest temperature vLLM takes."""
 BNB_PLUGIN = "vllm-bnb-plugin"
 """Package without which vLLM (0.28 or newer) does not load 4-bit weights."""
 
@@ -83,13 +87,15 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
     if spec.engine == "unsloth":
         if obstacle is not None:
             raise ConfigError(f"engine='unsloth': {obstacle}. Fix that, or take --engine hf.")
-        vllm, reason = _fast_inference(spec, machine)
+        assert lora is not None
+        vllm, reason = _fast_inference(spec, lora, machine)
         return EngineChoice("unsloth", vllm, f"model.engine=unsloth; {reason}")
     if machine.capability is None:
         return EngineChoice("hf", False, "no CUDA device")
     if obstacle is not None:
         return EngineChoice("hf", False, obstacle)
-    vllm, reason = _fast_inference(spec, machine)
+    assert lora is not None  # else there was an obstacle
+    vllm, reason = _fast_inference(spec, lora, machine)
     return EngineChoice("unsloth", vllm, f"{_HERE}; {reason}")
 
 
@@ -99,6 +105,33 @@ def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | No
         return choose_engine(spec, lora, machine)
     choice = choose_engine(spec, lora, Machine((8, 0), frozenset({"unsloth", "vllm", BNB_PLUGIN})))
     return replace(choice, reason=choice.reason.replace(_HERE, "as `pip install mel-lite[gpu]` brings it"))
+
+
+def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
+    """Raises: ConfigError for options that this engine cannot follow, with the fix."""
+    spec, option = recipe.model, recipe.train.get
+    if choice.vllm and option("beta", 0.0):
+        raise ConfigError(
+            f"beta={option('beta')} with vLLM on the trained weights: TRL keeps a second adapter as the reference, and "
+            "vLLM would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
+        )
+    if choice.vllm and option("temperature", 1.0) > VLLM_TEMPERATURE:
+        raise ConfigError(
+            f"temperature={option('temperature')}: vLLM samples at {VLLM_TEMPERATURE} at most. Lower "
+            "train.temperature, or take --engine hf."
+        )
+    if choice.engine == "unsloth" and spec.use_gradient_checkpointing == "unsloth" and option("grad_norm_every", 0):
+        raise ConfigError(
+            f"use_gradient_checkpointing='unsloth' and grad_norm_every={option('grad_norm_every')}: Unsloth's "
+            "checkpointing is reentrant and cannot take the gradient of one loss term. Set train.grad_norm_every=0, or "
+            "leave model.use_gradient_checkpointing unset."
+        )
+    rank = adapter_rank(recipe.lora) if recipe.lora else 0
+    if choice.engine == "unsloth" and spec.max_lora_rank is not None and spec.max_lora_rank < rank:
+        raise ConfigError(
+            f"max_lora_rank={spec.max_lora_rank} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or "
+            "leave it unset."
+        )
 
 
 def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:
@@ -122,7 +155,7 @@ def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str |
     return None
 
 
-def _fast_inference(spec: ModelSpec, machine: Machine) -> tuple[bool, str]:
+def _fast_inference(spec: ModelSpec, lora: LoraSpec, machine: Machine) -> tuple[bool, str]:
     """Whether vLLM samples, and the reason."""
     if not spec.fast_inference:
         return False, "model.fast_inference=false: Unsloth's own generation"
@@ -134,6 +167,8 @@ def _fast_inference(spec: ModelSpec, machine: Machine) -> tuple[bool, str]:
         return False, f"compute capability {machine.capability} is too old for vLLM: Unsloth's own generation"
     if spec.load_in_4bit and BNB_PLUGIN not in machine.packages:
         return False, f"vLLM needs `pip install {BNB_PLUGIN}` for 4-bit weights: Unsloth's own generation"
+    if (rank := spec.max_lora_rank or adapter_rank(lora)) > RANKS[-1]:
+        return False, f"vLLM takes adapters up to rank {RANKS[-1]}, not {rank}: Unsloth's own generation"
     if spec.revision is not None:
         return False, f"model.revision={spec.revision!r}, which vLLM under Unsloth ignores: Unsloth's own generation"
     return True, "vllm is installed"

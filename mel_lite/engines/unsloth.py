@@ -47,7 +47,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
     The base is the one that is named, never a quantised copy from elsewhere, and no code of its repository is run.
 
     Raises: UnslothUnusable when unsloth does not import; ModelError as `mel_lite.models.load_base`; EngineError when
-        vLLM does not start.
+        vLLM does not start, or not for sequences of this length.
     """
     fast = _import_unsloth(vllm)
     if spec.gpu_memory_utilization is not None:
@@ -59,10 +59,11 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             "fast_inference": True,
             "max_lora_rank": spec.max_lora_rank or adapter_rank(lora),
             "gpu_memory_utilization": _share_of_free(spec.gpu_memory_utilization) or DEFAULT_UTILIZATION,
-            "max_num_batched_tokens": BATCHED_TOKENS,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, spec.max_num_seqs or 0),
         }
         if spec.max_num_seqs is not None:
-            options["max_num_seqs"] = spec.max_num_seqs
+            # To Unsloth 256 is the default, which it replaces by a number of its own.
+            options["max_num_seqs"] = 255 if spec.max_num_seqs == 256 else spec.max_num_seqs
     with model_errors(spec.name), _engine_errors(vllm):
         model, _ = fast.from_pretrained(
             model_name=locate(spec.name),
@@ -76,6 +77,8 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             random_state=seed,
             **options,
         )
+    if vllm:
+        _check_context(model.vllm_engine.llm_engine.vllm_config.model_config.max_model_len, max_seq_length)
     keep_four_bit_layout(model)
     if lora.start_from is not None:
         return attach_adapter(model, find_adapter(lora.start_from), trainable=True)
@@ -91,6 +94,16 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
         use_gradient_checkpointing=checkpointing,
         random_state=seed,
     )
+
+
+def _check_context(granted_tokens: int, asked_tokens: int) -> None:
+    """Unsloth starts vLLM for shorter sequences where it takes its share to be too small, and they would be cut."""
+    if granted_tokens < asked_tokens:
+        raise EngineError(
+            f"vLLM has room for sequences of {granted_tokens} tokens, and this run has some of {asked_tokens}. Raise "
+            "model.gpu_memory_utilization; lower train.max_completion_length, train.max_context_tokens or "
+            "data.max_prompt_tokens; or take --engine hf."
+        )
 
 
 def _share_of_free(share: float | None) -> float | None:
@@ -129,13 +142,15 @@ def _engine_errors(vllm: bool) -> Iterator[None]:
     """What vLLM raises while starting, as an EngineError with what may help."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        fix = (
-            "Lower model.gpu_memory_utilization or model.max_seq_length, or go without vLLM: "
-            "--set model.fast_inference=false."
-            if vllm
-            else "Take --engine hf."
-        )
+    except (RuntimeError, NotImplementedError, AssertionError, MemoryError) as error:  # OutOfMemoryError is the first
+        fix = "Take --engine hf."
+        if vllm:
+            # Its share leaves nothing for the cache, or it does not find its share on the card.
+            raises = any(text in str(error) for text in ("No available memory", "available KV cache"))
+            fix = (
+                f"{'Raise' if raises else 'Lower'} model.gpu_memory_utilization, lower model.max_seq_length, or go "
+                "without vLLM: --set model.fast_inference=false."
+            )
         raise EngineError(f"Unsloth could not load the model ({type(error).__name__}: {error}). {fix}") from error
 
 
@@ -161,7 +176,7 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
         )
     from vllm import SamplingParams
 
-    settings = llm.llm_engine.vllm_config.model_config
+    config = llm.llm_engine.vllm_config
     return VLLMEngine(
         llm,
         sampling_params=SamplingParams,
@@ -169,8 +184,10 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
         fingerprint=lambda: adapter_fingerprint(model),
         step=step,
         eos_ids=eos_ids,
-        standby=bool(getattr(settings, "enable_sleep_mode", False)),
-        max_prompt_tokens=settings.max_model_len - 1,
+        standby=bool(getattr(config.model_config, "enable_sleep_mode", False)),
+        max_prompt_tokens=config.model_config.max_model_len - 1,
+        share=config.cache_config.gpu_memory_utilization,
+        max_num_seqs=config.scheduler_config.max_num_seqs,
     )
 
 

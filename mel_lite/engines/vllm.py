@@ -55,6 +55,8 @@ class VLLMEngine:
         eos_ids: Every id that ends a completion.
         standby: Whether vLLM was started with sleep mode; without it `sleep` and `wake` leave its memory alone.
         max_prompt_tokens: Longest prompt vLLM takes; None = not known.
+        share: Of the GPU's memory, as it was started with; None = not known.
+        max_num_seqs: Most sequences it samples at once; None = not known.
     """
 
     name = "unsloth+vllm"
@@ -72,6 +74,8 @@ class VLLMEngine:
         eos_ids: Sequence[int],
         standby: bool,
         max_prompt_tokens: int | None = None,
+        share: float | None = None,
+        max_num_seqs: int | None = None,
     ) -> None:
         self._llm = llm
         self._sampling_params = sampling_params
@@ -81,16 +85,22 @@ class VLLMEngine:
         self._eos_ids = tuple(eos_ids)
         self._standby = standby
         self._max_prompt_tokens = max_prompt_tokens
+        self.share, self.max_num_seqs = share, max_num_seqs
         self._at_once: int | None = None
         self._asleep = False
         self._version: AdapterVersion | None = None
         self._lora_request: Any = None
 
     def wake(self) -> None:
-        """Take the memory back and hand over the adapter as it is now."""
+        """Take the memory back and hand over the adapter as it is now. Raises: torch.OutOfMemoryError."""
         if self._standby and self._asleep:
             torch.cuda.empty_cache()  # what PyTorch keeps of the training phase, vLLM cannot map
-            self._llm.wake_up()
+            try:
+                self._llm.wake_up()
+            except RuntimeError as error:  # its allocator is no PyTorch's
+                if "out of memory" in str(error):
+                    raise torch.OutOfMemoryError(f"vLLM did not wake up: {error}") from error
+                raise
         self._asleep = False
         self._hand_over()
 

@@ -1,0 +1,137 @@
+"""The contract of engines against the real vLLM, on its CPU backend: `python vllm_contract.py FOLDER`.
+
+`FOLDER` holds a base model. Prints one JSON object: clause -> "" or what went wrong. vLLM's CPU backend takes hold of
+threads and of the process group, so the tests give it a process of its own. Not there: shared weights, 4 bits and
+sleep, which are Unsloth's and the GPU's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# In this process, so that an exception of ours can unwind it, as Unsloth sets it up.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from engine_contract import CLAUSES, EOS, requests
+from mel_lite import interrupts
+from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.unsloth import adapter_fingerprint
+from mel_lite.engines.vllm import VLLMEngine
+from mel_lite.errors import EngineError
+from mel_lite.scoring import install_scoring_head
+from mel_lite.types import Finish
+from tiny_models import set_lora
+
+CONTEXT_TOKENS, RANK = 256, 8
+handed = 0
+
+
+def adapted_model(folder: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    install_scoring_head(base)
+    model = get_peft_model(base, LoraConfig(r=RANK, target_modules="all-linear"))
+    set_lora(model, 0.3)
+    return model
+
+
+def started(folder: Path) -> LLM:
+    """With the options that Unsloth starts it with, as far as a CPU knows them."""
+    return LLM(
+        str(folder), dtype="float32", enforce_eager=True, max_model_len=CONTEXT_TOKENS, enable_lora=True, max_loras=1,
+        max_lora_rank=RANK, logprobs_mode="processed_logprobs", max_logprobs=0, enable_prefix_caching=True,
+        max_num_seqs=32, seed=0,
+    )  # fmt: skip
+
+
+def builder(llm: LLM, adapters: Path) -> Callable[..., VLLMEngine]:
+    def build(model: Any, *, eos: int = EOS) -> VLLMEngine:
+        def hand_over() -> LoRARequest:
+            global handed
+            handed += 1
+            model.save_pretrained(adapters / str(handed))
+            return LoRARequest(str(handed), handed, str(adapters / str(handed)))
+
+        settings = llm.llm_engine.vllm_config.model_config
+        return VLLMEngine(
+            llm, sampling_params=SamplingParams, load_adapter=hand_over, fingerprint=lambda: adapter_fingerprint(model),
+            step=lambda: 0, eos_ids=[eos], standby=False, max_prompt_tokens=settings.max_model_len - 1,
+        )  # fmt: skip
+
+    return build
+
+
+def sampling_goes_past_the_end_where_asked(build: Callable[..., Engine], model: Any) -> None:
+    done = build(model).generate(requests(*range(6)), Sampling(40, temperature=2.0, ignore_eos=True))
+    assert [(len(c.ids), c.finish) for c in done] == [(40, Finish.LENGTH)] * 6
+    assert any(EOS in c.ids[:-1] for c in done), "none of them would have ended before"
+
+
+def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Callable[..., Engine], model: Any) -> None:
+    try:
+        build(model).generate([Request((20,) * CONTEXT_TOKENS, 1)], Sampling(4))
+    except EngineError as error:
+        assert "model.max_seq_length" in str(error)
+    else:
+        raise AssertionError("sampled")
+
+
+def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Callable[..., Engine], model: Any) -> None:
+    """The next call samples what it is asked for, although requests were under way."""
+    engine, seen = build(model), 0
+
+    def poll() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            raise interrupts.Interrupted(15)
+
+    original, interrupts.poll = interrupts.poll, poll
+    try:
+        # Unlike lengths, so that one is done while others are sampled.
+        engine.generate([Request((30, 31 + i), i) for i in range(40)], Sampling(60, temperature=2.0))
+    except interrupts.Interrupted:
+        pass
+    else:
+        raise AssertionError("went on")
+    finally:
+        interrupts.poll = original
+    asked = requests(1, 2, 3)
+    assert engine.generate(asked, Sampling(6)) == build(model).generate(asked, Sampling(6))
+
+
+MORE = (
+    sampling_goes_past_the_end_where_asked,
+    a_prompt_that_is_too_long_is_refused_with_the_knob,
+    a_signal_stops_the_sampling_and_leaves_nothing_behind,
+)
+ALL = (*CLAUSES, *(clause.__name__ for clause in MORE))
+
+
+def main(folder: Path) -> dict[str, str]:
+    found, model = {}, adapted_model(folder)
+    with tempfile.TemporaryDirectory() as adapters:
+        build = builder(started(folder), Path(adapters))
+        for name, clause in (CLAUSES | {clause.__name__: clause for clause in MORE}).items():
+            try:
+                clause(build, model)
+                found[name] = ""
+            except Exception:
+                found[name] = traceback.format_exc()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
