@@ -34,7 +34,7 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth  ## run all tests that need no GPU, but for the exhaustive ones
+test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
@@ -60,7 +60,7 @@ lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.tools  ## write requirements/
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
-	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth tools,-r requirements/$(file).txt) $(ARGS)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth vllm tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -113,8 +113,8 @@ $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt
 	@touch $@
 
-# Beside site-packages: `pip check` and the other tests see an environment without it (tests/real_unsloth.py).
-$(VENV)/.unsloth: requirements/unsloth.txt $(VENV)/.locked
-	rm -rf $(VENV)/unsloth
-	$(PIP) install $(LOCKED) --no-compile --target $(VENV)/unsloth -r requirements/unsloth.txt
+# Beside site-packages: `pip check` and the other tests see an environment without them (tests/real_packages.py).
+$(VENV)/.unsloth $(VENV)/.vllm: $(VENV)/.%: requirements/%.txt $(VENV)/.locked
+	rm -rf $(VENV)/$*
+	$(PIP) install $(LOCKED) --no-compile --target $(VENV)/$* -r requirements/$*.txt
 	@touch $@

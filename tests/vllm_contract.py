@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,22 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from engine_contract import CLAUSES, EOS, requests
+from fake_vllm import LateEngine
 from mel_lite import interrupts
-from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.unsloth import adapter_fingerprint
 from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import EngineError
 from mel_lite.scoring import install_scoring_head
 from mel_lite.types import Finish
 from tiny_models import set_lora
+from trainers import assert_learnt, even_ids
+from trainers import build as build_trainer
 
 CONTEXT_TOKENS, RANK = 256, 8
+FOLDER = Path(sys.argv[1])
 handed = 0
+Build = Callable[..., VLLMEngine]
 
 
 def adapted_model(folder: Path) -> Any:
@@ -56,8 +63,8 @@ def started(folder: Path) -> LLM:
     )  # fmt: skip
 
 
-def builder(llm: LLM, adapters: Path) -> Callable[..., VLLMEngine]:
-    def build(model: Any, *, eos: int = EOS) -> VLLMEngine:
+def builder(llm: LLM, adapters: Path) -> Build:
+    def build(model: Any, *, eos: int = EOS, step: Callable[[], int] = lambda: 0) -> VLLMEngine:
         def hand_over() -> LoRARequest:
             global handed
             handed += 1
@@ -67,19 +74,22 @@ def builder(llm: LLM, adapters: Path) -> Callable[..., VLLMEngine]:
         settings = llm.llm_engine.vllm_config.model_config
         return VLLMEngine(
             llm, sampling_params=SamplingParams, load_adapter=hand_over, fingerprint=lambda: adapter_fingerprint(model),
-            step=lambda: 0, eos_ids=[eos], standby=False, max_prompt_tokens=settings.max_model_len - 1,
+            step=step, eos_ids=[eos], standby=False, max_prompt_tokens=settings.max_model_len - 1,
         )  # fmt: skip
 
     return build
 
 
-def sampling_goes_past_the_end_where_asked(build: Callable[..., Engine], model: Any) -> None:
-    done = build(model).generate(requests(*range(6)), Sampling(40, temperature=2.0, ignore_eos=True))
-    assert [(len(c.ids), c.finish) for c in done] == [(40, Finish.LENGTH)] * 6
-    assert any(EOS in c.ids[:-1] for c in done), "none of them would have ended before"
+def sampling_goes_past_the_end_where_asked(build: Build, model: Any) -> None:
+    asked = requests(*range(6))
+    sampled = build(model).generate(asked, Sampling(40, temperature=2.0))
+    common = Counter(token for c in sampled for token in c.ids[1:-1]).most_common(1)[0][0]
+    assert any(c.finish is Finish.STOP for c in build(model, eos=common).generate(asked, Sampling(40, temperature=2.0)))
+    on = build(model, eos=common).generate(asked, Sampling(40, temperature=2.0, ignore_eos=True))
+    assert [(len(c.ids), len(c.logprobs)) for c in on] == [(40, 40)] * 6
 
 
-def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Callable[..., Engine], model: Any) -> None:
+def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Build, model: Any) -> None:
     try:
         build(model).generate([Request((20,) * CONTEXT_TOKENS, 1)], Sampling(4))
     except EngineError as error:
@@ -88,7 +98,7 @@ def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Callable[..., Engi
         raise AssertionError("sampled")
 
 
-def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Callable[..., Engine], model: Any) -> None:
+def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Build, model: Any) -> None:
     """The next call samples what it is asked for, although requests were under way."""
     engine, seen = build(model), 0
 
@@ -112,18 +122,40 @@ def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Callable[..., E
     assert engine.generate(asked, Sampling(6)) == build(model).generate(asked, Sampling(6))
 
 
+def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: Any) -> None:
+    """Three updates, each handed over; trainer and vLLM agree on the log-probs of the trained adapter."""
+    with tempfile.TemporaryDirectory() as made:
+        late, run = LateEngine(), Path(made) / "run"
+        shutil.copytree(FOLDER, Path(made) / "base")
+        trainer = build_trainer(
+            Path(made), model=AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32), engine=late,
+            algorithm="grpo", reward_funcs=even_ids, probe_max_diff=0.01, max_steps=3, output_dir=run,
+        )  # fmt: skip
+        late.inner, before = build(trainer.model, step=lambda: trainer.state.global_step), handed
+        trainer.train()
+        assert_learnt(trainer)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert handed - before == 3, "one adapter per update"
+    (share,) = [row["mel/probe_adapter"] for row in rows if "mel/probe_adapter" in row]
+    assert abs(share - 1) < 0.01, share
+    diffs = [row["mel/probe_logp_diff"] for row in rows if "mel/probe_logp_diff" in row]
+    assert len(diffs) == 2 and 0 < max(diffs) < 1e-4, diffs
+    ratios = [row["sampling/importance_sampling_ratio/mean"] for row in rows if "reward" in row]
+    assert len(ratios) == 3 and max(abs(ratio - 1) for ratio in ratios) < 1e-3, ratios
+
+
 MORE = (
     sampling_goes_past_the_end_where_asked,
     a_prompt_that_is_too_long_is_refused_with_the_knob,
     a_signal_stops_the_sampling_and_leaves_nothing_behind,
+    a_run_that_samples_with_it_learns_and_its_probes_pass,
 )
-ALL = (*CLAUSES, *(clause.__name__ for clause in MORE))
 
 
-def main(folder: Path) -> dict[str, str]:
-    found, model = {}, adapted_model(folder)
+def main() -> dict[str, str]:
+    found, model = {}, adapted_model(FOLDER)
     with tempfile.TemporaryDirectory() as adapters:
-        build = builder(started(folder), Path(adapters))
+        build = builder(started(FOLDER), Path(adapters))
         for name, clause in (CLAUSES | {clause.__name__: clause for clause in MORE}).items():
             try:
                 clause(build, model)
@@ -134,4 +166,4 @@ def main(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main()))
