@@ -57,9 +57,9 @@ class ModelSpec:
     fast_inference: bool = True
     """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
     gpu_memory_utilization: float | None = None
-    """Share of the GPU's memory vLLM may take while it samples; None = as planned, else what Unsloth picks."""
+    """Share of the GPU's memory vLLM may take while it samples; None = as `--gpu` plans, else what Unsloth picks."""
     max_num_seqs: int | None = None
-    """Most sequences vLLM samples at once; None = as planned, else what Unsloth picks."""
+    """Most sequences vLLM samples at once; None = as `--gpu` plans, else what Unsloth picks."""
     max_lora_rank: int | None = None
     """Largest rank vLLM makes room for; None = that of the adapter."""
     max_seq_length: int | None = None

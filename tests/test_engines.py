@@ -22,17 +22,10 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import _Interruptible
 from mel_lite.errors import EngineError
 from mel_lite.scoring import install_scoring_head
-from real_packages import needs_unsloth, needs_vllm, with_unsloth, with_vllm
+from real_packages import needs_unsloth, with_unsloth
 from tiny_models import save_tiny, set_lora
 
 ROOT = Path(__file__).resolve().parents[1]
-VLLM_CLAUSES = (
-    "sampling_goes_past_the_end_where_asked",
-    "a_prompt_that_is_too_long_is_refused_with_the_knob",
-    "a_signal_stops_the_sampling_and_leaves_nothing_behind",
-    "a_run_that_samples_with_it_learns_and_its_probes_pass",
-)
-"""Of `vllm_contract.py`, beside those all engines keep."""
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +64,6 @@ def unsloth_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("clause", CLAUSES)
 def test_contract_of_the_real_unsloth(clause: str, load: str, unsloth_results: dict[str, str]) -> None:
     problem = unsloth_results[f"{clause}-{load}"]
-    assert problem == "", problem
-
-
-@pytest.fixture(scope="module")
-def vllm_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = save_tiny(tmp_path_factory.mktemp("tiny"), head_dim=64)  # of the sizes vLLM's attention for CPUs takes
-    script = Path(__file__).with_name("vllm_contract.py")
-    return json.loads(with_vllm(script, folder, cwd=folder.parent).stdout.splitlines()[-1])
-
-
-@needs_vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("clause", [*CLAUSES, *VLLM_CLAUSES])
-def test_contract_of_the_real_vllm(clause: str, vllm_results: dict[str, str]) -> None:
-    assert set(vllm_results) == {*CLAUSES, *VLLM_CLAUSES}
-    problem = vllm_results[clause]
     assert problem == "", problem
 
 

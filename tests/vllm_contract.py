@@ -26,9 +26,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
 
 from engine_contract import CLAUSES, EOS, requests
 from fake_vllm import LateEngine
+from live_bytes import LiveBytes
 from mel_lite import interrupts
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.unsloth import adapter_fingerprint
@@ -36,6 +40,7 @@ from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import EngineError
 from mel_lite.scoring import install_scoring_head
 from mel_lite.types import Finish
+from mel_lite.vllm_memory import LOGIT_BYTES
 from tiny_models import set_lora
 from trainers import assert_learnt, even_ids
 from trainers import build as build_trainer
@@ -144,11 +149,37 @@ def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: A
     assert len(ratios) == 3 and max(abs(ratio - 1) for ratio in ratios) < 1e-3, ratios
 
 
+def its_sampler_holds_no_more_than_planned(build: Build, model: Any) -> None:
+    """Live bytes per logit as vLLM measures them when it starts, with top-k and top-p for all, and as we sample.
+
+    What a GPU's sort needs beside them is in the plan's figure and not seen here.
+    """
+    sequences, vocabulary = 16, 20_000
+    held = {}
+    for name, cut in (("at the start", True), ("as we sample", False)):
+        filled = {value: torch.full((sequences,), value) for value in (0.5, 0.9, 0.1, vocabulary - 1)}
+        metadata = SamplingMetadata(
+            temperature=filled[0.5], all_greedy=False, all_random=False, top_p=filled[0.9] if cut else None,
+            top_k=filled[vocabulary - 1] if cut else None, no_penalties=True, max_num_logprobs=None if cut else 0,
+            generators={} if cut else {i: torch.Generator().manual_seed(i) for i in range(sequences)},
+            logprob_token_ids=None, prompt_token_ids=None, frequency_penalties=filled[0.1],
+            presence_penalties=filled[0.1], repetition_penalties=filled[0.1], spec_token_ids=[[]] * sequences,
+            output_token_ids=[[] for _ in range(sequences)], allowed_token_ids_mask=None, bad_words_token_ids={},
+            logitsprocs=LogitsProcessors(),
+        )  # fmt: skip
+        logits = torch.randn(sequences, vocabulary).bfloat16()
+        with LiveBytes() as live:
+            Sampler(logprobs_mode="processed_logprobs")(logits=logits.clone(), sampling_metadata=metadata)
+        held[name] = live.peak_bytes / sequences / vocabulary
+    assert 20 < held["at the start"] <= LOGIT_BYTES and 8 < held["as we sample"] < held["at the start"], held
+
+
 MORE = (
     sampling_goes_past_the_end_where_asked,
     a_prompt_that_is_too_long_is_refused_with_the_knob,
     a_signal_stops_the_sampling_and_leaves_nothing_behind,
     a_run_that_samples_with_it_learns_and_its_probes_pass,
+    its_sampler_holds_no_more_than_planned,
 )
 
 
