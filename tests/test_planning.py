@@ -331,12 +331,15 @@ def test_vllms_share_on_a_machine_is_of_its_card_and_of_what_is_free_there(monke
 
 def test_what_an_engine_cannot_follow_is_refused_with_the_plan() -> None:
     for key, value, message in (
-        ("train.beta", 0.04, "beta=0.04 with vLLM"), ("train.temperature", 2.5, "temperature=2.5: vLLM samples at 2.0"),
+        ("train.beta", 0.04, "beta=0.04 with vLLM"), ("train.temperature", 2.5, "temperature=2.5: vLLM samples at 2"),
+        ("eval.temperature", 3.0, "eval.temperature=3: vLLM samples at 2 at most. Lower eval.temperature"),
         ("model.max_lora_rank", 8, "max_lora_rank=8 is below the adapter's rank of 32"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             plan_for("24gb", None, [(key, value)])
         assert plan_for("24gb", None, [(key, value), ("model.engine", "hf")])[1] is not None
+    typo = CliRunner().invoke(app, ["plan", "--gpu", "24gb", "--set", "train.temperature=warm"])
+    assert isinstance(typo.exception, ConfigError) and "train.temperature='warm' is not a number" in str(typo.exception)
 
 
 def test_auto_counts_what_others_use_and_refuses_small_cards(monkeypatch: pytest.MonkeyPatch) -> None:

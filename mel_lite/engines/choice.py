@@ -109,20 +109,20 @@ def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | No
 
 def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
     """Raises: ConfigError for options that this engine cannot follow, with the fix."""
-    spec, option = recipe.model, recipe.train.get
-    if choice.vllm and option("beta", 0.0):
+    spec, given = recipe.model, {name: _number(value) for name, value in recipe.train.items()}
+    if choice.vllm and given.get("beta"):
         raise ConfigError(
-            f"beta={option('beta')} with vLLM on the trained weights: TRL keeps a second adapter as the reference, and "
-            "vLLM would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
+            f"beta={given['beta']:g} with vLLM on the trained weights: TRL keeps a second adapter as the reference, "
+            "and vLLM would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
         )
-    if choice.vllm and option("temperature", 1.0) > VLLM_TEMPERATURE:
+    for key, value in (("train.temperature", given.get("temperature")), ("eval.temperature", recipe.eval.temperature)):
+        if choice.vllm and (value or 0) > VLLM_TEMPERATURE:
+            raise ConfigError(
+                f"{key}={value:g}: vLLM samples at {VLLM_TEMPERATURE:g} at most. Lower {key}, or take --engine hf."
+            )
+    if choice.engine == "unsloth" and spec.use_gradient_checkpointing == "unsloth" and given.get("grad_norm_every"):
         raise ConfigError(
-            f"temperature={option('temperature')}: vLLM samples at {VLLM_TEMPERATURE} at most. Lower "
-            "train.temperature, or take --engine hf."
-        )
-    if choice.engine == "unsloth" and spec.use_gradient_checkpointing == "unsloth" and option("grad_norm_every", 0):
-        raise ConfigError(
-            f"use_gradient_checkpointing='unsloth' and grad_norm_every={option('grad_norm_every')}: Unsloth's "
+            f"use_gradient_checkpointing='unsloth' and grad_norm_every={given['grad_norm_every']:g}: Unsloth's "
             "checkpointing is reentrant and cannot take the gradient of one loss term. Set train.grad_norm_every=0, or "
             "leave model.use_gradient_checkpointing unset."
         )
@@ -132,6 +132,14 @@ def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
             f"max_lora_rank={spec.max_lora_rank} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or "
             "leave it unset."
         )
+
+
+def _number(value: Any) -> float | None:
+    """An option of `train` as a number; what is none is refused when the options are checked."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:
