@@ -55,14 +55,12 @@ class GpuGauge:
 
     Memory in use on the device now, and what PyTorch's allocator held above that at its peak. The allocator's own
     figures alone would not do: it counts vLLM's cache on while that sleeps. What was in use when the gauge was made is
-    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded.
+    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded; it
+    allocates nothing, since the first allocation settles options of the allocator that Unsloth may have to change.
     """
 
     def __init__(self) -> None:
-        some = torch.ones(64, 64, device="cuda")
-        (some @ some).sum().item()  # the libraries' workspaces are there from now on
-        del some
-        torch.cuda.empty_cache()
+        torch.cuda.init()
         self._before_bytes = self._used_bytes()
 
     def start(self) -> None:

@@ -290,10 +290,9 @@ class FakeDevice:
             "reset_peak_memory_stats": lambda: setattr(self, "peak", self.reserved),
             "synchronize": lambda: None,
             "empty_cache": lambda: None,
+            "init": lambda: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        ones = torch.ones
-        monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
 
 
 @pytest.mark.parametrize("counts_sleeping_cache", [True, False])
