@@ -23,6 +23,8 @@ from mel_lite.types import Finish
 from tiny_models import set_lora
 
 EOS, PAD = 2, 0
+ROUNDING = 1e-4
+"""Most that log-probs of engine and trainer may differ by, in nats; a script sets another for another dtype."""
 Build = Callable[..., Engine]
 """`build(model, eos=2)` -> the engine over a PEFT model."""
 
@@ -55,7 +57,7 @@ def a_sequence_depends_on_prompt_and_seed_alone(build: Build, model: Any) -> Non
 def reported_log_probs_are_those_the_trainer_scores(build: Build, model: Any) -> None:
     asked = requests(3, 4, 5, 6)
     done = build(model).generate(asked, Sampling(10, temperature=0.7))
-    assert largest_gap(model, asked, done, 0.7) < 1e-4
+    assert largest_gap(model, asked, done, 0.7) < ROUNDING
     assert min(x for c in done for x in c.logprobs) < -0.1
 
 
@@ -66,9 +68,9 @@ def the_adapter_is_applied_as_it_is_now(build: Build, model: Any) -> None:
         set_lora(model, 0.3, seed=seed)
         engine.wake()
         done = engine.generate(asked, Sampling(10))
-        assert largest_gap(model, asked, done) < 1e-4
+        assert largest_gap(model, asked, done) < ROUNDING
         with model.disable_adapter():
-            assert largest_gap(model, asked, done) > 1e-2
+            assert largest_gap(model, asked, done) > 100 * ROUNDING
     set_lora(model, 0.3)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,13 @@ def needs(site: Path, package: str) -> pytest.MarkDecorator:
 needs_unsloth, needs_vllm = needs(SITE, "unsloth"), needs(VLLM_SITE, "vllm")
 
 
-def with_package(site: Path, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` where what is in `site` can be imported."""
+def with_sites(
+    sites: Sequence[Path], *arguments: object, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` where what is in `sites` can be imported."""
     here = Path(__file__).parent
-    # The checkout comes after the site: what is installed or on the path already decides which mel_lite is tested.
-    paths = [str(site), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The checkout comes after the sites: what is installed or on the path already decides which mel_lite is tested.
+    paths = [*map(str, sites), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-P", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
@@ -42,9 +45,14 @@ def with_package(site: Path, *arguments: object, cwd: Path, **environment: str) 
 
 def with_unsloth(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` where `import unsloth` works."""
-    return with_package(SITE, *arguments, cwd=cwd, **environment)
+    return with_sites([SITE], *arguments, cwd=cwd, **environment)
 
 
 def with_vllm(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` where `import vllm` works."""
-    return with_package(VLLM_SITE, *arguments, cwd=cwd, **environment)
+    return with_sites([VLLM_SITE], *arguments, cwd=cwd, **environment)
+
+
+def with_both(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` where `import unsloth` and `import vllm` work."""
+    return with_sites([VLLM_SITE, SITE], *arguments, cwd=cwd, **environment)

@@ -1,6 +1,6 @@
-"""The engine over the real vLLM, on its CPU backend, in processes of its own.
+"""The engine over the real vLLM, on its CPU backend, in processes of its own: alone, and by Unsloth on shared weights.
 
-Not there: weights shared with the trainer, 4 bits and sleep, which take Unsloth and a GPU.
+Not there: 4 bits and sleep, which take a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine_contract import CLAUSES
-from real_packages import needs_vllm, with_vllm
+from real_packages import needs_unsloth, needs_vllm, with_both, with_vllm
 from tiny_models import save_tiny
 
 pytestmark = [needs_vllm, pytest.mark.slow]
@@ -37,6 +37,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_contract(clause: str, results: dict[str, str]) -> None:
     assert set(results) == {*CLAUSES, *MORE}
     problem = results[clause]
+    assert problem == "", problem
+
+
+SHARED = (
+    "every_weight_is_vllms_own",
+    "vllm_was_started_as_planned",
+    "a_context_that_unsloth_cuts_is_refused",
+    "a_run_learns_on_the_weights_that_are_sampled",
+)
+"""Clauses of `vllm_shared.py`, beside those all engines keep."""
+
+
+@pytest.fixture(scope="module")
+def shared_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = save_tiny(tmp_path_factory.mktemp("tiny"), head_dim=64)
+    script = Path(__file__).with_name("vllm_shared.py")
+    return json.loads(with_both(script, folder, cwd=folder.parent).stdout.splitlines()[-1])
+
+
+@needs_unsloth
+@pytest.mark.parametrize("clause", [*CLAUSES, *SHARED])
+def test_contract_on_shared_weights(clause: str, shared_results: dict[str, str]) -> None:
+    assert set(shared_results) == {*CLAUSES, *SHARED}
+    problem = shared_results[clause]
     assert problem == "", problem
 
 
