@@ -1,6 +1,6 @@
 """The engine over the real vLLM, on its CPU backend, in processes of its own: alone, and by Unsloth on shared weights.
 
-Not there: 4 bits and sleep, which take a GPU.
+Not there: sleep, and any figure of a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def test_contract(clause: str, results: dict[str, str]) -> None:
 
 SHARED = (
     "every_weight_is_vllms_own",
+    "the_base_takes_what_is_planned",
     "vllm_was_started_as_planned",
     "a_context_that_unsloth_cuts_is_refused",
     "a_run_learns_on_the_weights_that_are_sampled",
@@ -49,11 +50,11 @@ SHARED = (
 """Clauses of `vllm_shared.py`, beside those all engines keep."""
 
 
-@pytest.fixture(scope="module")
-def shared_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=["16bit", "4bit"])
+def shared_results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = save_tiny(tmp_path_factory.mktemp("tiny"), head_dim=64)
     script = Path(__file__).with_name("vllm_shared.py")
-    return json.loads(with_both(script, folder, cwd=folder.parent).stdout.splitlines()[-1])
+    return json.loads(with_both(script, folder, request.param, cwd=folder.parent).stdout.splitlines()[-1])
 
 
 @needs_unsloth

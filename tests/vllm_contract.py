@@ -1,8 +1,8 @@
 """The contract of engines against the real vLLM, on its CPU backend: `python vllm_contract.py FOLDER`.
 
 `FOLDER` holds a base model. Prints one JSON object: clause -> "" or what went wrong. vLLM's CPU backend takes hold of
-threads and of the process group, so the tests give it a process of its own. Not there: shared weights, 4 bits and
-sleep, which are Unsloth's and the GPU's.
+threads and of the process group, so the tests give it a process of its own. Weights shared with the trainer are in
+`vllm_shared.py`.
 """
 
 from __future__ import annotations

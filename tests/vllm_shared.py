@@ -1,8 +1,8 @@
-"""vLLM on the weights that train, put together by the real Unsloth, on a CPU: `python vllm_shared.py FOLDER`.
+"""vLLM on the weights that train, put together by the real Unsloth, on a CPU: `python vllm_shared.py FOLDER 4bit`.
 
 Unsloth does this on GPUs alone; what it asks a GPU is answered here, and vLLM's linear layers keep the layout that can
 be shared (on a CPU it would pack them). All else is the real thing: `load_unsloth` of ours, Unsloth's `load_vllm`, the
-model it makes of vLLM's tensors, its patches of vLLM, its hand-over of LoRA in memory. Not there: 4 bits, sleep.
+model it makes of vLLM's tensors, its patches of vLLM, its hand-over of LoRA in memory, bitsandbytes. Not there: sleep.
 
 Prints one JSON object: clause -> "" or what went wrong.
 """
@@ -29,12 +29,12 @@ from unsloth_zoo import vllm_utils
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from vllm.model_executor.layers import utils as vllm_layers
 
 import engine_contract
 from engine_contract import CLAUSES, EOS
-from mel_lite import MELConfig, MELTrainer
+from mel_lite import MELConfig, MELTrainer, memory
 from mel_lite.adapters import LoraSpec
 from mel_lite.engines.unsloth import adapter_fingerprint, is_unsloth, load_unsloth, unsloth_engine
 from mel_lite.engines.vllm import VLLMEngine
@@ -44,11 +44,11 @@ from mel_lite.scoring import install_scoring_head
 from tiny_models import set_lora
 from trainers import assert_learnt, even_ids
 
-FOLDER = Path(sys.argv[1])
+FOLDER, FOUR_BIT = Path(sys.argv[1]), "4bit" in sys.argv
 CARD_BYTES, FREE_BYTES, SHARE = 8 * 2**30, 6 * 2**30, 0.45
 CONTEXT_TOKENS, RANK, SEQUENCES = 256, 8, 24
-HALF = 0.3
-"""Most that log-probs differ by in float16, in nats: measured up to 0.18; without the adapter it is over 36."""
+HALF, EFFECT = 0.3, 5.0
+"""Most that log-probs differ by in float16, in nats, and least without the adapter; measured: to 0.18, and over 20."""
 
 
 class FastLanguageModel:
@@ -56,15 +56,19 @@ class FastLanguageModel:
 
     @staticmethod
     def from_pretrained(**options: Any) -> tuple[Any, None]:
-        assert options["fast_inference"] and not options["load_in_4bit"]
-        config = AutoConfig.from_pretrained(options["model_name"])
+        assert options["fast_inference"]
+        config, four_bit = AutoConfig.from_pretrained(options["model_name"]), options["load_in_4bit"]
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float16,
+        )  # fmt: skip
         names = "gpu_memory_utilization max_seq_length max_lora_rank max_num_seqs max_num_batched_tokens".split()
         llm = vllm_utils.load_vllm(
-            model_name=options["model_name"], config=config, dtype=torch.float16, use_bitsandbytes=False,
+            model_name=options["model_name"], config=config, dtype=torch.float16, use_bitsandbytes=four_bit,
             enforce_eager=True, compilation_config=0, **{name: options[name] for name in names},
         )  # fmt: skip
         _, tensors = vllm_utils.get_vllm_state_dict(llm, config=config)
-        model = vllm_utils.convert_vllm_to_huggingface(tensors, config, torch.float16, None)
+        model = vllm_utils.convert_vllm_to_huggingface(tensors, config, torch.float16, nf4 if four_bit else None)
         model.vllm_engine = llm
         return model, None
 
@@ -89,7 +93,7 @@ def pretend() -> None:
 
 def loaded(**spec: Any) -> Any:
     """By our loader, with a share of the card as a plan hands it on."""
-    options = {"gpu_memory_utilization": SHARE, "max_num_seqs": SEQUENCES} | spec
+    options = {"gpu_memory_utilization": SHARE, "max_num_seqs": SEQUENCES, "load_in_4bit": FOUR_BIT} | spec
     cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     memory, torch.cuda.mem_get_info = torch.cuda.mem_get_info, lambda: (FREE_BYTES, CARD_BYTES)
     try:
@@ -117,6 +121,19 @@ def every_weight_is_vllms_own(model: Any) -> None:
     assert len(ours) > 15
     apart = [name for name, weight in ours.items() if weight.untyped_storage().data_ptr() not in theirs]
     assert not apart, apart
+
+
+def the_base_takes_what_is_planned(model: Any) -> None:
+    """Bytes of all weights, with the scales of 4-bit ones, double-quantised as they were loaded."""
+    tensors = [p for n, p in model.named_parameters() if ".lora_" not in n]
+    for weight in list(tensors):
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            assert state.nested, "vLLM alone would write the scales out"
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    held = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    shape = memory.shape_of(AutoConfig.from_pretrained(FOLDER).to_dict())
+    predicted = memory.weight_bytes(shape, four_bit=FOUR_BIT)
+    assert abs(held / predicted - 1) < 0.01, (held, predicted)
 
 
 def vllm_was_started_as_planned(model: Any) -> None:
@@ -186,11 +203,12 @@ def a_run_learns_on_the_weights_that_are_sampled(model: Any) -> None:
     diffs = [row["mel/probe_logp_diff"] for row in rows if "mel/probe_logp_diff" in row]
     assert 0 < max(diffs) < 0.05, diffs
     ratios = [row["sampling/importance_sampling_ratio/mean"] for row in rows if "reward" in row]
-    assert len(ratios) == 3 and max(abs(ratio - 1) for ratio in ratios) < 0.05, ratios
+    assert len(ratios) == 3 and max(abs(ratio - 1) for ratio in ratios) < 0.15, ratios
 
 
 ALONE: tuple[Callable[[Any], None], ...] = (
     every_weight_is_vllms_own,
+    the_base_takes_what_is_planned,
     vllm_was_started_as_planned,
     a_context_that_unsloth_cuts_is_refused,
     a_run_learns_on_the_weights_that_are_sampled,
@@ -203,7 +221,7 @@ def main() -> dict[str, str]:
     assert is_unsloth(model)
     install_scoring_head(model.get_base_model())
     set_lora(model, 0.3)
-    engine_contract.ROUNDING = HALF
+    engine_contract.ROUNDING, engine_contract.EFFECT = HALF, EFFECT
     clauses = {name: lambda clause=clause: clause(build, model) for name, clause in CLAUSES.items()}
     clauses |= {clause.__name__: lambda clause=clause: clause(model) for clause in ALONE}
     found = {}
