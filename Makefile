@@ -15,6 +15,7 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep -m1 -E '^torch==' requirements/torch.txt | cut -d' ' -f1)
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 LOCKED := --progress-bar off --no-deps --require-hashes
 
 # Python must not put the repository root on sys.path: `kernels/` there would hide the Hub's package of that name.
@@ -32,10 +33,10 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 	$(BIN)/mel-lite train --gpu cpu $(ARGS)
 
 test: venv $(VENV)/.gym  ## run the fast tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not gpu" $(ARGS)
 
 test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not exhaustive" $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
     verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))

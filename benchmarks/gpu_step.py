@@ -70,9 +70,9 @@ class Measurement:
     """One process's step: what it measures goes to its file at once, so that a crash leaves what came before."""
 
     def __init__(self, recipe: Any, figures: dict[str, Any], file: Path, end_s: float, vllm_on: Any = None) -> None:
+        from mel_lite.gauges import gauge_here
         from mel_lite.planning import shape_for
         from mel_lite.workload import workload
-        from mel_lite.worst_case import gauge_here
 
         self.recipe, self.figures, self.file, self.end_s = recipe, figures, file, end_s
         self.load = workload(recipe, shape_for(recipe), vllm_on=vllm_on)
@@ -117,8 +117,9 @@ class Measurement:
 
     def phases(self) -> None:
         """The update first, which is what plans are for; then scoring, the optimiser, and sampling as time allows."""
-        from mel_lite.worst_case import worst_step
+        from mel_lite.worst_case import as_started, worst_step
 
+        self.load = as_started(self.load, self.trainer.engine.unmetered)
         trainer, load = self.trainer, self.load
         states = self.predicted("update").parts["optimiser states"]
         for name in ("update", "scoring"):

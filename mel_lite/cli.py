@@ -109,13 +109,12 @@ def train(
     if gpu is None and config is None:
         raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
     budget_bytes = None
-    if gpu in (None, "cpu") or ("train.use_cpu", True) in overrides:
+    if gpu in (None, "cpu") or cli_gpu.is_for_cpu(str(gpu), config, overrides):
         recipe = resolve(preset=gpu, config=config, overrides=overrides)
     else:
-        begun = output_dir / "config.yaml" if resume and config is None and output_dir is not None else None
-        if begun is not None and begun.is_file():
+        if resume and output_dir is not None and (begun := output_dir / "config.yaml").is_file():
             # What a run began with is not planned anew: another group size or optimiser would not fit its checkpoint.
-            overrides = [*_begun_with(begun), *overrides]
+            overrides = [*cli_gpu.begun_with(begun, config), *overrides]
         # One process plans for all: free memory differs from one to the next, batch shapes must not.
         recipe, budget_bytes = ranks.on_first(lambda: cli_gpu.planned(str(gpu), config, overrides), cpu=False)
 
@@ -134,16 +133,6 @@ def train(
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
         raise typer.Exit(130) from None
-
-
-def _begun_with(config: Path) -> list[tuple[str, Any]]:
-    """Settings that a plan may choose and that a resumed run must keep."""
-    from mel_lite.fitting import BATCH, GROUP, OPTIM
-    from mel_lite.presets import resolve
-
-    begun = resolve(config=config).train
-    keys = (GROUP, BATCH, OPTIM, "train.max_context_tokens")
-    return [(key, begun[name]) for key in keys if (name := key.partition(".")[2]) in begun]
 
 
 def _dry_run(recipe: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +14,46 @@ from mel_lite.cli_shared import ConfigOption, EngineOption, SetOption, console, 
 from mel_lite.errors import ConfigError
 
 
+def is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> bool:
+    """Whether a run with the preset of a GPU is to stay on the CPU, so that nothing may wake CUDA.
+
+    Raises: ConfigError for `auto`, which is a card.
+    """
+    from mel_lite.presets import value_in
+
+    on_cpu = dict(overrides).get("train.use_cpu", value_in(config, "train.use_cpu"))
+    if on_cpu and gpu == "auto":
+        raise ConfigError("--gpu auto with train.use_cpu=true: auto asks a GPU. Take --gpu cpu, or name a preset.")
+    return bool(on_cpu)
+
+
+def begun_with(began: Path, config: Path | None) -> list[tuple[str, Any]]:
+    """Settings of a run that a plan may choose and that resuming must keep, but for those `config` sets."""
+    from mel_lite.fitting import BATCH, GROUP, OPTIM
+    from mel_lite.presets import keys_of, value_in
+
+    keys = {GROUP, BATCH, OPTIM, "train.max_context_tokens"} & keys_of(began)
+    return [(key, value_in(began, key)) for key in sorted(keys - (keys_of(config) if config else set()))]
+
+
+def _give_up_expandable_segments() -> None:
+    """Take them out of PyTorch's allocator options where vLLM may share the GPU, for it cannot sleep with them.
+
+    The options are read once, as CUDA starts; Unsloth drops them too late for a process that has looked at its GPU.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("unsloth", "vllm")):
+        return
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        kept = [part for part in os.environ.get(name, "").split(",") if not part.startswith("expandable_segments:")]
+        if name in os.environ and ",".join(kept) != os.environ[name]:
+            os.environ[name] = ",".join(kept)
+            typer.secho(f"{name}: expandable_segments is off, since vLLM cannot sleep with it", err=True)
+
+
 def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> tuple[Any, int | None]:
     """The recipe with settings that fit the card, and the card's bytes; prints the plan, and refuses one that does not
     fit."""
+    _give_up_expandable_segments()
     from mel_lite.planning import plan_for
 
     recipe, made, reason = plan_for(gpu, config, overrides, run_here=True)

@@ -14,6 +14,7 @@ from mel_lite.engines.unsloth import UnslothUnusable, load_unsloth
 from mel_lite.memory import PREFIX_TOKENS
 from mel_lite.models import context_length, load_base, load_config
 from mel_lite.presets import Recipe
+from mel_lite.workload import INSTRUCTION_TOKENS
 
 
 def load_for_training(
@@ -21,8 +22,8 @@ def load_for_training(
 ) -> tuple[Any, Any]:
     """The model, and the PEFT configuration that the trainer is still to add (None when it has its adapter).
 
-    Prints which engine was chosen, and why, before anything is loaded. `prompt_tokens`: of the longest prompt, for
-    which Unsloth and vLLM make room; None = not known.
+    Prints which engine was chosen, and why, before anything is loaded. `prompt_tokens`: of the longest prompt that is
+    trained on, for which Unsloth and vLLM make room where the recipe has no bound; None = not known.
 
     Raises: ConfigError when the engine asked for cannot be had; ModelError, EngineError when loading fails.
     """
@@ -53,10 +54,11 @@ def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = 
     Rollouts and evaluation: prompt + completion. Analyses: C_retro + analysis. Replays: prompt + lesson + completion.
     """
     context = context_length(load_config(recipe.model))
-    prompt = prompt_tokens or recipe.data.max_prompt_tokens or context - args.max_completion_length
+    prompt = recipe.data.max_prompt_tokens or prompt_tokens or context - args.max_completion_length
     evaluated = (recipe.eval.max_new_tokens or 0) if recipe.data.eval else 0
     needs = [prompt + max(args.max_completion_length, evaluated)]
     if args.with_meta_experience:
-        needs.append((args.max_context_tokens or context) + args.analysis_max_tokens)
+        both = prompt + 2 * args.max_completion_length + INSTRUCTION_TOKENS  # what an open C_retro comes to
+        needs.append((args.max_context_tokens or both) + args.analysis_max_tokens)
         needs.append(prompt + args.analysis_max_tokens + PREFIX_TOKENS + args.max_completion_length)
     return min(context, max(needs))

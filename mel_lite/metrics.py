@@ -64,6 +64,8 @@ class MeteredEngine:
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self.name = engine.name
         self.own_kernels = bool(getattr(engine, "own_kernels", False))
+        self.context_tokens: int | None = getattr(engine, "context_tokens", None)
+        """Longest sequence it takes; None = the model's own bound."""
         self.unmetered = engine
         self._engine = engine
         self._clock = clock

@@ -197,6 +197,12 @@ def keys_of(path: Path) -> set[str]:
     return {f"{section}.{key}" for section, options in _load_yaml(path).items() for key in options or ()}
 
 
+def value_in(path: Path | None, key: str) -> Any:
+    """What a recipe file says of `section.key`; None where it says nothing, and without a file."""
+    section, _, name = key.partition(".")
+    return None if path is None else (_load_yaml(path).get(section) or {}).get(name)
+
+
 def parse_set(text: str) -> tuple[str, Any]:
     """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`.
 

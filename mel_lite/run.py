@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  ada
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.finish import export_trained, print_summary, release, save
+from mel_lite.gauges import Gauge, gauge_here
 from mel_lite.gguf_files import GGUF_TYPES, find_tools
 from mel_lite.loading import load_for_training
 from mel_lite.models import context_length, load_config, load_tokenizer
@@ -40,7 +42,7 @@ from mel_lite.templates import load_templates, render
 from mel_lite.trainer import MELTrainer
 from mel_lite.verifiers import get_verifier
 from mel_lite.workload import VLLMCard, Workload, workload
-from mel_lite.worst_case import Gauge, PhasePeak, WorstStepFirst, gauge_here
+from mel_lite.worst_case import PhasePeak, WorstStepFirst, as_started
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Tasks:
     dropped_long: int
     """Training prompts left out because prompt and completion do not fit the context together."""
     longest_prompt_tokens: int
-    """Of all prompts, those held out included."""
+    """Of those that are trained on."""
 
 
 def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
@@ -73,11 +75,8 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
     room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
 
-    def tokens_of(tasks: Any) -> list[int]:
-        kwargs = args.chat_template_kwargs
-        return [len(render(row["prompt"], tokenizer, chat_template_kwargs=kwargs)) for row in tasks]
-
-    lengths = tokens_of(train)
+    kwargs = args.chat_template_kwargs
+    lengths = [len(render(row["prompt"], tokenizer, chat_template_kwargs=kwargs)) for row in train]
     fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
     if len(fits) == 0:
         raise DataError(
@@ -90,8 +89,8 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
             f"{options.train!r} has {len(fits)} usable rows, but one step takes {prompts} different prompts. Lower "
             "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
         )
-    used = [length for length in lengths if length <= room_tokens] + tokens_of(held_out or [])
-    return Tasks(fits, held_out, len(train) - len(fits), max(used))
+    longest = max(length for length in lengths if length <= room_tokens)
+    return Tasks(fits, held_out, len(train) - len(fits), longest)
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
@@ -165,10 +164,10 @@ def train(
         before = _EvaluatedBefore(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
         trainer.add_callback(before)
         _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
+        adapter_dir = save(trainer, recipe, folder) if leads else folder  # before anything else can go wrong
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
         if leads:
-            adapter_dir = save(trainer, recipe, folder)
             apart = is_unsloth(trainer.model)
             release(trainer)
             exported = export_trained(recipe, adapter_dir, folder, console, apart=apart)
@@ -244,15 +243,11 @@ def _as_long_as(recipe: Recipe, tasks: Tasks) -> Recipe:
 
 def _load_of(trainer: MELTrainer, recipe: Recipe) -> Workload:
     """What the recipe asks of the memory, with the share that vLLM was really started with."""
-    engine = trainer.engine.unmetered
-    if not isinstance(engine, VLLMEngine):
-        return workload(recipe, shape_for(recipe))
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    load = workload(recipe, shape_for(recipe), vllm_on=VLLMCard(total_bytes, free_bytes))
-    assert load.vllm is not None
-    sequences = engine.max_num_seqs or load.vllm.sequences
-    share = replace(load.vllm, utilization=engine.share or load.vllm.utilization, sequences=sequences)
-    return replace(load, vllm=share)
+    vllm_on = None
+    if isinstance(trainer.engine.unmetered, VLLMEngine):
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        vllm_on = VLLMCard(total_bytes, free_bytes)
+    return as_started(workload(recipe, shape_for(recipe), vllm_on=vllm_on), trainer.engine.unmetered)
 
 
 def _worst_step_first(
@@ -332,7 +327,7 @@ def _evaluation(
             max_new_tokens=recipe.eval.max_new_tokens or trainer.args.max_completion_length,
             seed=trainer.args.seed,
             chat_template_kwargs=trainer.args.chat_template_kwargs,
-            context_tokens=context_length(trainer.model),
+            context_tokens=min(context_length(trainer.model), trainer.engine.context_tokens or sys.maxsize),
         )
     if ranks.rank() == 0:
         path.parent.mkdir(exist_ok=True)

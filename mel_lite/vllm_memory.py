@@ -38,6 +38,8 @@ BLOCK_TOKENS = 16
 MOST_SHARE = ((40, 0.87), (25, 0.85), (20, 0.78), (14, 0.76), (10, 0.73), (0, 0.71))
 """(least GiB of a card, share of what is free on it): what Unsloth found vLLM to wake up with, step after step, beside
 a trainer. More can fail: PyTorch does not give back every piece that training has left it with."""
+MARGIN_BYTES = 64 * MIB
+"""More than the least share, since what is free changes and shares are rounded."""
 GRANTED_SHARE = 0.95
 """Of what it takes to be left for the cache, what Unsloth lets one sequence fill."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -93,13 +95,23 @@ def granted_tokens(shape: Shape, share_bytes: int, rank: int, *, four_bit: bool,
 def share_to_be_granted_bytes(shape: Shape, tokens: int, rank: int, *, four_bit: bool, element_bytes: int = 2) -> int:
     """The least share with which Unsloth grants sequences of this length."""
     cache = kv_cache_bytes(shape, -(-tokens // 256) * 256, element_bytes) / GRANTED_SHARE
-    return math.ceil(_taken_for_granted_bytes(shape, rank, four_bit=four_bit) + cache) + MIB
+    return math.ceil(_taken_for_granted_bytes(shape, rank, four_bit=four_bit) + cache) + MARGIN_BYTES
 
 
 def _taken_for_granted_bytes(shape: Shape, rank: int, *, four_bit: bool) -> float:
     weights = (5 / 8 if four_bit else 2) * linear_parameters(shape) + 2 * other_parameters(shape)
     graphs = min(max(688 * shape.hidden * shape.layers, 0.15 * GIB), GIB)
     return weights + slot_bytes(shape, rank) + graphs
+
+
+def left_to_training_bytes(shape: Shape, tokens: int) -> int:
+    """What Unsloth keeps out of vLLM's share for training on sequences of this length.
+
+    2.5 (2 T (H + 2 K + 2 I + 2) + I H) bytes, with K = kv_heads * (H / heads).
+    """
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    per_token = 2 * (shape.hidden + 2 * kv + 2 * shape.intermediate + 2)
+    return int(2.5 * (tokens * per_token + shape.intermediate * shape.hidden))
 
 
 def most_share(card_bytes: int, free_bytes: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,7 +182,7 @@ def build_desk(trainer: Any, engine: Engine, judge: Judge, clock: PhaseClock) ->
     options = StudyOptions(
         analysis=Sampling(args.analysis_max_tokens, temperature),
         replay=Sampling(args.max_completion_length, temperature),
-        max_context_tokens=_context_for_analysis(args, trainer.model),
+        max_context_tokens=_context_for_analysis(args, trainer.model, engine),
         leak_policy=args.leak_policy,
         train_on=args.mel_train_on,
         replay_attempts=args.replay_attempts,
@@ -193,20 +194,22 @@ def build_desk(trainer: Any, engine: Engine, judge: Judge, clock: PhaseClock) ->
     return Desk(engine, trainer._tokenizer, load_templates(args.templates), judge, options, clock)
 
 
-def _context_for_analysis(args: MELConfig, model: Any) -> int:
-    """Longest C_retro prompt: what the option says, or what the model's context leaves beside the analysis."""
-    available = context_length(model) - args.analysis_max_tokens
+def _context_for_analysis(args: MELConfig, model: Any, engine: Any) -> int:
+    """Longest C_retro prompt: what the option says, or what the context of model and engine leaves beside the
+    analysis."""
+    context = min(context_length(model), getattr(engine, "context_tokens", None) or sys.maxsize)
+    available = context - args.analysis_max_tokens
     wanted = args.max_context_tokens or available
     if not args.with_meta_experience:
         return max(wanted, MIN_CONTEXT_TOKENS)
     if wanted > available:
         raise ConfigError(
-            f"max_context_tokens={wanted} plus analysis_max_tokens={args.analysis_max_tokens} exceeds the model's "
-            f"context of {context_length(model)} tokens. Lower one of them."
+            f"max_context_tokens={wanted} plus analysis_max_tokens={args.analysis_max_tokens} exceeds the context of "
+            f"{context} tokens. Lower one of them."
         )
     if wanted < MIN_CONTEXT_TOKENS:
         raise ModelError(
-            f"Only {wanted} tokens are left for the analysis prompt (model context {context_length(model)}, "
+            f"Only {wanted} tokens are left for the analysis prompt (context {context}, "
             f"analysis_max_tokens={args.analysis_max_tokens}); it needs {MIN_CONTEXT_TOKENS}. Lower "
             "analysis_max_tokens or use a model with a longer context."
         )

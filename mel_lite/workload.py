@@ -78,7 +78,7 @@ class VLLMCard:
 
     total_bytes: int
     free_bytes: int
-    """Before the run."""
+    """Of it, when it was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +224,13 @@ class Workload:
 
     @property
     def share_bytes(self) -> int:
-        """vLLM's share: as set, or the least it can do with."""
+        """vLLM's share: as set, but what Unsloth leaves to training; or the least it can do with."""
         assert self.vllm is not None
         if self.vllm.utilization is None:
             return self.share_of(0)
-        return int(self.vllm.utilization * self.vllm.card.total_bytes)
+        total_bytes = self.vllm.card.total_bytes
+        left = vllm_memory.left_to_training_bytes(self.shape, self.vllm_context_tokens)
+        return min(int(self.vllm.utilization * total_bytes), total_bytes - left)
 
     @property
     def vllm_cache_tokens(self) -> int:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import evaluating
+from mel_lite.engines.vllm import VLLMEngine, WakeError
 from mel_lite.errors import ConfigError
-from mel_lite.memory import CONTEXT_BYTES, GIB
+from mel_lite.gauges import Gauge
+from mel_lite.memory import GIB
 from mel_lite.packing import pack
 from mel_lite.prediction import Phase
 from mel_lite.scoring import score
@@ -40,58 +41,6 @@ class OutOfMemoryIn(Exception):
     def __init__(self, phase: str) -> None:
         super().__init__(phase)
         self.phase = phase
-
-
-class Gauge(Protocol):
-    """Measures the peak of what is used since `start`."""
-
-    def start(self) -> None: ...
-
-    def peak_bytes(self) -> int: ...
-
-
-class GpuGauge:
-    """What this process takes of the GPU, whatever allocated it.
-
-    Memory in use on the device now, and what PyTorch's allocator held above that at its peak. The allocator's own
-    figures alone would not do: it counts vLLM's cache on while that sleeps. What was in use when the gauge was made is
-    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded; it
-    allocates nothing, since the first allocation settles options of the allocator that Unsloth may have to change.
-    """
-
-    def __init__(self) -> None:
-        torch.cuda.init()
-        self._before_bytes = self._used_bytes()
-
-    def start(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak_bytes(self) -> int:
-        torch.cuda.synchronize()
-        above_now = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
-        return self._used_bytes() - self._before_bytes + above_now + CONTEXT_BYTES
-
-    @staticmethod
-    def _used_bytes() -> int:
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        return total_bytes - free_bytes
-
-
-class HostGauge:
-    """Peak resident memory of this process, from Linux' /proc; 0 elsewhere."""
-
-    def start(self) -> None:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-
-    def peak_bytes(self) -> int:
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +94,7 @@ def worst_step(
 def _memory_of(phase: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, WakeError) as error:
         raise OutOfMemoryIn(phase) from error
 
 
@@ -268,6 +217,15 @@ def _lesson(trainer: Any, tokens: int, scored_tokens: int) -> Lesson:
     return Lesson(0, ids[:-scored_tokens], ids[-scored_tokens:])
 
 
+def as_started(load: Workload, engine: Any) -> Workload:
+    """The load with the share and the sequences that vLLM was really started with; as it is for other engines."""
+    if load.vllm is None or not isinstance(engine, VLLMEngine):
+        return load
+    sequences = engine.max_num_seqs or load.vllm.sequences
+    share = replace(load.vllm, utilization=engine.share or load.vllm.utilization, sequences=sequences)
+    return replace(load, vllm=share)
+
+
 # ---- what follows from it --------------------------------------------------------------------------------------------
 
 
@@ -358,6 +316,12 @@ class WorstStepFirst(TrainerCallback):
         budget = "" if self._budget_bytes is None else f" of the {self._budget_bytes / GIB:.1f} GiB there are"
         if self._load.vllm is not None and name in self._load.sampled:
             return f"The worst step's {name} {took}{budget}. {self._smaller_share(measured_bytes)}"
+        if name == "optimiser":
+            return (
+                f"The optimiser's states do not fit{budget}. Set train.optim=paged_adamw_8bit, lower lora.r, set "
+                "model.load_in_4bit=true where it is off, or take a smaller model. (--no-worst-case trains without "
+                "this check.)"
+            )
         knob = "train.max_context_tokens" if name in ("analysis", "update") else "train.max_completion_length"
         return (
             f"The worst step's {name} {took}{budget}, with one row at a time. Lower {knob}, take a smaller model, or "
@@ -373,13 +337,14 @@ class WorstStepFirst(TrainerCallback):
         over = share / 10
         if measured_bytes is not None and self._budget_bytes is not None:
             over = (measured_bytes - self._budget_bytes) / card_bytes
-        smaller = math.floor(100 * (share - over)) / 100
+        smaller, least = math.floor(100 * (share - over)) / 100, self._load.share_of(0) / card_bytes
+        how = f"Start again with a smaller share for vLLM, --set model.gpu_memory_utilization={smaller:.2f}"
+        if smaller < least:
+            how = (
+                f"No smaller share serves sequences of {self._load.vllm_context_tokens} tokens: lower "
+                "train.max_completion_length and train.max_context_tokens, take a smaller model"
+            )
         return (
-            f"Start again with a smaller share for vLLM, --set model.gpu_memory_utilization={smaller:.2f} (now "
-            f"{share:.2f}), or sample with transformers: --engine hf. (--no-worst-case trains without this check.)"
+            f"{how} (now {share:.2f}), or sample with transformers: --engine hf. (--no-worst-case trains without this "
+            "check.)"
         )
-
-
-def gauge_here() -> Gauge:
-    """The gauge for the device that trains."""
-    return GpuGauge() if torch.cuda.is_available() else HostGauge()

@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Sums over threads depend on how many there are: bit-exact tests need the same number everywhere.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
@@ -25,3 +27,12 @@ os.environ["HF_DATASETS_CACHE"] = _cache
 os.environ["COLUMNS"] = "120"
 for variable in ("FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(variable, None)
+
+LONGEST = ("test_end_to_end.py", "test_notebooks.py", "test_vllm.py", "test_unsloth.py", "test_gpu_benchmark.py")
+"""Files of whole runs. They come first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all else as it was collected."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))

@@ -13,6 +13,8 @@ from mel_lite.adapters import LoraSpec, lora_config
 
 asked: dict[str, Any] = {}
 fails_with: list[Exception] = []
+goes_without = False
+"""Whether vLLM is left out although it was asked for, as for models it does not serve."""
 shortened_by = 0
 """Tokens by which vLLM's context is shorter than what was asked for."""
 
@@ -31,7 +33,7 @@ class FastLanguageModel:
         for error in fails_with:
             raise error
         model = AutoModelForCausalLM.from_pretrained(options["model_name"])
-        if options.get("fast_inference"):
+        if options.get("fast_inference") and not goes_without:
             granted = options["max_seq_length"] - shortened_by
             config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=granted))
             model.vllm_engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))

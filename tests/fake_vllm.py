@@ -121,7 +121,7 @@ def fake_vllm_engine(
         step=step,
         eos_ids=eos_ids,
         standby=standby,
-        max_prompt_tokens=4095,
+        context_tokens=4096,
     )
     return engine, llm
 

@@ -47,6 +47,7 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
         (Machine((6, 1), ALL), {}, "unsloth", False, "compute capability (6, 1) is too old"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {"load_in_4bit": True}, "unsloth", False, "pip install vllm-bnb-plugin"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {}, "unsloth", True, "vllm is installed"),
+        (GPU, {"dtype": "float32"}, "unsloth", False, "model.dtype=float32, and vLLM shares weights of 16 bits"),
         (GPU, {"max_lora_rank": 1024}, "unsloth", False, "vLLM takes adapters up to rank 512, not 1024"),
         (GPU, {"fast_inference": False}, "unsloth", False, "model.fast_inference=false"),
         (GPU, {"revision": "abc"}, "unsloth", False, "model.revision='abc', which vLLM under Unsloth ignores"),
@@ -170,7 +171,7 @@ def fake_load(
     if not folder.exists():
         save_tiny(folder)
     try:
-        model, peft_config, _ = loaded(folder, **set_)
+        model, peft_config, _ = loaded(folder, **({"model.dtype": "bfloat16"} | set_))
     finally:
         sys.modules.pop("unsloth", None)
     assert peft_config is None and hasattr(model, "peft_config"), "the adapter is there already"
@@ -256,8 +257,13 @@ def test_vllm_that_does_not_start_is_an_error_with_the_fix(
 def test_a_context_that_was_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsloth shortens it without a word where it takes the share to be too small; answers would be cut."""
     monkeypatch.setattr(fake_unsloth, "shortened_by", 12)
-    with pytest.raises(EngineError, match="sequences of 321 tokens, and this run has some of 333. Raise model.gpu_mem"):
+    with pytest.raises(EngineError, match="sequences of 321 tokens, and this run asks for 333. Raise model.gpu_mem"):
         fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333})
+
+
+def test_unsloth_may_go_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_unsloth, "goes_without", True)
+    assert fake_load(tmp_path, monkeypatch, GPU)["fast_inference"] is True, "asked for, and loaded all the same"
 
 
 @pytest.mark.parametrize(("asked", "given"), [(256, 255), (48, 48), (5000, 5000)])
@@ -285,6 +291,9 @@ def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     assert longest(**{"train.algorithm": "grpo", "eval.max_new_tokens": 200}) == 210
     assert longest(**{"train.max_context_tokens": None, "data.max_prompt_tokens": None}) == 512, "the model's context"
     assert longest(9, **{"data.max_prompt_tokens": None}) == replay - 1, "prompts are as long as they are"
+    assert longest(9) == replay, "what is bounded may come"
+    open_retro = {"train.max_context_tokens": None, "train.max_completion_length": 20, "train.analysis_max_tokens": 30}
+    assert longest(9, **open_retro, **{"data.max_prompt_tokens": None}) == min(512, 9 + 2 * 20 + 1024 + 30)
 
 
 # ---- What a trainer samples with ----

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "types errors seeds config trl_base interrupts terminal",
         """kernels data data_sources answers gym_scorers verifiers verify_pool verify_worker templates leakage mentions
-        store models adapters presets demo demo_tasks memory vllm_memory workload prediction fitting attention
+        store models adapters presets demo demo_tasks memory vllm_memory workload prediction fitting gauges attention
         control_tokens gguf_files""",
         "engines ranks",
         "pairs experience replay judging study",
@@ -46,7 +46,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset(
     """config estimators kernels packing scoring metrics rewards wiring checkpointing trainer evaluate export run
     display demo_warmup warmup guards resilience statefiles boundaries tripwires side_services order
-    token_budget probe loading worst_case finish""".split()
+    token_budget probe loading worst_case finish gauges""".split()
 ) | {"engines.hf", "engines.unsloth", "engines.vllm"}
 """Rooms about tensors or TRL's classes. The others load no heavy package until a function of theirs runs."""
 

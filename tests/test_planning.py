@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
 import random
 from importlib import resources
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mel_lite import memory, planning
+from mel_lite import cli_gpu, memory, planning
 from mel_lite.cli import app
 from mel_lite.config import MELConfig
 from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine
@@ -332,6 +334,7 @@ def test_vllms_share_on_a_machine_is_of_its_card_and_of_what_is_free_there(monke
 def test_what_an_engine_cannot_follow_is_refused_with_the_plan() -> None:
     for key, value, message in (
         ("train.beta", 0.04, "beta=0.04 with vLLM"), ("train.temperature", 2.5, "temperature=2.5: vLLM samples at 2"),
+        ("train.analysis_temperature", 2.5, "train.analysis_temperature=2.5: vLLM samples at 2 at most"),
         ("eval.temperature", 3.0, "eval.temperature=3: vLLM samples at 2 at most. Lower eval.temperature"),
         ("model.max_lora_rank", 8, "max_lora_rank=8 is below the adapter's rank of 32"),
     ):  # fmt: skip
@@ -464,10 +467,26 @@ def test_a_run_on_the_cpu_is_not_planned_for_a_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("a CUDA context for a run on the CPU"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    recipe, budget = trained_with(
-        monkeypatch, "--gpu", "24gb", "--set", "train.use_cpu=true", "--output-dir", str(tmp_path / "run")
-    )
-    assert budget is None and recipe.train["use_cpu"] and recipe.model.gpu_memory_utilization is None
+    (tmp_path / "cpu.yaml").write_text("train: {use_cpu: true}\n")
+    for says in (("--set", "train.use_cpu=true"), ("--config", str(tmp_path / "cpu.yaml"))):
+        recipe, budget = trained_with(monkeypatch, "--gpu", "24gb", *says, "--output-dir", str(tmp_path / "run"))
+        assert budget is None and recipe.train["use_cpu"] and recipe.model.gpu_memory_utilization is None
+        done = CliRunner().invoke(app, ["train", "--gpu", "auto", *says])
+        assert isinstance(done.exception, ConfigError) and "auto asks a GPU. Take --gpu cpu" in str(done.exception)
+
+
+def test_expandable_segments_are_given_up_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's sleeping memory cannot be made of them, and the allocator reads its options once."""
+    name, found = "PYTORCH_CUDA_ALLOC_CONF", ["unsloth", "vllm"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package in found or None)
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    monkeypatch.setattr(planning, "plan_for", lambda *_, **__: pytest.fail(f"read {os.environ[name]}"))
+    with pytest.raises(pytest.fail.Exception, match="read max_split_size_mb:64$"):
+        cli_gpu.planned("24gb", None, [])
+    monkeypatch.setenv(name, "expandable_segments:True")
+    found.remove("vllm")
+    with pytest.raises(pytest.fail.Exception, match="read expandable_segments:True$"):
+        cli_gpu.planned("24gb", None, [])
 
 
 def test_a_resumed_run_keeps_what_a_plan_had_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -483,3 +502,6 @@ def test_a_resumed_run_keeps_what_a_plan_had_chosen(monkeypatch: pytest.MonkeyPa
         assert recipe.train[key.partition(".")[2]] == value
     again, _ = trained_with(monkeypatch, *arguments, "--set", "train.max_context_tokens=3072")
     assert again.train["max_context_tokens"] == 3072, "but for what is said now"
+    (tmp_path / "mine.yaml").write_text("train: {learning_rate: 2.0e-5, optim: adamw_bnb_8bit}\n")
+    again, _ = trained_with(monkeypatch, *arguments, "--config", str(tmp_path / "mine.yaml"))
+    assert again.train["num_generations"] == 4 and again.train["optim"] == "adamw_bnb_8bit", "and in a file"

@@ -14,6 +14,8 @@ from mel_lite import checkpoint
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.probe import EVERY, Agreement, agreement, verdict
+from scripted import ScriptedEngine
+from tiny_models import tiny_tokenizer
 from trainers import assert_learnt, build, even_ids, run_state
 
 
@@ -185,3 +187,21 @@ def test_the_option_is_checked() -> None:
 
     with pytest.raises(ConfigError, match="probe_max_diff=0 must be positive nats"):
         MELConfig(output_dir="x", probe_max_diff=0, use_cpu=True, bf16=False)
+
+
+def test_vllm_that_does_not_wake_any_more_ends_the_run_with_its_steps_saved(tmp_path: Path) -> None:
+    """Training has left no room for its share: the fix is another share, not another batch."""
+    trainer, llm = trained(tmp_path, fault="does not wake")
+    with pytest.raises(EngineError, match="(?s)find its share.*--resume.*gpu_memory_utilization.*Saved checkpoint-1"):
+        trainer.train()
+    assert llm.events == ["sleep 1"] and trainer.state.global_step == 1
+    assert [path.name for path in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1"]
+
+
+def test_an_analysis_fits_the_engines_context_too(tmp_path: Path) -> None:
+    """vLLM is started for the longest sequence of a run, which may be shorter than the model's context."""
+    engine = ScriptedEngine(tiny_tokenizer())
+    engine.context_tokens = 1000
+    assert build(tmp_path, engine=engine)._desk.options.max_context_tokens == 1000 - 600
+    with pytest.raises(ConfigError, match="max_context_tokens=500 plus analysis_max_tokens=600 exceeds the context"):
+        build(tmp_path, engine=engine, max_context_tokens=500)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mel_lite import finish, run, worst_case
 from mel_lite.cli import app
+from mel_lite.errors import EngineError
 from tiny_models import save_tiny
 
 
@@ -105,3 +106,20 @@ def test_a_resumed_run_does_not_measure_another_model_as_the_one_it_began_with(t
     before.unlink()
     assert "Pass@1" not in evaluated(tmp_path, "--resume", train__max_steps=3, **options).stdout
     assert not before.is_file()
+
+
+def test_the_adapter_is_saved_before_anything_else_can_go_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, seen = run.evaluate, []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        seen.append((tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file())
+        if len(seen) == 2:
+            raise EngineError("the engine is gone")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(run, "evaluate", broken)
+    with pytest.raises(AssertionError):  # exit code 6
+        evaluated(tmp_path)
+    assert seen == [False, True]

@@ -362,7 +362,7 @@ def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
         build(tmp_path, grad_norm_every=1, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="at least 2 generations"):
         build(tmp_path, num_generations=1)
-    with pytest.raises(ConfigError, match="exceeds the model's context"):
+    with pytest.raises(ConfigError, match="exceeds the context of 8192 tokens"):
         build(tmp_path, max_context_tokens=9000)
     with pytest.raises(ConfigError, match="needs a MELConfig"):
         MELTrainer(

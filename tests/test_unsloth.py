@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 
-from mel_lite import checkpoint
+from mel_lite import checkpoint, memory, vllm_memory
 from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY
+from mel_lite.presets import resolve
+from mel_lite.workload import VLLMCard, VLLMShare, workload
 from real_packages import SITE, needs_unsloth, with_unsloth
 from test_trl_base import REPORT
 from tiny_models import save_tiny
@@ -202,3 +206,50 @@ def test_the_gpu_script_goes_through_its_stages(tmp_path: Path) -> None:
         assert all(stage["ok"] for stage in found.values()), found
         assert found["agreement_after_an_update"]["adapter_share"] == pytest.approx(1, abs=1e-3)
         assert found["export"]["faithful"] and found["speed"]["tokens"] > 8
+
+
+GRANTED = """
+import json, sys
+import unsloth
+from unsloth_zoo import vllm_utils
+from transformers import AutoConfig
+
+total, found = 24 * 2**30, []
+vllm_utils.get_mem_info = lambda: (total, total)
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder)
+    for four_bit in (True, False):
+        weights = vllm_utils.vllm_weights_memory_usage(config, load_in_4bit=four_bit)
+        for rank, share, tokens in ((4, 0.5, 256), (32, 0.7, 2048), (32, 0.8, 6144), (64, 0.95, 32_000)):
+            granted, _, utilization, _ = vllm_utils.approximate_vllm_memory_usage(
+                config, load_in_4bit=four_bit, max_seq_length=tokens, gpu_memory_utilization=share,
+                max_lora_rank=vllm_utils.determine_max_lora_rank(rank), weight_bytes=weights,
+            )
+            found.append([folder, four_bit, rank, share, tokens, granted, utilization])
+print(json.dumps(found))
+"""
+
+
+def test_a_plan_takes_unsloth_to_grant_what_it_does(tmp_path: Path) -> None:
+    """Its own functions, told of a card of 24 GiB: the context it starts vLLM with, and the share."""
+    card, shapes = VLLMCard(24 * 2**30, 24 * 2**30), {}
+    for name in ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"):
+        shape = memory.KNOWN[name]
+        config = Qwen3Config(
+            vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim, tie_word_embeddings=shape.tied, max_position_embeddings=shape.context,
+        )  # fmt: skip
+        config.save_pretrained(folder := tmp_path / name.replace("/", "-"))
+        shapes[str(folder)] = shape
+    (tmp_path / "granted.py").write_text(GRANTED)
+    rows = json.loads(with_unsloth(tmp_path / "granted.py", *shapes, cwd=tmp_path).stdout.splitlines()[-1])
+    assert len(rows) == 24 and sum(granted > 0 for *_, granted, _ in rows) > 12
+    recipe = resolve(preset="24gb")
+    for folder, four_bit, rank, share, tokens, granted, utilization in rows:
+        load = workload(recipe, shapes[folder], vllm_on=card)
+        load = replace(load, four_bit=four_bit, max_seq_length=tokens, vllm=VLLMShare(card, rank, 64, share))
+        assert load.share_bytes == pytest.approx(utilization * card.total_bytes, abs=2**10)
+        options = {"four_bit": four_bit}
+        ours = vllm_memory.granted_tokens(shapes[folder], load.share_bytes, rank, **options)
+        assert ours == granted, (folder, four_bit, rank, share, tokens)

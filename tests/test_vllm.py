@@ -69,10 +69,8 @@ def test_a_mel_step_of_the_demo(tmp_path: Path) -> None:
     """Rollouts, analyses and replays of the real model; trainer and engine agree to rounding, adapter included."""
     script = Path(__file__).with_name("vllm_demo.py")
     found = json.loads(with_vllm(script, tmp_path, cwd=tmp_path).stdout.splitlines()[-1])
-    assert 0 < found["mel/probe_logp_diff"] < 1e-4 and found["mel/probe_adapter"] == pytest.approx(1, abs=0.01)
+    assert 0 < found["mel/probe_logp_diff"] < 1e-5 and found["mel/probe_adapter"] == pytest.approx(1, abs=0.01)
     assert found["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
     assert found["mel/pairs"] >= 1 and found["mel/written"] == found["mel/pairs"]
     assert found["mel/parsed"] >= 1, "a warm start writes analyses that can be read"
     assert found["grad_norm"] > 0 and found["time/analysis_s"] > 0 and found["mel/generated_tokens"] > 500
-    if found["mel/trained_tokens"]:
-        assert found["mel/nll_after"] < found["mel/nll"]

@@ -140,15 +140,17 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
     recipe, made, _ = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.6)
     assert made.fits and recipe.model.gpu_memory_utilization == 0.6
     chosen = planned("24gb")[0].model.gpu_memory_utilization
-    _, too_much, _ = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.97)
-    assert not too_much.fits and "the rollout phase needs 22.3 GiB" in too_much.refusal()
+    _, too_much, load = planned("24gb", pinned=(key,), card_gib=24.0, model__gpu_memory_utilization=0.97)
+    assert not too_much.fits and "the rollout phase needs 23.9 GiB" in too_much.refusal()
+    left = vllm_memory.left_to_training_bytes(load.shape, load.vllm_context_tokens)
+    assert load.share_bytes == 24 * GIB - left < 0.97 * 24 * GIB, "Unsloth leaves something to training"
     _, too_little, load = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.31)
     assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"] and not too_little.notes
     room = f"vLLM makes room for sequences of {load.vllm_granted_tokens} tokens, and the longest has 6144"
     assert room in too_little.refusal()
-    for refused in (too_much, too_little):
-        assert refused.advice[:2] == (f"--set {key}={chosen}", "--engine hf")
-        assert refused.choices["model.max_num_seqs"] == 64
+    assert too_little.advice[:2] == (f"--set {key}={chosen}", "--engine hf")
+    assert too_much.advice[0].startswith(f"--set {key}=0.7") and too_much.advice[1] == "--engine hf"
+    assert too_little.choices["model.max_num_seqs"] == too_much.choices["model.max_num_seqs"] == 64
 
 
 def test_an_evaluations_longest_answer_must_fit_the_cache_too() -> None:
@@ -164,7 +166,8 @@ def test_the_least_share_for_a_length_is_granted_it(name: str, four_bit: bool) -
     for tokens in (1, 256, 6144, 30_000):
         share = vllm_memory.share_to_be_granted_bytes(KNOWN[name], tokens, 32, four_bit=four_bit)
         granted = vllm_memory.granted_tokens(KNOWN[name], share, 32, four_bit=four_bit)
-        assert tokens <= granted < tokens + 257
+        margin = vllm_memory.MARGIN_BYTES / memory.kv_cache_bytes(KNOWN[name], 1)
+        assert tokens <= granted < tokens + 257 + margin
         assert vllm_memory.granted_tokens(KNOWN[name], share - 2**28, 32, four_bit=four_bit) < granted
     # Qwen3-14B: 13.2e9 weights at 5/8 byte, 1.556e9 others at 2, slots of rank 32, graphs at 0.13 of at least 0.15 GiB
     if name.endswith("14B") and four_bit:

@@ -18,11 +18,12 @@ from live_bytes import LiveBytes
 from mel_lite import worst_case
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError
+from mel_lite.gauges import GpuGauge, HostGauge
 from mel_lite.memory import shape_of
 from mel_lite.prediction import Phase
 from mel_lite.presets import resolve
 from mel_lite.workload import VLLMCard, VLLMShare, Workload, workload
-from mel_lite.worst_case import GpuGauge, HostGauge, PhasePeak, WorstStepFirst, worst_step
+from mel_lite.worst_case import PhasePeak, WorstStepFirst, as_started, worst_step
 from scripted import ScriptedEngine, default_answer
 from tiny_models import tiny_tokenizer
 from trainers import assert_learnt, build, even_ids, run_state, step_log, tiny_model
@@ -224,6 +225,46 @@ def test_vllm_that_does_not_wake_beside_the_states_is_told_with_its_share(tmp_pa
     assert llm.events == ["sleep 1"]
 
 
+def test_no_share_is_advised_that_is_too_small_to_start_with(tmp_path: Path) -> None:
+    trainer, _ = trainer_with_fake_vllm(build, tmp_path, **SIZES)
+    trainer.create_optimizer()
+    load = vllm_load(trainer)
+    least = load.share_of(0) / 2**33
+    sizes = {name: [2**20] for name in ("analysis", "replay", "scoring", "update")}
+    step = first(trainer, vllm_load(trainer, least + 0.005), {**sizes, "rollout": [5 * 2**30]}, 4 * 2**30, [])
+    message = f"No smaller share serves sequences of {load.vllm_context_tokens} tokens: lower train.max_completion_len"
+    with pytest.raises(ConfigError, match=message):
+        step.on_train_begin(None, None, None)
+
+
+def test_states_that_do_not_fit_are_told_with_what_makes_them_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_with_real_engine(tmp_path)
+    trainer.create_optimizer()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    step = first(trainer, load_of(trainer), {"rollout": [90]}, 150, [])
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ConfigError, match="optimiser's states do not fit.*train.optim=paged_adamw_8bit, lower lora.r"):
+        step.on_train_begin(None, None, None)
+
+
+def test_a_step_is_predicted_with_the_share_vllm_was_started_with(tmp_path: Path) -> None:
+    trainer, _ = trainer_with_fake_vllm(build, tmp_path, **SIZES)
+    engine = trainer.engine.unmetered.inner
+    engine.share, engine.max_num_seqs = 0.31, 5
+    load = as_started(vllm_load(trainer), engine)
+    assert load.vllm is not None and (load.vllm.utilization, load.vllm.sequences) == (0.31, 5)
+    assert load.share_bytes == int(0.31 * 2**33)
+    engine.share = None  # not known: as planned
+    assert as_started(vllm_load(trainer), engine).share_bytes == 2**32
+    plain = load_of(trainer)
+    assert as_started(plain, trainer.engine.unmetered) is plain
+
+
 def test_states_are_there_while_vllm_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, llm = trainer_with_fake_vllm(build, tmp_path, **SIZES)
     empty, held = torch.empty, []
@@ -290,9 +331,10 @@ class FakeDevice:
             "reset_peak_memory_stats": lambda: setattr(self, "peak", self.reserved),
             "synchronize": lambda: None,
             "empty_cache": lambda: None,
-            "init": lambda: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
+        ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
 
 
 @pytest.mark.parametrize("counts_sleeping_cache", [True, False])

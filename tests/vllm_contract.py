@@ -79,7 +79,7 @@ def builder(llm: LLM, adapters: Path) -> Build:
         settings = llm.llm_engine.vllm_config.model_config
         return VLLMEngine(
             llm, sampling_params=SamplingParams, load_adapter=hand_over, fingerprint=lambda: adapter_fingerprint(model),
-            step=step, eos_ids=[eos], standby=False, max_prompt_tokens=settings.max_model_len - 1,
+            step=step, eos_ids=[eos], standby=False, context_tokens=settings.max_model_len,
         )  # fmt: skip
 
     return build

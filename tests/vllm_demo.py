@@ -54,7 +54,7 @@ def main(folder: Path) -> dict[str, Any]:
     late.inner = VLLMEngine(
         llm, sampling_params=SamplingParams, load_adapter=hand_over, standby=False,
         fingerprint=lambda: adapter_fingerprint(trainer.model), step=lambda: trainer.state.global_step,
-        eos_ids=[tokenizer.eos_token_id], max_prompt_tokens=CONTEXT_TOKENS - 1,
+        eos_ids=[tokenizer.eos_token_id], context_tokens=CONTEXT_TOKENS,
     )  # fmt: skip
     before = trainable(trainer)
     trainer.train()

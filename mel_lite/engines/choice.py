@@ -115,7 +115,8 @@ def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
             f"beta={given['beta']:g} with vLLM on the trained weights: TRL keeps a second adapter as the reference, "
             "and vLLM would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
         )
-    for key, value in (("train.temperature", given.get("temperature")), ("eval.temperature", recipe.eval.temperature)):
+    temperatures = {f"train.{name}": given.get(name) for name in ("temperature", "analysis_temperature")}
+    for key, value in {**temperatures, "eval.temperature": recipe.eval.temperature}.items():
         if choice.vllm and (value or 0) > VLLM_TEMPERATURE:
             raise ConfigError(
                 f"{key}={value:g}: vLLM samples at {VLLM_TEMPERATURE:g} at most. Lower {key}, or take --engine hf."
@@ -175,6 +176,8 @@ def _fast_inference(spec: ModelSpec, lora: LoraSpec, machine: Machine) -> tuple[
         return False, f"compute capability {machine.capability} is too old for vLLM: Unsloth's own generation"
     if spec.load_in_4bit and BNB_PLUGIN not in machine.packages:
         return False, f"vLLM needs `pip install {BNB_PLUGIN}` for 4-bit weights: Unsloth's own generation"
+    if spec.dtype == "float32":
+        return False, "model.dtype=float32, and vLLM shares weights of 16 bits: Unsloth's own generation"
     if (rank := spec.max_lora_rank or adapter_rank(lora)) > RANKS[-1]:
         return False, f"vLLM takes adapters up to rank {RANKS[-1]}, not {rank}: Unsloth's own generation"
     if spec.revision is not None:

@@ -77,8 +77,8 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             random_state=seed,
             **options,
         )
-    if vllm:
-        _check_context(model.vllm_engine.llm_engine.vllm_config.model_config.max_model_len, max_seq_length)
+    if (llm := getattr(model, "vllm_engine", None)) is not None:  # Unsloth goes without where vLLM cannot serve a model
+        _check_context(llm.llm_engine.vllm_config.model_config.max_model_len, max_seq_length)
     keep_four_bit_layout(model)
     if lora.start_from is not None:
         return attach_adapter(model, find_adapter(lora.start_from), trainable=True)
@@ -100,9 +100,9 @@ def _check_context(granted_tokens: int, asked_tokens: int) -> None:
     """Unsloth starts vLLM for shorter sequences where it takes its share to be too small, and they would be cut."""
     if granted_tokens < asked_tokens:
         raise EngineError(
-            f"vLLM has room for sequences of {granted_tokens} tokens, and this run has some of {asked_tokens}. Raise "
-            "model.gpu_memory_utilization; lower train.max_completion_length, train.max_context_tokens or "
-            "data.max_prompt_tokens; or take --engine hf."
+            f"vLLM has room for sequences of {granted_tokens} tokens, and this run asks for {asked_tokens}. Raise "
+            "model.gpu_memory_utilization; set or lower model.max_seq_length, train.max_context_tokens, "
+            "train.max_completion_length or data.max_prompt_tokens; or take --engine hf."
         )
 
 
@@ -185,7 +185,7 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
         step=step,
         eos_ids=eos_ids,
         standby=bool(getattr(config.model_config, "enable_sleep_mode", False)),
-        max_prompt_tokens=config.model_config.max_model_len - 1,
+        context_tokens=config.model_config.max_model_len,
         share=config.cache_config.gpu_memory_utilization,
         max_num_seqs=config.scheduler_config.max_num_seqs,
     )

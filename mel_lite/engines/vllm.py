@@ -29,6 +29,10 @@ SLEEP_LEVEL = 1
 SWITCH = "Sample with transformers instead: --engine hf (model.engine=hf)."
 
 
+class WakeError(EngineError):
+    """Memory does not suffice for vLLM to wake up."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
     """One state of the adapter: equal versions are equal weights at one optimiser step."""
@@ -54,7 +58,7 @@ class VLLMEngine:
         step: The trainer's optimiser step.
         eos_ids: Every id that ends a completion.
         standby: Whether vLLM was started with sleep mode; without it `sleep` and `wake` leave its memory alone.
-        max_prompt_tokens: Longest prompt vLLM takes; None = not known.
+        context_tokens: Longest sequence vLLM takes; None = not known.
         share: Of the GPU's memory, as it was started with; None = not known.
         max_num_seqs: Most sequences it samples at once; None = not known.
     """
@@ -73,7 +77,7 @@ class VLLMEngine:
         step: Callable[[], int],
         eos_ids: Sequence[int],
         standby: bool,
-        max_prompt_tokens: int | None = None,
+        context_tokens: int | None = None,
         share: float | None = None,
         max_num_seqs: int | None = None,
     ) -> None:
@@ -84,7 +88,7 @@ class VLLMEngine:
         self._step = step
         self._eos_ids = tuple(eos_ids)
         self._standby = standby
-        self._max_prompt_tokens = max_prompt_tokens
+        self.context_tokens = context_tokens
         self.share, self.max_num_seqs = share, max_num_seqs
         self._at_once: int | None = None
         self._asleep = False
@@ -92,14 +96,17 @@ class VLLMEngine:
         self._lora_request: Any = None
 
     def wake(self) -> None:
-        """Take the memory back and hand over the adapter as it is now. Raises: torch.OutOfMemoryError."""
+        """Take the memory back and hand over the adapter as it is now. Raises: WakeError."""
         if self._standby and self._asleep:
             torch.cuda.empty_cache()  # what PyTorch keeps of the training phase, vLLM cannot map
             try:
                 self._llm.wake_up()
             except RuntimeError as error:  # its allocator is no PyTorch's
                 if "out of memory" in str(error):
-                    raise torch.OutOfMemoryError(f"vLLM did not wake up: {error}") from error
+                    raise WakeError(
+                        f"vLLM does not find its share of the GPU's memory any more ({error}). Go on with --resume and "
+                        "a smaller --set model.gpu_memory_utilization, or with --engine hf."
+                    ) from error
                 raise
         self._asleep = False
         self._hand_over()
@@ -148,9 +155,9 @@ class VLLMEngine:
 
     def _check_lengths(self, requests: Sequence[Request]) -> None:
         longest = max((len(r.prompt_ids) for r in requests), default=0)
-        if self._max_prompt_tokens is not None and longest > self._max_prompt_tokens:
+        if self.context_tokens is not None and longest >= self.context_tokens:
             raise EngineError(
-                f"A prompt of {longest} tokens does not fit vLLM's context of {self._max_prompt_tokens + 1} tokens. "
+                f"A prompt of {longest} tokens does not fit vLLM's context of {self.context_tokens} tokens. "
                 "Raise model.max_seq_length, or lower data.max_prompt_tokens or train.max_context_tokens."
             )
 
