@@ -194,13 +194,15 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 def keys_of(path: Path) -> set[str]:
     """Every `section.key` that a recipe file sets. Raises ConfigError when it cannot be read."""
-    return {f"{section}.{key}" for section, options in _load_yaml(path).items() for key in options or ()}
+    sections = {section: options for section, options in _load_yaml(path).items() if isinstance(options, dict)}
+    return {f"{section}.{key}" for section, options in sections.items() for key in options}
 
 
 def value_in(path: Path | None, key: str) -> Any:
     """What a recipe file says of `section.key`; None where it says nothing, and without a file."""
     section, _, name = key.partition(".")
-    return None if path is None else (_load_yaml(path).get(section) or {}).get(name)
+    options = None if path is None else _load_yaml(path).get(section)
+    return options.get(name) if isinstance(options, dict) else None
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -253,6 +253,14 @@ def test_keys_of_a_file_are_pinned(tmp_path: Path) -> None:
     assert recipe.train["max_micro_batch_tokens"] == 7000 and recipe.train["max_cache_tokens"] == 9000
 
 
+@pytest.mark.parametrize("text", ["train: 3\n", "train: [1, 2]\n", "model: x\n"])
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_file_of_another_form_is_refused_in_words(command: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    done = CliRunner().invoke(app, [command, "--gpu", "24gb", "--config", str(tmp_path / "bad.yaml")])
+    assert isinstance(done.exception, ConfigError) and "it must hold `key: value` lines" in str(done.exception)
+
+
 def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "qwen3", tied=False)
     recipe, made, _ = plan_for("12gb", None, [("model.name", str(folder))])
