@@ -26,7 +26,7 @@ TESTED = {
 }  # fmt: skip
 """Versions that were tested together on a CPU."""
 GPU_EXTRAS = {
-    "unsloth": "2026.10.7", "unsloth_zoo": "2026.10.7", "vllm": "0.32.0", "xformers": "0.0.35", "torchao": "0.18.0",
+    "unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "vllm": "0.32.0", "xformers": "0.0.35", "torchao": "0.18.0",
     "vllm-bnb-plugin": "0.0.3",
 }  # fmt: skip
 """Versions that resolve together with them; optional."""

@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from mel_lite.adapters import RECORD, WEIGHTS, adapter_base, attach_adapter, find_adapter
 from mel_lite.demo import publish_dir
 from mel_lite.engines.base import Request, Sampling
@@ -215,9 +217,39 @@ def _export_gguf(
 
 
 def _exact_on_cpu(model: PreTrainedModel) -> PreTrainedModel:
-    """On a CPU, compute in float32 (the weights stay the 16-bit values): 16-bit arithmetic is slow and noisy there."""
-    four_bit = getattr(model, "is_quantized", False)
-    return model.float() if model.device.type == "cpu" and not four_bit else model
+    """On a CPU, compute in float32 (the weights stay the 16-bit values): 16-bit arithmetic is slow and noisy there.
+
+    Where the host has no memory for all of them in float32, one layer at a time has.
+    """
+    if model.device.type != "cpu" or getattr(model, "is_quantized", False):
+        return model
+    held_bytes = sum(weight.nbytes for weight in model.parameters())
+    wanted_bytes = 4 * sum(weight.numel() for weight in model.parameters()) - held_bytes
+    return model.float() if wanted_bytes < _free_host_bytes() else _float_while_used(model)
+
+
+def _free_host_bytes() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _float_while_used(model: PreTrainedModel) -> PreTrainedModel:
+    """Widen the weights of each layer to float32 for as long as it computes. Slower; the values are the same."""
+    dtypes = {
+        layer: weight.dtype
+        for layer in model.modules()
+        if (weight := next(layer.parameters(recurse=False), None)) is not None
+    }
+
+    def widen(layer: Any, _inputs: Any) -> None:
+        layer.float()
+
+    def narrow(layer: Any, _inputs: Any, _output: Any) -> None:
+        layer.to(dtypes[layer])
+
+    for layer in dtypes:
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(narrow)
+    return model
 
 
 def _check_space(spec: ModelSpec, folder: Path) -> None:

@@ -91,7 +91,12 @@ def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Cons
         done = subprocess.run(
             command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
         )
-    told = done.stdout if done.returncode == 0 else f"not exported: {done.stderr}"
+    told = done.stdout
+    if done.returncode:
+        killed = "the process was killed, as it is where the host's memory runs out"
+        reason = killed if done.returncode < 0 else done.stderr.strip().removeprefix("error: ")
+        again = f"CUDA_VISIBLE_DEVICES= mel-lite export {adapter_dir} --format {recipe.export.format}"
+        told = f"not exported: {reason}\nThe adapter is saved. Try again with: {again}"
     console.print(printable(told), highlight=False, markup=False)
 
 

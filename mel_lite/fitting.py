@@ -43,6 +43,15 @@ def changed(recipe: Recipe, **train: Any) -> Recipe:
     return replace(recipe, train={**recipe.train, **train})
 
 
+def _with_prompts(recipe: Recipe, tokens: int) -> Recipe:
+    return replace(recipe, data=replace(recipe.data, max_prompt_tokens=tokens))
+
+
+def _with_rank(recipe: Recipe, rank: int) -> Recipe:
+    assert recipe.lora is not None
+    return replace(recipe, lora=replace(recipe.lora, r=rank))
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """Settings of recipes for one model on one card."""
@@ -228,6 +237,15 @@ class Search:
         short = next((n for n in lengths if n >= 256 and fits(changed(recipe, max_completion_length=n))), None)
         if short:
             yield f"--set train.max_completion_length={short}"
+        prompts = (load.prompt_tokens >> halvings for halvings in range(1, 12))
+        prompt = next((n for n in prompts if n >= 256 and fits(_with_prompts(recipe, n))), None)
+        if prompt:
+            yield f"--set data.max_prompt_tokens={prompt}"
+        if recipe.lora is not None and recipe.lora.start_from is None:  # else the adapter has its rank
+            ranks = (recipe.lora.r >> halvings for halvings in range(1, 12))
+            rank = next((r for r in ranks if r >= 8 and fits(_with_rank(recipe, r))), None)
+            if rank:
+                yield f"--set lora.r={rank}"
         if not load.four_bit and fits(replace(recipe, model=replace(recipe.model, load_in_4bit=True))):
             yield "--set model.load_in_4bit=true"
         smaller = sorted(memory.KNOWN.items(), key=lambda item: -memory.linear_parameters(item[1]))

@@ -9,7 +9,7 @@ from rich.console import Console
 from mel_lite import ranks
 from mel_lite.adapters import attach_adapter, find_adapter, lora_config
 from mel_lite.config import MELConfig
-from mel_lite.engines.choice import EngineChoice, check_engine, choose_engine, this_machine
+from mel_lite.engines.choice import EngineChoice, check_engine, check_length, choose_engine, this_machine
 from mel_lite.engines.unsloth import UnslothUnusable, load_unsloth
 from mel_lite.memory import PREFIX_TOKENS
 from mel_lite.models import context_length, load_base, load_config
@@ -34,8 +34,10 @@ def load_for_training(
     if choice.engine == "unsloth":
         assert lora is not None  # the choice saw to it
         try:
-            longest = spec.max_seq_length or longest_tokens(recipe, args, prompt_tokens)
-            return load_unsloth(spec, lora, vllm=choice.vllm, max_seq_length=longest, seed=args.seed), None
+            longest = longest_tokens(recipe, args, prompt_tokens)
+            check_length(choice, spec, longest)
+            context = spec.max_seq_length or longest
+            return load_unsloth(spec, lora, vllm=choice.vllm, max_seq_length=context, seed=args.seed), None
         except UnslothUnusable as error:
             if spec.engine == "unsloth":
                 raise
@@ -59,6 +61,7 @@ def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = 
     needs = [prompt + max(args.max_completion_length, evaluated)]
     if args.with_meta_experience:
         both = prompt + 2 * args.max_completion_length + INSTRUCTION_TOKENS  # what an open C_retro comes to
-        needs.append((args.max_context_tokens or both) + args.analysis_max_tokens)
+        room = (recipe.model.max_seq_length or context) - args.analysis_max_tokens
+        needs.append((args.max_context_tokens or min(both, room)) + args.analysis_max_tokens)
         needs.append(prompt + args.analysis_max_tokens + PREFIX_TOKENS + args.max_completion_length)
     return min(context, max(needs))

@@ -174,7 +174,8 @@ def weight_bytes(shape: Shape, *, four_bit: bool, double_quant: bool = True, ele
 
 def lora_sizes(shape: Shape, rank: int, targets: str | Sequence[str]) -> list[int]:
     """Elements of every LoRA tensor: r * inputs and outputs * r for each adapted linear layer."""
-    chosen = [size for name, size in shape.linears.items() if targets == "all-linear" or name in targets]
+    names = {target.rpartition(".")[2] for target in targets}
+    chosen = [size for name, size in shape.linears.items() if targets == "all-linear" or name in names]
     return [rank * width for size in chosen for width in size] * shape.layers
 
 

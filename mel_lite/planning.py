@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite import memory, ranks
-from mel_lite.engines.choice import EngineChoice, check_engine, planned_engine, this_machine
+from mel_lite.adapters import lora_config
+from mel_lite.engines.choice import EngineChoice, check_engine, check_length, planned_engine, this_machine
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.fitting import BATCH, GROUP, Search, value_of
 from mel_lite.memory import CONTEXT_BYTES, GIB, Shape
 from mel_lite.prediction import Phase, predict
-from mel_lite.presets import Recipe, keys_of, resolve, suggest
-from mel_lite.workload import PROMPT_TOKENS, VLLMCard, Workload
+from mel_lite.presets import Recipe, keys_of, resolve, suggest, value_in
+from mel_lite.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -103,6 +104,8 @@ class Plan:
         scale = max(self.budget_bytes, *(phase.bytes for phase in self.phases))
         for phase in self.phases:
             inside = phase.bytes <= self.budget_bytes
+            if phase.name == "export" and self.engine.engine == "unsloth":
+                inside = True  # it is the host's memory
             colour = "green" if inside else ("yellow" if phase.name == "export" else "red")
             bar = "█" * max(1, round(40 * phase.bytes / scale))
             table.add_row(phase.name, f"[{colour}]{bar}[/]", f"{phase.bytes / GIB:.1f} GiB")
@@ -154,7 +157,7 @@ def plan(
         chosen = likely.smallest(recipe)
     load = most.workload(chosen)
     phases = predict(load)
-    notes = _notes(load, phases, budget_bytes)
+    notes = _notes(load, phases, budget_bytes, exports_on_cpu=engine.engine == "unsloth")
     if _group(chosen) != _group(recipe):
         other = f", but for {with_transformers[0]}" if with_transformers else ""
         notes.append(
@@ -178,7 +181,7 @@ def _obstacle(load: Workload) -> str:
     )
 
 
-def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int) -> list[str]:
+def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int, *, exports_on_cpu: bool) -> list[str]:
     notes = []
     if load.assumes_prompts:
         notes.append(f"prompts are taken to have at most {PROMPT_TOKENS} tokens; data.max_prompt_tokens makes it so.")
@@ -187,7 +190,9 @@ def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int) -> list[s
             f"vLLM's cache holds {load.vllm_cache_tokens} tokens: {load.at_once('rollout')} of {load.completions} "
             "rollouts at full length, more of shorter ones. The update is predicted for transformers' layers."
         )
-    if load.exports and phases[-1].bytes > budget_bytes:
+    if load.exports and exports_on_cpu:
+        notes.append("the export runs on the CPU, in a process of its own: its bar is the host's memory.")
+    elif load.exports and phases[-1].bytes > budget_bytes:
         notes.append(
             f"the export, which has the model in 16 bits, needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
             "export on the CPU: CUDA_VISIBLE_DEVICES= mel-lite export RUN"
@@ -284,8 +289,9 @@ def plan_for(
     """
     card = find_gpu(gpu, run_here=run_here)
     pinned = {key for key, _ in overrides} | (keys_of(config) if config is not None else set())
-    detected = [(f"train.{name}", value) for name, value in card.precision.items() if f"train.{name}" not in pinned]
-    recipe = resolve(preset=card.preset, config=config, overrides=[*detected, *overrides])
+    precision = _precision(card, config, overrides)
+    recipe = resolve(preset=card.preset, config=config, overrides=[*precision, *overrides])
+    _check_options(recipe)
     try:
         shape = shape_for(recipe)
     except ModelError as reason:
@@ -293,8 +299,30 @@ def plan_for(
     here = run_here or gpu == "auto"
     engine = planned_engine(recipe.model, recipe.lora, this_machine(ranks.world()) if here else None)
     check_engine(engine, recipe)
+    check_length(engine, recipe.model, workload(recipe, shape).longest_sampled)
     made = plan(recipe, shape, gpu=gpu, pinned=pinned, engine=engine, budget_bytes=card.budget_bytes, card=card.whole)
     return apply(recipe, made), made, ""
+
+
+def _precision(card: Card, config: Path | None, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, bool]]:
+    """What the card computes in, where that is open; the one that is asked for puts out the other."""
+    keys = ("train.bf16", "train.fp16")
+    given = {key: dict(overrides).get(key, value_in(config, key)) for key in keys}
+    found = {key: card.precision.get(key.removeprefix("train.")) for key in keys}
+    for key, other in (keys, keys[::-1]):
+        found[other] = False if given[key] is True else found[other]
+    return [(key, value) for key, value in found.items() if value is not None and given[key] is None]
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Raises: ConfigError for what a run would be refused for, whatever the machine."""
+    if recipe.train.get("bf16") and recipe.train.get("fp16"):
+        raise ConfigError(
+            "train.bf16=true and train.fp16=true: training computes in one of the two. Set train.bf16=false or "
+            "train.fp16=false."
+        )
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
 
 
 def shape_for(recipe: Recipe) -> Shape:

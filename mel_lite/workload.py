@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite import memory, vllm_memory
-from mel_lite.adapters import adapter_rank
+from mel_lite.adapters import LoraSpec, adapter_rank
 from mel_lite.errors import ConfigError
 from mel_lite.memory import Shape
 from mel_lite.presets import Recipe
@@ -261,7 +261,7 @@ class Workload:
 def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -> Workload:
     """What a recipe asks of a model of this shape; `vllm_on` None where something else than vLLM samples.
 
-    Raises: ConfigError for full fine-tuning, which is not predicted.
+    Raises: ConfigError for full fine-tuning, which is not predicted, and for values that no run could have.
     """
     if recipe.lora is None:
         raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Give section `lora` its options.")
@@ -274,9 +274,12 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
     per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
     pairs = prompts * per_group if with_lessons(recipe) else 0
     control = option["replay_control"] or option["replay_criterion"] == "uplift"
-    prompt, completion = recipe.data.max_prompt_tokens or PROMPT_TOKENS, option["max_completion_length"]
+    prompt, completion = _rollout_tokens(recipe, shape)
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
-    for bound in (option["max_context_tokens"], shape.context - option["analysis_max_tokens"]):
+    whole = shape.context
+    if option["max_context_tokens"] is None and recipe.model.max_seq_length is not None:
+        whole = min(whole, recipe.model.max_seq_length)
+    for bound in (option["max_context_tokens"], whole - option["analysis_max_tokens"]):
         context = min(context, bound) if bound and bound > 0 else context
     return Workload(
         shape=shape,
@@ -284,7 +287,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         double_quant=recipe.model.double_quant,
         element_bytes=4 if recipe.model.dtype == "float32" else 2,
         fp16=bool(option["fp16"]),
-        lora=tuple(memory.lora_sizes(shape, adapter_rank(recipe.lora), recipe.lora.target_modules)),
+        lora=_adapter(recipe.lora, shape),
         prompt_tokens=prompt,
         completion_tokens=completion,
         context_tokens=context,
@@ -309,6 +312,30 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         max_seq_length=recipe.model.max_seq_length,
         vllm=None if vllm_on is None else _vllm_share(recipe, vllm_on, max(completions, pairs)),
     )
+
+
+def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:
+    """Prompt and new tokens of the longest rollout; longer prompts are left out of a run."""
+    completion, prompt = option_of(recipe, "max_completion_length"), recipe.data.max_prompt_tokens
+    if prompt is not None and prompt < 1:
+        raise ConfigError(f"data.max_prompt_tokens={prompt} must be at least 1, or null. Set data.max_prompt_tokens.")
+    if completion >= shape.context:
+        raise ConfigError(
+            f"train.max_completion_length={completion} leaves no room for a prompt in the model's context of "
+            f"{shape.context} tokens. Lower train.max_completion_length."
+        )
+    return min(prompt or PROMPT_TOKENS, shape.context - completion), completion
+
+
+def _adapter(lora: LoraSpec, shape: Shape) -> tuple[int, ...]:
+    """Elements of each LoRA tensor."""
+    sizes = memory.lora_sizes(shape, adapter_rank(lora), lora.target_modules)
+    if not sizes:
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r} names no linear layer of the model. It has "
+            f"{', '.join(shape.linears)}."
+        )
+    return tuple(sizes)
 
 
 def _vllm_share(recipe: Recipe, card: VLLMCard, sequences: int) -> VLLMShare:
@@ -336,7 +363,7 @@ def option_of(recipe: Recipe, key: str) -> Any:
         "max_cache_tokens",
         "max_micro_batch_tokens",
     )
-    if counts and value is not None:
+    if counts and not (value is None and default is None):
         least = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
         if type(value) is not int or value < least:
             raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {least}. Set train.{key}.")

@@ -23,7 +23,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.gauges import Gauge
 from mel_lite.memory import GIB
 from mel_lite.packing import pack
-from mel_lite.prediction import Phase
+from mel_lite.prediction import Phase, predict
 from mel_lite.scoring import score
 from mel_lite.statefiles import rng_state, set_rng_state
 from mel_lite.types import Lesson
@@ -248,6 +248,7 @@ class WorstStepFirst(TrainerCallback):
     ) -> None:
         self._trainer, self._load, self._gauge = trainer, load, gauge
         self._predicted = {phase.name: phase for phase in predicted}
+        """Of the load as it is now; empty where nothing is compared."""
         self._report, self._budget_bytes = report, budget_bytes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -273,11 +274,17 @@ class WorstStepFirst(TrainerCallback):
                 torch.cuda.empty_cache()
         peaks = tuple(PhasePeak(name, self._predicted_bytes(name), found) for name, found in measured.items())
         if self._trainer.budget_tokens is not None:  # as it is after an update that ran out of memory
-            self._load = replace(self._load, max_micro_batch_tokens=self._trainer.budget_tokens)
+            self._asks(max_micro_batch_tokens=self._trainer.budget_tokens)
         most = self._budget_bytes
         over = [peak for peak in peaks if most is not None and (peak.measured_bytes or 0) > most]
         self._report(peaks, self._adapt(over) if over else "")
         return over
+
+    def _asks(self, **changes: Any) -> None:
+        """Change the load, and what is predicted for it."""
+        self._load = replace(self._load, **changes)
+        if self._predicted:
+            self._predicted = {phase.name: phase for phase in predict(self._load)}
 
     def _predicted_bytes(self, name: str) -> int | None:
         return self._predicted[name].bytes if name in self._predicted else None
@@ -291,7 +298,7 @@ class WorstStepFirst(TrainerCallback):
                 changes["max_cache_tokens"] = min(tokens, changes.get("max_cache_tokens", tokens))
             elif "max_micro_batch_tokens" not in changes:  # once for scoring and update together
                 changes["max_micro_batch_tokens"] = self._train_less(peak)
-        self._load = replace(self._load, **changes)
+        self._asks(**changes)
         return " ".join(f"--set train.{key}={tokens}" for key, tokens in changes.items())
 
     def _train_less(self, peak: PhasePeak) -> int:

