@@ -41,7 +41,7 @@ from mel_lite.runs import run_folder
 from mel_lite.templates import load_templates, render
 from mel_lite.trainer import MELTrainer
 from mel_lite.verifiers import get_verifier
-from mel_lite.workload import VLLMCard, Workload, workload
+from mel_lite.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
 from mel_lite.worst_case import PhasePeak, WorstStepFirst, as_started
 
 
@@ -98,6 +98,8 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
 
     Raises: ConfigError, VerifierError; ExportError when the export needs programs that are not here.
     """
+    for key in DEFAULTS:
+        option_of(recipe, key)
     args = build_args(recipe, folder)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True

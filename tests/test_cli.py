@@ -64,6 +64,8 @@ def test_version() -> None:
         (("train",), "Nothing says what to train", 2),
         (("train", "--gpu", "23gb"), "Did you mean '24gb'?", 2),
         (("train", "--gpu", "cpu", "--set", "train.lerning_rate=1"), "Did you mean 'learning_rate'?", 2),
+        (("train", "--gpu", "cpu", "--set", "train.num_generations=null", "--dry-run"), "num_generations=None", 2),
+        (("plan", "--gpu", "24gb", "--set", "train.num_generations=null"), "train.num_generations=None must be", 2),
         (("train", "--gpu", "cpu", "--model", "./nowhere", "--dry-run"), "no such folder", 2),
         (("train", "--gpu", "cpu", "--dataset", "none.jsonl", "--dry-run"), "none.jsonl", 2),
         (("train", "--gpu", "cpu", "--resume", "--output-dir", "nowhere"), "holds no run", 2),

@@ -140,8 +140,8 @@ def check_length(choice: EngineChoice, spec: ModelSpec, longest_tokens: int) -> 
     if choice.engine == "unsloth" and spec.max_seq_length is not None and spec.max_seq_length < longest_tokens:
         raise ConfigError(
             f"max_seq_length={spec.max_seq_length} is below the {longest_tokens} tokens of the run's longest sequence. "
-            "Raise model.max_seq_length or leave it unset; or lower train.max_completion_length, "
-            "train.analysis_max_tokens or data.max_prompt_tokens."
+            "Raise model.max_seq_length or leave it unset; or lower train.max_context_tokens, "
+            "train.max_completion_length, train.analysis_max_tokens or data.max_prompt_tokens."
         )
 
 
