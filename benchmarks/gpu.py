@@ -1,6 +1,6 @@
 """What a GPU says: a MEL step at full size under the memory of consumer cards, beside the prediction; and the engines.
 
-`python benchmarks/gpu.py OUT` measures, in half an hour, and writes OUT/gpu.json, one log per part, and a table:
+`python benchmarks/gpu.py OUT` measures, for --minutes at most, and writes OUT/gpu.json, one log per part, and a table:
 
     step-24gb    Qwen3-8B in 4 bits under the memory of a 24 GB card: peak and seconds of every phase at full length
     step-16gb    the same for Qwen3-4B on 16 GB, and

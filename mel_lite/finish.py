@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,8 +86,9 @@ def export_trained(recipe: Recipe, adapter_dir: Path, folder: Path, console: Con
 
 def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
     """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
-    command = [sys.executable, "-m", "mel_lite", "export", str(adapter_dir), "--output", str(target)]
-    command += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
+    arguments = ["export", str(adapter_dir), "--output", str(target)]
+    arguments += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
+    command = [sys.executable, "-m", "mel_lite", *arguments]
     with console.status(f"exporting {recipe.export.format} in a process of its own"):
         done = subprocess.run(
             command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
@@ -95,9 +97,9 @@ def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Cons
     if done.returncode:
         killed = "the process was killed, as it is where the host's memory runs out"
         reason = killed if done.returncode < 0 else done.stderr.strip().removeprefix("error: ")
-        again = f"CUDA_VISIBLE_DEVICES= mel-lite export {adapter_dir} --format {recipe.export.format}"
+        again = f"CUDA_VISIBLE_DEVICES= {shlex.join(['mel-lite', *arguments])}"
         told = f"not exported: {reason}\nThe adapter is saved. Try again with: {again}"
-    console.print(printable(told), highlight=False, markup=False)
+    console.print(printable(told), highlight=False, markup=False, soft_wrap=True)  # the command stays in one piece
 
 
 def print_summary(

@@ -144,4 +144,5 @@ def test_an_export_apart_that_fails_says_why_and_how_to_try_again(
     assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, apart=True) is None
     first, second = console.export_text().strip().splitlines()
     assert first == told
-    assert second.endswith(f"CUDA_VISIBLE_DEVICES= mel-lite export {tmp_path / 'adapter'} --format merged-16bit")
+    again = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
+    assert second.endswith(f"CUDA_VISIBLE_DEVICES= {again} --format merged-16bit --dtype auto")
