@@ -38,12 +38,15 @@ test: venv $(VENV)/.gym  ## run the fast tests
 test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest $(SPREAD) -m "not gpu and not exhaustive" $(ARGS)
 
-FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,checkpoint presets hf_engine tripwires probe trainer export \
-    verify_pool verifiers packing templates leakage experience lessons models data fuzz statefiles))
+FAULTS := tests/faults $(addprefix tests/,$(addsuffix .py, \
+    resilience/test_checkpoint_files test_recipe engines/test_hf resilience/test_collapse \
+    training/test_engine_probe test_trainer export/test_merge verify/test_pool verify/test_verifiers \
+    training/test_packing lessons/test_prompts lessons/test_leak_guard lessons/test_parsing \
+    lessons/test_pipeline models/test_load data/test_tasks integration/test_fuzz resilience/test_state_files))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
 	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS) \
-	    ; status=$$?; $(BIN)/python tests/faults/report.py build/faults.xml docs/reliability.md && exit $$status
+	    ; status=$$?; $(BIN)/python tests/helpers/fault_report.py build/faults.xml docs/reliability.md && exit $$status
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

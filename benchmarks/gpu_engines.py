@@ -143,11 +143,11 @@ class Check:
         from peft import get_peft_model
         from transformers import AutoTokenizer
 
-        from mel_lite.adapters import LoraSpec, lora_config
         from mel_lite.engines.hf import HFEngine
         from mel_lite.engines.unsloth import load_unsloth, unsloth_engine
-        from mel_lite.models import ModelSpec, load_base
-        from mel_lite.scoring import install_scoring_head
+        from mel_lite.models.adapters import LoraSpec, lora_config
+        from mel_lite.models.load import ModelSpec, load_base
+        from mel_lite.training.scoring import install_scoring_head
 
         spec, lora = ModelSpec(str(self.folder), load_in_4bit=True), LoraSpec(r=RANK, alpha=2 * RANK)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -184,7 +184,7 @@ class Check:
 
     def agreement(self) -> dict[str, Any]:
         """Engine and trainer on the same completions, and how much of the adapter the engine applies."""
-        from mel_lite.probe import agreement
+        from mel_lite.training.engine_probe import agreement
 
         done = self._sample(min(16, self.sequences), min(64, self.new_tokens))
         self.engine.sleep()
@@ -234,7 +234,7 @@ class Check:
 
     def export(self) -> dict[str, Any]:
         """Our merged export of the adapter, on the CPU in a process of its own, with its own comparison."""
-        from mel_lite.adapters import write_fingerprint
+        from mel_lite.models.adapters import write_fingerprint
 
         adapter, merged = self.work / "adapter", self.work / "merged-16bit"
         self.model.save_pretrained(adapter)
@@ -258,14 +258,14 @@ class Check:
         return list(zip(requests, self.engine.generate(requests, Sampling(new_tokens)), strict=True))
 
     def _rows(self, done: list[Any]) -> list[Any]:
-        from mel_lite.packing import Row
+        from mel_lite.training.packing import Row
 
         device = self.model.device
         return [Row(torch.tensor(r.prompt_ids + c.ids, device=device), len(c.ids)) for r, c in done]
 
     def _scored(self, rows: list[Any]) -> torch.Tensor:
-        from mel_lite.packing import pack
-        from mel_lite.scoring import score
+        from mel_lite.training.packing import pack
+        from mel_lite.training.scoring import score
 
         return torch.cat(score(self.model, pack(rows, pad_id=self.tokenizer.pad_token_id or 0))[0])
 
@@ -294,7 +294,7 @@ def run_check(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]
 def folder_of(model: str, work: Path, quick: bool) -> Path:
     """A local model folder: the demo model, or a Qwen3 with random weights and one token per byte."""
     if model == "smollm2":
-        from mel_lite.demo import demo_model_dir
+        from mel_lite.models.demo import demo_model_dir
 
         return demo_model_dir()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

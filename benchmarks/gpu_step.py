@@ -29,11 +29,10 @@ class Finished(Exception):
 
 def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
     """Peak and seconds of every phase of one preset's step, under its card's memory."""
+    from mel_lite.memory.formulas import CONTEXT_BYTES
+    from mel_lite.memory.plan import BUDGETS, plan_for
+    from mel_lite.memory.workload import VLLMCard
     from random_models import config_of, random_weights
-
-    from mel_lite.memory import CONTEXT_BYTES
-    from mel_lite.planning import BUDGETS, plan_for
-    from mel_lite.workload import VLLMCard
 
     gpu, end_s = part.rpartition("-")[2], time.monotonic() + seconds
     name, config = config_of(gpu, dry_run)
@@ -70,9 +69,9 @@ class Measurement:
     """One process's step: what it measures goes to its file at once, so that a crash leaves what came before."""
 
     def __init__(self, recipe: Any, figures: dict[str, Any], file: Path, end_s: float, vllm_on: Any = None) -> None:
-        from mel_lite.gauges import gauge_here
-        from mel_lite.planning import shape_for
-        from mel_lite.workload import workload
+        from mel_lite.memory.plan import shape_for
+        from mel_lite.memory.workload import workload
+        from mel_lite.resilience.memory_gauge import gauge_here
 
         self.recipe, self.figures, self.file, self.end_s = recipe, figures, file, end_s
         self.load = workload(recipe, shape_for(recipe), vllm_on=vllm_on)
@@ -86,9 +85,9 @@ class Measurement:
         from transformers import TrainerCallback
 
         from mel_lite import MELTrainer
-        from mel_lite.loading import load_for_training
-        from mel_lite.models import load_tokenizer
-        from mel_lite.presets import build_args
+        from mel_lite.models.load import load_tokenizer
+        from mel_lite.recipe import build_args
+        from mel_lite.run.load_model import load_for_training
 
         loaded: list[Any] = []
         args = build_args(self.recipe, folder)
@@ -117,7 +116,7 @@ class Measurement:
 
     def phases(self) -> None:
         """The update first, which is what plans are for; then scoring, the optimiser, and sampling as time allows."""
-        from mel_lite.worst_case import as_started, worst_step
+        from mel_lite.resilience.worst_step import as_started, worst_step
 
         self.load = as_started(self.load, self.trainer.engine.unmetered)
         trainer, load = self.trainer, self.load
@@ -147,7 +146,7 @@ class Measurement:
 
     def sample(self, name: str, seconds: float) -> None:
         """One round at full length, or at what length the time allows; the prediction is then for that length."""
-        from mel_lite.worst_case import worst_step
+        from mel_lite.resilience.worst_step import worst_step
 
         if self.load.vllm is not None:
             self.sample_all(name, seconds)
@@ -180,7 +179,7 @@ class Measurement:
 
     def sample_all(self, name: str, seconds: float) -> None:
         """All sequences of a phase, as vLLM gets them, beside the optimiser's states; as long as the time allows."""
-        from mel_lite.worst_case import sample_at_full_length
+        from mel_lite.resilience.worst_step import sample_at_full_length
 
         sequences, _, full = self.load.sampled[name]
         start_s = time.monotonic()
@@ -198,7 +197,7 @@ class Measurement:
         )  # fmt: skip
 
     def predicted(self, name: str, load: Any = None) -> Any:
-        from mel_lite.prediction import predict
+        from mel_lite.memory.predict import predict
 
         return next(phase for phase in predict(load or self.load) if phase.name == name)
 

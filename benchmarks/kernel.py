@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from states import read_prompts, rollout_states
 
 from mel_lite.kernels.bench import Inputs, Shape, default_shapes, run
+from states import read_prompts, rollout_states
 
 ROWS = 8192
 

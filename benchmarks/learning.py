@@ -19,23 +19,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import learning_figures
-import learning_small
 import torch
-from learning_arms import ARMS, StudyTrainer
 from transformers import PrinterCallback, TrainerCallback
 
+import learning_figures
+import learning_small
+from demo_warmup.examples import make_examples
+from demo_warmup.measure import Conditions, measure_engine
+from learning_arms import ARMS, StudyTrainer
 from mel_lite import MELConfig
-from mel_lite.adapters import attach_adapter, find_adapter
-from mel_lite.data import load_tasks
-from mel_lite.demo import cache_dir
-from mel_lite.demo_warmup.examples import make_examples
-from mel_lite.demo_warmup.measure import Conditions, measure_engine
+from mel_lite.data.tasks import load_tasks
 from mel_lite.engines.base import Engine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import evaluate
-from mel_lite.models import ModelSpec, eos_ids, load_base, load_tokenizer
-from mel_lite.templates import load_templates
+from mel_lite.lessons.prompts import load_templates
+from mel_lite.models.adapters import attach_adapter, find_adapter
+from mel_lite.models.demo import cache_dir
+from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 
 RESULTS = learning_figures.RUNS
 SCAN_SEED = 100

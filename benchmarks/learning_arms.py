@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite import MELTrainer
-from mel_lite.experience import lesson_from
-from mel_lite.templates import question_prompt
+from mel_lite.lessons.parsing import lesson_from
+from mel_lite.lessons.prompts import question_prompt
 from mel_lite.types import Experience, Lesson, Status, Verdict
 
 MEL: dict[str, Any] = {"algorithm": "mel"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import learning_figures
 import numpy as np
 from matplotlib import pyplot
+
+import learning_figures
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
 

@@ -1,6 +1,6 @@
 """The small model of the learning study: a Llama of about two million weights, made from scratch on one CPU core.
 
-`python benchmarks/learning_small.py FOLDER` draws examples from the packaged generator (`mel_lite.demo_warmup`: worked
+`python benchmarks/learning_small.py FOLDER` draws examples from the packaged generator (`demo_warmup`: worked
 sums, analyses of two solutions, sums solved with notes in the prompt), trains a tokenizer and then the model on them,
 and stops while it still solves only about half of the tasks. FOLDER then holds a model as any other, the prompts
 (`templates.yaml`) and what was done (`recipe.json`). Same seeds, same machine: same model.
@@ -34,11 +34,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from mel_lite.demo_warmup.examples import make_examples, test_expressions
-from mel_lite.demo_warmup.problems import draw_problem
-from mel_lite.templates import DEFAULT_TEMPLATES, Templates
-from mel_lite.warmup import in_batches
-from mel_lite.warmup_examples import Example, tokenise
+from demo_warmup.examples import make_examples, test_expressions
+from demo_warmup.problems import draw_problem
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates
+from mel_lite.warmup.examples import Example, tokenise
+from mel_lite.warmup.train import in_batches
 
 SEED = 20261123
 TERMS = (3, 4)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from states import read_prompts, rollout_states
 from torch import Tensor
+
+from states import read_prompts, rollout_states
 
 KEPT = (8, 32, 128, 512, 2048)
 DROPPED = (1e-1, 1e-2, 1e-3, 1e-4)

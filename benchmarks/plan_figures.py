@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from mel_lite.engines.choice import planned_engine
-from mel_lite.memory import CONTEXT_BYTES, GIB
-from mel_lite.planning import BUDGETS, Plan, plan, shape_for
-from mel_lite.presets import resolve
-from mel_lite.workload import VLLMCard, workload
+from mel_lite.memory.formulas import CONTEXT_BYTES, GIB
+from mel_lite.memory.plan import BUDGETS, Plan, plan, shape_for
+from mel_lite.memory.workload import VLLMCard, workload
+from mel_lite.recipe import resolve
 
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("12gb", None), ("16gb", None), ("24gb", None), ("24gb", "Qwen/Qwen3-14B-Base"), ("40gb", None), ("80gb", None),

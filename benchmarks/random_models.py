@@ -64,8 +64,8 @@ def config_of(gpu: str, dry_run: bool) -> tuple[str, Any]:
     """Name and config of the preset's model, from the planner's table of sizes."""
     from transformers import Qwen3Config
 
-    from mel_lite.memory import known_shape
-    from mel_lite.presets import resolve
+    from mel_lite.memory.formulas import known_shape
+    from mel_lite.recipe import resolve
 
     name = resolve(preset=gpu).model.name
     shape = known_shape(name)

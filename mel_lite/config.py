@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
-from mel_lite.trl_base import released_grpo_config
+from mel_lite.trl_compat import released_grpo_config
 
 if TYPE_CHECKING:
     from trl import GRPOConfig

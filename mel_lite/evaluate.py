@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.judging import AnswerJudge, Judge, answer_column
+from mel_lite.lessons.prompts import render
 from mel_lite.seeds import prompt_hash, seed_for
-from mel_lite.templates import render
 from mel_lite.types import Finish, Group, Verdict
+from mel_lite.verify.judge import AnswerJudge, Judge, answer_column
 
 if TYPE_CHECKING:
     import datasets
     from rich.table import Table
 
-    from mel_lite.models import ModelSpec
+    from mel_lite.models.load import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +297,15 @@ def evaluate_model(
     Args:
         spec: the base model; None = the one `adapter` was trained on, loaded as it was then.
         adapter: a run, checkpoint or adapter folder, or None for the base alone.
-        dataset: task spec as `mel_lite.data.load_tasks` takes it.
+        dataset: task spec as `mel_lite.data.tasks.load_tasks` takes it.
         verifier: None = the one recommended for the dataset, else `math`.
     Raises: ConfigError when neither model nor adapter is given; what loading, data and verifier raise.
     """
-    from mel_lite.adapters import adapter_base, attach_adapter, find_adapter
-    from mel_lite.data import load_tasks, recommended_verifier
+    from mel_lite.data.tasks import load_tasks, recommended_verifier
     from mel_lite.engines.hf import HFEngine
-    from mel_lite.models import context_length, eos_ids, load_base, load_tokenizer
-    from mel_lite.verify_pool import VerifyPool
+    from mel_lite.models.adapters import adapter_base, attach_adapter, find_adapter
+    from mel_lite.models.load import context_length, eos_ids, load_base, load_tokenizer
+    from mel_lite.verify.pool import VerifyPool
 
     adapter = None if adapter is None else find_adapter(adapter)
     if spec is None:

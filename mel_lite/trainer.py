@@ -29,20 +29,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import evaluating
-from mel_lite.experience import lesson_from
-from mel_lite.judging import Judge, RewardJudge
-from mel_lite.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
-from mel_lite.packing import pack
-from mel_lite.pairs import select_pairs
-from mel_lite.resilience import ResilientRun
-from mel_lite.rewards import JudgedRewards
-from mel_lite.scoring import install_scoring_head, score
+from mel_lite.lessons.pairs import select_pairs
+from mel_lite.lessons.parsing import lesson_from
+from mel_lite.lessons.pipeline import study
+from mel_lite.lessons.store import ExperienceRow, ExperienceStore
+from mel_lite.resilience.mixins import ResilientRun
 from mel_lite.seeds import prompt_hash, seed_for
-from mel_lite.store import ExperienceRow, ExperienceStore
-from mel_lite.study import study
-from mel_lite.trl_base import released_grpo_trainer
-from mel_lite.types import Experience, Group, Lesson, Rollout, Status
-from mel_lite.wiring import (
+from mel_lite.training.assemble import (
     IdleWatch,
     StepHook,
     build_desk,
@@ -54,6 +47,13 @@ from mel_lite.wiring import (
     engine_generates,
     settle_weights,
 )
+from mel_lite.training.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
+from mel_lite.training.packing import pack
+from mel_lite.training.rewards import JudgedRewards
+from mel_lite.training.scoring import install_scoring_head, score
+from mel_lite.trl_compat import released_grpo_trainer
+from mel_lite.types import Experience, Group, Lesson, Rollout, Status
+from mel_lite.verify.judge import Judge, RewardJudge
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -28,7 +28,7 @@ os.environ["COLUMNS"] = "120"
 for variable in ("FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(variable, None)
 
-LONGEST = ("test_end_to_end.py", "test_notebooks.py", "test_vllm.py", "test_unsloth.py", "test_gpu_benchmark.py")
+LONGEST = ("test_end_to_end.py", "test_notebooks.py", "test_vllm.py", "test_unsloth.py", "test_gpu.py")
 """Files of whole runs. They come first, so that no worker is left with one of them at the end."""
 
 

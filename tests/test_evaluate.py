@@ -16,7 +16,7 @@ from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.evaluate import EvalResult, bootstrap_interval, evaluate, evaluate_model, pass_at_k
-from mel_lite.models import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
+from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.types import Finish, Group, Verdict
 from tiny_models import save_tiny, tiny_tokenizer

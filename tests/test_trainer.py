@@ -12,37 +12,15 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from batches import LOSS_TYPES, micro_batch
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.models import ModelSpec, load_base
-from mel_lite.scoring import install_scoring_head
+from mel_lite.models.load import ModelSpec, load_base
+from mel_lite.training.scoring import install_scoring_head
 from mel_lite.types import Lesson
 from scripted import ScriptedEngine
 from tiny_models import save_tiny, set_lora, tiny_tokenizer
 from trainers import assert_learnt, build, digest, sums, tiny_model, trainable
-
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-
-
-def _inputs(seed: int = 0) -> dict[str, Any]:
-    """A TRL micro-batch of 4 rows: left-padded prompts, right-padded completions, stale old log-probs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(rows: int, width: int) -> torch.Tensor:
-        return torch.randint(4, 320, (rows, width), generator=generator)
-
-    prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    completion_mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6, [1, 1, 1, 1, 1, 0]])
-    return {
-        "prompt_ids": ids(4, 5) * prompt_mask,
-        "prompt_mask": prompt_mask,
-        "completion_ids": ids(4, 6) * completion_mask,
-        "completion_mask": completion_mask,
-        "advantages": torch.tensor([1.2, -0.7, 0.4, -0.9]),
-        "num_items_in_batch": completion_mask.sum(),
-        "old_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
-        "ref_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
-    }
 
 
 def _naive_logps(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, temperature: float) -> torch.Tensor:
@@ -62,7 +40,7 @@ def test_without_meta_experience_the_loss_is_trls(tmp_path: Path, loss_type: str
     trainer = build(tmp_path, algorithm="grpo", loss_type=loss_type, beta=0.04, temperature=0.8)
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
-    inputs = _inputs()
+    inputs = micro_batch()
 
     ours = trainer._compute_loss(trainer.model, inputs)
     ours.backward()
@@ -92,7 +70,7 @@ def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path, temperature
     trainer = build(tmp_path, mel_weight=0.5, temperature=temperature)
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
-    inputs = _inputs()
+    inputs = micro_batch()
     lessons = [
         Lesson(1, tuple(range(10, 90)), tuple(range(100, 130))),
         Lesson(2, tuple(range(20, 50)), tuple(range(200, 207))),
@@ -115,9 +93,9 @@ def test_few_survivors_weigh_little_when_normalised_by_prompts(tmp_path: Path) -
     for normalization in ("kept", "prompts"):
         trainer = build(tmp_path, mel_normalization=normalization, output_dir=tmp_path / normalization)
         trainer.current_gradient_accumulation_steps = 1
-        policy = trainer._compute_loss(trainer.model, _inputs()).item()
+        policy = trainer._compute_loss(trainer.model, micro_batch()).item()
         trainer._share_out([lesson], prompts=8)
-        both = trainer._compute_loss(trainer.model, {**_inputs(), "lessons": trainer._shares[0]}).item()
+        both = trainer._compute_loss(trainer.model, {**micro_batch(), "lessons": trainer._shares[0]}).item()
         terms.append(both - policy)
     assert terms[0] == pytest.approx(8 * terms[1], rel=1e-3) and terms[0] > 1
 
@@ -154,7 +132,7 @@ def test_gradient_norms_are_those_of_the_two_terms(tmp_path: Path) -> None:
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
     trainer._share_out([Lesson(1, tuple(range(10, 40)), tuple(range(100, 120)))], prompts=1)
-    inputs = {**_inputs(), "lessons": trainer._shares[0]}
+    inputs = {**micro_batch(), "lessons": trainer._shares[0]}
     norms = {}
     for term, batch in (("policy", {**inputs, "lessons": ()}), ("both", inputs)):
         trainer.model.zero_grad()
@@ -174,7 +152,7 @@ def test_every_rank_reduces_both_terms(tmp_path: Path) -> None:
     """A rank without a lesson must not skip a collective that the others enter."""
     trainer = build(tmp_path, grad_norm_every=1)
     trainer.current_gradient_accumulation_steps = 1
-    trainer._compute_loss(trainer.model, _inputs())
+    trainer._compute_loss(trainer.model, micro_batch())
     reduced: list[torch.Tensor] = []
     metrics = trainer._meter.drain(lambda t: reduced.append(t) or t)
     assert len(reduced) == 2 and reduced[0].norm() > 0 and reduced[1].norm() == 0
@@ -214,7 +192,7 @@ def test_old_and_new_log_probs_come_from_the_same_code(tmp_path: Path) -> None:
     """Equal blocks give equal bits, so an on-policy ratio is exactly 1; other blocks differ by rounding alone."""
     trainer = build(tmp_path)
     set_lora(trainer.model, 0.2)
-    batch = _inputs()
+    batch = micro_batch()
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     new, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
@@ -294,7 +272,7 @@ def test_the_entropy_bonus_has_a_gradient(tmp_path: Path) -> None:
         trainer = build(tmp_path, algorithm="grpo", entropy_coef=coefficient, output_dir=tmp_path / str(coefficient))
         set_lora(trainer.model, 0.2)
         trainer.current_gradient_accumulation_steps = 1
-        trainer._compute_loss(trainer.model, _inputs()).backward()
+        trainer._compute_loss(trainer.model, micro_batch()).backward()
         grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
     assert (grads[1] - grads[0]).norm() > 1e-3 * grads[0].norm()
 

@@ -7,17 +7,20 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.adapters import LoraSpec, adapter_rank
 from mel_lite.errors import ConfigError
-from mel_lite.models import ENGINES, ModelSpec
-from mel_lite.vllm_memory import RANKS
+from mel_lite.models.adapters import LoraSpec, adapter_rank
+from mel_lite.models.load import ENGINES, ModelSpec
 
 if TYPE_CHECKING:
-    from mel_lite.presets import Recipe
+    from mel_lite.recipe import Recipe
 
 VLLM_CAPABILITY = (7, 5)
 VLLM_TEMPERATURE = 2.0
 """Highest temperature vLLM takes."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""LoRA ranks vLLM makes slots for."""
+VLLM_BATCHED_TOKENS = 4096
+"""Most tokens of one forward pass of vLLM; prompts are read in chunks of this (`max_num_batched_tokens`)."""
 BNB_PLUGIN = "vllm-bnb-plugin"
 """Package without which vLLM (0.28 or newer) does not load 4-bit weights."""
 
@@ -188,8 +191,8 @@ def _fast_inference(spec: ModelSpec, lora: LoraSpec, machine: Machine) -> tuple[
         return False, f"vLLM needs `pip install {BNB_PLUGIN}` for 4-bit weights: Unsloth's own generation"
     if spec.dtype == "float32":
         return False, "model.dtype=float32, and vLLM shares weights of 16 bits: Unsloth's own generation"
-    if (rank := spec.max_lora_rank or adapter_rank(lora)) > RANKS[-1]:
-        return False, f"vLLM takes adapters up to rank {RANKS[-1]}, not {rank}: Unsloth's own generation"
+    if (rank := spec.max_lora_rank or adapter_rank(lora)) > VLLM_RANKS[-1]:
+        return False, f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, not {rank}: Unsloth's own generation"
     if spec.revision is not None:
         return False, f"model.revision={spec.revision!r}, which vLLM under Unsloth ignores: Unsloth's own generation"
     return True, "vllm is installed"

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mel_lite import interrupts
+from mel_lite import signals
 from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.errors import EngineError
 from mel_lite.types import Finish
@@ -209,7 +209,7 @@ class _SeededSampler(LogitsProcessor):
             self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        interrupts.poll()  # called once per token: the longest phase of a run can be stopped here
+        signals.poll()  # called once per token: the longest phase of a run can be stopped here
         scores_BV = self._warpers(input_ids, scores.float())
         logp_BV = torch.log_softmax(scores_BV, dim=-1)
         if self._uniform_BT is None:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from mel_lite.adapters import LoraSpec, adapter_rank, attach_adapter, find_adapter, lora_config
 from mel_lite.engines.base import Engine
+from mel_lite.engines.choice import VLLM_BATCHED_TOKENS
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import EngineError, ModelError
-from mel_lite.models import ModelSpec, keep_four_bit_layout, locate, model_errors, resolve_dtype
-from mel_lite.vllm_memory import BATCHED_TOKENS
+from mel_lite.models.adapters import LoraSpec, adapter_rank, attach_adapter, find_adapter, lora_config
+from mel_lite.models.load import ModelSpec, keep_four_bit_layout, locate, model_errors, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
     `max_seq_length` bounds every sequence of the run: Unsloth cuts longer ones, and vLLM makes room for that many.
     The base is the one that is named, never a quantised copy from elsewhere, and no code of its repository is run.
 
-    Raises: UnslothUnusable when unsloth does not import; ModelError as `mel_lite.models.load_base`; EngineError when
-        vLLM does not start, or not for sequences of this length.
+    Raises: UnslothUnusable when unsloth does not import; ModelError as `mel_lite.models.load.load_base`; EngineError
+        when vLLM does not start, or not for sequences of this length.
     """
     fast = _import_unsloth(vllm)
     if spec.gpu_memory_utilization is not None:
@@ -59,7 +59,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             "fast_inference": True,
             "max_lora_rank": spec.max_lora_rank or adapter_rank(lora),
             "gpu_memory_utilization": _share_of_free(spec.gpu_memory_utilization) or DEFAULT_UTILIZATION,
-            "max_num_batched_tokens": max(BATCHED_TOKENS, spec.max_num_seqs or 0),
+            "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS, spec.max_num_seqs or 0),
         }
         if spec.max_num_seqs is not None:
             # To Unsloth 256 is the default, which it replaces by a number of its own.

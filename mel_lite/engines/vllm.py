@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mel_lite import interrupts
+from mel_lite import signals
 from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.errors import EngineError
 from mel_lite.types import Finish
@@ -256,5 +256,5 @@ class _Interruptible(tqdm):
         super().__init__(*args, **(kwargs | {"file": io.StringIO()}))
 
     def update(self, n: float | None = 1) -> bool | None:
-        interrupts.poll()
+        signals.poll()
         return super().update(n)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fault_runs import Farm
-from mel_lite import checkpoint
+from mel_lite.resilience import checkpoint_files
 from trainers import step_log
 
 Reference = tuple[dict[str, str], list[dict[str, Any]]]
@@ -27,12 +27,14 @@ Reference = tuple[dict[str, str], list[dict[str, Any]]]
 
 def damaged(run: Path) -> list[str]:
     """What is wrong with the committed checkpoints of a run."""
-    return [f"{path}: {trouble}" for path in checkpoint.committed(run) if (trouble := checkpoint.problem(path))]
+    return [
+        f"{path}: {trouble}" for path in checkpoint_files.committed(run) if (trouble := checkpoint_files.problem(path))
+    ]
 
 
 def newest(run: Path) -> int:
     """Step of the newest committed checkpoint, 0 without any."""
-    saved = checkpoint.committed(run)
+    saved = checkpoint_files.committed(run)
     return int(saved[-1].name.split("-")[1]) if saved else 0
 
 
@@ -46,13 +48,13 @@ def clear(run: Path) -> None:
 def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str, Any]) -> None:
     """Resume the run to its end, and compare everything."""
     state, log = reference
-    resume = bool(checkpoint.committed(folder / "run"))
+    resume = bool(checkpoint_files.committed(folder / "run"))
     if not resume:
         clear(folder / "run")
     assert runs.run(folder, **common, resume=resume) == 0, (folder / "output.txt").read_text()
     assert json.loads((folder / "state.json").read_text()) == state
     assert step_log(folder / "run") == log, "each step is in metrics.jsonl once, as in the reference"
-    left = [path.name for path in (folder / "run").iterdir() if path.name.startswith(checkpoint.STAGING)]
+    left = [path.name for path in (folder / "run").iterdir() if path.name.startswith(checkpoint_files.STAGING)]
     assert left == [], "what the interrupted save left is swept"
 
 
@@ -117,7 +119,7 @@ def kill_at_random(
             status = run.wait()
             seen["kills"] += status != 0  # else it was done before it could be hit
             seen["resumes"] += resume and status != 0
-            seen["checkpoints"] += len(checkpoint.committed(target / "run"))
+            seen["checkpoints"] += len(checkpoint_files.committed(target / "run"))
             seen["corrupt_checkpoints"] += len(damaged(target / "run"))
             seen["lost_steps"] += max(0, committed - newest(target / "run"))
             committed = newest(target / "run")

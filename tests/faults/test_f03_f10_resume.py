@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mel_lite.models import ModelSpec, load_base
+from mel_lite.models.load import ModelSpec, load_base
 from tiny_models import save_tiny
 from trainers import assert_learnt, build, run_state, step_log, sums, trainable
 

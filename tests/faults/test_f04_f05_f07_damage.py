@@ -1,6 +1,6 @@
 """F4, F5, F7: damaged checkpoints are set aside, all damaged is exit 3, and rotation never takes the wrong one.
 
-The kinds of damage one by one: tests/test_checkpoint.py.
+The kinds of damage one by one: tests/resilience/test_checkpoint_files.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mel_lite import checkpoint
-from mel_lite.presets import resolve
-from test_cli import mel_lite_command
+from command_line import mel_lite_command
+from mel_lite.recipe import resolve
+from mel_lite.resilience import checkpoint_files
 from trainers import assert_learnt, build, run_state
 
 COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -55,7 +55,7 @@ def test_every_file_of_a_real_checkpoint_is_guarded(finished: Any, tmp_path: Pat
             bit = rng.randrange(8 * len(content))
             content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(content))
-        assert checkpoint.resolve(run, True).name == "checkpoint-2", name
+        assert checkpoint_files.resolve(run, True).name == "checkpoint-2", name
         assert (run / "checkpoint-3.corrupt" / name).read_bytes() == bytes(content), "set aside, not deleted"
 
 
@@ -79,7 +79,7 @@ def test_all_damaged_is_exit_3_and_nothing_is_touched(finished: Any, tmp_path: P
     folder, _ = finished
     shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(resolve(preset="cpu").as_yaml())
-    for saved in checkpoint.committed(tmp_path / "run"):
+    for saved in checkpoint_files.committed(tmp_path / "run"):
         (saved / "trainer_state.json").write_text("{}")
     before = everything(tmp_path)
     done = mel_lite_command("train", "--resume", "--output-dir", tmp_path / "run")
@@ -108,8 +108,8 @@ def test_rotation_keeps_the_newest_and_the_best(
         folder = run / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         os.utime(folder, (rng.random() * 1e9, rng.random() * 1e9))
-    checkpoint.rotate(run, keep=limit, best=str(run / f"checkpoint-{best_step}"))
-    left = [int(p.name.split("-")[1]) for p in checkpoint.committed(run)]
+    checkpoint_files.rotate(run, keep=limit, best=str(run / f"checkpoint-{best_step}"))
+    left = [int(p.name.split("-")[1]) for p in checkpoint_files.committed(run)]
     assert steps[-1] in left and best_step in left
     assert len(left) == min(len(steps), max(limit, len({steps[-1], best_step})))
     others = [step for step in left if step not in (steps[-1], best_step)]
@@ -121,15 +121,15 @@ def test_nothing_is_deleted_before_the_new_one_is_committed(tmp_path: Path, monk
     """With one checkpoint to keep: the old one is there, whole, at every moment until the rename."""
     trainer = build(tmp_path, **COMMON | {"max_steps": 2, "save_total_limit": 1})
     run, seen = tmp_path / "run", []
-    original = checkpoint.commit
+    original = checkpoint_files.commit
 
     def commit(*args: Any) -> Path:
-        seen.append([path.name for path in checkpoint.committed(run)])
+        seen.append([path.name for path in checkpoint_files.committed(run)])
         final = original(*args)
-        seen.append([path.name for path in checkpoint.committed(run)])
+        seen.append([path.name for path in checkpoint_files.committed(run)])
         return final
 
-    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr(checkpoint_files, "commit", commit)
     trainer.train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
-    assert [path.name for path in checkpoint.committed(run)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint_files.committed(run)] == ["checkpoint-2"]

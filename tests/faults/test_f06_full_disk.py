@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from mel_lite import checkpoint, disk, statefiles
 from mel_lite.errors import DiskFullError
+from mel_lite.resilience import checkpoint_files, disk, state_files
 from trainers import assert_learnt, build, run_state
 
 COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -31,7 +31,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, trainer: Any, *, tries: int) -> N
         if trainer.state.global_step != 2 or left[0] == 0:
             return original(run_dir)
         left[0] -= 1
-        raise OSError(28, os.strerror(28), str(run_dir / checkpoint.STAGING))
+        raise OSError(28, os.strerror(28), str(run_dir / checkpoint_files.STAGING))
 
     monkeypatch.setattr(trainer, "_commit", commit)
 
@@ -44,12 +44,16 @@ def test_the_run_waits_for_room_and_goes_on(
     monkeypatch.setattr(disk, "WAITS_S", (0.01, 0.01, 0.01))
     trainer = build(tmp_path, **COMMON)
     full_disk(monkeypatch, trainer, tries=2)
-    with caplog.at_level(logging.WARNING, "mel_lite.disk"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.disk"):
         trainer.train()
     assert caplog.text.count("No room for checkpoint-2") == 2
     assert run_state(trainer) == run_state(whole)
-    assert [p.name for p in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert all(checkpoint.problem(p) is None for p in checkpoint.committed(tmp_path / "run"))
+    assert [p.name for p in checkpoint_files.committed(tmp_path / "run")] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    assert all(checkpoint_files.problem(p) is None for p in checkpoint_files.committed(tmp_path / "run"))
     assert_learnt(trainer)
 
 
@@ -61,9 +65,9 @@ def test_then_it_stops_with_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
         trainer.train()
     assert error.value.exit_code == 4
     run = tmp_path / "run"
-    assert [p.name for p in checkpoint.committed(run)] == ["checkpoint-1"]
-    assert checkpoint.problem(run / "checkpoint-1") is None
-    assert not (run / checkpoint.STAGING).exists()
+    assert [p.name for p in checkpoint_files.committed(run)] == ["checkpoint-1"]
+    assert checkpoint_files.problem(run / "checkpoint-1") is None
+    assert not (run / checkpoint_files.STAGING).exists()
     resumed = build(tmp_path, **COMMON)
     resumed.train(resume_from_checkpoint=True)
     whole = build(tmp_path, output_dir=tmp_path / "whole", **COMMON)
@@ -93,16 +97,16 @@ def test_a_write_the_kernel_cuts_short_leaves_no_half_state(tmp_path: Path) -> N
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    staged = checkpoint.staging_folder(tmp_path) / "checkpoint-1"
+    staged = checkpoint_files.staging_folder(tmp_path) / "checkpoint-1"
     staged.mkdir()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         with pytest.raises(Exception, match="File too large|os error 27"):
-            statefiles.dump(staged / "optimizer", {"w": torch.zeros(10_000)})
+            state_files.dump(staged / "optimizer", {"w": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert checkpoint.committed(tmp_path) == []
+    assert checkpoint_files.committed(tmp_path) == []
 
 
 def test_little_space_is_said_at_the_start(
@@ -115,6 +119,6 @@ def test_little_space_is_said_at_the_start(
     for free_bytes, warned in ((needed_bytes, False), (needed_bytes - 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free_bytes: usage._replace(free=free))
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "mel_lite.disk"):
+        with caplog.at_level(logging.WARNING, "mel_lite.resilience.disk"):
             trainer._warn_of_little_space()
         assert ("4 checkpoints of" in caplog.text) == warned

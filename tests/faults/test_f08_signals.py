@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from fault_runs import Farm
-from mel_lite import checkpoint, interrupts
+from mel_lite import signals
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.verify_pool import VerifyPool
+from mel_lite.resilience import checkpoint_files
+from mel_lite.verify.pool import VerifyPool
 from tiny_models import tiny_config
 from trainers import assert_learnt, build, run_state, step_log
 
@@ -49,8 +50,8 @@ def test_a_signal_commits_a_checkpoint_in_every_phase(
     took_s = time.monotonic() - start_s
     record_property("signal_to_exit_s", took_s)
     assert took_s < 5, "the promise is 25 s for real phases; these are 0.25 s long"
-    newest = checkpoint.committed(folder / "run")[-1]
-    assert newest.name == "checkpoint-2" and checkpoint.problem(newest) is None
+    newest = checkpoint_files.committed(folder / "run")[-1]
+    assert newest.name == "checkpoint-2" and checkpoint_files.problem(newest) is None
     assert "saving a checkpoint, then stopping" in run.output()
 
     assert runs.run(folder, **planned, resume=True) == 0, run.output()
@@ -69,8 +70,8 @@ def test_a_second_signal_ends_it_at_once(runs: Farm, folder: Path, common: dict[
     assert run.wait() == 143
     assert time.monotonic() - start_s < 0.4
     assert "stopped at once" in run.output()
-    assert [path.name for path in checkpoint.committed(folder / "run")] == ["checkpoint-1"]
-    assert checkpoint.problem(folder / "run" / "checkpoint-1") is None
+    assert [path.name for path in checkpoint_files.committed(folder / "run")] == ["checkpoint-1"]
+    assert checkpoint_files.problem(folder / "run" / "checkpoint-1") is None
 
 
 def test_before_the_first_step_there_is_nothing_to_save(runs: Farm, folder: Path, common: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ def test_before_the_first_step_there_is_nothing_to_save(runs: Farm, folder: Path
     run.send(signal.SIGINT)
     assert run.wait() == 130
     assert "nothing new to save" in run.output()
-    assert checkpoint.committed(folder / "run") == []
+    assert checkpoint_files.committed(folder / "run") == []
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -116,7 +117,7 @@ def test_a_signal_is_heard_within_a_micro_batch(tmp_path: Path, where: str, chec
         trainer.train()
     assert stop.value.code == 143 and asked == [1]
     assert reached == {"forward": 0, "backward": 0}, "the pass went on to its end"
-    assert [path.name for path in checkpoint.committed(tmp_path / "run")] == ["checkpoint-1"]
+    assert [path.name for path in checkpoint_files.committed(tmp_path / "run")] == ["checkpoint-1"]
     resumed = build(tmp_path, max_steps=3, algorithm="grpo", gradient_checkpointing=checkpointed)
     resumed.train(resume_from_checkpoint=True)
     whole = build(tmp_path, output_dir=tmp_path / "whole", max_steps=3, algorithm="grpo",
@@ -141,7 +142,7 @@ def test_generation_stops_within_a_token() -> None:
     requests = [Request((5, 6, 7), seed) for seed in range(4)]
     _in(0.5, signal.SIGTERM)
     start_s = time.monotonic()
-    with interrupts.deferred(), pytest.raises(interrupts.Interrupted) as stop:
+    with signals.deferred(), pytest.raises(signals.Interrupted) as stop:
         engine.generate(requests, Sampling(50_000))
     assert stop.value.signum == signal.SIGTERM and time.monotonic() - start_s < 2
     assert model.training, "the model is as it was before"
@@ -153,23 +154,23 @@ def test_verification_stops_before_its_deadline(tmp_path: Path, monkeypatch: pyt
     with VerifyPool("slow_rule:rule", deadline_s=50) as pool:
         _in(2, signal.SIGINT)
         start_s = time.monotonic()
-        with interrupts.deferred(), pytest.raises(interrupts.Interrupted):
+        with signals.deferred(), pytest.raises(signals.Interrupted):
             pool.verify([("a", "b", {})] * 4)
         assert time.monotonic() - start_s < 4
 
 
 def test_handlers_are_put_back_and_other_threads_left_alone() -> None:
-    before = [signal.getsignal(signum) for signum in interrupts.SIGNALS]
-    with interrupts.deferred():
-        assert [signal.getsignal(signum) for signum in interrupts.SIGNALS] != before
+    before = [signal.getsignal(signum) for signum in signals.SIGNALS]
+    with signals.deferred():
+        assert [signal.getsignal(signum) for signum in signals.SIGNALS] != before
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupts.pending() == signal.SIGTERM
+        assert signals.pending() == signal.SIGTERM
         failures: list[BaseException] = []
 
         def elsewhere() -> None:
             try:
-                interrupts.poll()
-                with interrupts.deferred():
+                signals.poll()
+                with signals.deferred():
                     pass
             except BaseException as error:
                 failures.append(error)
@@ -178,23 +179,23 @@ def test_handlers_are_put_back_and_other_threads_left_alone() -> None:
         thread.start()
         thread.join()
         assert failures == []
-        with pytest.raises(interrupts.Interrupted):
-            interrupts.poll()
-    assert [signal.getsignal(signum) for signum in interrupts.SIGNALS] == before
-    assert interrupts.pending() is None
-    interrupts.poll()
+        with pytest.raises(signals.Interrupted):
+            signals.poll()
+    assert [signal.getsignal(signum) for signum in signals.SIGNALS] == before
+    assert signals.pending() is None
+    signals.poll()
 
 
 def test_several_processes_are_asked_not_unwound() -> None:
-    with interrupts.deferred(alone=False):
+    with signals.deferred(alone=False):
         os.kill(os.getpid(), signal.SIGINT)
-        interrupts.poll()
+        signals.poll()
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, right after the terminal's
-        assert interrupts.pending() == signal.SIGINT
+        assert signals.pending() == signal.SIGINT
 
 
 def test_what_a_program_sees() -> None:
-    assert isinstance(interrupts.Interrupted(signal.SIGINT).as_exit("x"), KeyboardInterrupt)
-    stop = interrupts.Interrupted(signal.SIGTERM).as_exit("x")
+    assert isinstance(signals.Interrupted(signal.SIGINT).as_exit("x"), KeyboardInterrupt)
+    stop = signals.Interrupted(signal.SIGTERM).as_exit("x")
     assert isinstance(stop, SystemExit) and stop.code == 143
-    assert not isinstance(interrupts.Interrupted(signal.SIGTERM), Exception)
+    assert not isinstance(signals.Interrupted(signal.SIGTERM), Exception)

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from mel_lite import checkpoint
 from mel_lite.errors import ConfigError, ModelError
-from mel_lite.presets import resolve
-from mel_lite.resuming import FREE, INPUTS, NEVER, changes
-from mel_lite.run import _can_resume
+from mel_lite.recipe import resolve
+from mel_lite.resilience import checkpoint_files
+from mel_lite.resilience.resume_checks import FREE, INPUTS, NEVER, changes
+from mel_lite.run.train import _can_resume
 from tiny_models import save_tiny
 from trainers import assert_learnt, build, run_state, step_log, sums
 
@@ -52,7 +52,7 @@ def begun(whole: Any, folder: Path, *, steps: int = 2) -> None:
     """A copy of that run as it was after so many steps."""
     shutil.copytree(whole[0] / "base", folder / "base")
     shutil.copytree(whole[0] / "run", folder / "run")
-    for saved in checkpoint.committed(folder / "run")[steps:]:
+    for saved in checkpoint_files.committed(folder / "run")[steps:]:
         shutil.rmtree(saved)
 
 
@@ -131,7 +131,7 @@ def test_the_refusal_names_each_field_with_both_values(tmp_path: Path) -> None:
 def test_a_named_change_is_let_through_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "config.yaml").write_text(recipe(learning_rate=1e-5).as_yaml())
     asked = recipe(learning_rate=2e-5)
-    with caplog.at_level(logging.WARNING, "mel_lite.resuming"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
         assert _can_resume(asked, tmp_path, Console(quiet=True), ["train.learning_rate"]) is False  # no checkpoint yet
     assert "train.learning_rate: 1e-05 -> 2e-05, as was allowed" in caplog.text
     both = recipe(learning_rate=2e-5, seed=3)
@@ -197,7 +197,7 @@ def test_other_inputs_are_refused_unless_allowed(
     assert values[0] in text.split("->")[0] and values[1] in text.split("->")[1], text
     assert sorted((tmp_path / "run").rglob("*")) == before, "nothing was touched"
     resumed = build(tmp_path, **options)
-    with caplog.at_level(logging.WARNING, "mel_lite.resuming"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
         resumed.train(resume_from_checkpoint=True, allow_change=[named])
     assert f"another {named}: " in caplog.text
     assert resumed.state.global_step == 3 and resumed._inputs[named] != whole[1]._inputs[named]
@@ -223,12 +223,12 @@ def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: A
 def test_a_checkpoint_of_before_is_taken_as_it_is(tmp_path: Path, whole: Any) -> None:
     """One that notes no inputs, as plain TRL's."""
     begun(whole, tmp_path)
-    newest = checkpoint.committed(tmp_path / "run")[-1]
-    state = json.loads((newest / checkpoint.STATE).read_text())
+    newest = checkpoint_files.committed(tmp_path / "run")[-1]
+    state = json.loads((newest / checkpoint_files.STATE).read_text())
     for name in ("inputs", "steps_per_generation"):
         del state[name]
-    (newest / checkpoint.STATE).write_text(json.dumps(state))
-    (newest / checkpoint.MANIFEST).unlink()
+    (newest / checkpoint_files.STATE).write_text(json.dumps(state))
+    (newest / checkpoint_files.MANIFEST).unlink()
     resumed = build(tmp_path, **split(8, 1) | {"train_dataset": sums(24)})
     resumed.train(resume_from_checkpoint=str(newest))
     assert run_state(resumed) == run_state(whole[1])

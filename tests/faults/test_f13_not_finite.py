@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from mel_lite import guards
 from mel_lite.errors import DivergedError
+from mel_lite.resilience import nonfinite
 from trainers import assert_learnt, build, run_state, step_log
 
 NAN, INF = float("nan"), float("inf")
@@ -94,7 +94,7 @@ def test_the_step_is_skipped_and_its_batch_written_down(
     trainer = build(tmp_path, max_steps=4, callbacks=[states], grad_norm_every=1, max_grad_norm=0.1)
     states.trainer = trainer
     poison(trainer, where, {1})
-    with caplog.at_level(logging.WARNING, "mel_lite.guards"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.nonfinite"):
         trainer.train()
     first, skipped, third, _ = states.seen
     assert skipped == first, "H(S) is as before the step"
@@ -103,7 +103,7 @@ def test_the_step_is_skipped_and_its_batch_written_down(
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert trainer.skipped_steps == 1 and caplog.text.count("Step 2 was skipped") == 1
 
-    dumped = tmp_path / "run" / guards.BAD_STEPS
+    dumped = tmp_path / "run" / nonfinite.BAD_STEPS
     assert [path.name for path in dumped.iterdir()] == ["step-2"]
     record = json.loads((dumped / "step-2" / "batch.json").read_text())
     tensors = load_file(dumped / "step-2" / "batch.safetensors")
@@ -140,7 +140,7 @@ def test_a_full_disk_does_not_turn_a_skipped_step_into_a_crash(tmp_path: Path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(guards, "save_file", full)
+    monkeypatch.setattr(nonfinite, "save_file", full)
     trainer = build(tmp_path, max_steps=2)
     poison(trainer, "loss", {0})
     trainer.train()

@@ -17,13 +17,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mel_lite import MELConfig, checkpoint
+from mel_lite import MELConfig
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, EngineError
-from mel_lite.packing import Row, pack
-from mel_lite.scoring import install_scoring_head, score
-from mel_lite.tripwires import WINDOW, Tripwires
+from mel_lite.resilience import checkpoint_files
+from mel_lite.resilience.collapse import WINDOW, Tripwires
+from mel_lite.training.packing import Row, pack
+from mel_lite.training.scoring import install_scoring_head, score
 from scripted import ScriptedEngine
 from tiny_models import set_lora, tiny_tokenizer
 from trainers import LORA, assert_learnt, build, run_state, step_log, tiny_model
@@ -49,7 +50,7 @@ def test_a_spike_is_clipped_told_and_in_the_log(tmp_path: Path, caplog: pytest.L
         return original(model, inputs) * 0 + size * (50 if trainer.state.global_step == WINDOW else 1)
 
     trainer._compute_loss = spiked
-    with caplog.at_level(logging.WARNING, "mel_lite.tripwires"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):
         trainer.train()
     assert caplog.text.count("times its median") == 1 and f"Step {WINDOW + 1}: The gradient norm is" in caplog.text
     logged = [row["grad_norm"] for row in step_log(tmp_path / "run")]
@@ -131,7 +132,7 @@ def test_an_engine_that_dies_once_is_restarted_and_samples_the_same(
     whole.train()
     engine = Fails(2, 5)
     trainer = build(tmp_path, engine=engine)
-    with caplog.at_level(logging.WARNING, "mel_lite.metrics"):
+    with caplog.at_level(logging.WARNING, "mel_lite.training.metrics"):
         trainer.train()
     assert caplog.text.count("Restarting it") == 2
     assert engine.woken >= 2
@@ -145,7 +146,7 @@ def test_one_that_dies_twice_saves_and_stops(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"failed twice .*worker died.*Saved checkpoint-1") as error:
         trainer.train()
     assert error.value.exit_code == 6
-    assert checkpoint.problem(tmp_path / "run" / "checkpoint-1") is None
+    assert checkpoint_files.problem(tmp_path / "run" / "checkpoint-1") is None
     resumed = build(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
     resumed.train(resume_from_checkpoint=True)
     whole = build(tmp_path, output_dir=tmp_path / "whole", max_steps=4)

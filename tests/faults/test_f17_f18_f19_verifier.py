@@ -1,7 +1,7 @@
 """F17, F18, F19: hostile answers, dying workers, swapped arguments; and the figures the verifier is measured by.
 
 Each attack on a worker by itself (hang, C loop, fork, memory, segfault, garbage on the pipe, threads) and the order of
-arguments are in tests/test_verify_pool.py and tests/test_verifiers.py.
+arguments are in tests/verify/test_pool.py and tests/verify/test_verifiers.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 
 from labelled_answers import HOSTILE, LABELLED
 from mel_lite.types import Verdict
-from mel_lite.verifiers import get_verifier
-from mel_lite.verify_pool import VerifyPool
+from mel_lite.verify.pool import VerifyPool
+from mel_lite.verify.verifiers import get_verifier
 
 SLOW_RULE = """
 import os, time

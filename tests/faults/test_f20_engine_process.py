@@ -19,12 +19,12 @@ import psutil
 import pytest
 import torch
 
-from mel_lite import checkpoint
 from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
-from mel_lite.packing import Row, pack
-from mel_lite.scoring import score
+from mel_lite.resilience import checkpoint_files
+from mel_lite.training.packing import Row, pack
+from mel_lite.training.scoring import score
 from trainers import assert_learnt, build, digest, run_state, step_log, trainable
 
 FORK = multiprocessing.get_context("fork")
@@ -128,7 +128,7 @@ def test_a_worker_killed_in_a_batch_is_replaced_and_samples_the_same(
 ) -> None:
     children = len(psutil.Process().children())
     engine = WorkerEngine(kills=(2, 4))
-    with caplog.at_level(logging.WARNING, "mel_lite.metrics"):
+    with caplog.at_level(logging.WARNING, "mel_lite.training.metrics"):
         trainer = train(tmp_path, engine)
     assert caplog.text.count("EOFError") == caplog.text.count("Restarting it") == 2
     assert engine.forks == 6 and engine.calls == 6
@@ -142,8 +142,8 @@ def test_one_that_dies_twice_in_a_batch_saves_and_stops(tmp_path: Path, whole: A
     with pytest.raises(EngineError, match=r"engine 'worker' failed twice .*EOFError.*Saved checkpoint-3") as error:
         train(tmp_path, WorkerEngine(kills=(4, 5)))
     assert error.value.exit_code == 6
-    assert [path.name for path in checkpoint.committed(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
-    assert checkpoint.problem(tmp_path / "run" / "checkpoint-3") is None
+    assert [path.name for path in checkpoint_files.committed(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoint_files.problem(tmp_path / "run" / "checkpoint-3") is None
     resumed = train(tmp_path, WorkerEngine(), resume=True)
     assert (run_state(resumed), step_log(tmp_path / "run")) == whole
 

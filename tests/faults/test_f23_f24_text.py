@@ -1,6 +1,6 @@
 """F23, F24: odd tokenizers and completions, and meta-experiences that are huge, empty, forged or tell the answer.
 
-Masks of any batch: tests/test_fuzz.py. Double BOS and control tokens in prompts: tests/test_templates.py.
+Masks of any batch: tests/integration/test_fuzz.py. Double BOS and control tokens: tests/lessons/test_prompts.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mel_lite.experience import MAX_CHARS
+from mel_lite.lessons.parsing import MAX_CHARS
 from mel_lite.types import Status
 from scripted import ANALYSIS, ScriptedEngine
 from tiny_models import SPECIAL, tiny_tokenizer

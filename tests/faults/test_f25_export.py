@@ -1,7 +1,7 @@
 """F25: an export killed at every one of its file operations, and read back by a process that knows nothing of MEL-Lite.
 
-Fidelity, tied heads, 4-bit bases and existing folders: tests/test_export.py. Nothing is ever merged into 4-bit weights:
-`merged-16bit` is the only merged format, and a 4-bit base is merged as the adapter saw it.
+Fidelity, tied heads, 4-bit bases and existing folders: tests/export/test_merge.py. Nothing is merged into 4-bit
+weights: `merged-16bit` is the only merged format, and a 4-bit base is merged as the adapter saw it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mel_lite.adapters import attach_adapter, write_fingerprint
-from mel_lite.export import export
+from mel_lite.export.merge import export
+from mel_lite.models.adapters import attach_adapter, write_fingerprint
 from tiny_models import save_tiny, set_lora
 from trainers import LORA, tiny_model
 

@@ -1,6 +1,6 @@
 """F26: model folders, adapters and texts made to do harm. Each is refused in words or is data; no canary is touched.
 
-Pickles, links and manifests: test_f26_untrusted_files.py. `auto_map` without a known model type: tests/test_models.py.
+Pickles, links and manifests: test_f26_untrusted_files.py. `auto_map` of unknown models: tests/models/test_load.py.
 HTML does not apply: nothing of MEL-Lite writes any, which is tested here. What the trackers of a run show is theirs.
 """
 
@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from mel_lite import MELConfig, cli
-from mel_lite.adapters import attach_adapter
-from mel_lite.control_tokens import safe_turns
+from mel_lite import MELConfig
+from mel_lite.cli import main as cli
 from mel_lite.errors import ConfigError, ModelError, VerifierError
-from mel_lite.models import ModelSpec, load_base, load_tokenizer
-from mel_lite.terminal import printable, printable_all
-from mel_lite.verify_pool import MANY, VerifyPool
+from mel_lite.models.adapters import attach_adapter
+from mel_lite.models.chat import safe_turns
+from mel_lite.models.load import ModelSpec, load_base, load_tokenizer
+from mel_lite.text import printable, printable_all
+from mel_lite.verify.pool import MANY, VerifyPool
 from scripted import ScriptedEngine
 from tiny_models import SPECIAL, save_tiny, tiny_tokenizer
 from trainers import LORA, assert_learnt, build, sums, tiny_model
@@ -141,7 +142,7 @@ def test_no_option_turns_code_of_repositories_on(tmp_path: Path) -> None:
     (tmp_path / "mel_lite.json").write_text(json.dumps(record))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    from mel_lite.adapters import adapter_base
+    from mel_lite.models.adapters import adapter_base
 
     with pytest.raises(ModelError, match="names a kernel on the Hub"):
         adapter_base(tmp_path)

@@ -1,7 +1,7 @@
 """F26: files somebody else may have written. Only safetensors and JSON are loaded; a pickle is never opened.
 
 Zip-slip does not apply: MEL-Lite unpacks no archive. The nearest thing, a name in a manifest that leads out of the
-checkpoint folder, is tested here. `auto_map` and pickled base models: tests/test_models.py.
+checkpoint folder, is tested here. `auto_map` and pickled base models: tests/models/test_load.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from mel_lite import checkpoint
 from mel_lite.errors import CheckpointError
-from mel_lite.store import ExperienceStore
+from mel_lite.lessons.store import ExperienceStore
+from mel_lite.resilience import checkpoint_files
 from trainers import assert_learnt, build, digest, trainable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,13 +145,13 @@ def test_a_checkpoint_of_plain_trl_goes_on_with_a_fresh_optimiser(
     first.train()
     theirs = tmp_path / "theirs" / "checkpoint-1"
     (tmp_path / "run" / "checkpoint-1").rename(theirs.parent.mkdir() or theirs)
-    for name in (checkpoint.MANIFEST, checkpoint.STATE, "optimizer.json", "optimizer.safetensors", "scheduler.json",
-                 "rng_state.json", "rng_state.safetensors"):  # fmt: skip
+    for name in (checkpoint_files.MANIFEST, checkpoint_files.STATE, "optimizer.json", "optimizer.safetensors",
+                 "scheduler.json", "rng_state.json", "rng_state.safetensors"):  # fmt: skip
         (theirs / name).unlink()
     canary = tmp_path / "canary"
     _plant(theirs, STATE_PICKLES, canary)
     resumed = build(tmp_path, max_steps=1, output_dir=tmp_path / "run2", **common)
-    with caplog.at_level(logging.WARNING, "mel_lite.statefiles"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.state_files"):
         resumed._load_from_checkpoint(str(theirs))
         resumed.create_optimizer_and_scheduler(1)
         resumed._load_optimizer_and_scheduler(str(theirs))
@@ -181,26 +181,26 @@ def test_pickled_weights_in_a_checkpoint_are_refused(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "sub/../../../secret"])
 def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     run = tmp_path / "runs" / "run"
-    staged = checkpoint.staging_folder(run) / "checkpoint-1"
+    staged = checkpoint_files.staging_folder(run) / "checkpoint-1"
     staged.mkdir()
     (staged / "weights.safetensors").write_bytes(b"w")
-    saved = checkpoint.commit(staged, run, {"step": 1})
+    saved = checkpoint_files.commit(staged, run, {"step": 1})
     (tmp_path / "runs" / "secret").write_text("x")
-    manifest = json.loads((saved / checkpoint.MANIFEST).read_text())
-    (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest | {name: "0" * 64}))
-    assert "leads out of the checkpoint" in str(checkpoint.problem(saved))
+    manifest = json.loads((saved / checkpoint_files.MANIFEST).read_text())
+    (saved / checkpoint_files.MANIFEST).write_text(json.dumps(manifest | {name: "0" * 64}))
+    assert "leads out of the checkpoint" in str(checkpoint_files.problem(saved))
 
 
 def test_a_link_out_of_the_checkpoint_is_damage(tmp_path: Path) -> None:
-    staged = checkpoint.staging_folder(tmp_path) / "checkpoint-1"
+    staged = checkpoint_files.staging_folder(tmp_path) / "checkpoint-1"
     staged.mkdir()
     (staged / "weights.safetensors").write_bytes(b"w")
-    saved = checkpoint.commit(staged, tmp_path, {"step": 1})
+    saved = checkpoint_files.commit(staged, tmp_path, {"step": 1})
     outside = tmp_path / "outside"
     outside.write_bytes(b"w")
     (saved / "weights.safetensors").unlink()
     (saved / "weights.safetensors").symlink_to(outside)
-    assert "leads out of the checkpoint" in str(checkpoint.problem(saved))
+    assert "leads out of the checkpoint" in str(checkpoint_files.problem(saved))
 
 
 WRONG: dict[str, list[str]] = {
@@ -208,7 +208,7 @@ WRONG: dict[str, list[str]] = {
     "optimizer.json": ["null", "[]", '{"__kind__": "dict", "items": [["state", 1], ["param_groups", []]]}'],
     "scheduler.json": ["3", '{"__kind__": "tensor", "name": "nowhere"}'],
     "trainer_state.json": ["[]", "{}", '{"global_step": "x"}', '{"unknown": 1}'],
-    checkpoint.STATE: ["3", "[1]", '{"step": 1}', '{"step": 1, "micro_step": "x", "generated_tokens": 0}'],
+    checkpoint_files.STATE: ["3", "[1]", '{"step": 1}', '{"step": 1, "micro_step": "x", "generated_tokens": 0}'],
 }
 
 
@@ -230,9 +230,9 @@ def test_states_of_a_wrong_shape_are_refused_in_words(tmp_path: Path) -> None:
             saved = tmp_path / "run" / "checkpoint-1"
             (saved / name).write_text(text)
             hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in saved.iterdir() if p.is_file()}
-            del hashes[checkpoint.MANIFEST]
-            (saved / checkpoint.MANIFEST).write_text(json.dumps(hashes))
-            assert checkpoint.problem(saved) is None
+            del hashes[checkpoint_files.MANIFEST]
+            (saved / checkpoint_files.MANIFEST).write_text(json.dumps(hashes))
+            assert checkpoint_files.problem(saved) is None
             with pytest.raises(CheckpointError, match=f"{name} cannot be (used|read)"):
                 if name in loaders:
                     loaders[name](str(saved))

@@ -14,8 +14,9 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from mel_lite import metrics, side_services
-from mel_lite.display import LiveDisplay
+from mel_lite.resilience import trackers
+from mel_lite.run.display import LiveDisplay
+from mel_lite.training import metrics
 from trainers import assert_learnt, build, digest, step_log, trainable
 
 STEPS = 4
@@ -63,7 +64,7 @@ def test_a_healthy_tracker_sees_every_event_in_order(tmp_path: Path) -> None:
 def test_a_tracker_that_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(fails=("on_train_begin", "on_log"))
     quiet = _train(tmp_path, output_dir=tmp_path / "quiet")
-    with caplog.at_level(logging.WARNING, "mel_lite.side_services"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.trackers"):
         loud = _train(tmp_path, tracker)
     assert caplog.text.count("Training goes on") == 1 and "no network in on_train_begin" in caplog.text
     assert digest(trainable(loud)) == digest(trainable(quiet))
@@ -78,15 +79,15 @@ def test_a_tracker_that_hangs_costs_less_than_a_second(tmp_path: Path, caplog: p
 
     timed(name="warm")
     plain_s = timed(name="plain")
-    with caplog.at_level(logging.WARNING, "mel_lite.side_services"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.trackers"):
         hung_s = timed(Tracker(hangs_s=30), name="hung")
     # The one wait is 0.5 s; twice that leaves room for a machine that is shared.
-    assert hung_s - plain_s < 2 * side_services.PATIENCE_S + 0.3 * plain_s
+    assert hung_s - plain_s < 2 * trackers.PATIENCE_S + 0.3 * plain_s
     assert caplog.text.count("has not answered for 0.5 s") == 1
 
 
 def test_a_late_tracker_catches_up_with_the_steps_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(side_services, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.01)
     tracker = Tracker(hangs_s=0.8)
     _train(tmp_path, tracker)
     give_up_s = time.monotonic() + 10
@@ -106,7 +107,7 @@ def test_a_callback_of_the_users_own_may_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_service_that_only_fails_is_left_alone() -> None:
-    service, calls = side_services._Service("x"), []
+    service, calls = trackers._Service("x"), []
 
     def fails() -> None:
         calls.append(1)
@@ -114,7 +115,7 @@ def test_a_service_that_only_fails_is_left_alone() -> None:
 
     for _ in range(50):
         service.call(fails)
-    assert len(calls) == side_services.MOST_FAILURES
+    assert len(calls) == trackers.MOST_FAILURES
 
 
 def test_a_full_disk_for_metrics(
@@ -130,7 +131,7 @@ def test_a_full_disk_for_metrics(
         original(writer, text)
 
     monkeypatch.setattr(metrics.MetricsWriter, "_write", full_for_two)
-    with caplog.at_level(logging.WARNING, "mel_lite.metrics"):
+    with caplog.at_level(logging.WARNING, "mel_lite.training.metrics"):
         _train(tmp_path)
     assert caplog.text.count("No space left on device") == 1
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
@@ -160,7 +161,7 @@ def test_tables_and_uploads_that_fail(tmp_path: Path, caplog: pytest.LogCaptureF
     folder = tmp_path / "run" / "completions"
     folder.rmdir()
     folder.write_text("not a folder")
-    with caplog.at_level(logging.WARNING, "mel_lite.side_services"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.trackers"):
         trainer.train()
         trainer._staging = None
 
@@ -180,6 +181,6 @@ def test_a_closed_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     stream = io.StringIO()
     display = LiveDisplay(Console(file=stream))
     stream.close()
-    with caplog.at_level(logging.WARNING, "mel_lite.side_services"):
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.trackers"):
         _train(tmp_path, display)
     assert caplog.text.count("LiveDisplay failed") == 1

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from mel_lite.errors import ConfigError
-from mel_lite.metrics import PhaseClock
-from mel_lite.runs import run_folder
+from mel_lite.run.folder import run_folder
+from mel_lite.training.metrics import PhaseClock
 from trainers import assert_learnt, build, digest, step_log, trainable
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mel_lite.runs import run_folder
+from mel_lite.run.folder import run_folder
 with run_folder(Path(sys.argv[1]), resume=True):
     print("held", flush=True)
     time.sleep(60)

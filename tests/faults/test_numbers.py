@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from mel_lite import checkpoint, interrupts, run
-from mel_lite.models import load_tokenizer
-from mel_lite.presets import resolve
-from test_leakage import CORPUS, check_case
+from leak_cases import CORPUS, check_case
+from mel_lite import signals
+from mel_lite.models.load import load_tokenizer
+from mel_lite.recipe import resolve
+from mel_lite.resilience import checkpoint_files
+from mel_lite.run import train as run
 
 STEP_S = 60.0
 """A step of 8 prompts x 8 completions of 1,000 tokens on one GPU takes minutes; this is on the low side."""
@@ -30,14 +32,14 @@ def test_a_commit_costs_less_than_a_hundredth_of_a_step(tmp_path: Path, record_p
     """100 MB: a rank-32 adapter of a 7B model in bfloat16 with both moments is about 300 MB, of a 1B model 60 MB."""
     times_s = []
     for step in range(5):
-        staged = checkpoint.staging_folder(tmp_path) / f"checkpoint-{step}"
+        staged = checkpoint_files.staging_folder(tmp_path) / f"checkpoint-{step}"
         staged.mkdir()
         for part in range(4):
             save_file({"w": torch.randn(25 * 2**20 // 4)}, staged / f"{part}.safetensors")
         start_s = time.monotonic()
-        checkpoint.commit(staged, tmp_path, {"step": step})
+        checkpoint_files.commit(staged, tmp_path, {"step": step})
         times_s.append(time.monotonic() - start_s)
-        checkpoint.rotate(tmp_path, keep=1, best=None)
+        checkpoint_files.rotate(tmp_path, keep=1, best=None)
     commit_s = sorted(times_s)[2]
     record_property("commit_100mb_s", commit_s)
     assert commit_s < 0.01 * STEP_S
@@ -64,7 +66,7 @@ def test_the_demo_saves_in_a_hundredth_of_its_steps_and_stops_in_time(
     is heard at the next poll, so the longest time between two polls plus a save is the longest time to the exit.
     """
     trainer = demo_trainer(tmp_path)
-    save, generate, poll = trainer._save_checkpoint, trainer.engine.generate, interrupts.poll
+    save, generate, poll = trainer._save_checkpoint, trainer.engine.generate, signals.poll
     saves_s, polls_s, sent_s = list[float](), list[float](), list[float]()
 
     def timed_save(*args: Any) -> None:
@@ -83,13 +85,13 @@ def test_the_demo_saves_in_a_hundredth_of_its_steps_and_stops_in_time(
         return generate(*args)
 
     trainer._save_checkpoint, trainer.engine.generate = timed_save, signalled_generate
-    monkeypatch.setattr(interrupts, "poll", noted_poll)
+    monkeypatch.setattr(signals, "poll", noted_poll)
     with pytest.raises(SystemExit) as stop:
         trainer.train()
     exit_s = time.monotonic() - sent_s[0]
     assert stop.value.code == 143
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["checkpoint-1"]
-    assert checkpoint.problem(tmp_path / "checkpoint-1") is None
+    assert [path.name for path in checkpoint_files.committed(tmp_path)] == ["checkpoint-1"]
+    assert checkpoint_files.problem(tmp_path / "checkpoint-1") is None
     (step_s,) = (json.loads(line)["step_time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     longest_s = max(after - before for before, after in pairwise(polls_s))
     share = saves_s[0] / (trainer.args.save_steps * step_s)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mel_lite import checkpoint
-from mel_lite.guards import BAD_STEPS
+from mel_lite.resilience import checkpoint_files
+from mel_lite.resilience.nonfinite import BAD_STEPS
 from tiny_models import save_tiny
 
-SCRIPT = Path(__file__).parents[1] / "fault_ranks.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "fault_ranks.py"
 
 
 @pytest.mark.slow
@@ -41,9 +41,9 @@ def test_both_take_the_same_decision(tmp_path: Path, fault: str, end: str, saved
     weights = [load_file(tmp_path / f"weights-{rank}.safetensors") for rank in (0, 1)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert all(w.isfinite().all() for w in weights[0].values())
-    assert [path.name for path in checkpoint.committed(tmp_path / "run")] == saved
-    for path in checkpoint.committed(tmp_path / "run"):
-        assert checkpoint.problem(path) is None
+    assert [path.name for path in checkpoint_files.committed(tmp_path / "run")] == saved
+    for path in checkpoint_files.committed(tmp_path / "run"):
+        assert checkpoint_files.problem(path) is None
         assert {"rng_state_0.json", "rng_state_1.json"} <= {p.name for p in path.iterdir()}
     if "nan" in fault:
         # The process whose loss was NaN has the batch; the other's is as good as any.

@@ -1,0 +1,215 @@
+"""How good a warm start is, by MEL's own machinery: `python -m demo_warmup.measure ADAPTER [options]`.
+
+Rolls out, pairs, writes analyses, checks them for leaks and replays each lesson with and without it in the prompt, as
+one training step does but without the update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from demo_warmup.examples import SEED, make_examples
+from mel_lite.data.tasks import load_tasks
+from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.hf import HFEngine
+from mel_lite.evaluate import bootstrap_interval
+from mel_lite.lessons.pairs import select_pairs
+from mel_lite.lessons.pipeline import Desk, StudyOptions, study
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, render
+from mel_lite.models.adapters import attach_adapter
+from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
+from mel_lite.seeds import prompt_hash, seed_for
+from mel_lite.text import printable
+from mel_lite.types import Experience, Group, Rollout, Status, Verdict
+from mel_lite.verify.judge import AnswerJudge, Judge
+from mel_lite.verify.pool import VerifyPool
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What is measured: lengths and temperatures as in the cpu preset."""
+
+    tasks: str = "demo:test"
+    prompts: int = 64
+    group: int = 8
+    pairs_per_group: int = 1
+    attempts: int = 4
+    made_pairs: int = 64
+    max_completion_tokens: int = 80
+    analysis_max_tokens: int = 200
+    temperature: float = 1.0
+    analysis_temperature: float = 0.7
+    max_context_tokens: int = 1024
+    dtype: str = "float32"
+    seed: int = 1
+
+
+def roll_out(engine: Any, tokenizer: Any, tasks: Any, judge: Judge, conditions: Conditions) -> list[Group]:
+    """`group` judged completions of every task."""
+    prompts = [render(row["prompt"], tokenizer) for row in tasks]
+    hashes = [prompt_hash(row["prompt"]) for row in tasks]
+    requests = [
+        Request(ids, seed_for(conditions.seed, step=0, prompt_hash=name, index=index, purpose="rollout"))
+        for ids, name in zip(prompts, hashes, strict=True)
+        for index in range(conditions.group)
+    ]
+    done = engine.generate(requests, Sampling(conditions.max_completion_tokens, conditions.temperature))
+    texts = [str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in done]
+    bare = [Group(row["prompt"], name, (), row["answer"]) for row, name in zip(tasks, hashes, strict=True)]
+    verdicts = judge([group for group in bare for _ in range(conditions.group)], texts)
+    rollouts = [
+        Rollout(index, each.ids, text, verdict, each.finish)
+        for index, (each, text, verdict) in enumerate(zip(done, texts, verdicts, strict=True))
+    ]
+    size = conditions.group
+    return [replace(group, rollouts=tuple(rollouts[i * size : (i + 1) * size])) for i, group in enumerate(bare)]
+
+
+def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any], list[Experience]]:
+    """Figures of one MEL step of the demo model without its update, and the experiences behind them."""
+    spec = ModelSpec("demo", dtype=conditions.dtype)
+    tokenizer = load_tokenizer(spec)
+    model: Any = load_base(spec)
+    stops = eos_ids(model, tokenizer)
+    if adapter is not None:
+        model = attach_adapter(model, adapter)
+    engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
+    tasks = load_tasks(conditions.tasks, limit=conditions.prompts, conversational=True)
+    made = make_examples({"analyse": conditions.made_pairs}, seed=SEED + conditions.seed)
+    return measure_engine(engine, tokenizer, tasks, made, conditions)
+
+
+def measure_engine(
+    engine: Any,
+    tokenizer: Any,
+    tasks: Any,
+    made: Sequence[dict[str, Any]],
+    conditions: Conditions,
+    templates: Templates = DEFAULT_TEMPLATES,
+) -> tuple[dict[str, Any], list[Experience]]:
+    """The same of any policy on `tasks`, prompted with `templates`; `made` are examples of pairs with a known slip."""
+    options = StudyOptions(
+        analysis=Sampling(conditions.analysis_max_tokens, conditions.analysis_temperature),
+        replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
+        max_context_tokens=conditions.max_context_tokens,
+        leak_policy="reject",
+        train_on="analysis",
+        replay_attempts=conditions.attempts,
+        control=True,
+        criterion="solved",
+        run_seed=conditions.seed,
+    )
+    started_s = time.monotonic()
+    with VerifyPool("numeric") as pool:
+        judge = AnswerJudge(pool)
+        groups = roll_out(engine, tokenizer, tasks, judge, conditions)
+        pairs = select_pairs(
+            groups, per_group=conditions.pairs_per_group, strategy="longest_prefix", run_seed=conditions.seed, step=0
+        )
+        desk = Desk(engine, tokenizer, templates, judge, options, lambda name: nullcontext())
+        experiences, _ = study(pairs, desk, step=0, batch=0)
+    figures = _figures(groups, experiences, conditions, time.monotonic() - started_s)
+    return figures | {"points_right": pointing(engine, tokenizer, made, conditions)}, experiences
+
+
+def pointing(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions) -> float:
+    """Share of made pairs whose greedy analysis names the step, and quotes the lines, that the reference does.
+
+    The pairs hold a known slip each and should be drawn by another seed than the warm-up's.
+    """
+    prefill = DEFAULT_TEMPLATES.analysis_prefill
+    requests = [Request(render(each["prompt"], tokenizer, prefill=prefill), seed=0) for each in made]
+    done = engine.generate(requests, Sampling(conditions.analysis_max_tokens, temperature=0.0))
+    texts = [prefill + str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in done]
+    right = [_points_to(text) == _points_to(each["completion"]) for text, each in zip(texts, made, strict=True)]
+    return _share(sum(right), len(right))
+
+
+def _points_to(analysis: str) -> tuple[list[str], list[str]]:
+    """Steps named and equations quoted in the bifurcation."""
+    bifurcation = analysis.partition("## Critique")[0]
+    return re.findall(r"[Ss]tep (\d+)", bifurcation), re.findall(r"-?\d+ [-+] \d+ = -?\d+", bifurcation)
+
+
+def _figures(
+    groups: Sequence[Group], experiences: Sequence[Experience], conditions: Conditions, took_s: float
+) -> dict[str, Any]:
+    verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
+    reasons = Counter(each.reason.split(":")[0] for each in experiences if each.status is Status.UNPARSED)
+    unparsed = sum(reasons.values())
+    leaked = sum(each.status is Status.LEAKED for each in experiences)
+    replayed = [each.replay for each in experiences if each.replay is not None]
+    written = max(1, len(experiences))
+    # What one attempt (k = 1, the paper) would keep, averaged over the attempts.
+    kept = sum(replay.solved_rate for replay in replayed)
+    uplift = [replay.uplift for replay in replayed if replay.uplift is not None]
+    return {
+        "prompts": len(groups),
+        "rollouts": len(verdicts),
+        "pass_rate": _share(sum(verdict is Verdict.RIGHT for verdict in verdicts), len(verdicts)),
+        "mixed_groups": _share(sum(group.is_mixed for group in groups), len(groups)),
+        "analyses": len(experiences),
+        "parsed": _share(len(experiences) - unparsed, written),
+        "leaked_of_parsed": _share(leaked, len(experiences) - unparsed),
+        "replayed_lessons": len(replayed),
+        "attempts_each": conditions.attempts,
+        "solved_with_lesson": _mean([replay.solved_rate for replay in replayed]),
+        "solved_without": _mean([replay.control_rate or 0.0 for replay in replayed]),
+        "uplift": _mean(uplift),
+        "retention_k1": round(kept / written, 3),
+        "took_s": round(took_s),
+        "unparsed_reasons": dict(reasons),
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / max(1, whole), 3)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean over lessons with its 95 % bootstrap interval."""
+    if not values:
+        return "none"
+    interval = bootstrap_interval(values, resamples=2000, seed=0)
+    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def show(figures: dict[str, Any], experiences: Sequence[Experience], console: Console, samples: int = 3) -> None:
+    """Print the figures and a few lessons."""
+    console.print_json(json.dumps(figures))
+    shown = [each for each in experiences if each.parsed is not None][:samples]
+    for each in shown:
+        pair = each.analysis.pair
+        verdicts = "" if each.replay is None else f", {each.replay.solved_rate:.0%} of replays right"
+        console.rule(f"{each.status}{verdicts}")
+        for text in (pair.wrong.text, pair.right.text, each.analysis.text):
+            console.print(printable(text), markup=False, highlight=False)
+            console.print("-" * 20)
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("adapter", type=Path, nargs="?", help="adapter folder; none = the demo model as released")
+    defaults = Conditions()
+    for name in Conditions.__slots__:
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args())
+    adapter = options.pop("adapter")
+    show(*measure(adapter, Conditions(**options)), console=Console())
+
+
+if __name__ == "__main__":
+    main()

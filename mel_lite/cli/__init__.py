@@ -1,0 +1,1 @@
+"""The `mel-lite` command."""

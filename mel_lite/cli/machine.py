@@ -1,0 +1,218 @@
+"""Facts about this machine for `mel_lite.cli.doctor`, gathered once so that each check is a pure function."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+COMPILED_CACHE = "unsloth_compiled_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The first CUDA device as PyTorch sees it."""
+
+    name: str
+    capability: tuple[int, int]
+    bf16: bool
+    """It computes in bfloat16 itself."""
+    total_bytes: int
+    architectures: tuple[str, ...]
+    """What PyTorch's kernels were compiled for: `sm_80`, ..., and `compute_90` for code that newer cards translate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was found. None stands for: not there."""
+
+    python: tuple[int, int]
+    packages: Mapping[str, str | None]
+    """Installed version of every package of interest."""
+    requirements: tuple[str, ...]
+    """What mel-lite's own metadata requires; empty when it is not installed."""
+    driver_cuda: tuple[int, int] | None
+    """Newest CUDA the NVIDIA driver serves."""
+    torch_cuda: tuple[int, int] | None
+    """CUDA that PyTorch was built with."""
+    visible_devices: str | None
+    """CUDA_VISIBLE_DEVICES."""
+    gpu: Gpu | None
+    compiler: str | None
+    """C compiler, which Triton calls."""
+    kernels_origin: str | None
+    """File that `import kernels` would load."""
+    loaded_early: tuple[str, ...]
+    """Patching packages that were imported before this command asked for anything."""
+    trl_problem: str | None
+    """Why TRL's released trainer cannot be had."""
+    compiled_cache: Path | None
+    compiled_for: tuple[str, ...] | None
+    """Versions in that cache's header; None when it has none."""
+    model: str
+    model_bytes: int | None
+    """Size of the model in 16 bits; None when its config is out of reach."""
+    model_cached: bool
+    run_folder: Path
+    run_free_bytes: int
+    hub_cache: Path
+    hub_free_bytes: int
+    hub_writable: bool
+    offline: bool
+
+
+def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
+    """Look at this machine. Imports torch and TRL; touches neither network nor disk contents."""
+    loaded_early = tuple(name for name in ("unsloth", "unsloth_zoo") if name in sys.modules)
+    import torch
+    from huggingface_hub import constants
+
+    cache = _compiled_cache()
+    hub_cache = Path(constants.HF_HUB_CACHE)
+    return Facts(
+        python=sys.version_info[:2],
+        packages={name: _installed(name) for name in packages},
+        requirements=_requirements(),
+        driver_cuda=_driver_cuda(),
+        torch_cuda=_pair(torch.version.cuda),
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        gpu=_gpu(),
+        compiler=shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang"),
+        kernels_origin=_origin("kernels"),
+        loaded_early=loaded_early,
+        trl_problem=_trl_problem(),
+        compiled_cache=cache,
+        compiled_for=None if cache is None else _compiled_for(cache),
+        model=model,
+        model_bytes=_model_bytes(model),
+        model_cached=_is_cached(model),
+        run_folder=run_folder,
+        run_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
+        hub_cache=hub_cache,
+        hub_free_bytes=shutil.disk_usage(_existing(hub_cache)).free,
+        hub_writable=os.access(_existing(hub_cache), os.W_OK),
+        offline=bool(constants.HF_HUB_OFFLINE),
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest parent that is there."""
+    path = path.absolute()
+    return path if path.is_dir() else _existing(path.parent)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> tuple[str, ...]:
+    with suppress(metadata.PackageNotFoundError):
+        return tuple(metadata.requires("mel-lite") or ())
+    return ()
+
+
+def _pair(version: str | None) -> tuple[int, int] | None:
+    if version is None:
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """Asked of the driver's own library: it needs neither nvidia-smi nor a PyTorch with CUDA."""
+    number = ctypes.c_int()
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError, AttributeError):
+            if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(number)) == 0 and number.value:
+                return number.value // 1000, number.value % 1000 // 10
+    return None
+
+
+def _gpu() -> Gpu | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return Gpu(
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_capability(),
+        torch.cuda.is_bf16_supported(including_emulation=False),
+        torch.cuda.get_device_properties(0).total_memory,
+        tuple(torch.cuda.get_arch_list()),
+    )
+
+
+def _origin(module: str) -> str | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+
+
+def _trl_problem() -> str | None:
+    try:
+        from mel_lite.trl_compat import released_grpo_config, released_grpo_trainer
+
+        for released in (released_grpo_trainer(), released_grpo_config()):
+            if not released.__module__.startswith("trl."):
+                return f"{released.__name__} comes from {released.__module__}"
+    except Exception as error:  # whatever an unfit installation raises while it is imported is the finding
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _compiled_cache() -> Path | None:
+    folder = Path(os.environ.get("UNSLOTH_COMPILE_LOCATION", COMPILED_CACHE))
+    return folder.absolute() if folder.is_dir() and any(folder.glob("*.py")) else None
+
+
+def _compiled_for(cache: Path) -> tuple[str, ...] | None:
+    """The versions a generated file was made with: lines of its opening docstring, up to a marker."""
+    for file in sorted(cache.glob("*.py")):
+        with suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace")[:2000].splitlines()
+            if "__UNSLOTH_VERSIONING__" in lines:
+                head = lines[: lines.index("__UNSLOTH_VERSIONING__")]
+                return tuple(line.strip() for line in head if line.strip(' "'))
+    return None
+
+
+def _is_cached(model: str) -> bool:
+    """True when no download is needed: a folder, the demo model (which has its own source), or in the Hub's cache."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    if model == "demo" or Path(model).is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except errors.HFValidationError:  # neither a folder nor a Hub id; loading it will say so
+        return False
+
+
+def _model_bytes(model: str) -> int | None:
+    from mel_lite.errors import ModelError
+    from mel_lite.memory import formulas
+    from mel_lite.models.load import ModelSpec, load_config
+
+    shape = formulas.known_shape(model)
+    if shape is None:
+        if not Path(model).is_dir():
+            return None
+        try:
+            shape = formulas.shape_of(load_config(ModelSpec(model)).to_dict())
+        except ModelError:
+            return None
+    return formulas.weight_bytes(shape, four_bit=False)

@@ -1,0 +1,387 @@
+"""The `mel-lite` command. Light to import: torch and TRL load when a command needs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mel_lite import __version__
+from mel_lite.cli import gpu as gpu_commands
+from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, loading
+from mel_lite.errors import ConfigError, MelLiteError
+from mel_lite.text import printable
+
+app = typer.Typer(
+    name="mel-lite",
+    help="Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
+app.add_typer(experiences, name="experiences")
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+app.command()(gpu_commands.plan)
+app.command()(gpu_commands.doctor)
+
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"mel-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes."""
+
+
+@app.command()
+def train(
+    gpu: Annotated[str | None, typer.Option(help="Preset: cpu, 12gb, 16gb, 24gb, 40gb, 80gb or auto.")] = None,
+    config: ConfigOption = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="mel, grpo, reinforce++ or rft.")] = None,
+    meta_experience: Annotated[
+        bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    engine: EngineOption = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --resume: an option (train.learning_rate) or input (dataset, templates, chat_template, dtype, "
+            "batch) that need not be as it was; may be repeated."
+        ),
+    ] = None,
+    worst_case: Annotated[
+        bool | None, typer.Option(help="First take a step at full length and measure its memory. Default: on a GPU.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
+) -> None:
+    """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
+    from mel_lite.engines import distributed
+    from mel_lite.recipe import parse_set, resolve
+    from mel_lite.run.folder import default_output_dir
+
+    flags = {
+        "model.name": model,
+        "model.engine": engine,
+        "data.train": dataset,
+        "data.split": split,
+        "lora.start_from": None if adapter is None else str(adapter),
+        "train.max_steps": max_steps,
+        "train.algorithm": algorithm,
+        "train.meta_experience": meta_experience,
+    }
+    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
+    if dataset is not None and not resume:
+        # What the preset holds out belongs to the preset's tasks.
+        overrides += [("data.eval", None), ("data.eval_split", None)]
+    overrides += [parse_set(text) for text in set_ or []]
+    if allow_change and not resume:
+        raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
+    if resume:
+        output_dir = output_dir or _newest_run()
+        # A run goes on as it was begun, unless told otherwise.
+        config = config or (output_dir / "config.yaml" if gpu is None else None)
+    if gpu is None and config is None:
+        raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    budget_bytes = None
+    if gpu in (None, "cpu") or gpu_commands.is_for_cpu(str(gpu), config, overrides):
+        recipe = resolve(preset=gpu, config=config, overrides=overrides)
+    else:
+        if resume and output_dir is not None and (begun := output_dir / "config.yaml").is_file():
+            # What a run began with is not planned anew: another group size or optimiser would not fit its checkpoint.
+            overrides = [*gpu_commands.begun_with(begun, config), *overrides]
+        # One process plans for all: free memory differs from one to the next, batch shapes must not.
+        recipe, budget_bytes = distributed.on_first(
+            lambda: gpu_commands.planned(str(gpu), config, overrides), cpu=False
+        )
+
+    if recipe.train.get("use_cpu"):
+        # Before PyTorch looks: loading, engine, memory check and export must all hear that there is no GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with loading("loading"):
+        from mel_lite.run import train as run
+    if dry_run:
+        _dry_run(recipe)
+        return
+    try:
+        folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
+        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
+        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
+        raise typer.Exit(130) from None
+
+
+def _dry_run(recipe: Any) -> None:
+    from mel_lite.models.load import load_tokenizer
+    from mel_lite.run import train as run
+
+    args = run.check(recipe, Path("runs"))
+    tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
+    held_out = "none" if tasks.held_out is None else len(tasks.held_out)
+    typer.echo(recipe.as_yaml())
+    typer.echo(
+        f"# {len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}. Not trained."
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
+    dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn. Default: the dataset's."),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset. Default: train.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
+    system_prompt: Annotated[str | None, typer.Option(help="System message before each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the intervals.")] = 42,
+    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
+) -> None:
+    """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
+    with loading("loading"):
+        from mel_lite.evaluate import evaluate_model
+        from mel_lite.models.load import ModelSpec
+
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it, or name another file.")
+    spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
+    result = evaluate_model(
+        spec,
+        adapter,
+        dataset,
+        verifier=verifier,
+        k=k,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        split=split,
+        limit=limit,
+        system_prompt=system_prompt,
+        seed=seed,
+    )
+    console().print(result.as_table())
+    if output is not None:
+        output.write_text(result.to_json() + "\n")
+
+
+@app.command()
+def warmup(
+    examples: Annotated[Path, typer.Argument(help='JSONL of {"prompt": text or messages, "completion": text}.')],
+    output_dir: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or `demo`.")] = "demo",
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Measure before and after: Hub id, file, `demo:test`, or reasoning-gym:<task>.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks measured.")] = None,
+    epochs: Annotated[float, typer.Option(help="Times through the examples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: what --epochs takes.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank, by default 16; alpha is twice that.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens; longer examples are skipped.")] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Keep a checkpoint every so many steps.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order and of LoRA's start.")] = 42,
+) -> None:
+    """Fine-tune an adapter on formatted examples before RL; `train --adapter` goes on from it."""
+    with loading("loading"):
+        from mel_lite.models.adapters import LoraSpec
+        from mel_lite.models.load import ModelSpec
+        from mel_lite.warmup import train as room
+
+    result = room.warmup(
+        examples,
+        output_dir,
+        model=ModelSpec(model, load_in_4bit=load_in_4bit),
+        lora=None if lora_r is None else LoraSpec(r=lora_r, alpha=2 * lora_r),
+        adapter=adapter,
+        options=room.WarmupOptions(
+            epochs, max_steps, batch_size, micro_batch_size, learning_rate,
+            max_length_tokens=max_length, save_steps=save_steps, seed=seed,
+        ),
+        evaluation=None if eval_dataset is None else room.WarmupEval(eval_dataset, limit=limit),
+        console=console(),
+    )  # fmt: skip
+    typer.echo(result.summary())
+
+
+@app.command("export")
+def export_(
+    adapter: Annotated[
+        Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.")
+    ] = "merged-16bit",
+    base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Export an adapter whose LoRA-B is still zero.")
+    ] = False,
+) -> None:
+    """Write a clean adapter or a merged model, reload it, and compare it with the adapter model."""
+    source = adapter or _newest_run()
+    with loading("loading"):
+        from mel_lite.export.merge import export
+        from mel_lite.models.load import ModelSpec
+
+    spec = None if base is None else ModelSpec(base)
+    target = output or source / ("exported-adapter" if format_ == "adapter" else format_)
+    report = export(source, target, format=format_, base=spec, dtype=dtype, allow_untrained=allow_untrained)
+    console().print(report.as_table())
+    typer.echo(str(report.path))
+
+
+@experiences.command("list")
+def list_(
+    run: RunOption = None,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many rows.")] = 50,
+) -> None:
+    """List meta-experiences, kept or not."""
+    from mel_lite.run.display import experiences_table, store_line
+
+    wanted = _status(status)
+    with _store(run) as store:
+        console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
+        console().print(store_line(store.funnel()))
+
+
+@experiences.command("show")
+def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
+    """Show one meta-experience whole, with both rollouts and its replays."""
+    from mel_lite.run.display import experience_page
+
+    with _store(run) as store:
+        console().print(experience_page(store.get(id_)))
+
+
+@experiences.command("search")
+def search(
+    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50
+) -> None:
+    """Find meta-experiences by the words in them."""
+    from mel_lite.run.display import experiences_table
+
+    with _store(run) as store:
+        console().print(experiences_table(store.search(text, limit=limit)))
+
+
+@experiences.command("export")
+def export_experiences(
+    output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
+    run: RunOption = None,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+) -> None:
+    """Write meta-experiences to a JSONL or parquet file."""
+    wanted = _status(status)
+    with _store(run) as store:
+        rows = store.export(output, status=wanted)
+    typer.echo(f"{rows} rows in {output}")
+
+
+@bench.command("kernel")
+def bench_kernel(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times each is measured.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every time to this file.")] = None,
+) -> None:
+    """Measure the fused log-prob operator against its peers, with the error beside each time."""
+    import importlib
+
+    import torch
+
+    # By name: in a checkout the folder stands outside the package, where the type checker does not see its modules.
+    run = importlib.import_module("mel_lite.kernels.bench").run
+    run(device or ("cuda" if torch.cuda.is_available() else "cpu"), rounds=rounds, json_path=json_path)
+
+
+def _status(name: str | None) -> str | None:
+    from mel_lite.types import Status
+
+    if name is not None and name not in list(Status):
+        raise ConfigError(f"--status {name!r} is not one of {', '.join(Status)}.")
+    return name
+
+
+def _store(run: Path | None) -> Any:
+    from mel_lite.lessons.store import ExperienceStore
+
+    folder = run or _newest_run()
+    return ExperienceStore(folder / "experiences.sqlite", read_only=True)
+
+
+def _newest_run() -> Path:
+    from mel_lite.run.folder import newest_run
+
+    return newest_run()
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries to what a user of this command must know. Takes effect only before they load."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Waiting threads spin for some microseconds, then sleep: a decoding step has hundreds of short parallel regions, so
+    # sleeping at once made it half as fast; spinning for long steals the core on machines that are shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # what prints the warnings of a program that set up no logging
+        logging.lastResort.addFilter(_printable_record)
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    """Names of files and messages of verifiers may come from anyone."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+def main() -> None:
+    """Run the command; user errors end with one message and an exit code, never a traceback."""
+    _quiet_libraries()
+    try:
+        app()
+    except MelLiteError as error:
+        if not error.told:
+            rank = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+            typer.secho(f"{rank}error: {printable(str(error))}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""Task files and data sets, read into rows of prompt and answer."""

@@ -1,0 +1,1 @@
+"""Write trained adapters as merged models, checked for fidelity."""

@@ -1,0 +1,339 @@
+"""From a pair to a meta-experience: sample the analysis, read its parts, make the kept ones into lessons."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.errors import ConfigError, EngineError
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, PromptTooLong, Templates, analysis_prompt
+from mel_lite.models.chat import neutralise
+from mel_lite.seeds import seed_for
+from mel_lite.types import Analysis, Finish, Lesson, MetaExperience, Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_CHARS = 40_000
+"""Longest analysis that is read; a longer one is runaway."""
+MIN_WORDS = 8
+"""Fewest words of all parts together."""
+MIN_RULE_WORDS = 3
+"""Fewest words of the heuristics."""
+MAX_ECHO = 0.5
+"""Largest share of a part that may be copied from the instructions, as small models like to do."""
+TRAIN_ON = ("analysis", "experience")
+
+
+class ParseFailure(Exception):
+    """An analysis that holds no meta-experience; the message is the reason, in one sentence."""
+
+
+def write_analyses(
+    pairs: Sequence[Pair],
+    *,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Templates,
+    sampling: Sampling,
+    run_seed: int,
+    step: int,
+    max_context_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[Analysis], list[tuple[Pair, str]]]:
+    """M ~ pi(. | I, x, y+, y-) for every pair, in one `engine.generate` call.
+
+    Returns: the analyses in pair order, and the pairs that do not fit `max_context_tokens` with the reason.
+    Source: step 2 of the method (arXiv 2602.10224).
+    """
+    fitting: list[Pair] = []
+    requests: list[Request] = []
+    skipped: list[tuple[Pair, str]] = []
+    for pair in pairs:
+        try:
+            context = analysis_prompt(
+                pair,
+                tokenizer,
+                templates,
+                max_context_tokens=max_context_tokens,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+        except PromptTooLong as reason:
+            skipped.append((pair, str(reason)))
+            continue
+        prompt_hash = pair.group.prompt_hash
+        seed = seed_for(run_seed, step=step, prompt_hash=prompt_hash, index=pair.index, purpose="analysis")
+        fitting.append(pair)
+        requests.append(Request(context, seed))
+    completions = engine.generate(requests, sampling) if requests else []
+    if len(completions) != len(requests):
+        raise EngineError(f"engine {engine.name!r} answered {len(completions)} of {len(requests)} analysis requests.")
+    analyses = [
+        Analysis(
+            pair=pair,
+            context_ids=request.prompt_ids,
+            analysis_ids=done.ids,
+            text=templates.analysis_prefill + str(tokenizer.decode(list(done.ids), skip_special_tokens=True)),
+            finish=done.finish,
+            nll_nats=-sum(done.logprobs) / len(done.logprobs) if done.logprobs else float("nan"),
+        )
+        for pair, request, done in zip(fitting, requests, completions, strict=True)
+    ]
+    return analyses, skipped
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+
+_BIFURCATION, _CRITIQUE, _REFLECTION, _HEURISTIC = "bifurcation", "critique", "reflection", "heuristic"
+
+_NAMES = {
+    _BIFURCATION: (
+        r"bifurcations?|(?:failure|divergence|branching|parting|turning) points?|points? of (?:failure|divergence|"
+        r"bifurcation|departure|parting)|cognitive patterns?|(?:first|critical|key) (?:error|mistake|wrong step)|"
+        r"where (?:it|they|the (?:two )?solutions?|the reasoning|the incorrect solution) "
+        r"(?:went wrong|goes wrong|diverged?s?|parts?|splits?|fails?|failed)"
+    ),
+    _CRITIQUE: (
+        r"critiques?|criticisms?|root[- ]causes?(?: analysis)?|(?:error |failure )?(?:analysis|diagnosis)|"
+        r"latent defects?|violated constraints?|causes? of (?:the )?(?:failure|error)|why it (?:failed|fails|is wrong)|"
+        r"success factors?|(?:protective|protecting) factors?|contrasts?|comparison|evaluation"
+    ),
+    _REFLECTION: r"(?:self[- ]|personal |first[- ]person )?reflections?|(?:key )?insights?|reviews?",
+    _HEURISTIC: (
+        r"heuristics?|(?:key )?lessons?(?: learn(?:ed|t))?|(?:general |reusable |future |named )?(?:rules?|principles?|"
+        r"guidelines?|heuristics?|strateg(?:y|ies))(?: of thumb)?|(?:key )?take-?aways?|abstractions?"
+    ),
+}
+_NAME = re.compile(
+    r"(?:the |my |our )?(?:" + "|".join(f"(?P<{part}>{names})" for part, names in _NAMES.items()) + r")(?![A-Za-z0-9])",
+    re.I,
+)
+_NUMBER = re.compile(r"\(?(?:\d{1,2}|[ivxIVX]{1,4}|[a-dA-D])[.):]\s*|(?:section|part)\s+\d{1,2}\s*[:.)-]?\s*", re.I)
+_DECORATION = " \t#>*_`\"'[-+\u2022"
+_NEW_TURN = re.compile(r"(?:human|user|assistant|system)\s*:", re.I)
+_NEW_PROBLEM = re.compile(r"(?:human|user|assistant|system|question|problem)\s*:", re.I)
+_PLACEHOLDER = re.compile(r"(?:\W|\b(?:n/?a|none|todo|tbd|your text(?: here)?)\b)*", re.I)
+_RULER = re.compile(r"\s*(?:```\w*|-{3,}|\*{3,}|[{}]),?\s*")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Heading:
+    """A line that names a part. `part` is empty for a heading of something else."""
+
+    line: int
+    part: str
+    level: int
+    """Number of #; 0 for a heading in bold, numbered or plain."""
+    rest: str
+    """What follows the name on the same line."""
+
+
+def parse_analysis(text: str, *, finish: Finish, instructions: str = DEFAULT_TEMPLATES.analysis_user) -> MetaExperience:
+    """Read M = (s*, C, H) out of an analysis; a reflection becomes part of the critique C.
+
+    Tolerates what small models do to headings (level, bold, numbers, colons, case, other names, order, JSON) and text
+    before the first and after the last part. Time is linear in `len(text)`. Raises: ParseFailure for an analysis that
+    is too long or too short, repeats itself or the `instructions`, lacks a part, or was cut off before its heuristics.
+    """
+    if len(text) > MAX_CHARS:
+        raise ParseFailure(f"runaway: {len(text)} characters, at most {MAX_CHARS} are read")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+    text = text.rpartition("</think>")[2]
+    sections = _json_sections(text) or _headed_sections(text)
+    if _HEURISTIC not in sections and finish is Finish.LENGTH:
+        raise ParseFailure("cut off at the token limit before the heuristics")
+    if finish is Finish.LENGTH and "\n" in sections[_HEURISTIC]:
+        sections[_HEURISTIC] = sections[_HEURISTIC].rpartition("\n")[0].strip()
+    critique = "\n\n".join(filter(None, (sections.get(_CRITIQUE), sections.get(_REFLECTION))))
+    parsed = MetaExperience(sections.get(_BIFURCATION, ""), critique, sections.get(_HEURISTIC, ""))
+    for part in (_BIFURCATION, _CRITIQUE, _HEURISTIC):
+        if not getattr(parsed, part):
+            raise ParseFailure(f"no {part}: " + ("the part is empty" if part in sections else "there is no such part"))
+    words = [_WORD.findall(part) for part in (parsed.bifurcation, parsed.critique, parsed.heuristic)]
+    if sum(map(len, words)) < MIN_WORDS or len(words[2]) < MIN_RULE_WORDS:
+        raise ParseFailure(f"too short: {sum(map(len, words))} words, {len(words[2])} of them heuristics")
+    for part, said in zip((_BIFURCATION, _CRITIQUE, _HEURISTIC), words, strict=True):
+        if (share := _echo(said, _WORD.findall(instructions))) > MAX_ECHO:
+            raise ParseFailure(f"repeats the instructions: {share:.0%} of the {part}")
+    repeated = _repetition(text)
+    if repeated:
+        raise ParseFailure(f"repeats itself: {repeated}")
+    return parsed
+
+
+def _json_sections(text: str) -> dict[str, str]:
+    """The parts of a reply that is a JSON object; {} when it is none."""
+    start, end = text.find("{"), text.rfind("}")
+    sections: dict[str, str] = {}
+    try:
+        for key, value in json.loads(text[start : end + 1], strict=False).items() if 0 <= start < end else ():
+            named = _NAME.match(str(key).replace("_", " ").strip(_DECORATION))
+            if named and named.lastgroup:
+                sections[named.lastgroup] = _joined(sections.get(named.lastgroup, ""), "\n".join(_leaves(value)))
+    except (ValueError, RecursionError):
+        return {}
+    return {part: _clean(content) for part, content in sections.items()} if len(sections) > 1 else {}
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, one line each."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{key}: " + "\n".join(_leaves(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield "- " + "\n".join(_leaves(inner))
+    elif value is not None:
+        yield str(value)
+
+
+def _headed_sections(text: str) -> dict[str, str]:
+    """The parts of a reply by their headings; what follows the heuristics under a name seen before is dropped."""
+    lines = text.split("\n")
+    headings = _ranked([heading for number, line in enumerate(lines) if (heading := _heading(number, line))])
+    sections: dict[str, str] = {}
+    part, level = "", 0
+    ends = [heading.line for heading in headings[1:]] + [len(lines)]
+    for heading, end in zip(headings, ends, strict=False):
+        body = "\n".join([heading.rest, *lines[heading.line + 1 : end]])
+        if part and not heading.part and heading.level > level:
+            body = f"{lines[heading.line].strip(_DECORATION)}\n{body}"  # a subheading of the part above
+        elif heading.part != part:
+            starts_over = bool(sections.get(heading.part) and sections.get(_HEURISTIC))
+            part, level = "" if starts_over else heading.part, heading.level
+        if part:
+            sections[part] = _joined(sections.get(part, ""), _until_new_turn(body, part))
+    return {part: _clean(content) for part, content in sections.items()}
+
+
+def _ranked(headings: list[_Heading]) -> list[_Heading]:
+    """Where headings of one rank (and above) name all parts, lesser ones only structure what stands inside a part.
+
+    So "**Root cause check:** if ..." stays a rule of the heuristics, and "### Insight" a piece of the critique.
+    """
+    for rank in sorted({heading.level for heading in headings if heading.level}):
+        named = {heading.part for heading in headings if 0 < heading.level <= rank}
+        if {_BIFURCATION, _HEURISTIC} <= named and named & {_CRITIQUE, _REFLECTION}:
+            marked = [heading for heading in headings if heading.level]
+            return [heading if heading.level <= rank else replace(heading, part="", rest="") for heading in marked]
+    return headings
+
+
+def _heading(number: int, line: str) -> _Heading | None:
+    """Read a line as a heading: marked by # or bold, numbered, alone on the line, or followed by a colon."""
+    stripped = line.strip()
+    name = stripped.lstrip(_DECORATION)
+    marks = stripped[: len(stripped) - len(name)]
+    level = marks.count("#")
+    if found := _NUMBER.match(name):
+        unnumbered = name[found.end() :].lstrip(_DECORATION)
+        marks += name[: len(name) - len(unnumbered)]
+        name = unnumbered
+    named = _NAME.match(name)
+    if not named or not named.lastgroup:
+        return _Heading(number, "", level, "") if level else None
+    title, colon, rest = name[named.end() :].partition(":")
+    title_is_short = len(title) <= 60 and "." not in title
+    if not title.strip(" \t*_`\"'])-\u2013\u2014=.#"):
+        pass  # the name alone, or the name and a colon
+    elif colon and title_is_short and (level or "**" in marks or not rest.strip()):
+        pass  # "## Critique of the incorrect solution: ..."
+    elif level:
+        rest = ""  # "## Failure point and cognitive pattern"
+    elif "**" in marks and "**" in title:
+        rest = title.partition("**")[2]  # "**Critique** the solution ..."
+    elif re.match(r"\s+[-\u2013\u2014]\s", title):
+        rest = name[named.end() :].lstrip(" -\u2013\u2014")
+    else:
+        return None
+    return _Heading(number, named.lastgroup, level, rest.strip(" \t*_").rstrip(","))
+
+
+def _until_new_turn(body: str, part: str) -> str:
+    """The body up to a line that opens another chat turn or, after the heuristics, another problem."""
+    opens = _NEW_PROBLEM if part == _HEURISTIC else _NEW_TURN
+    lines = body.split("\n")
+    for number, line in enumerate(lines):
+        if number and opens.match(line.lstrip(" #*_<|")):
+            return "\n".join(lines[:number])
+    return body
+
+
+def _joined(first: str, second: str) -> str:
+    return f"{first}\n{second}" if first.strip() else second
+
+
+def _clean(text: str) -> str:
+    """Without fences, rules, loose quotes and blanks around; '' when nothing but a placeholder is left."""
+    lines = [line.rstrip() for line in text.split("\n") if not _RULER.fullmatch(line)]
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip().removesuffix(",").strip("\"'")
+    return "" if _PLACEHOLDER.fullmatch(text[:200]) and len(text) <= 200 else text.strip()
+
+
+def _echo(said: list[str], told: list[str]) -> float:
+    """Share of the words `said` that stand in runs of 5 or more that were `told`, in [0, 1]."""
+    runs = set(zip(*([word.lower() for word in told[i:]] for i in range(5)), strict=False))
+    echoed: set[int] = set()
+    for i in range(len(said) - 4):
+        if tuple(word.lower() for word in said[i : i + 5]) in runs:
+            echoed.update(range(i, i + 5))
+    return len(echoed) / max(1, len(said))
+
+
+def _repetition(text: str) -> str:
+    """What gives a loop away, or '': one word over and over, few distinct phrases, text that packs to nothing."""
+    words = [word.lower() for word in _WORD.findall(text)]
+    run = 1
+    for previous, word in pairwise(words):
+        run = run + 1 if word == previous else 1
+        if run >= 8:
+            return f"the word {word[:20]!r} stands {run} times in a row"
+    phrases = list(zip(*(words[i:] for i in range(4)), strict=False))
+    if len(phrases) >= 32 and len(set(phrases)) < 0.4 * len(phrases):
+        return f"{len(set(phrases))} of {len(phrases)} four-word phrases are distinct"
+    raw = text.encode(errors="replace")
+    if len(raw) >= 400 and len(zlib.compress(raw)) < 0.12 * len(raw):
+        return f"{len(raw)} bytes pack into {len(zlib.compress(raw))}"
+    return ""
+
+
+# ---- lessons ---------------------------------------------------------------------------------------------------------
+
+
+def lesson_from(
+    analysis: Analysis,
+    parsed: MetaExperience,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    redacted: MetaExperience | None,
+    train_on: str,
+    experience_id: int,
+) -> Lesson:
+    """M* as the tokens of the NLL term, -log pi(target_ids | context_ids).
+
+    `train_on="analysis"`: the ids exactly as sampled. `train_on="experience"`, and always when `redacted` is given:
+    the canonical text of (s*, C, H), less what the prefill in the context already says, and the end-of-sequence id.
+    Raises: ConfigError for another `train_on`.
+    """
+    if train_on not in TRAIN_ON:
+        raise ConfigError(f"mel_train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
+    if train_on == "analysis" and redacted is None:
+        return Lesson(experience_id, analysis.context_ids, analysis.analysis_ids)
+    text = neutralise((redacted or parsed).as_text(), tokenizer)
+    sampled = str(tokenizer.decode(list(analysis.analysis_ids), skip_special_tokens=True))
+    prefill = analysis.text.removesuffix(sampled)
+    overlap = next((n for n in range(min(len(prefill), len(text)), 0, -1) if prefill.endswith(text[:n])), 0)
+    ids = list(tokenizer(text[overlap:], add_special_tokens=False)["input_ids"])
+    # The id that ended the sampled analysis ends a turn of this model, whatever its tokenizer calls end-of-sequence.
+    eos_id = analysis.analysis_ids[-1] if analysis.finish is Finish.STOP else tokenizer.eos_token_id
+    return Lesson(experience_id, analysis.context_ids, (*ids, *(() if eos_id is None else (eos_id,))))
+
+
+__all__ = ["ParseFailure", "lesson_from", "parse_analysis", "write_analyses"]

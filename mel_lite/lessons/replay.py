@@ -1,0 +1,98 @@
+"""Replay validation: re-attempt the question with the meta-experience in the prompt, and keep what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.errors import ConfigError, EngineError
+from mel_lite.lessons.prompts import Templates, question_prompt, replay_prompt
+from mel_lite.seeds import seed_for
+from mel_lite.types import Group, Pair, Replay, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CRITERIA = ("solved", "uplift")
+
+
+def replay(
+    items: Sequence[tuple[Pair, str]],
+    *,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Templates,
+    judge: Callable[[Sequence[Group], Sequence[str]], list[Verdict]],
+    sampling: Sampling,
+    attempts: int,
+    control: bool,
+    run_seed: int,
+    step: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Replay]:
+    """y_val ~ pi(. | x, M) `attempts` times for each (pair, M as text), judged by the verifier.
+
+    With `control` the same number of attempts is made on x alone, attempt i with the seed that attempt i with M has,
+    so that the two differ in M only. One `engine.generate` call and one `judge` call serve all items.
+
+    Args: `attempts` at least 1. Returns: one Replay per item, in order. Raises: ConfigError for `attempts` below 1.
+    Source: step 3 of the method (arXiv 2602.10224).
+    """
+    if attempts < 1:
+        raise ConfigError(f"replay_attempts={attempts} must be 1 or more: without a replay nothing is validated.")
+    if not items:
+        return []
+    requests: list[Request] = []
+    groups: list[Group] = []
+    for pair, experience_text in items:
+        group = pair.group
+        prompts = [
+            replay_prompt(group, experience_text, tokenizer, templates, chat_template_kwargs=chat_template_kwargs)
+        ]
+        if control:
+            prompts.append(question_prompt(group, tokenizer, chat_template_kwargs=chat_template_kwargs))
+        seeds = [
+            seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=index, purpose="replay")
+            for index in range(pair.index * attempts, (pair.index + 1) * attempts)
+        ]
+        requests += [Request(prompt, seed) for prompt in prompts for seed in seeds]
+        groups += [group] * (len(prompts) * attempts)
+    completions = engine.generate(requests, sampling)
+    if len(completions) != len(requests):
+        raise EngineError(f"engine {engine.name!r} answered {len(completions)} of {len(requests)} replay requests.")
+    texts = [str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in completions]
+    verdicts = judge(groups, texts)
+    assert len(verdicts) == len(texts), "the judge gives one verdict per text"
+    stride = attempts * (2 if control else 1)
+    return [
+        Replay(
+            verdicts=tuple(verdicts[start : start + attempts]),
+            texts=tuple(texts[start : start + attempts]),
+            control_verdicts=tuple(verdicts[start + attempts : start + stride]),
+        )
+        for start in range(0, len(texts), stride)
+    ]
+
+
+def is_kept(replay: Replay, criterion: str) -> tuple[bool, str]:
+    """Whether M belongs to M*, and the reason in one sentence.
+
+    `solved`: more than half of the attempts with M are right (the one attempt of k = 1, as in the paper).
+    `uplift`: the share of right attempts with M is above that of the control. Attempts the verifier abstained on count
+    as not right. Raises: ConfigError for an unknown criterion, or `uplift` without a control.
+    """
+    right = sum(verdict is Verdict.RIGHT for verdict in replay.verdicts)
+    with_m = f"{right} of {len(replay.verdicts)} replays right"
+    if criterion == "solved":
+        return replay.solved_rate > 0.5, f"{with_m}, more than half needed"
+    if criterion == "uplift":
+        if replay.uplift is None:
+            raise ConfigError("replay_criterion='uplift' needs the control attempts. Set replay_control=True.")
+        control_right = sum(verdict is Verdict.RIGHT for verdict in replay.control_verdicts)
+        without = f"{control_right} of {len(replay.control_verdicts)} without the meta-experience"
+        return replay.uplift > 0, f"{with_m}, {without}; more than without needed"
+    raise ConfigError(f"replay_criterion={criterion!r} is not one of {', '.join(CRITERIA)}.")
+
+
+__all__ = ["CRITERIA", "is_kept", "replay"]

@@ -1,0 +1,373 @@
+"""How many bytes of GPU memory each phase of a run takes, from the model's config and the lengths of a step alone.
+
+Nothing is loaded and nothing is measured: every figure is arithmetic over sizes. `docs/memory.md` says which terms were
+checked against real modules and which are estimates.
+
+Letters: e bytes of a compute element, H hidden size, I width of the MLP, A heads * head_dim, K kv_heads * head_dim,
+L layers, V vocabulary, N scored tokens, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mel_lite.errors import ModelError
+from mel_lite.models.load import DEMO
+
+MIB, GIB = 2**20, 2**30
+
+CONTEXT_BYTES = 600 * MIB
+"""Estimate: CUDA context, loaded kernels and cuBLAS workspaces of one process."""
+ALLOCATOR_SHARE = 0.08
+"""Estimate: what PyTorch's caching allocator holds beyond the live tensors, as a share of those that come and go."""
+HEAD_SCRATCH_BYTES = 192 * MIB
+"""Most the fused log-prob operator holds beside inputs and u: a tile of logits (160 MiB) and its accumulators."""
+SAMPLER_BYTES = 30
+"""Per vocabulary entry and sequence while sampling: logits in the model's dtype and float32, log-probabilities in
+float32 and float64, their exponentials and running sums."""
+LOAD_WORKERS = 4
+"""16-bit tensors on the GPU at once while transformers quantises a checkpoint."""
+MAX_PADDING_SHARE = 0.2
+"""Of `mel_lite.training.packing`: rows share a block as long as no more than this share of it is padding."""
+PREFIX_TOKENS = 320
+"""Allowance for the instructions and the chat template around a replay prompt."""
+
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures (`model_type`) whose layers these formulas describe: gated MLP, grouped-query attention, RMS norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a dense decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    context: int = 0
+    """Positions the model has; 0 = unknown."""
+
+    @property
+    def attention(self) -> int:
+        """A = heads * head_dim."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """K = kv_heads * head_dim."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the seven linear layers of one decoder layer."""
+        h, i, a, k = self.hidden, self.intermediate, self.attention, self.kv
+        return {
+            "q_proj": (h, a), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (a, h),
+            "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h),
+        }  # fmt: skip
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """Read the sizes from a model's `config.json`.
+
+    Raises: ModelError for an architecture these formulas do not describe, or a missing size.
+    """
+    kind = config.get("model_type")
+    if kind not in DENSE:
+        raise ModelError(
+            f"model_type={kind!r}: memory is predicted for {', '.join(DENSE)} only. Train without a prediction, and "
+            "start with train.per_device_train_batch_size=1."
+        )
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        bias = bool(config.get("attention_bias", False))
+        return Shape(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qk_norm=kind == "qwen3",
+            qkv_bias=bias or kind == "qwen2",
+            o_bias=bias and kind != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            context=config.get("max_position_embeddings") or 0,
+        )
+    except KeyError as missing:
+        raise ModelError(f"the model's config has no {missing}, so its memory cannot be predicted.") from None
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool) -> Shape:
+    return Shape(layers, hidden, intermediate, heads, 8, 128, 151936, tied, qk_norm=True, context=32768)
+
+
+KNOWN = {
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, tied=False),
+    "Qwen/Qwen2.5-7B": Shape(28, 3584, 18944, 28, 4, 128, 152064, False, qkv_bias=True, context=32768),
+    "meta-llama/Llama-3.1-8B": Shape(32, 4096, 14336, 32, 8, 128, 128256, False, context=131072),
+    "HuggingFaceTB/SmolLM2-135M": Shape(30, 576, 1536, 9, 3, 64, 49152, True, context=8192),
+}
+"""Models whose sizes need no download; their -Base and -Instruct releases have the same."""
+
+
+def known_shape(name: str) -> Shape | None:
+    """The sizes of a well-known model by its Hub id (or `demo`), or None."""
+    if name == DEMO:
+        return KNOWN["HuggingFaceTB/SmolLM2-135M"]
+    return KNOWN.get(name.removesuffix("-Base").removesuffix("-Instruct"))
+
+
+# ---- what stays ------------------------------------------------------------------------------------------------------
+
+
+def linear_parameters(shape: Shape) -> int:
+    """Weights of all linear layers but the head: L * sum(inputs * outputs). These are what 4-bit loading quantises."""
+    return shape.layers * sum(i * o for i, o in shape.linears.values())
+
+
+def other_parameters(shape: Shape) -> int:
+    """Embeddings, an untied head, norms and biases: everything that stays in 16 bits."""
+    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    biases = (shape.attention + 2 * shape.kv) * shape.qkv_bias + shape.hidden * shape.o_bias
+    biases += (2 * shape.intermediate + shape.hidden) * shape.mlp_bias
+    return embeddings + shape.layers * (norms + biases) + shape.hidden
+
+
+def four_bit_bytes(inputs: int, outputs: int, *, double_quant: bool) -> int:
+    """Bytes of one linear layer in NF4: n/2 codes, one scale per 64 weights, and the lookup tables.
+
+    A scale is a float32; with double quantisation it is one byte, with a float32 per 256 of them, their mean, and a
+    table of 256 float32.
+    """
+    codes = -(-inputs * outputs // 2)
+    blocks = -(-inputs * outputs // 64)
+    scales = blocks + 4 * -(-blocks // 256) + 4 + 4 * 256 if double_quant else 4 * blocks
+    return codes + scales + 4 * 16
+
+
+def weight_bytes(shape: Shape, *, four_bit: bool, double_quant: bool = True, element_bytes: int = 2) -> int:
+    """Bytes of the loaded base model: linear layers in 4 bits or e bytes a weight, everything else in e bytes."""
+    others = element_bytes * other_parameters(shape)
+    if not four_bit:
+        return others + element_bytes * linear_parameters(shape)
+    layer = sum(four_bit_bytes(i, o, double_quant=double_quant) for i, o in shape.linears.values())
+    return others + shape.layers * layer
+
+
+def lora_sizes(shape: Shape, rank: int, targets: str | Sequence[str]) -> list[int]:
+    """Elements of every LoRA tensor: r * inputs and outputs * r for each adapted linear layer."""
+    names = {target.rpartition(".")[2] for target in targets}
+    chosen = [size for name, size in shape.linears.items() if targets == "all-linear" or name in names]
+    return [rank * width for size in chosen for width in size] * shape.layers
+
+
+def optimiser_bytes(sizes: Sequence[int], optim: str, parameter_bytes: int) -> tuple[int, int]:
+    """Bytes of the optimiser's state, and of its temporaries during a step.
+
+    AdamW of torch keeps two moments in the parameter's dtype. 8-bit AdamW keeps two bytes a weight and a float32 per
+    256 of each, except for tensors under 4096 elements, which stay in float32. Names unknown here count as float32
+    AdamW with temporaries.
+    """
+    total = sum(sizes)
+    if "8bit" in optim:
+        states = sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes)
+        return states, 0
+    if optim == "sgd":
+        return 0, 0
+    if optim.startswith(("paged_adamw", "adamw_bnb")):
+        return 8 * total, 0
+    if optim == "adamw_torch_fused":
+        return 2 * parameter_bytes * total, 0
+    return max(8, 2 * parameter_bytes) * total, 2 * parameter_bytes * total
+
+
+# ---- what comes and goes ---------------------------------------------------------------------------------------------
+
+
+def kv_cache_bytes(shape: Shape, tokens: int, element_bytes: int = 2) -> int:
+    """2 L K e per token: keys and values of every layer."""
+    return 2 * shape.layers * shape.kv * element_bytes * tokens
+
+
+def largest_linear_bytes(shape: Shape, element_bytes: int = 2) -> int:
+    """The largest 4-bit weight as it is written out for a product: inputs * outputs * e."""
+    return element_bytes * max(i * o for i, o in shape.linears.values())
+
+
+def mask_bytes(rows: int, tokens: int, element_bytes: int = 2) -> int:
+    """rows * tokens^2 * (1 + e): the attention mask of a padded block, as truth values and as the bias it becomes.
+
+    Zero for a single row, which has no padding and needs no mask.
+    """
+    return 0 if rows < 2 else rows * tokens * tokens * (1 + element_bytes)
+
+
+def forward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2) -> int:
+    """Most a forward pass without gradient holds for a block beside the key-value cache.
+
+    In the up projection: e (4 I + 3 H) per token: the gate's activation, the base's and the adapter's product, the
+    scaled one, the residual and the normed input.
+    """
+    per_token = element_bytes * (4 * shape.intermediate + 3 * shape.hidden)
+    return rows * tokens * per_token + mask_bytes(rows, tokens, element_bytes)
+
+
+def saved_layer_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
+    """What one layer saves for its backward pass, without checkpointing.
+
+    e (4 I + 2 H + 2 A + 2 X) + 8 H + 4 (A + K if keys and queries are normed) per token: gate, up, their activation
+    and product; both normed inputs; query and attention output; keys and values (X = A where a mask makes SDPA repeat
+    them for every head, else K); float32 inputs of the norms.
+
+    `casts`: adapters in float32 beside 16-bit layers. Each takes its input to float32 and autocast takes it back, so
+    that query, key, value, gate and up save copies of their own, and so does the output: e (3 H + A) more per token.
+    """
+    e, a, k = element_bytes, shape.attention, shape.kv
+    repeated = a if rows > 1 else k
+    per_token = e * (4 * shape.intermediate + 2 * shape.hidden + 2 * a + 2 * repeated) + 8 * shape.hidden
+    per_token += 4 * (a + k) * shape.qk_norm + casts * e * (3 * shape.hidden + a)
+    bias = mask_bytes(rows, tokens, e) // (1 + e) * e
+    return rows * tokens * per_token + bias
+
+
+def layer_backward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
+    """Most the backward pass of one layer holds: what the layer saved, and gradients of the MLP in flight.
+
+    That is saved_layer_bytes with e (2 I + H) more per token: two of the MLP's saved tensors are still there when
+    three of its gradients are, beside the gradient of the layer's output. With `casts` 4 I more: the gradient of the
+    MLP's float32 input to the last adapter.
+    """
+    per_token = element_bytes * (2 * shape.intermediate + shape.hidden) + casts * 4 * shape.intermediate
+    return saved_layer_bytes(shape, rows, tokens, element_bytes, casts=casts) + rows * tokens * per_token
+
+
+def blocks_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(rows, tokens) of the padded blocks that `mel_lite.training.packing.pack` makes of rows of these lengths."""
+    groups: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        if groups:
+            area = groups[-1][0] * (len(groups[-1]) + 1)
+            if area - sum(groups[-1]) - length <= MAX_PADDING_SHARE * area:
+                groups[-1].append(length)
+                continue
+        groups.append([length])
+    return [(len(group), group[0]) for group in groups]
+
+
+def update_bytes(
+    shape: Shape,
+    lengths: Sequence[int],
+    scored_tokens: int,
+    *,
+    checkpointing: bool,
+    four_bit: bool,
+    measured: bool = False,
+    casts: bool = False,
+    element_bytes: int = 2,
+    u_bytes: int = 2,
+    head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
+) -> int:
+    """Most one forward and backward pass over rows of these lengths holds beside weights and LoRA gradients.
+
+    With T_b tokens in block b; the backward pass takes the blocks last to first, and frees each as it goes:
+
+        graph_b = T_b (L H e)                       one hidden state per layer; without checkpointing L saved layers
+        norm_b  = 4 H T_b                           the last norm's float32 input
+        forward = sum_b (graph_b + norm_b) + N H (2 e + u) + head scratch
+        layer_b = sum_{j<=b} graph_j + sum_{j<b} norm_j + layer_backward_bytes_b + N H e
+        peak    = max(forward, max_b layer_b + the largest weight written out, where weights are 4-bit)
+
+    With `measured`, the gradient of each loss term is taken before the backward pass that trains, and nothing is freed:
+
+        peak    = sum_b (graph_b + 3 norm_b) + max_b layer_backward_bytes_b + N H (e + u) + the weight written out
+
+    where two of the three norms are what each measurement leaves in the graph. `casts` as in saved_layer_bytes.
+
+    `N H (2 e + u)` are the scored hidden states, their copy in one tensor, and u = d logp / d hidden. Logits exist only
+    as tiles of the head's scratch.
+    """
+    e, h = element_bytes, shape.hidden
+    blocks = blocks_of(lengths)
+    kept, peak, worst_layer = 0, 0, 0
+    for rows, tokens in blocks:
+        layer = saved_layer_bytes(shape, rows, tokens, e, casts=casts)
+        kept += shape.layers * (e * h * rows * tokens if checkpointing else layer)
+        kept += mask_bytes(rows, tokens, e) // (1 + e)
+        gradients = layer_backward_bytes(shape, rows, tokens, e, casts=casts) - (0 if checkpointing else layer)
+        peak, worst_layer = max(peak, kept + gradients), max(worst_layer, gradients)
+        kept += 4 * h * rows * tokens
+    if measured:
+        left = 2 * 4 * h * sum(rows * tokens for rows, tokens in blocks)
+        peak = kept + left + worst_layer + scored_tokens * h * u_bytes
+    forward = kept + scored_tokens * h * (2 * e + u_bytes) + head_scratch_bytes
+    backward = peak + scored_tokens * h * e + (largest_linear_bytes(shape, e) if four_bit else 0)
+    return max(forward, backward)
+
+
+def scoring_bytes(
+    shape: Shape,
+    block: tuple[int, int],
+    scored_tokens: int,
+    *,
+    four_bit: bool,
+    element_bytes: int = 2,
+    head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
+) -> int:
+    """Most a pass without gradient over many rows holds: one block at a time, and all scored hidden states.
+
+    N H 2 e + max(forward_bytes of a block + the largest weight written out, scratch of the head).
+    """
+    written_out = largest_linear_bytes(shape, element_bytes) if four_bit else 0
+    one_block = forward_bytes(shape, *block, element_bytes) + written_out
+    return 2 * element_bytes * shape.hidden * scored_tokens + max(one_block, head_scratch_bytes)
+
+
+def generation_bytes(
+    shape: Shape, sequences: int, prompt_tokens: int, new_tokens: int, *, four_bit: bool, element_bytes: int = 2
+) -> int:
+    """Most sampling `sequences` at once holds beside the weights: the worse of reading the prompts and the last token.
+
+    All prompts differ, as those of analyses do; of equal ones only one is read.
+
+    prompts = 2 L K e per prompt token + max(forward_bytes + the largest weight written out, sampler)
+    last    = 2 L K e per token + max(sampler, one layer's keys as they are copied to append (K e) and keys and
+              values repeated for every head (2 A e, where heads share them), per token)
+    """
+    e = element_bytes
+    sampler = sequences * shape.vocab * SAMPLER_BYTES
+    written_out = largest_linear_bytes(shape, e) if four_bit else 0
+    reading = forward_bytes(shape, sequences, prompt_tokens, e) + written_out
+    prompts = kv_cache_bytes(shape, sequences * prompt_tokens, e) + max(reading, sampler)
+    tokens = sequences * (prompt_tokens + new_tokens)
+    repeated = 0 if shape.heads == shape.kv_heads else 2 * shape.attention
+    last = kv_cache_bytes(shape, tokens, e) + max(tokens * e * (shape.kv + repeated), sampler)
+    return max(prompts, last)
+
+
+def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2) -> int:
+    """Most loading holds beside the weights loaded so far: a few 16-bit tensors on their way to 4 bits."""
+    return LOAD_WORKERS * largest_linear_bytes(shape, element_bytes) if four_bit else 0
+
+
+def export_bytes(shape: Shape, element_bytes: int = 2) -> int:
+    """The whole model in 16 bits, and one layer's largest weight and update in float32. The trained one is gone."""
+    everything = linear_parameters(shape) + other_parameters(shape)
+    return element_bytes * everything + 2 * largest_linear_bytes(shape, 4)

@@ -1,0 +1,371 @@
+"""What a recipe asks of a GPU's memory: the lengths and counts of its steps, and how vLLM shares the card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mel_lite.errors import ConfigError
+from mel_lite.memory import formulas
+from mel_lite.memory import vllm as vllm_memory
+from mel_lite.memory.formulas import Shape
+from mel_lite.models.adapters import LoraSpec, adapter_rank
+from mel_lite.recipe import Recipe
+
+DEFAULTS: dict[str, Any] = {
+    "algorithm": "mel",
+    "meta_experience": None,
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": None,
+    "generation_batch_size": None,
+    "num_iterations": 1,
+    "beta": 0.0,
+    "use_vllm": False,
+    "max_completion_length": 512,
+    "analysis_max_tokens": 1024,
+    "max_context_tokens": None,
+    "max_cache_tokens": None,
+    "max_micro_batch_tokens": None,
+    "pairs_per_group": 1,
+    "replay_attempts": 1,
+    "replay_control": False,
+    "replay_criterion": "solved",
+    "gradient_checkpointing": True,
+    "grad_norm_every": 0,
+    "optim": "adamw_torch_fused",
+    "fp16": False,
+}
+"""Options of MELConfig that memory depends on, and their defaults."""
+
+PROMPT_TOKENS = 1024
+"""Assumed where `data.max_prompt_tokens` leaves prompts open."""
+INSTRUCTION_TOKENS = 1024
+"""Allowance for the analysis instructions beside the question and two solutions."""
+MAX_SEQUENCES = 64
+"""Of the transformers engine: most sequences at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that go forward and backward at once, each as (tokens, scored tokens)."""
+
+    rollouts: tuple[tuple[int, int], ...] = ()
+    lessons: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every row."""
+        return tuple(tokens for tokens, _ in self.rollouts + self.lessons)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Of all rows together."""
+        return sum(scored for _, scored in self.rollouts + self.lessons)
+
+
+def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: int) -> tuple[tuple[int, int], ...]:
+    """As many equal rows as fill the budget without a gap; one row that is longer stays as it is."""
+    rows = max(1, min(most_rows, math.ceil(budget_tokens / row_tokens)))
+    length = row_tokens if rows == 1 else min(row_tokens, budget_tokens // rows)
+    return ((length, min(scored_tokens, length - 1)),) * rows
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMCard:
+    """The card that vLLM takes a share of."""
+
+    total_bytes: int
+    free_bytes: int
+    """Of it, when it was looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMShare:
+    """How vLLM samples from the trained weights."""
+
+    card: VLLMCard
+    rank: int
+    """Of the largest adapter it makes room for."""
+    sequences: int
+    """Most it samples at once."""
+    utilization: float | None = None
+    """Share of the card; None = not chosen yet: the least it can do with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Everything a recipe says that memory depends on; tokens are the longest, counts are of one generation batch."""
+
+    shape: Shape
+    four_bit: bool
+    double_quant: bool
+    element_bytes: int
+    fp16: bool
+    lora: tuple[int, ...]
+    """Elements of each LoRA tensor."""
+    prompt_tokens: int
+    completion_tokens: int
+    context_tokens: int
+    analysis_tokens: int
+    evaluated_tokens: int
+    """New tokens of an evaluation's longest answer; 0 without one."""
+    completions: int
+    micro_batch: int
+    pairs: int
+    replays: int
+    max_cache_tokens: int | None
+    max_micro_batch_tokens: int | None
+    checkpointing: bool
+    optim: str
+    measures_gradients: bool
+    scores_rollouts: bool
+    exports: bool
+    assumes_prompts: bool
+    """Whether nothing bounds the prompts, so that their length is a guess."""
+    max_seq_length: int | None = None
+    """As the recipe bounds sequences for Unsloth and vLLM; None = as long as they are."""
+    vllm: VLLMShare | None = None
+    """None: transformers' generation, or Unsloth's own."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the loaded base model."""
+        options: dict[str, Any] = {"double_quant": self.double_quant, "element_bytes": self.element_bytes}
+        return formulas.weight_bytes(self.shape, four_bit=self.four_bit, **options)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of one LoRA weight. TRL keeps the adapter of a quantised base in bfloat16, PEFT that of a 16-bit base in
+        float32; float16 training needs float32 for its gradient scaler."""
+        return 2 if self.four_bit and not self.fp16 else 4
+
+    @property
+    def lessons_per_micro_batch(self) -> int:
+        """Most lessons that ride with one micro-batch."""
+        return math.ceil(self.pairs / max(1, self.completions // self.micro_batch))
+
+    @property
+    def rollout_tokens(self) -> int:
+        """Longest rollout."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def lesson_tokens(self) -> int:
+        """Longest row of a lesson."""
+        return self.context_tokens + self.analysis_tokens
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of the fullest micro-batch, all of its rows together."""
+        return self.micro_batch * self.rollout_tokens + self.lessons_per_micro_batch * self.lesson_tokens
+
+    @property
+    def fullest_parts(self) -> tuple[Part, ...]:
+        """The parts a micro-batch can be taken in that hold the most, of which the worst counts.
+
+        Under a token budget rows of any length may fill it, so that it is full whatever its multiple: rollouts with
+        their prompts at full length, rollouts that are nearly all completion, lessons, and a lesson among rollouts.
+        """
+        lessons, budget = self.lessons_per_micro_batch, self.max_micro_batch_tokens
+        rollout, lesson = (self.rollout_tokens, self.completion_tokens), (self.lesson_tokens, self.analysis_tokens)
+        if budget is None or budget >= self.micro_batch_tokens:
+            return (Part((rollout,) * self.micro_batch, (lesson,) * lessons),)
+        parts = [
+            Part(_filled(budget, self.micro_batch, *rollout)),
+            Part(_filled(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens)),
+        ]
+        if lessons:
+            parts.append(Part((), _filled(budget, lessons, *lesson)))
+        if lessons and budget > self.lesson_tokens:
+            beside = _filled(budget - self.lesson_tokens, self.micro_batch, *rollout)
+            parts.append(Part(beside, (lesson,)))
+        return tuple(parts)
+
+    @property
+    def sampled(self) -> dict[str, tuple[int, int, int]]:
+        """Per phase that samples: number of sequences, prompt and new tokens of the longest."""
+        phases = {"rollout": (self.completions, self.prompt_tokens, self.completion_tokens)}
+        if self.pairs:
+            replay_tokens = self.prompt_tokens + self.analysis_tokens + formulas.PREFIX_TOKENS
+            phases["analysis"] = (self.pairs, self.context_tokens, self.analysis_tokens)
+            phases["replay"] = (self.replays, replay_tokens, self.completion_tokens)
+        return phases
+
+    @property
+    def longest_sampled(self) -> int:
+        """Tokens of the longest sequence that is sampled, its prompt included; an evaluation's are, too."""
+        trained = max(prompt + new for _, prompt, new in self.sampled.values())
+        return max(trained, self.prompt_tokens + self.evaluated_tokens)
+
+    @property
+    def vllm_context_tokens(self) -> int:
+        """Longest sequence that vLLM is asked to make room for."""
+        return self.max_seq_length or self.longest_sampled
+
+    @property
+    def vllm_overhead_bytes(self) -> int:
+        """vLLM's share without weights and cache."""
+        assert self.vllm is not None
+        rank, sequences = self.vllm.rank, self.vllm.sequences
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        return vllm_memory.overhead_bytes(self.shape, sequences, rank, **options)
+
+    def share_of(self, cache_tokens: int) -> int:
+        """Bytes of vLLM's share with a cache of so many tokens, but no less than it takes for the longest sequence."""
+        assert self.vllm is not None
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        longest = self.vllm_context_tokens
+        least = vllm_memory.share_to_be_granted_bytes(self.shape, longest, self.vllm.rank, **options)
+        held = max(cache_tokens, longest) + vllm_memory.BLOCK_TOKENS  # one block is begun
+        cache = formulas.kv_cache_bytes(self.shape, held, self.element_bytes)
+        return max(least, self.weight_bytes + self.vllm_overhead_bytes + cache)
+
+    @property
+    def share_bytes(self) -> int:
+        """vLLM's share: as set, but what Unsloth leaves to training; or the least it can do with."""
+        assert self.vllm is not None
+        if self.vllm.utilization is None:
+            return self.share_of(0)
+        total_bytes = self.vllm.card.total_bytes
+        left = vllm_memory.left_to_training_bytes(self.shape, self.vllm_context_tokens)
+        return min(int(self.vllm.utilization * total_bytes), total_bytes - left)
+
+    @property
+    def vllm_cache_tokens(self) -> int:
+        """Tokens that vLLM's cache has room for."""
+        left = self.share_bytes - self.weight_bytes - self.vllm_overhead_bytes
+        return vllm_memory.cache_tokens(self.shape, left, self.element_bytes)
+
+    @property
+    def vllm_granted_tokens(self) -> int:
+        """Longest sequence that it would be started for: what its cache holds, and what Unsloth thinks it does."""
+        assert self.vllm is not None
+        options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
+        granted = vllm_memory.granted_tokens(self.shape, self.share_bytes, self.vllm.rank, **options)
+        return min(granted, self.vllm_cache_tokens)
+
+    def at_once(self, phase: str) -> int:
+        """Sequences of a phase that the engine samples together; vLLM those that its cache holds at full length."""
+        sequences, prompt_tokens, new_tokens = self.sampled[phase]
+        if self.vllm is not None:
+            held = self.vllm_cache_tokens // (prompt_tokens + new_tokens)
+            return max(1, min(sequences, self.vllm.sequences, held))
+        most = min(sequences, MAX_SEQUENCES)
+        if self.max_cache_tokens is None:
+            return most
+        return max(1, min(most, self.max_cache_tokens // (prompt_tokens + new_tokens)))
+
+
+def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -> Workload:
+    """What a recipe asks of a model of this shape; `vllm_on` None where something else than vLLM samples.
+
+    Raises: ConfigError for full fine-tuning, which is not predicted, and for values that no run could have.
+    """
+    if recipe.lora is None:
+        raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Give section `lora` its options.")
+    option = {key: option_of(recipe, key) for key in DEFAULTS}
+    micro, accumulation = option["per_device_train_batch_size"], option["gradient_accumulation_steps"]
+    steps = option["steps_per_generation"] or accumulation
+    completions = option["generation_batch_size"] or micro * steps
+    prompts = max(1, completions // option["num_generations"])
+    most_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
+    per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
+    pairs = prompts * per_group if with_lessons(recipe) else 0
+    control = option["replay_control"] or option["replay_criterion"] == "uplift"
+    prompt, completion = _rollout_tokens(recipe, shape)
+    context = prompt + 2 * completion + INSTRUCTION_TOKENS
+    whole = shape.context
+    if option["max_context_tokens"] is None and recipe.model.max_seq_length is not None:
+        whole = min(whole, recipe.model.max_seq_length)
+    for bound in (option["max_context_tokens"], whole - option["analysis_max_tokens"]):
+        context = min(context, bound) if bound and bound > 0 else context
+    return Workload(
+        shape=shape,
+        four_bit=recipe.model.load_in_4bit,
+        double_quant=recipe.model.double_quant,
+        element_bytes=4 if recipe.model.dtype == "float32" else 2,
+        fp16=bool(option["fp16"]),
+        lora=_adapter(recipe.lora, shape),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        context_tokens=context,
+        analysis_tokens=option["analysis_max_tokens"],
+        evaluated_tokens=recipe.eval.max_new_tokens or completion if recipe.data.eval else 0,
+        completions=completions,
+        micro_batch=micro,
+        pairs=pairs,
+        replays=pairs * option["replay_attempts"] * (2 if control else 1),
+        max_cache_tokens=option["max_cache_tokens"],
+        max_micro_batch_tokens=option["max_micro_batch_tokens"],
+        checkpointing=bool(option["gradient_checkpointing"]),
+        optim=str(option["optim"]),
+        measures_gradients=bool(option["grad_norm_every"]),
+        # TRL scores them where vLLM sampled, its own or ours, for its importance weights.
+        scores_rollouts=vllm_on is not None
+        or option["use_vllm"]
+        or option["beta"] != 0
+        or accumulation % (steps * option["num_iterations"]) != 0,
+        exports=recipe.export.format is not None,
+        assumes_prompts=recipe.data.max_prompt_tokens is None,
+        max_seq_length=recipe.model.max_seq_length,
+        vllm=None if vllm_on is None else _vllm_share(recipe, vllm_on, max(completions, pairs)),
+    )
+
+
+def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:
+    """Prompt and new tokens of the longest rollout; longer prompts are left out of a run."""
+    completion, prompt = option_of(recipe, "max_completion_length"), recipe.data.max_prompt_tokens
+    if prompt is not None and prompt < 1:
+        raise ConfigError(f"data.max_prompt_tokens={prompt} must be at least 1, or null. Set data.max_prompt_tokens.")
+    if completion >= shape.context:
+        raise ConfigError(
+            f"train.max_completion_length={completion} leaves no room for a prompt in the model's context of "
+            f"{shape.context} tokens. Lower train.max_completion_length."
+        )
+    return min(prompt or PROMPT_TOKENS, shape.context - completion), completion
+
+
+def _adapter(lora: LoraSpec, shape: Shape) -> tuple[int, ...]:
+    """Elements of each LoRA tensor."""
+    sizes = formulas.lora_sizes(shape, adapter_rank(lora), lora.target_modules)
+    if not sizes:
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r} names no linear layer of the model. It has "
+            f"{', '.join(shape.linears)}."
+        )
+    return tuple(sizes)
+
+
+def _vllm_share(recipe: Recipe, card: VLLMCard, sequences: int) -> VLLMShare:
+    assert recipe.lora is not None
+    spec = recipe.model
+    rank = spec.max_lora_rank or adapter_rank(recipe.lora)
+    most = spec.max_num_seqs or min(sequences, vllm_memory.MOST_SEQUENCES)
+    return VLLMShare(card, rank, most, spec.gpu_memory_utilization)
+
+
+def with_lessons(recipe: Recipe) -> bool:
+    """Whether the run writes meta-experiences and learns from them."""
+    wanted = option_of(recipe, "meta_experience")
+    return bool(option_of(recipe, "algorithm") == "mel" if wanted is None else wanted)
+
+
+def option_of(recipe: Recipe, key: str) -> Any:
+    """An option of `train`, or its default. Raises ConfigError for a value no plan can be made with."""
+    default = DEFAULTS[key]
+    value = recipe.train.get(key, default)
+    counts = type(default) is int or key in (
+        "steps_per_generation",
+        "generation_batch_size",
+        "max_context_tokens",
+        "max_cache_tokens",
+        "max_micro_batch_tokens",
+    )
+    if counts and not (value is None and default is None):
+        least = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
+        if type(value) is not int or value < least:
+            raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {least}. Set train.{key}.")
+    return value

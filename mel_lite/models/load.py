@@ -1,0 +1,346 @@
+"""Base models and tokenizers: which one, loaded how.
+
+Weights come from safetensors only, and no code from a model's repository is ever run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mel_lite.errors import ConfigError, MelLiteError, ModelError
+from mel_lite.models.attention import attention_for
+from mel_lite.models.demo import demo_model_dir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+"""Model name that stands for the demo model of `mel_lite.models.demo`."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("auto", "unsloth", "hf")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which base model to load, and how. `trust_remote_code` is not an option: repository code is never run.
+
+    Raises: ConfigError for a value outside its range.
+    """
+
+    name: str
+    """Hub id, local folder, or `demo`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; None = its main branch."""
+    dtype: str = "auto"
+    """`auto`: bfloat16 where the GPU computes in it, float16 on older GPUs (T4), float32 on CPU. With `load_in_4bit` it
+    is the dtype of the layers that stay unquantised and of the arithmetic."""
+    load_in_4bit: bool = False
+    """Quantise the linear layers (not the head) to 4 bits while loading: QLoRA."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    """Quantise the scales too: 0.4 bits less per weight."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
+    engine: Literal["auto", "unsloth", "hf"] = "auto"
+    """What loads the model of a run and samples from it: Unsloth, or transformers. `auto`: Unsloth where there are a
+    CUDA device and the package."""
+    fast_inference: bool = True
+    """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory vLLM may take while it samples; None = as `--gpu` plans, else what Unsloth picks."""
+    max_num_seqs: int | None = None
+    """Most sequences vLLM samples at once; None = as `--gpu` plans, else what Unsloth picks."""
+    max_lora_rank: int | None = None
+    """Largest rank vLLM makes room for; None = that of the adapter."""
+    max_seq_length: int | None = None
+    """Most tokens of a sequence Unsloth and vLLM make room for; None = the longest of the run."""
+    use_gradient_checkpointing: bool | Literal["unsloth"] | None = None
+    """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = as `train.gradient_checkpointing`."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}. Set model.engine.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must lie between 0 and 1: it is a share of the "
+                "GPU's memory. Set model.gpu_memory_utilization."
+            )
+        for name in ("max_num_seqs", "max_lora_rank", "max_seq_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1, or null. Set model.{name}.")
+        if not self.name:
+            raise ConfigError("model name is empty. Give a Hub id (Qwen/Qwen3-4B-Base), a local folder, or `demo`.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}. Set dtype.")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f"quant_type={self.quant_type!r} is not one of nf4, fp4. Set quant_type.")
+        if "/" in (self.attn_implementation or ""):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is code from a "
+                "repository; that is never run. Set sdpa, eager, or an installed one such as flash_attention_2."
+            )
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype a spec's `dtype` stands for on this machine."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left, with a pad token that is not the end-of-sequence token if it has one.
+
+    A tokenizer saved in the folder `saved_in` (a checkpoint or adapter) is taken instead of the base model's, so that a
+    chat template changed for training is kept.
+    The vocabulary is never extended. Logs a warning when there is no chat template, and when the template ends an
+    assistant's turn with another token than the tokenizer's eos (generation would then run on).
+
+    Raises: ModelError when it cannot be loaded or has no eos token.
+    """
+    from transformers import AutoTokenizer
+
+    if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
+        path, revision = str(saved_in), None
+    else:
+        path, revision = locate(spec.name), spec.revision
+    with model_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"tokenizer of {spec.name!r} has no eos token, so an answer could never end. Set `eos_token` in its "
+            "tokenizer_config.json."
+        )
+    tokenizer.padding_side = "left"
+    _choose_pad_token(tokenizer)
+    if tokenizer.chat_template is None:
+        logger.warning("%s has no chat template: conversations are written as plain text.", spec.name)
+        return tokenizer
+    with model_errors(path):
+        end = turn_end_id(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
+        logger.warning(
+            "%s: the chat template ends a turn with %s but eos is %s; make sure that generation stops at both.",
+            spec.name,
+            tokenizer.convert_ids_to_tokens(end),
+            tokenizer.eos_token,
+        )
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    candidates = [token for token in special if "pad" in token.lower()] + ["<|endoftext|>", tokenizer.unk_token]
+    known = tokenizer.get_vocab()
+    tokenizer.pad_token = next(
+        (token for token in candidates if token in known and token != tokenizer.eos_token), tokenizer.eos_token
+    )
+    logger.info("pad token set to %s", tokenizer.pad_token)
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token with which the chat template ends an assistant's turn; None when there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    marker = "last-words"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    after = tokenizer(text.rsplit(marker, 1)[-1], add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((token for token in after if token in special), None)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's eos, and those the model's generation config names.
+
+    The same rule as TRL's, so that evaluation stops where training does.
+    """
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *ids]))
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The model's configuration alone, without its weights. Raises ModelError as `load_base` does."""
+    from transformers import AutoConfig
+
+    path = locate(spec.name)
+    with model_errors(spec.name):
+        config = AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+        _refuse_hub_kernels(path, spec)
+        return config
+
+
+def _refuse_hub_kernels(path: str, spec: ModelSpec) -> None:
+    """A config may name a kernel on the Hub for its attention or experts, which transformers would fetch and run."""
+    from transformers import PreTrainedConfig
+
+    loaded, _ = PreTrainedConfig.get_config_dict(path, revision=spec.revision)
+    for key, value in _items(loaded):
+        if "implementation" in key and "/" in str(value):
+            raise ModelError(
+                f"model={spec.name!r}: its config.json sets {key}={value!r}, a kernel on the Hub, which is code from a "
+                "repository; that is never run. Remove the key from the file."
+            )
+
+
+def _items(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested dicts with its value."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield str(key), value
+        yield from _items(value)
+
+
+def load_base(spec: ModelSpec) -> PreTrainedModel:
+    """The base model in evaluation mode, on the GPU when there is one. 4-bit works on a CPU too.
+
+    Raises: ModelError when it cannot be found, reached or loaded; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = resolve_dtype(spec.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "device_map": _device_map(spec)}
+    if attention := attention_for(spec.attn_implementation):
+        options["attn_implementation"] = attention
+    if spec.load_in_4bit:
+        options["quantization_config"] = _four_bit(spec, dtype)
+    path = locate(spec.name)
+    with model_errors(spec.name):
+        _refuse_hub_kernels(path, spec)
+        load = functools.partial(
+            AutoModelForCausalLM.from_pretrained, path, trust_remote_code=False, use_safetensors=True, **options
+        )
+        try:
+            model = load()
+        except ValueError:
+            if attention in (None, spec.attn_implementation):
+                raise
+            model = load(attn_implementation=None)  # one of the few that SDPA does not serve
+    keep_four_bit_layout(model)
+    return model
+
+
+def _device_map(spec: ModelSpec) -> dict[str, str] | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return {"": f"cuda:{os.environ.get('LOCAL_RANK', '0')}"}
+    return {"": "cpu"} if spec.load_in_4bit else None
+
+
+def _four_bit(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quant_type,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_four_bit_layout(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' CPU inference layout, where there is one.
+
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode repacks a 4-bit weight for a bfloat16 kernel
+    that has no backward pass, and the weight stays so: training after generating would silently lose the gradient of
+    every layer below, and sampling would use other arithmetic than training. `load_base` has done this already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def context_length(model_or_config: Any) -> int:
+    """Most tokens (prompt + completion) the model has positions for.
+
+    Raises: ModelError when its config does not say.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        if isinstance(value := getattr(text, name, None), int) and value > 0:
+            return value
+    raise ModelError(f"config of {config.model_type!r} does not state its context length. Set max_position_embeddings.")
+
+
+def locate(name: str) -> str:
+    """A path or Hub id transformers can load. Raises ModelError for a local folder that is no model."""
+    if name == DEMO:
+        return str(demo_model_dir())
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"model={name!r}: no such folder. Check the path, or give a Hub id (owner/name).")
+        return name
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"model={name!r} is a LoRA adapter, not a base model. Give its base as model.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model={name!r} has no config.json, so it is not a model folder. Check the path.")
+    return str(path)
+
+
+@contextmanager
+def model_errors(name: str) -> Iterator[None]:
+    """Turn what transformers and the Hub client raise while loading `name` into a ModelError that says what to do."""
+    import torch
+
+    try:
+        yield
+    except (MelLiteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a garbled file meets whatever its reader did not expect
+        raise ModelError(f"model={name!r}: {_advice(name, error)}") from error
+
+
+def _advice(name: str, error: BaseException) -> str:
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(map(str, chain))
+
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    if raised(hub.GatedRepoError):
+        return f"the repository is gated. Accept its terms at https://huggingface.co/{name}, then `hf auth login`."
+    if raised(hub.RevisionNotFoundError):
+        return "the repository has no such revision. Set revision to an existing branch, tag or commit."
+    if raised(hub.RepositoryNotFoundError):
+        return "no such repository on the Hub, or it is private. Check the spelling, or `hf auth login`."
+    if raised(hub.LocalEntryNotFoundError, ConnectionError) or "couldn't connect" in text:
+        return (
+            "not in the local cache, and the Hub cannot be reached. Connect to the network, give a local folder, or "
+            "use the demo model (model=demo), which comes from the Python package index."
+        )
+    if raised(hub.HFValidationError):
+        return "neither an existing folder nor a Hub id (owner/name). Check the spelling."
+    if "trust_remote_code" in text:
+        return "it needs code from its repository, which MEL-Lite never runs. Use a model that transformers itself has."
+    if "safetensors" in text and ("no file named" in text or "does not appear" in text):
+        return "it has no safetensors weights, and pickled ones are never loaded. Convert it with `save_pretrained`."
+    if isinstance(error, ImportError) and "bitsandbytes" in text:
+        return f"{error}. 4-bit loading needs `pip install bitsandbytes`."
+    if isinstance(error, (OSError, ValueError, ImportError)):
+        return str(error)
+    return f"its files are garbled ({type(error).__name__}: {error}). Get them again, or use another model."

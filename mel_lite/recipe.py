@@ -1,0 +1,250 @@
+"""From a preset, a YAML file and flags to one resolved recipe: what a run does, and where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mel_lite.errors import ConfigError
+from mel_lite.models.adapters import LoraSpec
+from mel_lite.models.load import ModelSpec
+
+GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
+"""`--gpu` value -> file in `mel_lite/configs/`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """Which tasks to train and evaluate on. Specs: `demo`, a file, a Hub id, or `reasoning-gym:<task>`."""
+
+    train: str = "demo"
+    eval: str | None = None
+    split: str | None = None
+    """Split of `train`; None = its training split."""
+    eval_split: str | None = None
+    """Split of `eval`; None = its training split."""
+    limit: int | None = None
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out; None = all that leave room for a completion in the model's context."""
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+    conversational: bool | None = None
+    """Turn plain questions into a user turn; None = when the tokenizer has a chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How the model is measured before and after training."""
+
+    limit: int | None = None
+    k: int = 8
+    temperature: float = 0.6
+    max_new_tokens: int | None = None
+    """None = `train.max_completion_length`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What is written at the end beside the adapter."""
+
+    format: Literal["merged-16bit", "f16", "q8_0", "q4_k_m"] | None = "merged-16bit"
+    """`merged-16bit`; a GGUF type, where llama.cpp's tools are installed; or null for the adapter alone."""
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+
+
+SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": EvalOptions, "export": ExportOptions}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A resolved run. `train` holds MELConfig options, checked when the MELConfig is built."""
+
+    model: ModelSpec
+    lora: LoraSpec | None
+    data: DataOptions
+    eval: EvalOptions
+    export: ExportOptions
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def as_yaml(self) -> str:
+        """The recipe as a file that `--config` reads back to an equal recipe."""
+        sections: dict[str, Any] = {
+            name: None if getattr(self, name) is None else _plain(getattr(self, name)) for name in SECTIONS
+        }
+        return yaml.safe_dump({**sections, "train": self.train}, sort_keys=False)
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in fields(section)}
+
+
+def resolve(
+    *, preset: str | None = None, config: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Preset, then file, then overrides (`a.b`, value), later ones winning.
+
+    Raises: ConfigError for an unknown preset, section or key (with the nearest known one), or a value of a wrong type.
+    """
+    values: dict[str, Any] = {name: {} for name in [*SECTIONS, "train"]}
+    if preset is not None:
+        _merge(values, _load_preset(preset), f"preset {preset}")
+    if config is not None:
+        _merge(values, _load_yaml(config), str(config))
+    for dotted, value in overrides:
+        section, dot, key = dotted.partition(".")
+        if not dot:
+            raise ConfigError(f"--set {dotted}={value}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
+        _merge(values, {section: {key: value}}, f"--set {dotted}")
+    if "name" not in values["model"]:
+        raise ConfigError("No model is named. Use --gpu, --model, or set model.name in the --config file.")
+    return _build(values)
+
+
+def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
+    for section, options in new.items():
+        if section not in values:
+            raise ConfigError(f"{origin}: unknown section {section!r}{suggest(section, values)}")
+        if options is None:
+            if section != "lora":
+                raise ConfigError(f"{origin}: section {section!r} is empty. Remove it, or give it options.")
+            values[section] = None
+            continue
+        if not isinstance(options, dict):
+            raise ConfigError(f"{origin}: section {section!r} is {options!r}; it must hold `key: value` lines.")
+        known = [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else None
+        for key in options:
+            if known is not None and key not in known:
+                raise ConfigError(f"{origin}: unknown key {section}.{key}{suggest(key, known)}")
+        values[section] = {**(values[section] or {}), **options}
+
+
+def suggest(name: str, known: Any) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
+
+
+def _build(values: dict[str, Any]) -> Recipe:
+    built: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        if values[name] is None:
+            built[name] = None
+            continue
+        hints = get_type_hints(kind)
+        built[name] = kind(**{key: _typed(f"{name}.{key}", value, hints[key]) for key, value in values[name].items()})
+    return Recipe(**built, train=values["train"])
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as one of the types a field allows; numbers may be written as text, as YAML reads 1e-5."""
+    union = get_origin(hint) in (Union, UnionType)
+    members = get_args(hint) if union else (hint,)
+    allowed = [get_origin(member) or member for member in members]
+    choices = [text for member in members if get_origin(member) is Literal for text in get_args(member)]
+    if value is None and NoneType in allowed:
+        return None
+    if isinstance(value, str) and (str in allowed or value in choices):
+        return value
+    if isinstance(value, bool) or bool in allowed:
+        if isinstance(value, bool) and bool in allowed:
+            return value
+    elif isinstance(value, int) and int in allowed:
+        return value
+    elif isinstance(value, (int, float, str)) and float in allowed:
+        with suppress(ValueError):
+            return float(value)
+    elif isinstance(value, list) and Sequence in allowed:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and str in allowed:
+        return str(value)  # a revision that looks like a number
+    names = {NoneType: "null", Sequence: "a list"}
+    wanted = choices or [names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in allowed]
+    raise ConfigError(f"{key}={value!r} must be {' or '.join(map(str, wanted))}. Set {key}.")
+
+
+def _load_preset(preset: str) -> dict[str, Any]:
+    name = GPU_PRESETS.get(preset)
+    if name is None:
+        raise ConfigError(f"--gpu {preset!r} is no preset{suggest(preset, GPU_PRESETS)}")
+    return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}. Name a readable YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"--config {path} holds {type(loaded).__name__}, not sections ({', '.join(SECTIONS)}, train)."
+        )
+    return loaded
+
+
+def keys_of(path: Path) -> set[str]:
+    """Every `section.key` that a recipe file sets. Raises ConfigError when it cannot be read."""
+    sections = {section: options for section, options in _load_yaml(path).items() if isinstance(options, dict)}
+    return {f"{section}.{key}" for section, options in sections.items() for key in options}
+
+
+def value_in(path: Path | None, key: str) -> Any:
+    """What a recipe file says of `section.key`; None where it says nothing, and without a file."""
+    section, _, name = key.partition(".")
+    options = None if path is None else _load_yaml(path).get(section)
+    return options.get(name) if isinstance(options, dict) else None
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`.
+
+    YAML reads 1e-5 as text; it becomes a number where a field wants one.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
+    return key.strip(), parsed
+
+
+def build_args(recipe: Recipe, output_dir: Path) -> Any:
+    """The MELConfig of a recipe. Raises ConfigError for an unknown key (with a suggestion) or a bad value."""
+    from mel_lite.config import MELConfig
+
+    known = [f.name for f in fields(MELConfig) if f.init]
+    for key in recipe.train:
+        if key not in known or key == "output_dir":
+            raise ConfigError(f"unknown key train.{key}{suggest(key, known)}")
+    numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
+    # TRL's fields are checked by TRL; their annotations do not all resolve without optional packages.
+    ours = get_type_hints(type("Ours", (), {"__annotations__": MELConfig.__annotations__}))
+    options = {}
+    for key, value in recipe.train.items():
+        options[key] = value
+        if key in ours:
+            options[key] = _typed(f"train.{key}", value, ours[key])
+        elif key in numeric and isinstance(value, str):
+            try:
+                options[key] = float(value)
+            except ValueError:
+                if "str" not in str(MELConfig.__dataclass_fields__[key].type):
+                    raise ConfigError(f"train.{key}={value!r} is not a number. Set train.{key}.") from None
+    try:
+        return MELConfig(output_dir=str(output_dir), **options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"section 'train': {error}") from error

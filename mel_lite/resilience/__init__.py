@@ -1,0 +1,1 @@
+"""What keeps a long run alive: checkpoints, resume, signals, non-finite updates, collapse."""

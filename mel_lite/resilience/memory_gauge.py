@@ -1,0 +1,70 @@
+"""What measures the peak of memory in use while something runs: on the GPU, or of this process."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mel_lite.memory.formulas import CONTEXT_BYTES
+
+
+class Gauge(Protocol):
+    """Measures the peak of what is used since `start`."""
+
+    def start(self) -> None: ...
+
+    def peak_bytes(self) -> int: ...
+
+
+class GpuGauge:
+    """What this process takes of the GPU, whatever allocated it.
+
+    Memory in use on the device now, and what PyTorch's allocator held above that at its peak. The allocator's own
+    figures alone would not do: it counts vLLM's cache on while that sleeps. What was in use when the gauge was made is
+    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded.
+    """
+
+    def __init__(self) -> None:
+        some = torch.ones(64, 64, device="cuda")
+        (some @ some).sum().item()  # cuBLAS is loaded: it is in the allowance
+        del some
+        torch.cuda.empty_cache()
+        self._before_bytes = self._used_bytes()
+
+    def start(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        torch.cuda.synchronize()
+        above_now = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+        return self._used_bytes() - self._before_bytes + above_now + CONTEXT_BYTES
+
+    @staticmethod
+    def _used_bytes() -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return total_bytes - free_bytes
+
+
+class HostGauge:
+    """Peak resident memory of this process, from Linux' /proc; 0 elsewhere."""
+
+    def start(self) -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+    def peak_bytes(self) -> int:
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+
+def gauge_here() -> Gauge:
+    """The gauge for the device that trains."""
+    return GpuGauge() if torch.cuda.is_available() else HostGauge()

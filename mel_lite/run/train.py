@@ -1,0 +1,338 @@
+"""One training run from recipe to exported model, with everything it leaves in the run folder.
+
+config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  adapter/  merged-16bit/  eval/
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import TrainerCallback
+
+from mel_lite.config import MELConfig
+from mel_lite.data.tasks import load_tasks, recommended_verifier
+from mel_lite.engines import distributed
+from mel_lite.engines.distributed import SplitEngine
+from mel_lite.engines.unsloth import is_unsloth
+from mel_lite.engines.vllm import VLLMEngine
+from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
+from mel_lite.evaluate import EvalResult, evaluate
+from mel_lite.export.gguf import GGUF_TYPES, find_tools
+from mel_lite.lessons.prompts import load_templates, render
+from mel_lite.memory.plan import shape_for
+from mel_lite.memory.predict import predict
+from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
+from mel_lite.models.adapters import lora_config
+from mel_lite.models.load import context_length, load_config, load_tokenizer
+from mel_lite.recipe import Recipe, build_args, resolve
+from mel_lite.resilience import checkpoint_files
+from mel_lite.resilience.memory_gauge import Gauge, gauge_here
+from mel_lite.resilience.resume_checks import check_changes
+from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
+from mel_lite.run.display import LiveDisplay, peaks_table
+from mel_lite.run.finish import export_trained, print_summary, release, save
+from mel_lite.run.folder import run_folder
+from mel_lite.run.load_model import load_for_training
+from mel_lite.trainer import MELTrainer
+from mel_lite.verify.verifiers import get_verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """Datasets of a run, prompts ready for the model's chat template or plain."""
+
+    train: Any
+    held_out: Any | None
+    dropped_long: int
+    """Training prompts left out because prompt and completion do not fit the context together."""
+    longest_prompt_tokens: int
+    """Of those that are trained on."""
+
+
+def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
+    """Load and check the datasets of a recipe.
+
+    Raises: DataError for malformed rows, and when no prompt fits the model's context.
+    """
+    options = recipe.data
+    conversational = options.conversational
+    if conversational is None:
+        conversational = tokenizer.chat_template is not None
+    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    shared: dict[str, Any] = columns | {"system_prompt": options.system_prompt, "conversational": conversational}
+    train = load_tasks(options.train, split=options.split, limit=options.limit, **shared)
+    held_out = None
+    if options.eval:
+        held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
+    room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
+    room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
+
+    kwargs = args.chat_template_kwargs
+    lengths = [len(render(row["prompt"], tokenizer, chat_template_kwargs=kwargs)) for row in train]
+    fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
+    if len(fits) == 0:
+        raise DataError(
+            f"None of the {len(train)} prompts of {options.train!r} leaves room for max_completion_length="
+            f"{args.max_completion_length} in the model's context. Lower train.max_completion_length."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if len(fits) < prompts:
+        raise DataError(
+            f"{options.train!r} has {len(fits)} usable rows, but one step takes {prompts} different prompts. Lower "
+            "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
+        )
+    longest = max(length for length in lengths if length <= room_tokens)
+    return Tasks(fits, held_out, len(train) - len(fits), longest)
+
+
+def check(recipe: Recipe, folder: Path) -> MELConfig:
+    """Everything about a recipe that can be known before a model is loaded.
+
+    Raises: ConfigError, VerifierError; ExportError when the export needs programs that are not here.
+    """
+    for key in DEFAULTS:
+        option_of(recipe, key)
+    args = build_args(recipe, folder)
+    args.verifier = args.verifier or recommended_verifier(recipe.data.train)
+    args.disable_tqdm = True
+    if args.verifier is not None:
+        get_verifier(args.verifier)
+    load_templates(args.templates)
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
+    if recipe.export.format in GGUF_TYPES:
+        find_tools(recipe.export.format, folder)
+    return args
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    worst_case: bool | None = None,
+    budget_bytes: int | None = None,
+) -> None:
+    """Train, evaluate before and after, save the adapter, export, and print what came of it.
+
+    `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
+    (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+
+    Args:
+        worst_case: take the worst step before the first and compare its memory with the plan; None = on a GPU.
+        budget_bytes: memory the run may take; None = as much as there is.
+    Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
+    """
+    on_cpu = bool(recipe.train.get("use_cpu"))
+    folder = distributed.on_first(lambda: folder, cpu=on_cpu)
+    args = check(recipe, folder)
+    if resume and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Name the run's folder with --output-dir.")
+    leads = distributed.rank() == 0
+    console = console if leads else Console(quiet=True)
+    with ExitStack() as claim:
+        distributed.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
+        started_s = time.monotonic()
+        resume = distributed.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
+        gauge = _gauge(worst_case, console)  # made before a model takes anything
+        tokenizer = load_tokenizer(recipe.model)
+        tasks = load_run_tasks(recipe, args, tokenizer)
+        console.print(
+            f"[bold]{escape(recipe.model.name)}[/] learns {escape(recipe.data.train)} with {args.algorithm}: "
+            f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
+            + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+        )
+        if tasks.dropped_long:
+            console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
+        trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
+        if leads and not resume:
+            _write_config(recipe, folder)
+        elif leads:
+            trainer.add_callback(_OnceAccepted(recipe, folder))
+        if gauge is not None:
+            _worst_step_first(trainer, _as_long_as(recipe, tasks), console, gauge, budget_bytes)
+        # After the worst step, which is there to save the time that this takes, too.
+        path = folder / "eval" / "before.json"
+        before = _EvaluatedBefore(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
+        trainer.add_callback(before)
+        _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
+        adapter_dir = save(trainer, recipe, folder) if leads else folder  # before anything else can go wrong
+        after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
+        trainer.accelerator.wait_for_everyone()
+        if leads:
+            apart = is_unsloth(trainer.model)
+            release(trainer)
+            exported = export_trained(recipe, adapter_dir, folder, console, apart=apart)
+            elapsed_s = time.monotonic() - started_s
+            print_summary(trainer, folder, adapter_dir, exported, before.result, after, elapsed_s, console)
+        trainer.accelerator.end_training()
+
+
+def _gauge(worst_case: bool | None, console: Console) -> Gauge | None:
+    """What measures the worst step; None where none is taken."""
+    if not (torch.cuda.is_available() if worst_case is None else worst_case):
+        return None
+    if distributed.world() > 1:
+        console.print("No worst step first: it is taken on one process only.")
+        return None
+    return gauge_here()
+
+
+def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, allow_change: Sequence[str]) -> None:
+    display = LiveDisplay(console, trainer)
+    trainer.add_callback(display)  # last: nothing else may draw while its bar is there
+    try:
+        trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error, folder) from error
+    finally:
+        display.close()
+
+
+def _write_config(recipe: Recipe, folder: Path) -> None:
+    """The old file or the new one, never half of one: without it a run cannot be resumed."""
+    part = folder / ".config.yaml"
+    part.write_text(recipe.as_yaml())
+    part.replace(folder / "config.yaml")
+
+
+class _EvaluatedBefore(TrainerCallback):
+    """Measures the model before its first step. A resumed run reads what it measured then."""
+
+    def __init__(self, trainer: MELTrainer, evaluation: Callable[[], EvalResult | None]) -> None:
+        self._trainer, self._evaluation = trainer, evaluation
+        self.result: EvalResult | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.result = self._evaluation()
+        self._trainer._stop_together()  # where a signal came in meanwhile
+
+
+class _OnceAccepted(TrainerCallback):
+    """Notes changed options when the checkpoint was taken with them: a refused resume leaves the run as it was."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._recipe, self._folder = recipe, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _write_config(self._recipe, self._folder)
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
+    return EngineError(
+        "Out of GPU memory in training. Go on with --resume and a lower --set train.max_micro_batch_tokens=...; or, "
+        "with a lower train.max_completion_length or train.max_context_tokens, in a new run from a checkpoint: "
+        f"--adapter {folder}/checkpoint-N --output-dir NEW. ({str(error).splitlines()[0]})"
+    )
+
+
+def _as_long_as(recipe: Recipe, tasks: Tasks) -> Recipe:
+    """The recipe with prompts as long as they are, where it does not bound them."""
+    if recipe.data.max_prompt_tokens is not None:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, max_prompt_tokens=tasks.longest_prompt_tokens))
+
+
+def _load_of(trainer: MELTrainer, recipe: Recipe) -> Workload:
+    """What the recipe asks of the memory, with the share that vLLM was really started with."""
+    vllm_on = None
+    if isinstance(trainer.engine.unmetered, VLLMEngine):
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        vllm_on = VLLMCard(total_bytes, free_bytes)
+    return as_started(workload(recipe, shape_for(recipe), vllm_on=vllm_on), trainer.engine.unmetered)
+
+
+def _worst_step_first(
+    trainer: MELTrainer, recipe: Recipe, console: Console, gauge: Gauge, budget_bytes: int | None
+) -> None:
+    """Have the trainer begin with the worst step, where a plan says what that is."""
+    try:
+        load = _load_of(trainer, recipe)
+    except (ModelError, ConfigError) as reason:
+        console.print(f"No worst step first: {reason}", markup=False)
+        return
+
+    def report(peaks: tuple[PhasePeak, ...], change: str) -> None:
+        console.print(peaks_table(peaks, budget_bytes))
+        if change:
+            console.print(f"Too much. Again with {change}")
+
+    predicted = predict(load) if torch.cuda.is_available() else ()
+    console.print("before the first step comes the worst one: everything at full length (--no-worst-case skips it)")
+    trainer.add_callback(WorstStepFirst(trainer, load, predicted, report, gauge=gauge, budget_bytes=budget_bytes))
+
+
+def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
+    """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
+
+    Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
+    """
+    began = resolve(config=folder / "config.yaml")
+    options = [option.name for option in fields(MELConfig)]
+    check_changes(began, recipe, allow_change, known=options, where=str(folder))
+    if checkpoint_files.committed(folder):
+        checkpoint_files.resolve(folder, True)  # fail before minutes of loading
+        return True
+    console.print(f"{escape(str(folder))} has no checkpoint yet: starting from the first step.")
+    for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
+        leftover.unlink(missing_ok=True)
+    return False
+
+
+def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, console: Console) -> MELTrainer:
+    from transformers import PrinterCallback
+
+    model, peft_config = load_for_training(recipe, args, console, prompt_tokens=tasks.longest_prompt_tokens)
+    try:
+        trainer = MELTrainer(
+            model=model,
+            args=args,
+            train_dataset=tasks.train,
+            eval_dataset=tasks.held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except MelLiteError:
+        raise
+    except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of their options
+        raise ConfigError(f"section 'train': {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _evaluation(
+    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, console: Console, *, reuse: bool = False
+) -> EvalResult | None:
+    """Measure the model as it is on the held-out tasks; None when the recipe has none."""
+    if tasks.held_out is None:
+        return None
+    if reuse:  # what there is to measure now is another model
+        return EvalResult.from_json(path.read_text()) if path.is_file() else None
+    with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"), trainer.engine.uncounted():
+        result = evaluate(
+            SplitEngine(trainer.engine) if distributed.world() > 1 else trainer.engine,
+            trainer.processing_class,
+            tasks.held_out,
+            trainer.judge,
+            k=recipe.eval.k,
+            temperature=recipe.eval.temperature,
+            max_new_tokens=recipe.eval.max_new_tokens or trainer.args.max_completion_length,
+            seed=trainer.args.seed,
+            chat_template_kwargs=trainer.args.chat_template_kwargs,
+            context_tokens=min(context_length(trainer.model), trainer.engine.context_tokens or sys.maxsize),
+        )
+    if distributed.rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(result.to_json() + "\n")
+    return result

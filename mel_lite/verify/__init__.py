@@ -1,0 +1,1 @@
+"""Is an answer right? Verifiers, and the worker processes that run them."""

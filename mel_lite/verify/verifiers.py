@@ -1,0 +1,273 @@
+r"""Is the final answer of a completion the reference answer? Binary verdicts, apart from shaped rewards.
+
+A verifier is `f(completion, answer, **columns)`: the completion's text, the row's reference answer, and those of the
+row's other dataset columns its signature names (all of them with `**kwargs`). Built in:
+
+| name            | right when the answer ...                      | without a marked answer it reads            |
+|-----------------|------------------------------------------------|---------------------------------------------|
+| math            | equals the reference for math-verify           | the last formula or number of the tail      |
+| numeric         | is the same number (`1,234.50`, `$5`, `1/2`)   | the last number                             |
+| exact           | is the same text (case, spaces, final dot)     | the whole completion, then its last line    |
+| multiple-choice | is the same letter A-J                         | a lone letter, or the only `(X)` in the text |
+| reasoning-gym   | scores >= 0.99 with the task's own scorer      | the whole completion                        |
+
+A *marked* answer (`extract_answer`) always wins over these fallbacks, so listing candidates gains nothing. A reference
+no verdict can be drawn from (empty, or not parsed by `math`/`numeric`/`multiple-choice`) gives ABSTAIN.
+
+Answers are hostile text: nothing here evaluates them, and every pass over them is linear. `math` hands them to sympy,
+which may run for hours: call it through `mel_lite.verify.pool.VerifyPool`, which has the deadline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mel_lite.errors import VerifierError
+from mel_lite.types import Verdict
+from mel_lite.verify import extract, gym
+from mel_lite.verify.extract import extract_answer
+
+RIGHT_SCORE = 0.99
+"""A verifier that returns a number says RIGHT from here on: partial credit is not a right answer."""
+MAX_ANSWER_CHARS = 2_000
+"""A longer final answer is WRONG unread: no honest one is, and parsers of nested text are not linear."""
+_MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
+"""Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
+TAIL_CHARS = 2_000
+"""How much of the end of a completion `math` searches when no answer is marked."""
+
+
+def exact(completion: str, answer: str) -> Verdict:
+    """Same text after folding case, spaces, quotes, Markdown and the final dot; no marker: whole text or last line."""
+    gold = extract.normalise(answer)
+    if not gold:
+        return Verdict.ABSTAIN
+    marked = extract_answer(completion)
+    candidates = [marked] if marked is not None else [completion, extract.last_line(completion)]
+    return _verdict(any(extract.normalise(candidate) == gold for candidate in candidates))
+
+
+def numeric(completion: str, answer: str) -> Verdict:
+    """Same number: exactly for integers, else within 2e-6; currency, separators, percent signs and units are ignored.
+
+    A marked answer must hold one number (after its last `=`): `3, 4 or 5` is no answer. No marker: the last number.
+    """
+    gold = extract.sole_number(extract.marked_or_whole(answer))
+    if gold is None:
+        return Verdict.ABSTAIN
+    marked = extract_answer(completion)
+    found = extract.last_number(completion) if marked is None else extract.sole_number(marked)
+    return _verdict(found is not None and extract.same_number(found, gold))
+
+
+def multiple_choice(completion: str, answer: str) -> Verdict:
+    """Same letter A-J: `B`, `(B)`, `B.`, `B) Paris`, `option B`, `the answer is B`."""
+    gold = extract.choice_letter(extract.marked_or_whole(answer))
+    if gold is None:
+        return Verdict.ABSTAIN
+    marked = extract_answer(completion)
+    found = extract.sole_choice(completion) if marked is None else extract.choice_letter(marked)
+    return _verdict(found == gold)
+
+
+def math_verify(completion: str, answer: str) -> Verdict:
+    """Mathematically equal for math-verify: fractions, surds, sets, intervals, matrices, percent, `x = 5` for `5`.
+
+    The reference may be LaTeX or plain. Without a deadline of its own. Raises: MemoryError, which the pool counts.
+    """
+    gold_text = extract.marked_or_whole(answer)
+    if extract.is_word(gold_text):  # a letter product would make anagrams equal
+        return exact(completion, gold_text)
+    gold = _parse_formula(gold_text)
+    if gold is None:
+        return Verdict.ABSTAIN
+    marked = extract_answer(completion)
+    if marked is None:
+        return _verdict(_equal(gold, _parse_prose(extract.clean(completion)[-TAIL_CHARS:])))
+    if len(marked) > MAX_ANSWER_CHARS:
+        return Verdict.WRONG
+    marked = extract.first_sentence(marked)
+    if extract.normalise(marked) == extract.normalise(gold_text):
+        return Verdict.RIGHT
+    if _MISREAD.search(marked):
+        return Verdict.WRONG
+    if _equal(
+        gold, _parse_prose(marked, latex_only=True) if extract.has_math_delimiters(marked) else _parse_formula(marked)
+    ):
+        return Verdict.RIGHT
+    if "=" in marked or "=" in gold_text:  # which variable has the value matters, and math-verify has looked at it
+        return Verdict.WRONG
+    value, gold_value = extract.sole_number(marked), extract.sole_number(gold_text)  # "5 apples", "$1,234.50"
+    return _verdict(value is not None and gold_value is not None and extract.same_number(value, gold_value))
+
+
+@lru_cache(maxsize=4096)
+def _parse_formula(text: str) -> Any:
+    """The sympy object of a bare formula, or None when it does not parse."""
+    from math_verify import LatexExtractionConfig, parse
+
+    text = text.strip().strip("$").strip()
+    if not text or len(text) > MAX_ANSWER_CHARS:
+        return None
+    found = parse(
+        f"${text}$", extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+    )
+    return found[0] if found else None
+
+
+def _parse_prose(text: str, *, latex_only: bool = False) -> Any:
+    """The sympy object of the last formula (or number, unless `latex_only`) in running text, or None."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    kinds = [LatexExtractionConfig()] if latex_only else [LatexExtractionConfig(), ExprExtractionConfig()]
+    found = parse(text, extraction_config=kinds, fallback_mode="no_fallback", parsing_timeout=None)
+    return found[0] if found else None
+
+
+def _equal(gold: Any, found: Any) -> bool:
+    """math-verify's comparison; the order of the two matters. An error inside it means `not shown equal`."""
+    from math_verify import verify
+
+    if found is None:
+        return False
+    try:
+        return verify(gold, found, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+
+
+def reasoning_gym(completion: str, answer: str, gym_entry: str) -> Verdict:
+    """The task's own scorer gives >= 0.99. `gym_entry`: the generated entry as JSON, as `load_tasks` stores it."""
+    marked = extract_answer(completion)
+    candidate = extract.clean(completion if marked is None else marked).strip()
+    if len(candidate) > MAX_ANSWER_CHARS:
+        return Verdict.WRONG
+    return _verdict(gym.score(candidate, gym_entry) >= RIGHT_SCORE)
+
+
+BUILT_IN: dict[str, Callable[..., Verdict]] = {
+    "math": math_verify,
+    "numeric": numeric,
+    "exact": exact,
+    "multiple-choice": multiple_choice,
+    "reasoning-gym": reasoning_gym,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """A verifier by name: calls the function with the columns it takes and turns its result into a Verdict."""
+
+    name: str
+    function: Callable[..., Any]
+    columns: frozenset[str] | None
+    """Names of the dataset columns the function takes; None = all of them."""
+    by_keyword: bool
+    """True when its parameters are called `completion` and `answer`, so that their order cannot be mistaken."""
+
+    def __call__(self, completion: str, answer: str, /, **columns: Any) -> Verdict:
+        """Verdict of one completion. Raises: whatever the function raises; VerifierError for another return type."""
+        taken = {
+            name: value
+            for name, value in columns.items()
+            if name not in ("completion", "answer") and (self.columns is None or name in self.columns)
+        }
+        if self.by_keyword:
+            return self._as_verdict(self.function(completion=completion, answer=answer, **taken))
+        return self._as_verdict(self.function(completion, answer, **taken))
+
+    def _as_verdict(self, result: Any) -> Verdict:
+        if result is None:
+            return Verdict.ABSTAIN
+        if isinstance(result, str) and result in tuple(Verdict):
+            return Verdict(result)
+        if hasattr(result, "__float__") and not isinstance(result, str):
+            score = float(result)
+            return Verdict.ABSTAIN if math.isnan(score) else _verdict(score >= RIGHT_SCORE)
+        raise VerifierError(
+            f"verifier = {self.name!r} returned {type(result).__name__} {repr(result)[:80]}. "
+            "Return a Verdict, a bool, a score (right from 0.99), or None to abstain."
+        )
+
+
+def get_verifier(name: str) -> Verifier:
+    """The verifier called `name`: a built-in, or a dotted path `package.module:function` / `package.module.function`.
+
+    Raises: VerifierError when there is none of that name, it cannot be imported, or it cannot be called.
+    """
+    if name in BUILT_IN:
+        if name == "reasoning-gym":
+            gym.require()
+        return _wrap(name, BUILT_IN[name])
+    if ":" not in name and "." not in name:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise VerifierError(
+            f"verifier = {name!r} is not known.{hint} Built in: {', '.join(BUILT_IN)}; "
+            "your own: a dotted path such as 'my_package.my_module:my_function'."
+        )
+    return _wrap(name, _import(name))
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    here = os.getcwd()  # not on the path of an installed console script
+    sys.path.append(here)
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise VerifierError(
+            f"verifier = {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
+            "The file must be importable from the folder you start in (a notebook cell is not: save it as a .py file)."
+        ) from error
+    finally:
+        sys.path.reverse()
+        sys.path.remove(here)
+        sys.path.reverse()
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            close = difflib.get_close_matches(part, dir(target), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise VerifierError(f"verifier = {name!r}: {module_name!r} has no {attribute!r}.{hint}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise VerifierError(f"verifier = {name!r} is a {type(target).__name__}, not a function.")
+    return target
+
+
+def _wrap(name: str, function: Callable[..., Any]) -> Verifier:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a callable written in C
+        return Verifier(name, function, frozenset(), by_keyword=False)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    by_keyword = {"completion", "answer"} <= {p.name for p in named}
+    if not by_keyword and len(positional) < 2 and not takes_rest:
+        raise VerifierError(
+            f"verifier = {name!r} must take two arguments, (completion, answer), and dataset columns after them."
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return Verifier(name, function, None, by_keyword)
+    own = {"completion", "answer"} if by_keyword else {p.name for p in positional[:2]}
+    return Verifier(name, function, frozenset(p.name for p in named) - own, by_keyword)
+
+
+def _verdict(right: bool) -> Verdict:
+    return Verdict.RIGHT if right else Verdict.WRONG
+
+
+__all__ = ["BUILT_IN", "Verifier", "extract_answer", "get_verifier"]

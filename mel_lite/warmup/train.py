@@ -1,0 +1,329 @@
+"""Warm-up: supervised fine-tuning on formatted examples, so that rollouts and analyses have their form before RL.
+
+TRL's SFTTrainer does the training; the loss is on the completions only. The result is a LoRA adapter that
+`mel-lite train --adapter DIR` goes on from.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mel_lite.data.tasks import load_tasks, recommended_verifier
+from mel_lite.errors import ConfigError
+from mel_lite.evaluate import EvalResult, evaluate
+from mel_lite.models.adapters import LoraSpec, attach_adapter, lora_config, write_fingerprint
+from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer, turn_end_id
+from mel_lite.training.packing import Block
+from mel_lite.training.scoring import install_scoring_head
+from mel_lite.verify.judge import AnswerJudge
+from mel_lite.warmup.examples import load_examples, tokenise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LOG_EVERY = 5
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupOptions:
+    """How the warm-up trains."""
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    """Optimiser steps; -1 = what `epochs` takes."""
+    batch_size: int = 8
+    """Examples per optimiser step."""
+    micro_batch_size: int | None = None
+    """Examples per forward pass; None = `batch_size`."""
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 10
+    max_length_tokens: int | None = None
+    """Longest example, prompt and completion together; None = the model's context. Longer ones are skipped."""
+    save_steps: int | None = None
+    """Also keep the adapter every so many steps, in `checkpoint-N`; None = only at the end."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.micro < 1 or self.batch_size < 1 or self.batch_size % self.micro:
+            raise ConfigError(
+                f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1 and "
+                "the first a multiple of the second. Set them so."
+            )
+        if not self.learning_rate > 0 or self.epochs <= 0 or self.max_steps == 0:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate}, epochs={self.epochs}, max_steps={self.max_steps}: nothing would "
+                "be learnt. Give positive values (max_steps=-1 leaves it to epochs)."
+            )
+
+    @property
+    def micro(self) -> int:
+        """Examples per forward pass."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupEval:
+    """Tasks to measure the model on before and after; fields as `mel_lite.evaluate.evaluate` takes them."""
+
+    dataset: str
+    verifier: str | None = None
+    """None = the one recommended for the dataset."""
+    limit: int | None = None
+    k: int = 8
+    temperature: float = 0.6
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupResult:
+    """What a warm-up left."""
+
+    adapter: Path
+    examples: int
+    skipped_long: int
+    """Examples left out because prompt and completion do not fit the context together."""
+    trained_tokens: int
+    """Completion tokens of the examples, once through."""
+    steps: int
+    final_loss_nats: float
+    """Mean loss per completion token over the last logged steps."""
+    took_s: float
+    """Training alone, without the evaluations."""
+    before: EvalResult | None = None
+    after: EvalResult | None = None
+
+    def summary(self) -> str:
+        """What was trained and where it is, in two lines."""
+        return (
+            f"{self.steps} steps on {self.examples} examples ({self.trained_tokens} tokens to learn, "
+            f"{self.skipped_long} too long) in {self.took_s:.0f} s, last loss {self.final_loss_nats:.3f} nats/token\n"
+            f"adapter   {self.adapter}"
+        )
+
+
+def warmup(
+    examples_file: Path,
+    output_dir: Path,
+    *,
+    model: ModelSpec,
+    lora: LoraSpec | None = None,
+    adapter: Path | None = None,
+    options: WarmupOptions | None = None,
+    evaluation: WarmupEval | None = None,
+    console: Console | None = None,
+) -> WarmupResult:
+    """Fine-tune a LoRA adapter on examples and save it in `output_dir`; measure it before and after if asked to.
+
+    Args:
+        lora: the adapter to train; None = `LoraSpec()`, or the shape of `adapter`.
+        adapter: go on training this one.
+    Raises: ConfigError for an `output_dir` in use or `lora` together with `adapter`; DataError for examples and tasks
+        that cannot be used; ModelError for a model or adapter that cannot.
+    """
+    options = options or WarmupOptions()
+    if lora is not None and adapter is not None:
+        raise ConfigError("lora and adapter together: an adapter brings its own shape. Give one of them.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ConfigError(f"output_dir={str(output_dir)!r} is not empty. Give a new folder; nothing is overwritten.")
+    examples = load_examples(examples_file)
+    tokenizer = load_tokenizer(model)
+    base = load_base(model)
+    install_scoring_head(base)
+    room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
+    rows, skipped = tokenise(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
+    if skipped:
+        _say(console, f"{skipped} of {len(examples)} examples left out: longer than {room_tokens} tokens.")
+    stops = eos_ids(base, tokenizer)
+    peft_model = _adapted(base, lora, adapter)
+    measure = _measure(peft_model, tokenizer, stops, evaluation, seed=options.seed)
+    before = measure("before", console)
+    started_s = time.monotonic()
+    trainer = _train(peft_model, tokenizer, rows, output_dir, options, console)
+    took_s = time.monotonic() - started_s
+    save(peft_model, output_dir, revision=model.revision)
+    return WarmupResult(
+        adapter=output_dir,
+        examples=len(rows),
+        skipped_long=skipped,
+        trained_tokens=sum(label != -100 for row in rows for label in row["labels"]),
+        steps=trainer.state.global_step,
+        final_loss_nats=next(
+            (log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), float("nan")
+        ),
+        took_s=took_s,
+        before=before,
+        after=measure("after", console),
+    )
+
+
+def save(model: Any, folder: Path, *, revision: str | None = None) -> None:
+    """Write a PEFT adapter and the record of its base, so that `attach_adapter` takes it back."""
+    model.save_pretrained(folder)
+    write_fingerprint(folder, model, revision=revision)
+
+
+def _adapted(base: Any, lora: LoraSpec | None, adapter: Path | None) -> Any:
+    from peft import get_peft_model
+
+    if adapter is not None:
+        return attach_adapter(base, adapter, trainable=True)
+    return get_peft_model(base, lora_config(lora or LoraSpec()))
+
+
+def _measure(
+    model: Any, tokenizer: Any, stops: tuple[int, ...], tasks: WarmupEval | None, *, seed: int
+) -> Callable[[str, Console | None], EvalResult | None]:
+    """A function that evaluates the model as it is; the tasks are loaded now, so that mistakes show before training."""
+    if tasks is None:
+        return lambda name, console: None
+    from mel_lite.engines.hf import HFEngine
+    from mel_lite.verify.pool import VerifyPool
+
+    conversational = tokenizer.chat_template is not None
+    questions = load_tasks(tasks.dataset, limit=tasks.limit, conversational=conversational)
+    engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
+
+    def measure(name: str, console: Console | None) -> EvalResult:
+        with VerifyPool(tasks.verifier or recommended_verifier(tasks.dataset) or "math") as pool:
+            result = evaluate(
+                engine,
+                tokenizer,
+                questions,
+                AnswerJudge(pool),
+                k=tasks.k,
+                temperature=tasks.temperature,
+                max_new_tokens=tasks.max_new_tokens,
+                seed=seed,
+                context_tokens=context_length(model),
+            )
+        if console is not None:
+            console.print(result.as_table(f"{name} the warm-up"))
+        return result
+
+    return measure
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, list[int]]],
+    output_dir: Path,
+    options: WarmupOptions,
+    console: Console | None,
+) -> Any:
+    import datasets
+    import torch
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTConfig
+
+    on_cpu = not torch.cuda.is_available()
+    args = SFTConfig(
+        output_dir=str(output_dir),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.micro,
+        gradient_accumulation_steps=options.batch_size // options.micro,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_steps,
+        max_length=None,  # what is too long was left out whole
+        train_sampling_strategy="sequential",  # the rows come in order
+        gradient_checkpointing=not on_cpu,
+        bf16=False,  # the base was loaded in its own dtype; LoRA weights stay as PEFT made them
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=_LOG_EVERY,
+        save_strategy="no" if options.save_steps is None else "steps",
+        save_steps=options.save_steps or 500,
+        save_only_model=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    trainer = _trainer_class()(
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(in_batches(rows, options.micro, options.seed)),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_progress(console))
+    trainer.train()
+    return trainer
+
+
+def in_batches(rows: Sequence[dict[str, list[int]]], size: int, seed: int) -> list[dict[str, list[int]]]:
+    """The rows with neighbours of similar length in each batch of `size`, and the batches shuffled.
+
+    Sorting within large blocks, as transformers' `group_by_length` does, would train on long examples for a while and
+    then on short ones for a while: each kind unlearns the other.
+    """
+    rng = random.Random(seed)
+    shuffled = rng.sample(rows, len(rows))
+    shuffled.sort(key=lambda row: len(row["input_ids"]))
+    batches = [shuffled[i : i + size] for i in range(0, len(rows), size)]
+    rng.shuffle(batches)
+    # A short batch anywhere but at the end would shift the ones after it.
+    batches.sort(key=lambda batch: len(batch) < size)
+    return [row for batch in batches for row in batch]
+
+
+def _trainer_class() -> type:
+    """TRL's SFTTrainer with its loss, the token-averaged NLL of the completions, through our operator.
+
+    TRL 1.15's own fused head is a Triton kernel, which needs a GPU.
+    """
+    from trl import SFTTrainer
+
+    class CompletionTrainer(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            block = Block(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], temperature=1.0)
+            scores = model(score_blocks=[block])
+            tokens = len(scores.logp_N) if num_items_in_batch is None else num_items_in_batch
+            loss = -scores.logp_N.sum() / tokens
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # DDP averages what is to be summed
+            return (loss, scores) if return_outputs else loss
+
+    return CompletionTrainer
+
+
+def _progress(console: Console | None) -> Any:
+    """A callback that prints loss, learning rate and time left every few steps."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        started_s = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started_s = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if not logs or "loss" not in logs or not state.global_step:
+                return
+            passed_s = time.monotonic() - self.started_s
+            left_s = passed_s / state.global_step * (state.max_steps - state.global_step)
+            _say(
+                console,
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f} nats/token  "
+                f"{passed_s:.0f} s, {left_s:.0f} s left",
+            )
+
+    return Progress()
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text)
+
+
+__all__ = ["WarmupEval", "WarmupOptions", "WarmupResult", "save", "warmup"]

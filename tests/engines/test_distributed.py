@@ -1,0 +1,150 @@
+"""Two processes on a CPU (gloo): the same update as one, one writer, nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.distributed import SplitEngine
+from mel_lite.lessons.store import ExperienceStore
+from mel_lite.resilience.checkpoint_files import committed
+from mel_lite.types import Finish
+from rank_run import main as run_alone
+from tiny_models import save_tiny
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+# Without GPUs, accelerate starts several processes only when told --multi_gpu; they find gloo by themselves.
+LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+EXACT: dict[str, Any] = {
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "max_steps": 6,
+    "grad_norm_every": 1,
+    "replay_control": True,
+}
+
+
+def launch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([*LAUNCH, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "tokens"), [(4, None), (8, None), (4, 150)])
+def test_two_processes_make_the_update_of_one(tmp_path: Path, group: int, tokens: int | None) -> None:
+    """With G=8 both halves of every group lie on different ranks; under a token budget ranks have unlike many parts."""
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "base")
+    options = EXACT | {"num_generations": group, "save_strategy": "steps", "save_steps": 4}
+    run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
+    halved = options | {"per_device_train_batch_size": 4, "max_micro_batch_tokens": tokens}
+    halved["skip_zero_advantage"] = tokens is not None
+    launch(str(HELPERS / "rank_run.py"), str(tmp_path / "two"), json.dumps(halved))
+
+    alone = load_file(tmp_path / "one" / "weights-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"weights-{rank}.safetensors") for rank in (0, 1)]
+    for name, expected in alone.items():
+        assert (ranks[0][name] == ranks[1][name]).all(), f"ranks drifted apart in {name}"
+        assert (ranks[0][name] - expected).norm() <= 1e-4 * expected.norm() + 1e-8, name
+
+    carried = [json.loads((tmp_path / "two" / f"carried-{rank}.json").read_text()) for rank in (0, 1)]
+    whole = json.loads((tmp_path / "one" / "carried-0.json").read_text())
+    assert [a + b for a, b in zip(*carried, strict=True)] == whole and sum(whole) > 0
+    assert carried[0] != carried[1], "no step in which one rank had a lesson and the other none"
+
+    lines = {}
+    for name in ("one", "two"):
+        text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        lines[name] = [json.loads(line) for line in text if '"reward"' in line]
+    for key in ("reward", "mel/replay_valid", "mel/mixed_groups", "mel/trained_tokens", "mel/nll", "mel/grad_norm_nll"):
+        one, two = ([line.get(key) or 0.0 for line in lines[name]] for name in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-3), key
+    stored = []
+    for name in ("one", "two"):
+        with ExperienceStore(tmp_path / name / "run" / "experiences.sqlite", read_only=True) as store:
+            stored.append([(row.id, row.step, row.status, row.analysis, row.pair_index) for row in store.list()])
+    assert stored[0] == stored[1] and len(stored[0]) > 2
+    assert [path.name for path in committed(tmp_path / "two" / "run")] == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    options = EXACT | {"max_steps": 50, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    script = str(HELPERS / "rank_run.py")
+    done = launch(script, str(tmp_path), json.dumps(options | {"dies_after": 2}), check=False)
+    assert done.returncode != 0
+    saved = committed(tmp_path / "run")
+    assert [path.name for path in saved][:2] == ["checkpoint-1", "checkpoint-2"]
+    launch(
+        script, str(tmp_path), json.dumps(EXACT | {"per_device_train_batch_size": 4, "output_dir": str(tmp_path / "b")})
+    )
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(12)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    settings = {
+        "model.name": tmp_path / "base", "model.dtype": "float32", "lora.start_from": "null",
+        "data.train": tmp_path / "tasks.jsonl", "data.eval": tmp_path / "tasks.jsonl", "data.eval_split": "null",
+        "eval.limit": 5, "eval.k": 2, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
+        "train.max_context_tokens": 480, "train.max_steps": 2, "train.per_device_train_batch_size": 8,
+        "train.gradient_accumulation_steps": 1, "train.save_steps": 1,
+    }  # fmt: skip
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    folder = tmp_path / "run"
+    done = launch("-m", "mel_lite", "train", "--gpu", "cpu", *flags, "--output-dir", str(folder))
+    assert "2 processes" in done.stdout and done.stdout.count("summary") == 1
+    assert {p.name for p in folder.iterdir()} >= {
+        "adapter",
+        "config.yaml",
+        "metrics.jsonl",
+        "experiences.sqlite",
+        "eval",
+    }
+    assert json.loads((folder / "eval" / "after.json").read_text())["n"] == 5
+    assert [path.name for path in committed(folder)] == ["checkpoint-1", "checkpoint-2"]
+    again = launch("-m", "mel_lite", "train", "--gpu", "cpu", *flags, "--output-dir", str(folder), check=False)
+    assert again.returncode != 0 and again.stderr.count("is not empty") == 1
+    assert "[rank" not in again.stderr and "mel_lite/run.py" not in again.stderr  # the launcher's traceback is its own
+
+
+def test_split_engine_deals_out_and_puts_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request((i,), seed=i) for i in range(5)]
+
+    class Echo:
+        name = "echo"
+
+        def wake(self) -> None: ...
+
+        def sleep(self) -> None: ...
+
+        def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+            return [Completion(request.prompt_ids, (0.0,), Finish.STOP) for request in requests]
+
+    shares: list[list[tuple[int, Completion]]] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda share: shares.append(share) or share)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(KeyError):  # the other process's share is missing
+            SplitEngine(Echo()).generate(requests, Sampling(4))
+    assert [[i for i, _ in share] for share in shares] == [[0, 2, 4], [1, 3]]
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda share: shares[1] + shares[0])
+    assert [c.ids for c in SplitEngine(Echo()).generate(requests, Sampling(4))] == [(i,) for i in range(5)]

@@ -1,0 +1,50 @@
+"""One process of a run in tests/engines/test_distributed.py: `python rank_run.py FOLDER '{"option": value, ...}'`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from trainers import assert_learnt, build, trainable
+
+
+class DieAfter(TrainerCallback):
+    """This process is gone at once after the given step, as when the kernel kills it."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        if state.global_step == self._step:  # type: ignore[attr-defined]
+            os._exit(9)
+
+
+def main(folder: Path, options: dict[str, object]) -> None:
+    rank = os.environ.get("RANK", "0")
+    dies = options.pop("dies_after", None)
+    callbacks = [DieAfter(int(str(dies)))] if dies is not None and rank == "1" else []
+    trainer = build(folder, callbacks=callbacks, **options)
+    carried: list[int] = []
+    prepare = trainer._prepare_inputs
+
+    def spy(batch: object) -> object:
+        inputs = prepare(batch)
+        carried.append(len(inputs["lessons"]))
+        return inputs
+
+    trainer._prepare_inputs = spy
+    trainer.train()
+    assert_learnt(trainer)
+    weights = {name: tensor.contiguous() for name, tensor in trainable(trainer).items()}
+    save_file(weights, folder / f"weights-{rank}.safetensors")
+    (folder / f"carried-{rank}.json").write_text(json.dumps(carried))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

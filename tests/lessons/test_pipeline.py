@@ -1,0 +1,188 @@
+"""How analyses are asked for, and the tokens a lesson trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from experiences import WANT
+from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.errors import ConfigError, EngineError
+from mel_lite.lessons.parsing import lesson_from, write_analyses
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, analysis_prompt
+from mel_lite.types import Analysis, Finish, Group, MetaExperience, Pair, Rollout, Verdict
+from tiny_models import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = 2
+SAMPLING = Sampling(max_new_tokens=64)
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+# ---- writing
+
+
+class Scripted:
+    """Writes the next of its texts for each request."""
+
+    name = "scripted"
+
+    def __init__(self, *texts: str, finish: Finish = Finish.STOP, logprobs: bool = True) -> None:
+        self.texts, self.finish, self.logprobs = list(texts), finish, logprobs
+        self.calls: list[list[Request]] = []
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        assert sampling == SAMPLING
+        self.calls.append(list(requests))
+        done = []
+        for text in self.texts[: len(requests)]:
+            ids = (*ids_of(text), *((EOS,) if self.finish is Finish.STOP else ()))
+            done.append(Completion(ids, tuple(-0.25 * i for i in range(len(ids))) * self.logprobs, self.finish))
+        return done
+
+    def wake(self) -> None: ...
+
+    def sleep(self) -> None: ...
+
+
+def pair(index: int = 0, prompt: str = "2+3?", solution: str = "It is 5.") -> Pair:
+    rollouts = (
+        Rollout(0, ids_of(solution), solution, Verdict.RIGHT),
+        Rollout(1, ids_of("It is 6."), "It is 6.", Verdict.WRONG),
+    )
+    return Pair(Group([{"role": "user", "content": prompt}], f"hash-{prompt}", rollouts), *rollouts, 6, index)
+
+
+def write(
+    engine: Scripted, pairs: list[Pair], limit: int = 4_000, templates: Templates = DEFAULT_TEMPLATES, **kwargs: int
+):
+    options = {"run_seed": 1, "step": 2} | kwargs
+    return write_analyses(
+        pairs,
+        engine=engine,
+        tokenizer=TOKENIZER,
+        templates=templates,
+        sampling=SAMPLING,
+        max_context_tokens=limit,
+        **options,
+    )
+
+
+def test_one_batch_writes_all_analyses():
+    engine = Scripted("A step.", "Another.")
+    pairs = [pair(0), pair(1, "4+4?")]
+    analyses, skipped = write(engine, pairs)
+    assert skipped == []
+    ((first, second),) = engine.calls
+    contexts = [analysis_prompt(each, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=4_000) for each in pairs]
+    assert [first.prompt_ids, second.prompt_ids] == contexts
+    assert [a.context_ids for a in analyses] == contexts
+    assert analyses[0] == Analysis(
+        pairs[0], contexts[0], (*ids_of("A step."), EOS), "## Bifurcation\nA step.", Finish.STOP, 0.25 * 7 / 2
+    )
+    assert analyses[1].text == "## Bifurcation\nAnother."
+
+
+def test_a_pair_that_does_not_fit_is_skipped_with_the_reason():
+    engine = Scripted("A step.")
+    pairs = [pair(0, "why " * 900), pair(1)]
+    analyses, skipped = write(engine, pairs)
+    assert [a.pair for a in analyses] == [pairs[1]] and len(engine.calls[0]) == 1
+    ((unfit, reason),) = skipped
+    assert unfit == pairs[0] and "4000 fit, and the rest may not be trimmed" in reason
+
+
+def test_no_pair_asks_nobody_and_no_log_probs_give_nan():
+    engine = Scripted("A step.", logprobs=False)
+    assert write(engine, []) == ([], []) and engine.calls == []
+    (analysis,), _ = write(engine, [pair()])
+    assert analysis.nll_nats != analysis.nll_nats
+
+
+def test_seeds_depend_on_run_step_prompt_and_pair():
+    def seeds(*pairs: Pair, **kwargs: int) -> list[int]:
+        engine = Scripted(*["A step."] * len(pairs))
+        write(engine, list(pairs), **kwargs)
+        return [request.seed for request in engine.calls[0]]
+
+    assert seeds(pair(0), pair(1))[1:] == seeds(pair(1))
+    assert (
+        len(
+            {
+                *seeds(pair(0)),
+                *seeds(pair(1)),
+                *seeds(pair(0, "1+1?")),
+                *seeds(pair(0), step=3),
+                *seeds(pair(0), run_seed=2),
+            }
+        )
+        == 5
+    )
+
+
+def test_a_short_answer_of_the_engine_is_an_error():
+    with pytest.raises(EngineError, match="'scripted' answered 1 of 2 analysis requests"):
+        write(Scripted("A step."), [pair(0), pair(1)])
+
+
+# ---- lessons
+
+
+def analysis_of(text: str, finish: Finish = Finish.STOP, templates: Templates = DEFAULT_TEMPLATES) -> Analysis:
+    (analysis,), _ = write(Scripted(text, finish=finish), [pair()], templates=templates)
+    return analysis
+
+
+def lesson(analysis: Analysis, train_on: str = "analysis", redacted: MetaExperience | None = None, parsed=WANT):
+    return lesson_from(analysis, parsed, tokenizer=TOKENIZER, redacted=redacted, train_on=train_on, experience_id=7)
+
+
+def test_the_analysis_is_trained_on_exactly_as_sampled():
+    analysis = analysis_of("It adds.\n## Critique\nbad")
+    made = lesson(analysis)
+    assert (made.experience_id, made.context_ids, made.target_ids) == (7, analysis.context_ids, analysis.analysis_ids)
+    odd = Analysis(analysis.pair, analysis.context_ids, (70, 71, EOS), "not what the ids decode to", Finish.STOP, 0.0)
+    assert lesson(odd).target_ids == (70, 71, EOS)
+
+
+@pytest.mark.parametrize("redacted", [None, MetaExperience("It adds [...].", "c", "h")])
+@pytest.mark.parametrize(
+    ("prefill", "rest_of"),
+    [("## Bifurcation\n", "## Bifurcation\n"), ("", ""), ("Let me see.\n\n## Bif", "## Bif"), ("Well: ", "")],
+)
+def test_context_and_canonical_text_join_without_saying_the_heading_twice(prefill, rest_of, redacted):
+    analysis = analysis_of("x", templates=Templates(analysis_prefill=prefill))
+    made = lesson(analysis, train_on="experience", redacted=redacted)
+    text = (redacted or WANT).as_text()
+    assert TOKENIZER.decode(made.target_ids) == text.removeprefix(rest_of) + "<|im_end|>"
+    assert made.context_ids == analysis.context_ids
+    assert TOKENIZER.decode(made.context_ids).endswith(prefill)
+
+
+def test_a_redacted_analysis_is_never_trained_on_as_sampled():
+    analysis = analysis_of("It adds 474.\n## Critique\nbad")
+    made = lesson(analysis, redacted=MetaExperience("It adds [...].", "bad", "h"))
+    assert "474" not in TOKENIZER.decode(made.target_ids)
+    assert TOKENIZER.decode(made.target_ids) == "It adds [...].\n\n## Critique\nbad\n\n## Heuristics\nh<|im_end|>"
+
+
+def test_the_end_is_the_id_that_ended_the_analysis_else_the_tokenizers():
+    sampled = analysis_of("x")
+    other_end = Analysis(sampled.pair, sampled.context_ids, (9, 3), sampled.text, Finish.STOP, 0.0)
+    assert lesson(other_end, "experience").target_ids[-1] == 3
+    assert lesson(analysis_of("x", Finish.LENGTH), "experience").target_ids[-1] == EOS
+
+
+def test_canonical_text_cannot_hold_control_tokens():
+    forged = MetaExperience("a <|im_end|> b", "c", "h")
+    ids = lesson(analysis_of("x"), "experience", parsed=forged).target_ids
+    assert [i for i in ids if i < 4] == [EOS] and ids[-1] == EOS
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ConfigError, match="mel_train_on='all' is not one of analysis, experience"):
+        lesson(analysis_of("x"), "all")

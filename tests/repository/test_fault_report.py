@@ -1,0 +1,79 @@
+"""The tables of docs/reliability.md say what a test run said, failures and gaps included."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fault_report as report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.faults.test_f01_f02_kills" name="test_killed_around_the_commit">
+  <properties><property name="kills" value="100"/></properties></testcase>
+<testcase classname="tests.faults.test_f09_other_options" name="test_x[4-2]"/>
+<testcase classname="tests.faults.test_f09_other_options" name="test_x[2-4]"><failure message="no"/></testcase>
+<testcase classname="tests.faults.test_f08_signals" name="test_a[rollout]">
+  <properties><property name="signal_to_exit_s" value="1.25"/></properties></testcase>
+<testcase classname="tests.faults.test_f08_signals" name="test_a[save]">
+  <properties><property name="signal_to_exit_s" value="2.5"/></properties></testcase>
+<testcase classname="tests.faults.test_f28_one_run_one_process" name="test_y"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def row(page: str, start: str) -> str:
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
+    return line
+
+
+def test_the_page_gets_what_the_run_said(tmp_path: Path) -> None:
+    (tmp_path / "faults.xml").write_text(JUNIT)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([tmp_path / "faults.xml"], page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert row(text, "| SIGKILL at random times |").endswith("| 100 | 100 |")
+    assert "| 2.5 s |" in row(text, "| Tiny runs: signal"), "the slowest of all phases"
+    assert "| not run |" in row(text, "| Attacks on the verifier")
+    assert row(text, "| F1 ").endswith("| 1 passed |")
+    assert row(text, "| F9 ").endswith("| 1 failed |")
+    assert row(text, "| F28 ").endswith("| 0 passed |")
+    assert row(text, "| F5 ").endswith("| not run |")
+
+
+def names() -> set[str]:
+    """Every test of the repository as the report names it."""
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        module = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        found |= {f"{module}::{node.name}" for node in functions if node.name.startswith("test_")}
+    return found
+
+
+def test_every_fault_is_tested_by_tests_that_exist() -> None:
+    assert list(report.FAULTS) == [f"F{n}" for n in range(1, 29)]
+    known = names()
+    for number, (_, wanted) in report.FAULTS.items():
+        for part in wanted.split():
+            assert any(report._is_of(name, [part]) for name in known), f"{number}: {part}"
+
+
+@pytest.mark.parametrize("key", [key for _, key, _, _ in report.NUMBERS])
+def test_every_figure_is_recorded_by_a_test(key: str) -> None:
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name)
+    short = key.removeprefix("demo_")
+    assert re.search(rf'"(?:demo_)?{short}"', text), key
+
+
+def test_every_file_of_the_tables_is_run_by_make_faults() -> None:
+    make = (ROOT / "Makefile").read_text()
+    listed = set(re.findall(r"[a-z_/]+", make.split("FAULTS := ")[1].split("\n\n")[0]))
+    files = {part.split("::")[0] for _, wanted in report.FAULTS.values() for part in wanted.split()}
+    outside = {name for name in files if not name.startswith("faults/")}
+    assert outside <= listed, outside - listed

@@ -1,0 +1,138 @@
+"""What a person sees, and that model text cannot take over the terminal."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mel_lite.lessons.store import ExperienceStore
+from mel_lite.run.display import experience_page, funnel_table, plain, sample_panel, step_line
+from mel_lite.training.metrics import GradientMeter, PhaseClock, funnel, truncate_metrics
+from mel_lite.types import (
+    Analysis,
+    Experience,
+    Finish,
+    Group,
+    LeakReport,
+    MetaExperience,
+    Pair,
+    Replay,
+    Rollout,
+    Status,
+    Verdict,
+)
+
+R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
+
+
+def group(*verdicts: Verdict) -> Group:
+    rollouts = tuple(Rollout(i, (i, 2), f"[bold]rollout[/] {i}", v) for i, v in enumerate(verdicts))
+    return Group([{"role": "user", "content": "What is 1 + 1?"}], "ab" * 8, rollouts, "2")
+
+
+def experience(status: Status, *, replay: Replay | None = None, text: str = "see \x1b[2J\x07 here") -> Experience:
+    mixed = group(R, W)
+    pair = Pair(mixed, mixed.rollouts[0], mixed.rollouts[1], 0)
+    parsed = None if status is Status.UNPARSED else MetaExperience(text, "[red]why[/]", "If a, then b.")
+    reason = "" if status is Status.KEPT else "because"
+    return Experience(
+        0, Analysis(pair, (1, 2), (3,), text, Finish.STOP, 1.5), status, reason, parsed, LeakReport(), replay
+    )
+
+
+def shown(renderable: Any) -> str:
+    console = Console(file=StringIO(), width=100, force_terminal=False)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_funnel_counts_what_is_left_after_each_stage() -> None:
+    groups = [group(R, W, W), group(W, W, A), group(R, R, R), group(W, R, R)]
+    experiences = [
+        experience(Status.UNPARSED),
+        experience(Status.LEAKED),
+        experience(Status.REPLAY_FAILED, replay=Replay((W, W), ("", ""), (R, W))),
+        experience(Status.KEPT, replay=Replay((R, R), ("", ""), (R, W))),
+    ]
+    metrics = funnel(groups, 4, experiences, 120)
+    stages = ("groups", "mixed_groups", "pairs", "written", "parsed", "leak_free", "replay_valid", "trained_tokens")
+    assert [metrics[f"mel/{stage}"] for stage in stages] == [4, 2, 4, 4, 3, 2, 1, 120]
+    assert metrics["mel/pass_rate"] == pytest.approx(6 / 11) and metrics["mel/abstain_rate"] == pytest.approx(1 / 12)
+    assert metrics["mel/retention_ratio"] == 0.25 and metrics["mel/leak_rate"] == pytest.approx(1 / 3)
+    assert metrics["mel/replay_solved"] == 0.5 and metrics["mel/replay_uplift"] == pytest.approx((-0.5 + 0.5) / 2)
+
+
+def test_ratios_without_a_denominator_are_left_out() -> None:
+    metrics = funnel([group(A, A)], 0, [], 0)
+    assert not {"mel/pass_rate", "mel/retention_ratio", "mel/leak_rate", "mel/replay_uplift"} & set(metrics)
+
+
+def test_a_step_is_one_line_with_every_figure() -> None:
+    logs = funnel([group(R, W)], 1, [experience(Status.KEPT, replay=Replay((R,), ("",), (W,)))], 33)
+    logs |= {"reward": 0.5, "mel/policy_loss": -0.0125, "mel/nll": 1.2345, "mel/nll_after": 1.1}
+    logs |= {"mel/grad_norm_policy": 0.2, "mel/grad_norm_nll": 0.4, "mel/tokens_per_s": 88.4}
+    line = step_line(3, 120, logs).plain
+    assert line == (
+        "  3/120 | reward 0.50 pass 50% | 1>1>1>1>1>1 (33 tok) | ret 1.00 up +1.00 | "
+        "policy -0.0125 nll 1.234>1.100 | |g| policy 0.200 nll 0.400 | 88 tok/s"
+    )
+    assert step_line(1, 9, {"reward": 0.0, "loss": 0.5, "grad_norm": 1.0}).plain == (
+        "1/9 | reward 0.00 | policy +0.5000 | |g| 1.000"
+    )
+
+
+def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) -> None:
+    assert plain("a\x1b[31mb\x00\u202ec\nd").plain == "a\ufffd[31mb\ufffd\ufffdc\nd"
+    with ExperienceStore(tmp_path / "s.sqlite") as store:
+        store.add([experience(Status.KEPT, replay=Replay((R,), ("\x1b]0;title\x07",)))])
+        row = store.get(1)
+    for text in (shown(sample_panel(row)), shown(experience_page(row))):
+        assert "\x1b" not in text and "\x07" not in text
+        assert "[red]why[/]" in text and "[bold]rollout[/] 1" in text
+
+
+def test_the_funnel_table_shows_what_each_stage_left() -> None:
+    text = shown(funnel_table({"mel/groups": 8, "mel/mixed_groups": 4, "mel/pairs": 4, "mel/parsed": 1}))
+    assert "50%" in text and "25%" in text and "replay valid" in text
+
+
+def test_phases_are_timed_apart_and_drained() -> None:
+    clock = PhaseClock()
+    with clock("rollout"):
+        clock.generated_tokens += 10
+    with pytest.raises(KeyError), clock("analysis"):
+        raise KeyError
+    metrics = clock.drain()
+    assert metrics["time/rollout_s"] >= 0 and "time/analysis_s" in metrics and metrics["mel/generated_tokens"] == 10
+    assert clock.drain() == {"mel/generated_tokens": 0.0}
+
+
+def test_gradients_of_a_term_add_up_over_micro_batches() -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    unused = torch.nn.Parameter(torch.ones(3))
+    meter = GradientMeter([weight, unused])
+    for scale in (1.0, 2.0):
+        meter.add("policy", scale * weight[0])
+    meter.add("nll", 4.0 * weight[1] - 3.0 * weight[0])
+    metrics = meter.drain(lambda t: t)
+    assert metrics == {
+        "mel/grad_norm_policy": 3.0,
+        "mel/grad_norm_nll": 5.0,
+        "mel/grad_cosine": pytest.approx(-9 / 15),
+    }
+    assert meter.drain(lambda t: t) == {} and weight.grad is None
+
+
+def test_resuming_drops_later_and_half_written_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2}\n{"step": 3}\n{"step": 2, "rew')
+    truncate_metrics(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    truncate_metrics(tmp_path / "none.jsonl", 2)

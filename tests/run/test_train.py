@@ -1,0 +1,150 @@
+"""`mel-lite train` on a tiny model: the worst step first, and an export that has the memory to itself."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mel_lite.cli.main import app
+from mel_lite.errors import EngineError
+from mel_lite.recipe import resolve
+from mel_lite.resilience import worst_step as worst_step_module
+from mel_lite.run import finish
+from mel_lite.run import train as run
+from tiny_models import save_tiny
+
+
+def command(folder: Path, *flags: str, **settings: Any) -> Any:
+    """One step of `mel-lite train` in `folder`."""
+    save_tiny(folder / "base", "qwen3")
+    tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(4)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    values = {
+        "model.name": folder / "base", "model.dtype": "float32", "lora.start_from": "null",
+        "data.train": folder / "tasks.jsonl", "data.eval": "null", "data.eval_split": "null",
+        "data.max_prompt_tokens": 60, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
+        "train.max_context_tokens": 480, "train.max_steps": 1, "train.per_device_train_batch_size": 8,
+        "train.gradient_accumulation_steps": 1, "export.format": "null",
+        **{key.replace("__", "."): value for key, value in settings.items()},
+    }  # fmt: skip
+    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["train", "--gpu", "cpu", *flags, *options, "--output-dir", str(folder / "run")])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_the_worst_step_comes_first_where_asked(tmp_path: Path) -> None:
+    shown = command(tmp_path, "--worst-case").stdout.split("worst step: peak memory")[1]
+    for phase in ("rollout", "analysis", "replay", "scoring", "update"):
+        line = next(line for line in shown.splitlines() if phase in line)
+        assert float(line.split()[1]) > 0.1, line  # GiB: the whole process, libraries included
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"reward"') == 1
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_the_trained_model_is_given_up_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, four_bit: bool
+) -> None:
+    """Its tensors hold nothing any more; those of the test process itself are not counted."""
+    before = {id(each) for each in gc.get_objects()}
+    seen: list[tuple[int, int]] = []
+
+    def held() -> int:
+        tensors = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    release = finish.release
+
+    def watched(trainer: Any) -> None:
+        with_model = held()
+        release(trainer)
+        seen.append((with_model, held()))
+
+    monkeypatch.setattr(run, "release", watched)
+    monkeypatch.setattr(finish, "export", lambda *_, **__: None)
+    command(tmp_path, model__load_in_4bit=str(four_bit).lower(), export__format="merged-16bit")
+    ((with_model, without),) = seen
+    assert with_model > 100_000 and without < 0.1 * with_model, seen
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def evaluated(folder: Path, *flags: str, **settings: Any) -> Any:
+    """One step on two held-out tasks beside the four that are trained on."""
+    tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return command(folder, *flags, data__eval=folder / "held_out.jsonl", eval__k=2, eval__limit=2, **settings)
+
+
+def test_the_evaluation_waits_for_the_worst_step_and_its_tokens_are_not_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for module, name in ((worst_step_module, "worst_step"), (run, "evaluate"), (run.MELTrainer, "training_step")):
+        original = getattr(module, name)
+
+        def watched(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            order.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+    evaluated(tmp_path, "--worst-case", train__algorithm="grpo")
+    assert order == ["worst_step", "evaluate", "training_step", "evaluate"]
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open() if '"reward"' in line]
+    assert row["mel/generated_tokens"] == 8 * row["completions/mean_length"] > 0, "of the rollouts alone"
+
+
+def test_a_resumed_run_does_not_measure_another_model_as_the_one_it_began_with(tmp_path: Path) -> None:
+    options = {"train__save_steps": 1, "train__save_strategy": "steps"}
+    assert "Pass@1" in evaluated(tmp_path, **options).stdout
+    before = tmp_path / "run" / "eval" / "before.json"
+    began = before.read_text()
+    assert "Pass@1" in evaluated(tmp_path, "--resume", train__max_steps=2, **options).stdout
+    assert before.read_text() == began, "read, not measured again"
+    before.unlink()
+    assert "Pass@1" not in evaluated(tmp_path, "--resume", train__max_steps=3, **options).stdout
+    assert not before.is_file()
+
+
+def test_the_adapter_is_saved_before_anything_else_can_go_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, seen = run.evaluate, []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        seen.append((tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file())
+        if len(seen) == 2:
+            raise EngineError("the engine is gone")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(run, "evaluate", broken)
+    with pytest.raises(AssertionError):  # exit code 6
+        evaluated(tmp_path)
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("kill -9 $$", "not exported: the process was killed, as it is where the host's memory runs out"),
+        ("echo 'error: no room on the disk' >&2; exit 5", "not exported: no room on the disk"),
+    ],
+)
+def test_an_export_apart_that_fails_says_why_and_how_to_try_again(
+    program: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "python").chmod(0o700)
+    monkeypatch.setattr(finish.sys, "executable", str(tmp_path / "python"))
+    recipe, console = resolve(preset="24gb"), Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
+    assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, apart=True) is None
+    first, second = console.export_text().strip().splitlines()
+    assert first == told
+    again = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
+    assert second.endswith(f"CUDA_VISIBLE_DEVICES= {again} --format merged-16bit --dtype auto")
