@@ -112,6 +112,8 @@ def test_the_sdist_builds_the_same_wheel_and_holds_the_tests(builds: Builds) -> 
     with tarfile.open(builds.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {*SHIMS, "tests/repository/test_packaging.py", "requirements/cpu.txt", "Makefile", "LICENSE"} <= names
+    old_runs = {path for path in (builds.checkout / "tests/resilience/old_runs").rglob("*") if path.is_file()}
+    assert old_runs and {path.relative_to(builds.checkout).as_posix() for path in old_runs} <= names
 
 
 def make_venv(folder: Path, *install: str | Path) -> Path:
