@@ -42,7 +42,7 @@ FAULTS := tests/faults $(addprefix tests/,$(addsuffix .py, \
     resilience/test_checkpoint_files test_recipe engines/test_hf resilience/test_collapse \
     training/test_engine_probe test_trainer export/test_merge verify/test_pool verify/test_verifiers \
     training/test_packing lessons/test_prompts lessons/test_leak_guard lessons/test_parsing \
-    lessons/test_pipeline models/test_load data/test_tasks integration/test_fuzz resilience/test_state_files))
+    lessons/test_analysis models/test_load data/test_tasks integration/test_fuzz resilience/test_state_files))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)
 	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS) \

@@ -26,8 +26,8 @@ import learning_figures
 import learning_small
 from demo_warmup.examples import make_examples
 from demo_warmup.measure import Conditions, measure_engine
-from learning_arms import ARMS, StudyTrainer
-from mel_lite import MELConfig
+from learning_arms import ARMS
+from mel_lite import MELConfig, MELTrainer
 from mel_lite.data.tasks import load_tasks
 from mel_lite.engines.base import Engine
 from mel_lite.engines.hf import HFEngine
@@ -174,9 +174,7 @@ def _short(value: Any) -> float:
 def run(arm: str, seed: int, plan: Plan, subject: Subject, start: Any = None, **overrides: Any) -> dict[str, Any]:
     """One run from the start, whose own point is `start` if it is known already, to the token budget."""
     curve = Curve(plan, subject)
-    settings = dict(ARMS[arm])
-    lessons_of = settings.pop("lessons", None)
-    options = COMMON | subject.options | settings | overrides
+    options = COMMON | subject.options | ARMS[arm] | overrides
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         args = MELConfig(folder, max_steps=100_000, seed=seed, use_cpu=not torch.cuda.is_available(), **options)
@@ -184,9 +182,9 @@ def run(arm: str, seed: int, plan: Plan, subject: Subject, start: Any = None, **
         engine = subject.engine or HFEngine(
             model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_concurrent=512
         )
-        curve.trainer = StudyTrainer(
+        curve.trainer = MELTrainer(
             model=model, args=args, train_dataset=subject.train, processing_class=tokenizer,
-            callbacks=[curve], engine=engine, lessons_of=lessons_of,
+            callbacks=[curve], engine=engine,
         )  # fmt: skip
         curve.trainer.remove_callback(PrinterCallback)
         if start is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pair_strategy": ("longest_prefix", "random", "shortest"),
     "leak_policy": ("reject", "redact", "off"),
     "replay_criterion": ("solved", "uplift"),
-    "mel_train_on": ("analysis", "experience"),
     "mel_normalization": ("kept", "prompts"),
     "on_collapse": ("warn", "lower_lambda", "stop"),
 }
@@ -72,9 +72,13 @@ class MELConfig(GRPOConfig):
         "What the NLL of a step is divided by: `kept`, the number of kept meta-experiences (the paper's mean); or "
         "`prompts`, the number of prompts, so that few survivors weigh little.",
     )
-    mel_train_on: str = _option(
-        "analysis", "Tokens of the NLL: the whole `analysis` as it was sampled, or the parsed `experience` (s*, C, H)."
+    internalisation: str = _option(
+        "analysis",
+        "How lessons enter the weights: NLL of the whole `analysis` as sampled (the paper), of the parsed `experience` "
+        "(s*, C, H), of the right `replay` given the question, of the pair's `right` solution (a control), of `both` "
+        "analysis and replay, or a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`.",
     )
+    mel_train_on: str | None = _option(None, "Deprecated name of `internalisation`.")
     pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
     pair_strategy: str = _option(
         "longest_prefix", "Which pairs: `longest_prefix` (longest common token prefix), `random` or `shortest`."
@@ -135,8 +139,23 @@ class MELConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_values()
+        self._rename_deprecated()
         self._check_skipping()
         self._check_estimator()
+
+    def _rename_deprecated(self) -> None:
+        if self.mel_train_on is None:
+            return
+        if self.mel_train_on not in ("analysis", "experience"):
+            raise ConfigError(
+                f"mel_train_on={self.mel_train_on!r} is not one of analysis, experience. Set internalisation instead."
+            )
+        warnings.warn(
+            f"mel_train_on is deprecated. Set internalisation={self.mel_train_on!r} instead.",
+            FutureWarning,
+            stacklevel=4,
+        )
+        self.internalisation, self.mel_train_on = self.mel_train_on, None
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():

@@ -2,58 +2,71 @@
 
 One generation batch, top to bottom:
 
-    _generate_and_score_completions   act: G completions per prompt (`_roll_out`), TRL's rewards and advantages
-      _calculate_rewards                verdicts beside the rewards (`rewards.py`)
-      _estimated                        advantages of REINFORCE++ or RFT, where they are not GRPO's
-      _study                            pairs -> meta-experiences -> leak guard -> replay -> store -> lessons
-    _prepare_inputs                   each accumulation step takes its share of the lessons
-    _compute_loss                     TRL's policy loss + lambda * token-averaged NLL of the lessons
-      _get_per_token_logps...           one forward over rollout rows and lesson rows (`token_budget.py`)
-    _after_step                       what the update did to the lessons, and the norms of both gradients
-    _save_checkpoint                  staged, hashed, renamed (`checkpointing.py`)
+    _prepare_inputs                   each micro-batch gets its share of the lessons
+      _generate_and_score_completions   act: G completions per prompt (`_roll_out`), TRL's rewards and advantages
+        _calculate_rewards                verdicts along with the rewards (`rewards.py`)
+        _estimated                        advantages of REINFORCE++ or RFT, where they replace GRPO's
+        _draw                             pairs -> meta-experiences -> leak guard -> replay -> store
+        _internalise                      lessons, and changes to the rollout batch (`lessons/internalise.py`)
+    _compute_loss                     TRL's policy loss + the internalisation's loss
+      _get_per_token_logps...           one forward over rollout rows and lesson rows (`micro_batches.py`)
+    _after_update                     NLL of the lessons after the update, and the norms of both gradients
+    _save_checkpoint                  staged, hashed, renamed (`checkpoints.py`)
 
 B rollouts of a micro-batch, C padded completion width, S accumulation steps per generation batch.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
 
+from mel_lite import signals
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
-from mel_lite.engines.hf import evaluating
+from mel_lite.engines.metered import MeteredEngine, PhaseClock
+from mel_lite.lessons.internalise import (
+    DrawnBatch,
+    RolloutBatch,
+    ScoredMicroBatch,
+    deal_lessons,
+    get_internalisation,
+)
 from mel_lite.lessons.pairs import select_pairs
-from mel_lite.lessons.parsing import lesson_from
-from mel_lite.lessons.pipeline import study
+from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
-from mel_lite.resilience.mixins import ResilientRun
+from mel_lite.resilience.checkpoints import AtomicCheckpoints
+from mel_lite.resilience.collapse import CollapseWatch
+from mel_lite.resilience.nonfinite import NonFiniteGuard
+from mel_lite.resilience.stop_cleanly import CleanStop
+from mel_lite.resilience.trackers import SideService, guard_trackers, guarded_tables
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.training.assemble import (
-    IdleWatch,
-    StepHook,
-    build_desk,
+    build_context,
     build_engine,
     build_judge,
     check_arguments,
     check_support,
+    correct_by_importance,
     default_args,
     engine_generates,
-    settle_weights,
+    prepare_weights,
 )
-from mel_lite.training.metrics import FUNNEL_COUNTS, GradientMeter, MeteredEngine, MetricsWriter, PhaseClock, funnel
-from mel_lite.training.packing import pack
-from mel_lite.training.rewards import JudgedRewards
-from mel_lite.training.scoring import install_scoring_head, score
+from mel_lite.training.engine_probe import EngineProbe
+from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel
+from mel_lite.training.micro_batches import MicroBatches, MicroBatchForward
+from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
+from mel_lite.training.sampler import EpochSampler
+from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, Lesson, Rollout, Status
-from mel_lite.verify.judge import Judge, RewardJudge
+from mel_lite.types import Experience, Group, Lesson, LessonShare, Status
+from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
@@ -61,20 +74,22 @@ else:
     GRPOTrainer = released_grpo_trainer()
 
 
-class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
-    """Trains with GRPO and Meta-Experience Learning: maximises J_RLVR + lambda * J_MEL in one update.
+class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPOTrainer):
+    """Train with GRPO and Meta-Experience Learning: maximize J_RLVR + lambda * J_MEL in one update.
 
     Takes `trl.GRPOTrainer`'s arguments, in its order, plus:
 
     Args:
-        reward_funcs: TRL reward functions. May be left out when `args.verifier` is set: then a right completion earns
-            1, a wrong one 0, and one the verifier abstains on nothing at all.
-        engine: What samples rollouts, analyses and replays. Default: transformers, on the model being trained.
+        reward_funcs: TRL reward functions. Optional when the verifier judges: then a right completion earns 1, a wrong
+            one 0, and one the verifier abstains on nothing.
+        engine: Samples rollouts, analyses and replays. Default: transformers, on the model being trained.
 
     Raises: ConfigError, DataError, ModelError for arguments that cannot work, before anything is trained.
 
     Source: Meta-Experience Learning, arXiv 2602.10224.
     """
+
+    train_sampler: EpochSampler | None = None
 
     _tag_names = ("trl", "grpo", "mel", "mel-lite")
     _name = "MEL"
@@ -104,13 +119,15 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
     ) -> None:
         args = args or default_args(model)
         check_arguments(args, train_dataset, multi_turn=bool(tools or environment_factory))
-        self._judge, self._answer_column = build_judge(args, train_dataset, self._rewards_of)
-        self._clock = PhaseClock()
-        self._engine: MeteredEngine | None = None
-        if reward_funcs is None and not isinstance(self._judge, RewardJudge):
+        self.internalisation = get_internalisation(args.internalisation)
+        self.judge, self.answer_column = build_judge(args, train_dataset, self.rewards_of)
+        self.clock = PhaseClock()
+        self.side_service = SideService("A table of completions or an upload")
+        if reward_funcs is None and not isinstance(self.judge, RewardJudge):
             reward_funcs = self._verifier_reward
+        own_rollouts = rollout_func is None and engine_generates(args, tools, environment_factory)
         with warnings.catch_warnings():
-            # The hook is TRL's and marked experimental; here it is ours to follow, not the user's to worry about.
+            # TRL marks the hook as experimental; following its changes is our task, not the user's.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
                 model=model,
@@ -125,29 +142,28 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
                 tools=tools,
-                rollout_func=rollout_func
-                or (self._roll_out if engine_generates(args, tools, environment_factory) else None),
+                rollout_func=self._roll_out if own_rollouts else rollout_func,
                 environment_factory=environment_factory,
             )
         check_support(self)
-        settle_weights(self)
+        prepare_weights(self)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
             install_scoring_head(base)
-        self._engine = MeteredEngine(engine or build_engine(self), self._clock)
-        self._desk = build_desk(self, self._engine, self._judge, self._clock)
+        self.engine = MeteredEngine(engine or build_engine(self), self.clock)
+        self.engine_probe = EngineProbe(self) if self.rollout_func == self._roll_out else None
+        if self.engine_probe is not None and self.engine.own_kernels:
+            correct_by_importance(self)
+        self.lesson_context = build_context(self)
         self._store: ExperienceStore | None = None
-        self._meter = GradientMeter(list(self.model.parameters()))
-        self._idle = IdleWatch()
-        self.funnel_totals: Counter[str] = Counter()
-        self._scored: list[tuple[Group, Rollout]] = []
-        self._shares: list[tuple[Lesson, ...]] = [()] * args.steps_per_generation
-        self._lesson_weight = 0.0
-        self._riding: tuple[Lesson, ...] = ()
-        self._ridden_logps: list[torch.Tensor] = []
-        self._trained: list[tuple[Lesson, torch.Tensor]] = []
-        self.add_callback(StepHook(self._after_step))
+        self.gradient_meter = GradientMeter(list(self.model.parameters()), every=args.grad_norm_every)
+        self.trained_lessons: list[tuple[Lesson, torch.Tensor]] = []
+        self.funnel_totals = FunnelTotals()
+        self.nonfinite = NonFiniteGuard(self)
+        self.collapse = CollapseWatch(self)
+        self.stateful = (self.engine, self.funnel_totals, self.collapse)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
+        self.add_callback(_AroundTheUpdate(self))
 
     # ---- Act ----
 
@@ -166,10 +182,10 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
         sampling = Sampling(
             self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
         )
-        with self._clock("rollout"):
+        with self.clock("rollout"):
             self.engine.wake()
             completions = self.engine.generate(requests, sampling)
-            self.engine.sleep()  # scoring comes next, which needs the memory
+            self.engine.sleep()  # scoring comes next and needs the memory
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [list(c.ids) for c in completions],
@@ -178,134 +194,130 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
 
     @property
     def _batch(self) -> int:
-        """Number of the generation batch: the counter of its seeds."""
+        """Number of the generation batch, from which its seeds count."""
         return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        self.train_sampler = EpochSampler(super()._get_train_sampler(dataset))
+        return self.train_sampler
 
     # ---- Self-verify ----
 
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        batch = self._estimated(super()._generate_and_score_completions(inputs))
-        if self.model.training and self.args.with_meta_experience:
-            self._study(self._groups(gather_object(self._scored)))
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Return the next micro-batch; TRL generates a new batch when the last one is used up."""
+        scored = GenerationBatch(generation_batch)
+        batch = super()._prepare_inputs(scored)
+        self.engine.sleep()
+        if self.model.training:
+            # TRL has shuffled and split the rollouts by now; the lessons belong to no row.
+            for micro_batch, share in zip(self._buffered_inputs, scored.shares, strict=False):
+                micro_batch["lessons"] = share
+            self.nonfinite.saw_batch(batch)
         return batch
 
-    def _groups(self, rows: list[tuple[Group, Rollout]]) -> list[Group]:
-        """Rows of all ranks back into groups: TRL's sampler keeps the G completions of a prompt together."""
-        groups = []
-        for first in range(0, len(rows), self.num_generations):
-            members = rows[first : first + self.num_generations]
-            question = members[0][0]
-            assert all(g.prompt_hash == question.prompt_hash for g, _ in members), "a group was torn apart"
-            rollouts = tuple(r for _, r in members)
-            groups.append(Group(question.prompt, question.prompt_hash, rollouts, question.answer, question.columns))
-        return groups
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        scored = inputs if isinstance(inputs, GenerationBatch) else GenerationBatch(inputs)
+        batch = super()._generate_and_score_completions(scored)
+        if self.engine_probe is not None:
+            self.engine_probe.check(batch)
+        batch = self._estimated(batch, scored)
+        if self.model.training:
+            if self.args.with_meta_experience:
+                drawn = self._draw(groups_of(gather_object(scored.rollouts), self.num_generations))
+                batch = self._internalise(drawn, batch, scored)
+            self.collapse.saw_batch(batch, has_lessons=any(share.lessons for share in scored.shares))
+        return batch
 
-    def _study(self, groups: list[Group]) -> None:
-        """Draw this batch's lessons. Ranks share the pairs; all of them learn every outcome."""
-        args, batch, rank, world = self.args, self._batch, *self._rank_and_world()
+    def _draw(self, groups: list[Group]) -> DrawnBatch:
+        """Draw and store this batch's meta-experiences. Ranks share the pairs; every rank gets every outcome."""
+        args, batch = self.args, self._batch
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         pairs = select_pairs(
             groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
         )
         self.engine.wake()
-        mine, unfit = study(pairs[rank::world], self._desk, step=self.state.global_step, batch=batch)
-        experiences: list[Experience] = sorted(gather_object(mine), key=lambda e: e.analysis.pair.index)
-        lessons = [
-            lesson_from(
-                e.analysis,
-                e.parsed,
-                tokenizer=self._tokenizer,
-                redacted=e.leak.redacted if e.leak else None,
-                train_on=args.mel_train_on,
-                experience_id=experience_id,
-            )
-            for experience_id, e in zip(self._record(experiences), experiences, strict=True)
-            if e.status is Status.KEPT and e.parsed is not None
-        ]
-        self._share_out(lessons, prompts=len(groups))
-        trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
-        stages = funnel(groups, len(pairs), experiences, trained_tokens)
-        self._log_metrics(stages)
-        self.funnel_totals.update({name: int(stages[name]) for name in FUNNEL_COUNTS})
-        self._log_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
-        self._idle.saw(groups)
-
-    def _record(self, experiences: list[Experience]) -> list[int]:
-        """Write the batch to the store, from one process; every rank gets the row ids."""
-        ids = [0] * len(experiences)
+        local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch)
+        experiences: list[Experience] = sorted(gather_object(local), key=lambda e: e.analysis.pair.index)
+        row_ids = [0] * len(experiences)
         if self.is_world_process_zero():
-            ids = self._open_store().add(experiences)
-        return broadcast_object_list([ids], from_process=0)[0]
+            row_ids = self.store.add(experiences)
+        row_ids = broadcast_object_list([row_ids], from_process=0)[0]
+        self.log_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
+        self.collapse.idle.saw(groups)
+        return DrawnBatch(tuple(zip(row_ids, experiences, strict=True)), tuple(groups), self.lesson_context, len(pairs))
 
-    def _share_out(self, lessons: list[Lesson], *, prompts: int) -> None:
-        """Deal lessons to ranks and accumulation steps, so that their weighted NLLs add up to lambda * mean.
-
-        Each of the S micro-batches of a generation batch is divided by the accumulation steps when its loss is taken,
-        and gradients are averaged over ranks; the weight undoes both.
-        """
-        rank, world = self._rank_and_world()
-        steps = self.args.steps_per_generation
-        mine = lessons[rank::world]
-        self._shares = [
-            tuple(lesson for j, lesson in enumerate(mine) if j * steps // len(mine) == s) for s in range(steps)
-        ]
-        denominator = len(lessons) if self.args.mel_normalization == "kept" else prompts
-        self._lesson_weight = self.args.mel_weight * steps * world / max(1, denominator)
+    def _internalise(self, drawn: DrawnBatch, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:
+        """Turn meta-experiences into what is trained on: lessons dealt to micro-batches, and batch entries."""
+        lessons = self.internalisation.lessons(drawn)
+        scored.shares = deal_lessons(
+            lessons,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            micro_batches=self.args.steps_per_generation,
+            total_weight=self.args.mel_weight,
+            denominator=len(lessons) if self.args.mel_normalization == "kept" else len(drawn.groups),
+        )
+        experiences = [each for _, each in drawn.experiences]
+        trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
+        stages = funnel(drawn.groups, drawn.pairs, experiences, trained_tokens)
+        self.log_metrics(stages)
+        self.funnel_totals.add(stages)
+        rollouts = RolloutBatch(tuple(scored.rollouts), batch)
+        return batch | self.internalisation.batch_entries(drawn, rollouts, self.score_texts)
 
     # ---- Learn ----
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        start_s, before_s = time.monotonic(), sum(self._clock.seconds_s.values())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        phases_s = sum(self._clock.seconds_s.values()) - before_s
-        self._clock.seconds_s["update"] += time.monotonic() - start_s - phases_s
+        with self.clock.rest("update"):
+            self.stop_together()
+            with self.polling_in_layers():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            signals.poll()
+        self.nonfinite.saw_loss(loss)
         return loss
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        batch = super()._prepare_inputs(generation_batch)
-        self.engine.sleep()
-        if not self.model.training:
-            return batch
-        return {**batch, "lessons": self._shares[self._step % self.args.steps_per_generation]}
-
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        """TRL's policy loss plus lambda * NLL of this micro-batch's lessons, both from one forward."""
-        lessons: tuple[Lesson, ...] = inputs.get("lessons", ())
-        self._riding = lessons
+        """Return TRL's policy loss plus the internalisation's loss, both from one forward."""
+        if self.scores_in_one_forward and not isinstance(model, MicroBatchForward):
+            model = self.forward_of(model, inputs)
         policy_loss = super()._compute_loss(model, inputs)
-        if self.model.training:
-            self._log_metrics({"mel/policy_loss": policy_loss.item() * self.current_gradient_accumulation_steps})
-        measured = self._measures_gradients()
+        if not self.model.training:
+            return policy_loss
+        steps = self.current_gradient_accumulation_steps
+        self.log_metrics({"mel/policy_loss": policy_loss.item() * steps})
+        measured = self.gradient_meter.is_due(self.state.global_step)
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if measured and scaler is not None else 1.0
         if measured:
-            self._meter.add("policy", policy_loss, scale=scale)
-        if not lessons:
+            self.gradient_meter.add("policy", policy_loss, scale=scale)
+        if not (self.args.with_meta_experience and isinstance(model, MicroBatchForward)):
             return policy_loss
-        nlls = [-logp_T.mean() for logp_T in self._ridden_logps]
-        weight = self._lesson_weight / self.current_gradient_accumulation_steps
-        mel_loss = weight * torch.stack(nlls).sum()
+        share = inputs.get("lessons", LessonShare())
+        assert model.logp_BC is not None, "TRL's loss scores the rollouts"
+        mel_loss = self.internalisation.loss(
+            ScoredMicroBatch(
+                inputs, model.logp_BC, share.lessons, model.lesson_logps, self.args.mel_weight / steps,
+                share.weight / steps,
+            )
+        )  # fmt: skip
+        if mel_loss is None:
+            return policy_loss
         if measured:
-            self._meter.add("nll", mel_loss, scale=scale)
-        self._trained += [(lesson, nll.detach()) for lesson, nll in zip(lessons, nlls, strict=True)]
+            self.gradient_meter.add("nll", mel_loss, scale=scale)
         return policy_loss + mel_loss
 
-    def _measures_gradients(self) -> bool:
-        every = self.args.grad_norm_every
-        return bool(every) and torch.is_grad_enabled() and self.state.global_step % every == 0
+    @property
+    def needs_every_rollout(self) -> bool:
+        """True when rollouts without advantage need a forward, too."""
+        return self.args.with_meta_experience and self.internalisation.needs_every_rollout
 
-    def _after_step(self) -> None:
-        """After each optimiser step: gradient norms, and the NLL of its lessons before and after the update."""
-        self._log_metrics(self._meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
-        trained, self._trained = self._trained, []
-        after: list[torch.Tensor] = []
-        if trained:
-            lesson_rows = [self._lesson_row(lesson) for lesson, _ in trained]
-            # One row at a time where they are long: training spread them over micro-batches, too.
-            longest = max(len(row.ids) for row in lesson_rows)
-            packed = pack(lesson_rows, pad_id=self._tokenizer.pad_token_id, max_tokens=longest)
-            with self._clock("rescore"), evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
-                after, _ = score(self.model, packed)
-        self._log_metrics(self._clock.drain())
+    def _after_update(self) -> None:
+        """Log the gradient norms, and the NLL of the step's lessons before and after the update."""
+        self.log_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
+        trained, self.trained_lessons = self.trained_lessons, []
+        with self.clock("rescore") if trained else nullcontext():
+            after = self.score_texts([lesson for lesson, _ in trained])
+        self.log_metrics(self.clock.drain())
         rows = gather_object(
             [
                 (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))
@@ -316,50 +328,69 @@ class MELTrainer(ResilientRun, JudgedRewards, GRPOTrainer):
             return
         ids, before_nats, after_nats, tokens = (list(column) for column in zip(*rows, strict=True))
         if self.is_world_process_zero():
-            self._open_store().set_nll(ids, before=before_nats, after=after_nats)
-            self._open_store().set_trained(ids, tokens)
-        self._log_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
+            self.store.set_nll(ids, before=before_nats, after=after_nats)
+            self.store.set_trained(ids, tokens)
+        self.log_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
 
     # ---- Shared ----
 
     @property
-    def engine(self) -> MeteredEngine:
-        """What samples from the policy; counts the tokens it generates."""
-        assert self._engine is not None
-        return self._engine
+    def store(self) -> ExperienceStore:
+        """The run's experience store, opened on first use so that a trainer that never trains leaves no file."""
+        if self._store is None:
+            self._store = ExperienceStore(Path(self.args.output_dir) / "experiences.sqlite")
+        return self._store
 
     @property
-    def judge(self) -> Judge:
-        """Who says whether a completion is right."""
-        return self._judge
-
-    @property
-    def idle_batches(self) -> int:
-        """Generation batches in a row without a mixed group: nothing to learn from."""
-        return self._idle.idle_batches
-
-    @property
-    def idle_advice(self) -> str:
-        """What is the likely reason for those, and what to change."""
-        return self._idle.advice()
+    def last_experience_id(self) -> int | None:
+        """Row id of the newest meta-experience; None before the store was opened."""
+        return None if self._store is None else self._store.last_id()
 
     def latest_sample(self) -> ExperienceRow | None:
-        """The newest meta-experience, a kept one of the newest step if there is one."""
+        """Return the newest meta-experience, a kept one of the newest step if there is one."""
         if self._store is None:
             return None
         newest = self._store.list(limit=1)
         kept = self._store.list(status=Status.KEPT, step=newest[0].step, limit=1) if newest else []
         return next(iter(kept + newest), None)
 
-    def _open_store(self) -> ExperienceStore:
-        """The run's store, opened on first use so that a trainer that never trains leaves no file."""
-        if self._store is None:
-            self._store = ExperienceStore(Path(self.args.output_dir) / "experiences.sqlite")
-        return self._store
-
-    def _log_metrics(self, metrics: dict[str, float]) -> None:
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Add to the training metrics that TRL averages and logs."""
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with guarded_tables(self.side_service):
+            super().log(logs, start_time)
+
+    def add_callback(self, callback: Any) -> None:
+        super().add_callback(callback)
+        guard_trackers(self.callback_handler.callbacks)
+
+
+class _AroundTheUpdate(TrainerCallback):
+    """Calls the trainer's parts around each optimizer step, in this order."""
+
+    def __init__(self, trainer: MELTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.nonfinite.reset()
+        if self._trainer.engine_probe is not None:
+            self._trainer.engine_probe.reset()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # accelerate reaches the sampler by itself, but not on several ranks that resume within an epoch.
+        if self._trainer.train_sampler is not None:  # streamed data has none
+            self._trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.nonfinite.before_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._after_update()
+        self._trainer.record_boundary()
+        self._trainer.collapse.after_update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        self._trainer.collapse.on_log(logs or {})

@@ -186,9 +186,18 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A kept meta-experience as the tokens the NLL term trains on: -log pi(target_ids | context_ids)."""
+    """A text to be scored or trained on: log pi(target_ids | context_ids)."""
 
     experience_id: int
-    """Row id in the store; 0 when there is no store."""
+    """Row id of its meta-experience in the store; 0 for none."""
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LessonShare:
+    """The lessons of one micro-batch."""
+
+    lessons: tuple[Lesson, ...] = ()
+    weight: float = 0.0
+    """Factor of each lesson's loss, before the division by the accumulation steps."""

@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from batches import LOSS_TYPES, micro_batch
+from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.scoring import install_scoring_head
-from mel_lite.types import Lesson
+from mel_lite.types import Lesson, LessonShare
 from scripted import ScriptedEngine
 from tiny_models import save_tiny, set_lora, tiny_tokenizer
-from trainers import assert_learnt, build, digest, sums, tiny_model, trainable
+from trainers import assert_learnt, build, digest, judged_rollouts, sums, tiny_model, trainable
 
 
 def _naive_logps(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, temperature: float) -> torch.Tensor:
@@ -71,13 +71,12 @@ def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path, temperature
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
     inputs = micro_batch()
-    lessons = [
+    lessons = (
         Lesson(1, tuple(range(10, 90)), tuple(range(100, 130))),
         Lesson(2, tuple(range(20, 50)), tuple(range(200, 207))),
-    ]
+    )
     policy = trainer._compute_loss(trainer.model, inputs).item()
-    trainer._share_out(lessons, prompts=2)
-    both = trainer._compute_loss(trainer.model, {**inputs, "lessons": trainer._shares[0]}).item()
+    both = trainer._compute_loss(trainer.model, with_lessons(inputs, lessons, weight=0.5 / 2)).item()
 
     nlls = []
     for lesson in lessons:
@@ -87,17 +86,28 @@ def test_the_mel_term_is_the_mean_token_averaged_nll(tmp_path: Path, temperature
     assert both - policy == pytest.approx(0.5 * sum(nlls) / 2, rel=1e-4)
 
 
+def spy_shares(trainer: Any) -> list[LessonShare]:
+    """The lessons of every micro-batch, filled in while the trainer trains."""
+    original, seen = trainer._compute_loss, []
+
+    def spy(model: Any, inputs: Any) -> Any:
+        seen.append(inputs["lessons"])
+        return original(model, inputs)
+
+    trainer._compute_loss = spy
+    return seen
+
+
 def test_few_survivors_weigh_little_when_normalised_by_prompts(tmp_path: Path) -> None:
-    lesson = Lesson(1, tuple(range(10, 30)), tuple(range(100, 110)))
-    terms = []
+    weights = {}
     for normalization in ("kept", "prompts"):
         trainer = build(tmp_path, mel_normalization=normalization, output_dir=tmp_path / normalization)
-        trainer.current_gradient_accumulation_steps = 1
-        policy = trainer._compute_loss(trainer.model, micro_batch()).item()
-        trainer._share_out([lesson], prompts=8)
-        both = trainer._compute_loss(trainer.model, {**micro_batch(), "lessons": trainer._shares[0]}).item()
-        terms.append(both - policy)
-    assert terms[0] == pytest.approx(8 * terms[1], rel=1e-3) and terms[0] > 1
+        shares = spy_shares(trainer)
+        trainer.train()
+        assert_learnt(trainer)
+        weights[normalization] = [(len(share.lessons), share.weight) for share in shares if share.lessons]
+    assert weights["kept"] == [(n, 1 / n) for n, _ in weights["kept"]] and weights["kept"]
+    assert weights["prompts"] == [(n, 1 / 2) for n, _ in weights["kept"]]
 
 
 def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
@@ -119,7 +129,7 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
     for line in learnt:
         assert line["mel/nll_after"] < line["mel/nll"], "one update on a lesson makes it more likely"
         assert line["mel/grad_norm_nll"] > 0 and -1 <= line["mel/grad_cosine"] <= 1
-    rows = trainer._open_store().list(limit=100)
+    rows = trainer.store.list(limit=100)
     assert len(rows) == totals["mel/written"]
     kept = [row for row in rows if row.status == "kept"]
     assert len(kept) == totals["mel/replay_valid"]
@@ -131,16 +141,16 @@ def test_gradient_norms_are_those_of_the_two_terms(tmp_path: Path) -> None:
     trainer = build(tmp_path, grad_norm_every=1)
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 1
-    trainer._share_out([Lesson(1, tuple(range(10, 40)), tuple(range(100, 120)))], prompts=1)
-    inputs = {**micro_batch(), "lessons": trainer._shares[0]}
+    lesson = Lesson(1, tuple(range(10, 40)), tuple(range(100, 120)))
+    inputs = with_lessons(micro_batch(), (lesson,), weight=1.0)
     norms = {}
-    for term, batch in (("policy", {**inputs, "lessons": ()}), ("both", inputs)):
+    for term, batch in (("policy", micro_batch()), ("both", inputs)):
         trainer.model.zero_grad()
         trainer._compute_loss(trainer.model, batch).backward()
         norms[term] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    trainer._meter._grads.clear()
+    trainer.gradient_meter._grads.clear()
     trainer._compute_loss(trainer.model, inputs)
-    measured = trainer._meter.drain(lambda t: t)
+    measured = trainer.gradient_meter.drain(lambda t: t)
     nll = norms["both"] - norms["policy"]
     assert measured["mel/grad_norm_policy"] == pytest.approx(norms["policy"].norm().item(), rel=1e-4)
     assert measured["mel/grad_norm_nll"] == pytest.approx(nll.norm().item(), rel=1e-4)
@@ -154,7 +164,7 @@ def test_every_rank_reduces_both_terms(tmp_path: Path) -> None:
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, micro_batch())
     reduced: list[torch.Tensor] = []
-    metrics = trainer._meter.drain(lambda t: reduced.append(t) or t)
+    metrics = trainer.gradient_meter.drain(lambda t: reduced.append(t) or t)
     assert len(reduced) == 2 and reduced[0].norm() > 0 and reduced[1].norm() == 0
     assert set(metrics) == {"mel/grad_norm_policy"}
 
@@ -230,7 +240,7 @@ def test_an_unchanged_trl_script_runs_with_the_names_swapped(tmp_path: Path) -> 
     trainer = build(tmp_path, reward_funcs=right_sum, train_dataset=dataset, verifier=None)
     trainer.train()
     assert_learnt(trainer)
-    assert any(row.status == "kept" for row in trainer._open_store().list(limit=50))
+    assert any(row.status == "kept" for row in trainer.store.list(limit=50))
     assert any(n not in (4, 8) for n in seen), "replays are judged by the reward function too"
 
 
@@ -289,8 +299,9 @@ def test_a_missing_answer_is_an_abstention_not_the_word_none(tmp_path: Path) -> 
     dataset = Dataset.from_list([{**row, "answer": None if i else "3"} for i, row in enumerate(sums())])
     engine = ScriptedEngine(tiny_tokenizer(), answer=lambda question, rng: "None")
     trainer = build(tmp_path, train_dataset=dataset, verifier="exact", engine=engine, max_steps=1)
+    rollouts = judged_rollouts(trainer)
     trainer.train()
-    assert {rollout.verdict for group, rollout in trainer._scored if group.answer is None} == {"abstain"}
+    assert {rollout.verdict for group, rollout in rollouts if group.answer is None} == {"abstain"}
 
 
 def test_prompts_that_come_twice_in_a_step_are_sampled_anew(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from mel_lite.data.tasks import load_tasks
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import bootstrap_interval
+from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.pairs import select_pairs
-from mel_lite.lessons.pipeline import Desk, StudyOptions, study
+from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, render
 from mel_lite.models.adapters import attach_adapter
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
@@ -99,17 +100,6 @@ def measure_engine(
     templates: Templates = DEFAULT_TEMPLATES,
 ) -> tuple[dict[str, Any], list[Experience]]:
     """The same of any policy on `tasks`, prompted with `templates`; `made` are examples of pairs with a known slip."""
-    options = StudyOptions(
-        analysis=Sampling(conditions.analysis_max_tokens, conditions.analysis_temperature),
-        replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
-        max_context_tokens=conditions.max_context_tokens,
-        leak_policy="reject",
-        train_on="analysis",
-        replay_attempts=conditions.attempts,
-        control=True,
-        criterion="solved",
-        run_seed=conditions.seed,
-    )
     started_s = time.monotonic()
     with VerifyPool("numeric") as pool:
         judge = AnswerJudge(pool)
@@ -117,8 +107,20 @@ def measure_engine(
         pairs = select_pairs(
             groups, per_group=conditions.pairs_per_group, strategy="longest_prefix", run_seed=conditions.seed, step=0
         )
-        desk = Desk(engine, tokenizer, templates, judge, options, lambda name: nullcontext())
-        experiences, _ = study(pairs, desk, step=0, batch=0)
+        context = LessonContext(
+            engine=engine,
+            tokenizer=tokenizer,
+            templates=templates,
+            judge=judge,
+            clock=lambda name: nullcontext(),
+            analysis=Sampling(conditions.analysis_max_tokens, conditions.analysis_temperature),
+            replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
+            max_context_tokens=conditions.max_context_tokens,
+            run_seed=conditions.seed,
+            replay_attempts=conditions.attempts,
+            control=True,
+        )
+        experiences, _ = draw_lessons(pairs, context, step=0, batch=0)
     figures = _figures(groups, experiences, conditions, time.monotonic() - started_s)
     return figures | {"points_right": pointing(engine, tokenizer, made, conditions)}, experiences
 

@@ -1,24 +1,20 @@
-"""From a pair to a meta-experience: sample the analysis, read its parts, make the kept ones into lessons."""
+"""Read the parts of a meta-experience out of an analysis, in whatever shape a small model wrote it."""
 
 from __future__ import annotations
 
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.engines.base import Engine, Request, Sampling
-from mel_lite.errors import ConfigError, EngineError
-from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, PromptTooLong, Templates, analysis_prompt
-from mel_lite.models.chat import neutralise
-from mel_lite.seeds import seed_for
-from mel_lite.types import Analysis, Finish, Lesson, MetaExperience, Pair
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES
+from mel_lite.types import Finish, MetaExperience
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 MAX_CHARS = 40_000
 """Longest analysis that is read; a longer one is runaway."""
@@ -28,67 +24,11 @@ MIN_RULE_WORDS = 3
 """Fewest words of the heuristics."""
 MAX_ECHO = 0.5
 """Largest share of a part that may be copied from the instructions, as small models like to do."""
-TRAIN_ON = ("analysis", "experience")
 
 
 class ParseFailure(Exception):
     """An analysis that holds no meta-experience; the message is the reason, in one sentence."""
 
-
-def write_analyses(
-    pairs: Sequence[Pair],
-    *,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    templates: Templates,
-    sampling: Sampling,
-    run_seed: int,
-    step: int,
-    max_context_tokens: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[Analysis], list[tuple[Pair, str]]]:
-    """M ~ pi(. | I, x, y+, y-) for every pair, in one `engine.generate` call.
-
-    Returns: the analyses in pair order, and the pairs that do not fit `max_context_tokens` with the reason.
-    Source: step 2 of the method (arXiv 2602.10224).
-    """
-    fitting: list[Pair] = []
-    requests: list[Request] = []
-    skipped: list[tuple[Pair, str]] = []
-    for pair in pairs:
-        try:
-            context = analysis_prompt(
-                pair,
-                tokenizer,
-                templates,
-                max_context_tokens=max_context_tokens,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-        except PromptTooLong as reason:
-            skipped.append((pair, str(reason)))
-            continue
-        prompt_hash = pair.group.prompt_hash
-        seed = seed_for(run_seed, step=step, prompt_hash=prompt_hash, index=pair.index, purpose="analysis")
-        fitting.append(pair)
-        requests.append(Request(context, seed))
-    completions = engine.generate(requests, sampling) if requests else []
-    if len(completions) != len(requests):
-        raise EngineError(f"engine {engine.name!r} answered {len(completions)} of {len(requests)} analysis requests.")
-    analyses = [
-        Analysis(
-            pair=pair,
-            context_ids=request.prompt_ids,
-            analysis_ids=done.ids,
-            text=templates.analysis_prefill + str(tokenizer.decode(list(done.ids), skip_special_tokens=True)),
-            finish=done.finish,
-            nll_nats=-sum(done.logprobs) / len(done.logprobs) if done.logprobs else float("nan"),
-        )
-        for pair, request, done in zip(fitting, requests, completions, strict=True)
-    ]
-    return analyses, skipped
-
-
-# ---- parsing ---------------------------------------------------------------------------------------------------------
 
 _BIFURCATION, _CRITIQUE, _REFLECTION, _HEURISTIC = "bifurcation", "critique", "reflection", "heuristic"
 
@@ -304,36 +244,4 @@ def _repetition(text: str) -> str:
     return ""
 
 
-# ---- lessons ---------------------------------------------------------------------------------------------------------
-
-
-def lesson_from(
-    analysis: Analysis,
-    parsed: MetaExperience,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    redacted: MetaExperience | None,
-    train_on: str,
-    experience_id: int,
-) -> Lesson:
-    """M* as the tokens of the NLL term, -log pi(target_ids | context_ids).
-
-    `train_on="analysis"`: the ids exactly as sampled. `train_on="experience"`, and always when `redacted` is given:
-    the canonical text of (s*, C, H), less what the prefill in the context already says, and the end-of-sequence id.
-    Raises: ConfigError for another `train_on`.
-    """
-    if train_on not in TRAIN_ON:
-        raise ConfigError(f"mel_train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
-    if train_on == "analysis" and redacted is None:
-        return Lesson(experience_id, analysis.context_ids, analysis.analysis_ids)
-    text = neutralise((redacted or parsed).as_text(), tokenizer)
-    sampled = str(tokenizer.decode(list(analysis.analysis_ids), skip_special_tokens=True))
-    prefill = analysis.text.removesuffix(sampled)
-    overlap = next((n for n in range(min(len(prefill), len(text)), 0, -1) if prefill.endswith(text[:n])), 0)
-    ids = list(tokenizer(text[overlap:], add_special_tokens=False)["input_ids"])
-    # The id that ended the sampled analysis ends a turn of this model, whatever its tokenizer calls end-of-sequence.
-    eos_id = analysis.analysis_ids[-1] if analysis.finish is Finish.STOP else tokenizer.eos_token_id
-    return Lesson(experience_id, analysis.context_ids, (*ids, *(() if eos_id is None else (eos_id,))))
-
-
-__all__ = ["ParseFailure", "lesson_from", "parse_analysis", "write_analyses"]
+__all__ = ["ParseFailure", "parse_analysis"]

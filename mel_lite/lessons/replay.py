@@ -1,70 +1,55 @@
-"""Replay validation: re-attempt the question with the meta-experience in the prompt, and keep what helps."""
+"""Replay validation: retry the question with the meta-experience in the prompt, and keep what helps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.base import Request
 from mel_lite.errors import ConfigError, EngineError
-from mel_lite.lessons.prompts import Templates, question_prompt, replay_prompt
+from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.seeds import seed_for
 from mel_lite.types import Group, Pair, Replay, Verdict
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CRITERIA = ("solved", "uplift")
 
 
-def replay(
-    items: Sequence[tuple[Pair, str]],
-    *,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    templates: Templates,
-    judge: Callable[[Sequence[Group], Sequence[str]], list[Verdict]],
-    sampling: Sampling,
-    attempts: int,
-    control: bool,
-    run_seed: int,
-    step: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Replay]:
-    """y_val ~ pi(. | x, M) `attempts` times for each (pair, M as text), judged by the verifier.
+def replay(items: Sequence[tuple[Pair, str]], context: LessonContext, *, batch: int) -> list[Replay]:
+    """Sample y_val ~ pi(. | x, M) `replay_attempts` times for each (pair, M as text), and judge the answers.
 
-    With `control` the same number of attempts is made on x alone, attempt i with the seed that attempt i with M has,
-    so that the two differ in M only. One `engine.generate` call and one `judge` call serve all items.
+    With `control` the same number of attempts is made on x alone. Attempt i uses the same seed with and without M, so
+    the two differ in M only. One `engine.generate` call and one `judge` call serve all items.
 
-    Args: `attempts` at least 1. Returns: one Replay per item, in order. Raises: ConfigError for `attempts` below 1.
-    Source: step 3 of the method (arXiv 2602.10224).
+    Returns: one Replay per item, in order.
+    Raises: ConfigError for `replay_attempts` below 1; EngineError when the engine returns another number of completions
+    than were requested. Source: step 3 of the method (arXiv 2602.10224).
     """
+    attempts, tokenizer, engine = context.replay_attempts, context.tokenizer, context.engine
+    kwargs = context.chat_template_kwargs
     if attempts < 1:
         raise ConfigError(f"replay_attempts={attempts} must be 1 or more: without a replay nothing is validated.")
     if not items:
         return []
     requests: list[Request] = []
     groups: list[Group] = []
-    for pair, experience_text in items:
+    for pair, text in items:
         group = pair.group
-        prompts = [
-            replay_prompt(group, experience_text, tokenizer, templates, chat_template_kwargs=chat_template_kwargs)
-        ]
-        if control:
-            prompts.append(question_prompt(group, tokenizer, chat_template_kwargs=chat_template_kwargs))
+        prompts = [replay_prompt(group, text, tokenizer, context.templates, chat_template_kwargs=kwargs)]
+        if context.control:
+            prompts.append(question_prompt(group, tokenizer, chat_template_kwargs=kwargs))
         seeds = [
-            seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=index, purpose="replay")
+            seed_for(context.run_seed, step=batch, prompt_hash=group.prompt_hash, index=index, purpose="replay")
             for index in range(pair.index * attempts, (pair.index + 1) * attempts)
         ]
         requests += [Request(prompt, seed) for prompt in prompts for seed in seeds]
         groups += [group] * (len(prompts) * attempts)
-    completions = engine.generate(requests, sampling)
+    completions = engine.generate(requests, context.replay)
     if len(completions) != len(requests):
         raise EngineError(f"engine {engine.name!r} answered {len(completions)} of {len(requests)} replay requests.")
     texts = [str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in completions]
-    verdicts = judge(groups, texts)
+    verdicts = context.judge(groups, texts)
     assert len(verdicts) == len(texts), "the judge gives one verdict per text"
-    stride = attempts * (2 if control else 1)
+    stride = attempts * (2 if context.control else 1)
     return [
         Replay(
             verdicts=tuple(verdicts[start : start + attempts]),
@@ -76,11 +61,13 @@ def replay(
 
 
 def is_kept(replay: Replay, criterion: str) -> tuple[bool, str]:
-    """Whether M belongs to M*, and the reason in one sentence.
+    """Return whether M belongs to M*, and the reason in one sentence.
 
     `solved`: more than half of the attempts with M are right (the one attempt of k = 1, as in the paper).
     `uplift`: the share of right attempts with M is above that of the control. Attempts the verifier abstained on count
-    as not right. Raises: ConfigError for an unknown criterion, or `uplift` without a control.
+    as not right.
+
+    Raises: ConfigError for an unknown criterion, or `uplift` without a control.
     """
     right = sum(verdict is Verdict.RIGHT for verdict in replay.verdicts)
     with_m = f"{right} of {len(replay.verdicts)} replays right"

@@ -1,9 +1,11 @@
-"""How the trainer saves and resumes: TRL's checkpoint, built in staging, committed whole, taken back exactly."""
+"""Save and resume: TRL's checkpoint, built in staging, committed as a whole, restored exactly and without pickles."""
 
 from __future__ import annotations
 
+import errno
 import json
-from collections import Counter
+import logging
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,52 +15,80 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from mel_lite.errors import CheckpointError
+from mel_lite.errors import CheckpointError, DiskFullError
 from mel_lite.models.adapters import RECORD, check_base, write_fingerprint
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.resume_checks import check_inputs, inputs
-from mel_lite.resilience.state_files import usable
+from mel_lite.resilience.state_files import (
+    OPTIMIZER,
+    PICKLED_STATE,
+    RNG,
+    SCALER,
+    SCHEDULER,
+    check_weights,
+    dump,
+    load,
+    pickles,
+    rng_state,
+    set_rng_state,
+    usable,
+)
+from mel_lite.resilience.trackers import SideService
 from mel_lite.training.metrics import truncate_metrics
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_WEIGHT = 12
+"""Size of a checkpoint: a float32 weight with both moments of Adam, the largest common case."""
 
 
 class AtomicCheckpoints:
-    """Mixin over a TRL trainer with `_open_store()`, `_engine` and the micro-step counter `_step`."""
+    """Mixin over a TRL trainer: checkpoints are whole or absent, and a resumed run continues bit for bit.
+
+    Optimizer, scheduler, scaler and RNG states are JSON and safetensors under transformers' own file names. DeepSpeed
+    and FSDP read and write formats of their own, pickles among them; there these states are left to them.
+    """
 
     args: Any
     state: Any
     accelerator: Any
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    stateful: tuple[Any, ...]
+    """Parts of the run with `state_dict()` and `load_state_dict(state)`; their states share one JSON object."""
+    side_service: SideService
     _step: int
-    _engine: Any
-    _tripwires: Any
-    funnel_totals: Counter[str]
-    """Funnel counts summed over the run."""
     _staging: Path | None = None
-    """Where a save that is under way puts its files; None outside of one."""
+    """Folder that a save in flight writes to."""
+
+    # ---- resume ----
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *, allow_change: Sequence[str] = (), **kwargs: Any
     ) -> Any:
-        """As TRL's. Resuming verifies the checkpoint first and takes the store and metrics back to its step.
+        """Train like TRL. A resume first verifies the checkpoint, then rolls store and metrics back to its step.
 
-        A run whose last step was saved is loaded and left as it is. `allow_change` names inputs that need not be those
-        of the checkpoint: dataset, templates, chat_template, dtype, batch.
+        A run whose last step was saved is loaded and not trained further. `allow_change` names inputs that may differ
+        from the checkpoint's: dataset, templates, chat_template, dtype, batch.
 
-        Raises: CheckpointError when there is nothing whole to resume from, ModelError when it belongs to another base
-            model, ConfigError when it was made from other inputs.
+        Raises: CheckpointError when no whole checkpoint exists, ModelError when it belongs to another base model,
+            ConfigError when it was made from other inputs.
         """
+        if self.args.save_strategy != "no" and self.accelerator.is_main_process:
+            self._warn_of_little_space()
         if not resume_from_checkpoint:
             return super().train(**kwargs)  # type: ignore[misc]
         path = self._resolve(resume_from_checkpoint)
         with usable(path / "trainer_state.json"):
             saved = TrainerState.load_from_json(str(path / "trainer_state.json"))
             done = int(saved.global_step)
-            int(saved.train_batch_size), float(saved.epoch)  # what transformers counts with; never missing in a save
+            int(saved.train_batch_size), float(saved.epoch)  # transformers needs both; a save always has them
         with usable(path / checkpoint_files.STATE):
-            self._take_back(path, allow_change)
+            self._roll_back(path, allow_change)
         if 0 < self.args.max_steps <= done:
             # transformers would take one more step before it looks at max_steps.
-            self._load_from_checkpoint(str(path))  # type: ignore[attr-defined]
+            self._load_from_checkpoint(str(path))
             self.state = saved
             return TrainOutput(done, 0.0, {})
         return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
@@ -68,7 +98,7 @@ class AtomicCheckpoints:
         return inputs(self)
 
     def _resolve(self, wanted: str | bool) -> Path:
-        """Choose the checkpoint on one process (a damaged one is renamed there) and tell the others."""
+        """Choose the checkpoint on rank 0, where a damaged one is renamed, and broadcast it."""
         answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
@@ -80,8 +110,8 @@ class AtomicCheckpoints:
             raise CheckpointError(problem)
         return Path(path)
 
-    def _take_back(self, path: Path, allow_change: Sequence[str]) -> None:
-        """Put counters, store and metrics where they stood when `path` was saved; what came later is redone."""
+    def _roll_back(self, path: Path, allow_change: Sequence[str]) -> None:
+        """Restore counters, store and metrics to the step of `path`; later steps are repeated."""
         if (path / RECORD).is_file():
             check_base(self.model, path)
         state = checkpoint_files.read_state(path)
@@ -89,20 +119,44 @@ class AtomicCheckpoints:
             return
         check_inputs(state.get("inputs"), self._inputs, allow_change)
         steps = self.args.steps_per_generation
-        # In micro-batches of this run, which may be smaller or larger.
+        # Counted in this run's micro-batches, whose size may differ from the checkpoint's.
         self._step = state["micro_step"] * steps // state.get("steps_per_generation", steps)
-        self._engine.total_generated_tokens = state["generated_tokens"]
-        self.funnel_totals = Counter(state["funnel_totals"])
-        self._tripwires.restore(state.get("tripwires"), self.args)
+        for part in self.stateful:
+            part.load_state_dict(state)
         if self.accelerator.is_main_process:
             run_dir = Path(self.args.output_dir)
             checkpoint_files.set_aside_after(run_dir, state["step"])
             truncate_metrics(run_dir / "metrics.jsonl", state["step"])
             if state["last_experience_id"] is not None:
-                self._open_store().truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
+                self.store.truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_weights(Path(resume_from_checkpoint))
+        model = model or self.model
+        dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        for name, weight in model.named_parameters():
+            # PEFT loads a 16-bit adapter (TRL's choice on a 4-bit base) as float32, which would change the run.
+            weight.data = weight.data.to(dtypes.get(name, weight.dtype))
+
+    def _load_best_model(self) -> None:
+        check_weights(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()  # type: ignore[misc]
+
+    # ---- save ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Build, then commit. Raises: DiskFullError when there is no room; the checkpoint before it stays whole."""
         run_dir = Path(self.args.output_dir)
+        try:
+            self._build_and_commit(run_dir, model, trial)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            shutil.rmtree(run_dir / checkpoint_files.STAGING, ignore_errors=True)
+            raise DiskFullError(self._no_room(run_dir, error)) from error
+
+    def _build_and_commit(self, run_dir: Path, model: Any, trial: Any) -> None:
         if self.accelerator.is_main_process:
             checkpoint_files.staging_folder(run_dir)
         self.accelerator.wait_for_everyone()
@@ -119,20 +173,21 @@ class AtomicCheckpoints:
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As TRL's, with the record by which the adapter can be evaluated, exported and trained on like any of ours."""
+        """Save like TRL, with the record that lets eval, export and `--adapter` take the adapter as one of ours."""
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody reads: config.yaml has the options
         if (folder / "adapter_config.json").is_file():
             write_fingerprint(folder, self.accelerator.unwrap_model(self.model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint once it is committed: an upload must not run while its files are renamed."""
+        """Push a checkpoint once it is committed: its files must not be renamed during the upload."""
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            self.side_service.call(super()._push_from_checkpoint, checkpoint_folder)  # type: ignore[misc]
 
     def _commit(self, run_dir: Path) -> None:
         staged = run_dir / checkpoint_files.STAGING / f"checkpoint-{self.state.global_step}"
-        # The Trainer noted the best checkpoint by the path it saw, which was the staging folder's.
+        # The Trainer recorded the best checkpoint under its staging path.
         saved = staged / "trainer_state.json"
         state = json.loads(saved.read_text()) | {"best_model_checkpoint": self.state.best_model_checkpoint}
         saved.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
@@ -141,15 +196,12 @@ class AtomicCheckpoints:
             "micro_step": self._step,
             "steps_per_generation": self.args.steps_per_generation,
             "inputs": self._inputs,
-            "generated_tokens": self._engine.total_generated_tokens,
-            "funnel_totals": dict(self.funnel_totals),
-            "tripwires": self._tripwires.state(),
             "last_experience_id": (
-                self._open_store().last_id()  # type: ignore[attr-defined]
-                if self.args.with_meta_experience
-                else None
+                self.store.last_id() if self.args.with_meta_experience else None  # type: ignore[attr-defined]
             ),
         }
+        for part in self.stateful:
+            position |= part.state_dict()
         final = checkpoint_files.commit(staged, run_dir, position)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -157,3 +209,101 @@ class AtomicCheckpoints:
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _no_room(self, run_dir: Path, error: Exception) -> str:
+        saved = checkpoint_files.committed(run_dir)
+        kept = f"{saved[-1]} is whole" if saved else "none was saved before it"
+        return (
+            f"The disk of {run_dir} has no room for checkpoint-{self.state.global_step} ({error}); {kept}. Free space, "
+            "or lower save_total_limit, then resume with --resume."
+        )
+
+    def _warn_of_little_space(self) -> None:
+        """Warn when the disk cannot hold one checkpoint more than are kept, which is what a save needs."""
+        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        kept = self.args.save_total_limit or 1
+        needed_bytes = BYTES_PER_WEIGHT * weights * (kept + 1)
+        folder = Path(self.args.output_dir)
+        while not folder.exists():
+            folder = folder.parent
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            logger.warning(
+                "The disk of %s has %.1f GB free, but %s checkpoints of %.1f GB may be on it. Free space, or lower "
+                "save_total_limit.",
+                self.args.output_dir,
+                free_bytes / 1e9,
+                kept + 1,
+                BYTES_PER_WEIGHT * weights / 1e9,
+            )
+
+    # ---- states without pickles ----
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)  # type: ignore[attr-defined]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # a rank may get here before rank 0 has saved the model
+        dump(self._rng_stem(folder), rng_state(all_gpus=self.args.world_size > 1))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        stem = self._rng_stem(Path(checkpoint))
+        if stem.with_suffix(".json").is_file():
+            with usable(stem.with_suffix(".json")):
+                set_rng_state(load(stem))
+        else:
+            logger.warning("%s is missing: random numbers continue from another state.", stem.with_suffix(".json"))
+
+    def _rng_stem(self, folder: Path) -> Path:
+        return folder / (RNG if self.args.world_size <= 1 else f"{RNG}_{self.args.process_index}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        elif self.args.should_save:
+            dump(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+            dump(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        folder = Path(checkpoint)
+        found = pickles(folder, PICKLED_STATE)
+        if (folder / f"{OPTIMIZER}.json").is_file():
+            with usable(folder / f"{OPTIMIZER}.json"):
+                self.optimizer.load_state_dict(load(folder / OPTIMIZER))
+            with usable(folder / f"{SCHEDULER}.json"):
+                self.lr_scheduler.load_state_dict(load(folder / SCHEDULER))
+        elif found:
+            logger.warning(
+                "%s: %s are pickles and are not loaded, since loading one can run any code. The optimizer and the "
+                "learning rate start from scratch on the saved weights.",
+                folder,
+                ", ".join(found),
+            )
+        if not found:  # else transformers would open them
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            dump(Path(output_dir) / SCALER, scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None and (Path(checkpoint) / f"{SCALER}.json").is_file():
+            with usable(Path(checkpoint) / f"{SCALER}.json"):
+                scaler.load_state_dict(load(Path(checkpoint) / SCALER))
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True when an error reports a full disk or quota. safetensors and SQLite say so in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return any(words in text for words in ("No space left on device", "os error 28", "disk is full", "Disk quota"))

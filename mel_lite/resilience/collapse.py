@@ -1,7 +1,7 @@
-"""Figures that show a run going wrong while its loss still looks fine, and what to do then (`on_collapse`).
+"""Detect runs that go wrong while their loss still looks fine, and act as `on_collapse` says.
 
-Each wire looks at means over the last WINDOW logs of a metric. It warns when it trips and every AGAIN logs while it
-stays tripped, with the figures and the likely cure.
+Each check compares means over the last WINDOW logs of a metric. It warns when it fails and every AGAIN logs while it
+keeps failing, with the figures and the likely fix.
 """
 
 from __future__ import annotations
@@ -9,44 +9,43 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
 
 from mel_lite.errors import DivergedError
 from mel_lite.resilience import checkpoint_files
-from mel_lite.training.assemble import add_callback_once
+from mel_lite.types import Group
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 10
-"""Logs a mean is taken over; nothing trips before there are so many."""
+"""Logs a mean is taken over; no check fails before there are that many."""
 AGAIN = 25
-"""Logs between repeated warnings of one wire."""
+"""Logs between repeated warnings of one check."""
 EVALUATIONS = 2
-"""Evaluations a mean is taken over: they are rare, and each is a mean over many tasks."""
+"""Evaluations a mean is taken over; each is itself a mean over many tasks."""
 FALLEN_REWARD, FALLEN_EVALUATION = 0.5, 0.8
 """Share of the best mean so far below which the reward, or the evaluation, has collapsed."""
 LEAST_BEST = 0.05
-"""A best mean below this is noise to fall from."""
+"""A best mean below this is noise, and falling from it means nothing."""
 SHRUNK_LENGTH = 0.3
-"""Share of the longest mean completion below which completions have collapsed, unless the reward rose meanwhile."""
+"""Share of the longest mean completion below which completions have collapsed, unless the reward rose since."""
 MEMORISED_NATS = 0.05
-"""NLL per token of fresh meta-experiences below which the model recites them."""
+"""NLL per token of new meta-experiences below which the model recites them."""
 FULL_RETENTION, MORE_LEAKS = 0.95, 0.2
-"""Share of the leak-free kept, and rise of the leak rate over its lowest mean, that are suspicious together."""
+"""Share of leak-free ones kept, and rise of the leak rate over its lowest mean, that together are suspicious."""
 SPIKE = 10.0
-"""A gradient norm so many times the median of the last WINDOW is an outlier. It was clipped; it is told."""
+"""A gradient norm this many times the median of the last WINDOW is an outlier. It was clipped; it is reported."""
 LEAST_WRITTEN = 20
-"""Meta-experiences in the window, at least, before keeping none of them means something."""
+"""Fewest meta-experiences in the window for keeping none of them to mean something."""
 
 
 class Means:
-    """Running means of one metric over a window; the whole state is plain JSON."""
+    """Running means of one metric over a window. The whole state is plain JSON."""
 
     def __init__(self, size: int = WINDOW) -> None:
         self.size = size
@@ -61,12 +60,12 @@ class Means:
             self.lowest = mean if self.lowest is None else min(self.lowest, mean)
 
     def mean(self) -> float | None:
-        """Mean of the last `size` values; None until there are so many."""
+        """Return the mean of the last `size` values; None until there are that many."""
         return sum(self.last) / self.size if len(self.last) == self.size else None
 
 
-class Tripwires:
-    """Reads the logs of a run; `look` returns what has tripped, in words."""
+class CollapseChecks:
+    """Read the logs of a run; `look` returns the warnings that are due."""
 
     METRICS = ("reward", "eval_reward", "completions/mean_length", "mel/nll", "mel/retention_ratio", "mel/leak_rate",
                "mel/written", "mel/replay_valid")  # fmt: skip
@@ -76,47 +75,42 @@ class Tripwires:
         self._norms: list[float] = []
         self._reward_when_longest: float | None = None
         self.lambda_may_help = False
-        """Whether the last warnings were of a kind that a smaller weight of the lessons can cure."""
-        self._tripped: dict[str, int] = {}
-        """Logs for which each tripped wire has been so."""
+        """True when a smaller lesson weight may fix what the last warnings reported."""
+        self._failing: dict[str, int] = {}
+        """Number of logs for which each failing check has failed."""
         self.mel_weight: float | None = None
         """Lambda after it was lowered; None while it is the configured one."""
         self.lowered_from: float | None = None
         """The configured one, once it was lowered."""
         self.idle_steps = 0
-        """Optimiser steps in a row that had nothing to learn from."""
+        """Consecutive optimizer steps with nothing to learn from."""
 
-    def state(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
         return {
             "means": {name: [m.last, m.best, m.lowest] for name, m in self._means.items()},
             "norms": self._norms,
             "reward_when_longest": self._reward_when_longest,
-            "tripped": self._tripped,
+            "tripped": self._failing,
             "mel_weight": self.mel_weight,
             "lowered_from": self.lowered_from,
             "idle_steps": self.idle_steps,
         }
 
-    def restore(self, state: dict[str, Any] | None, args: Any) -> None:
-        """Take back a state; a lowered lambda goes back into `args`."""
-        if state is None:
-            return
+    def load_state_dict(self, state: Mapping[str, Any], *, configured_weight: float) -> None:
+        """Restore a state. A lambda lowered from another weight than the configured one is dropped."""
         for name, (last, best, lowest) in state["means"].items():
             if name in self._means:
                 self._means[name].last, self._means[name].best, self._means[name].lowest = last, best, lowest
         self._norms = list(state["norms"])
         self._reward_when_longest = state["reward_when_longest"]
-        self._tripped = dict(state["tripped"])
+        self._failing = dict(state["tripped"])
         self.mel_weight, self.lowered_from = state["mel_weight"], state.get("lowered_from")
         self.idle_steps = state.get("idle_steps", 0)
-        if self.lowered_from not in (None, args.mel_weight):  # the resumed run was allowed another
+        if self.lowered_from not in (None, configured_weight):
             self.mel_weight = self.lowered_from = None
-        if self.mel_weight is not None:
-            args.mel_weight = self.mel_weight
 
     def look(self, logs: dict[str, Any], *, untrained: bool = False) -> list[str]:
-        """Take in one log; the warnings that are due. `untrained`: LoRA-B is still zero after this step."""
+        """Add one log and return the warnings that are due. `untrained`: LoRA-B is still zero after this step."""
         longest = self._means["completions/mean_length"].best
         for name, means in self._means.items():
             value = logs.get(name)
@@ -126,7 +120,7 @@ class Tripwires:
             self._reward_when_longest = self._means["reward"].mean()
         due = []
         self.lambda_may_help = False
-        wires: dict[str, Callable[[], str | None]] = {
+        checks: dict[str, Callable[[], str | None]] = {
             "reward": self._fallen_reward,
             "evaluation": self._fallen_evaluation,
             "length": self._shrunk,
@@ -135,24 +129,24 @@ class Tripwires:
             "nothing kept": self._nothing_kept,
             "untrained": lambda: self._still_zero(untrained),
         }
-        for name, wire in wires.items():
-            warning = wire()
+        for name, check in checks.items():
+            warning = check()
             if warning is None:
-                self._tripped.pop(name, None)
+                self._failing.pop(name, None)
                 continue
-            self._tripped[name] = self._tripped.get(name, -1) + 1
-            if self._tripped[name] % AGAIN == 0:
+            self._failing[name] = self._failing.get(name, -1) + 1
+            if self._failing[name] % AGAIN == 0:
                 due.append(warning)
                 self.lambda_may_help |= name not in ("nothing kept", "untrained")
         return due
 
     @property
     def logs_seen(self) -> int:
-        """Logs of rewards taken in, at most WINDOW."""
+        """Number of logs with a reward so far, at most WINDOW."""
         return len(self._means["reward"].last)
 
     def spike(self, logs: dict[str, Any]) -> str | None:
-        """What to say of this log's gradient norm, when it is an outlier. One alone is no collapse."""
+        """Return a warning when this log's gradient norm is an outlier; one outlier is no collapse."""
         norm = logs.get("grad_norm")
         if not isinstance(norm, (int, float)) or not math.isfinite(norm):
             return None
@@ -164,7 +158,7 @@ class Tripwires:
             f"{WINDOW} logs (before clipping to max_grad_norm)."
         )
 
-    # ---- the wires ----
+    # ---- the checks ----
 
     def _fallen_reward(self) -> str | None:
         mean, best = self._means["reward"].mean(), self._means["reward"].best
@@ -180,8 +174,8 @@ class Tripwires:
         if mean is None or best is None or best < LEAST_BEST or mean >= FALLEN_EVALUATION * best:
             return None
         return (
-            f"The evaluation fell to {mean:.3g} (mean of the last {EVALUATIONS}) from {best:.3g} at its best: what is "
-            "learnt does not carry over to held-out tasks. Stop, and use the best checkpoint."
+            f"The evaluation fell to {mean:.3g} (mean of the last {EVALUATIONS}) from {best:.3g} at its best: training "
+            "does not generalize to held-out tasks. Stop, and use the best checkpoint."
         )
 
     def _shrunk(self) -> str | None:
@@ -190,7 +184,7 @@ class Tripwires:
         if mean is None or best is None or mean >= SHRUNK_LENGTH * best:
             return None
         if reward is not None and self._reward_when_longest is not None and reward > self._reward_when_longest:
-            return None  # shorter and better: what one hopes for
+            return None  # shorter and better is an improvement
         return (
             f"Completions shrank to {mean:.0f} tokens (mean of the last {WINDOW} logs) from {best:.0f}, and the reward "
             "did not rise. Look at completions/; lower mel_weight, or set loss_type to one that ignores length."
@@ -201,7 +195,7 @@ class Tripwires:
         if mean is None or mean >= MEMORISED_NATS:
             return None
         return (
-            f"Fresh meta-experiences have an NLL of {mean:.3g} nats per token (mean of the last {WINDOW} logs) before "
+            f"New meta-experiences have an NLL of {mean:.3g} nats per token (mean of the last {WINDOW} logs) before "
             "they are trained on: the model recites one text. Lower mel_weight, or raise analysis_temperature."
         )
 
@@ -224,7 +218,7 @@ class Tripwires:
             return None
         return (
             f"None of the {sum(written.last):.0f} meta-experiences of the last {WINDOW} logs was kept, so MEL trains "
-            "nothing. See why with `mel-lite experiences list`: unparsed ones want a larger analysis_max_tokens or a "
+            "nothing. See why with `mel-lite experiences list`: unparsed ones need a larger analysis_max_tokens or a "
             "warmed-up model, leaked ones leak_policy='redact', failed replays easier tasks."
         )
 
@@ -232,103 +226,130 @@ class Tripwires:
         if not untrained or len(self._means["reward"].last) < WINDOW:
             return None
         return (
-            f"After {WINDOW} logs every LoRA-B is still zero: nothing was learnt, and export will refuse the adapter. "
+            f"After {WINDOW} logs every LoRA-B is still zero: nothing was learned, and export will refuse the adapter. "
             "Groups need right and wrong completions; see mel/mixed_groups, grad_norm and learning_rate."
         )
 
 
-class Watched:
-    """Mixin over a TRL trainer: acts on its tripwires as `args.on_collapse` says, alike on every process."""
+class IdleWatch:
+    """Warn, with the likely fix, when no group is mixed: then neither GRPO nor MEL has anything to learn from."""
 
-    args: Any
-    accelerator: Any
-    model: Any
-    state: Any
-    _shares: list[Any]
-    _has_advantage: bool = False
-    """Whether a completion of the generation batch under way, on this process, is pushed up or down."""
+    FIRST, AGAIN = 5, 25
+    """Generation batches without a mixed group before the first warning, and between later ones."""
 
-    @property
-    def _tripwires(self) -> Tripwires:
-        if not hasattr(self, "_wires"):
-            self._wires = Tripwires()
-        return self._wires
+    def __init__(self) -> None:
+        self.idle_batches = 0
+        """Consecutive generation batches without a mixed group."""
+        self._right = 0
+        self._judged = 0
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        add_callback_once(self, _OnLog(self))
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def _estimated(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = super()._estimated(batch)  # type: ignore[misc]
-        if self.model.training:
-            advantages = batch["advantages"]
-            per_row = advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(dim=1)
-            self._has_advantage = bool((per_row * batch["completion_mask"].sum(dim=1)).any())
-        return batch
-
-    def _count_idle(self) -> None:
-        """After each update: warn of a run that learns nothing, then end it. Raises: DivergedError."""
-        most, wires = self.args.max_idle_steps, self._tripwires
-        learns = self._has_advantage or any(self._shares)
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(learns), device=self.accelerator.device)
-            learns = self.accelerator.reduce(flag, "sum").item() > 0
-        wires.idle_steps = 0 if learns else wires.idle_steps + 1
-        if not most or not (wires.idle_steps == max(1, most // 5) or wires.idle_steps >= most):
+    def saw(self, groups: Sequence[Group]) -> None:
+        """Count a generation batch."""
+        if any(g.is_mixed for g in groups):
+            self.idle_batches = self._right = self._judged = 0
             return
-        told = (
-            f"The last {wires.idle_steps} steps had nothing to learn from: in no group did rewards differ, and no "
+        self.idle_batches += 1
+        self._right += sum(len(g.right) for g in groups)
+        self._judged += sum(len(g.right) + len(g.wrong) for g in groups)
+        if self.idle_batches == self.FIRST or self.idle_batches % self.AGAIN == 0:
+            logger.warning("%s", self.advice())
+
+    def advice(self) -> str:
+        """Return what is wrong and what to change, in two sentences."""
+        seen = f"The last {self.idle_batches} generation batches had no group with both a right and a wrong completion"
+        if self._judged == 0:
+            return f"{seen}: the verifier abstained on all of them. Check `verifier` and the answer column."
+        rate = self._right / self._judged
+        if rate > 0.5:
+            return f"{seen} ({rate:.0%} right): the tasks are too easy. Use harder ones, or a higher temperature."
+        return (
+            f"{seen} ({rate:.0%} right): the tasks are too hard, or answers are not found. Use easier tasks, raise "
+            "num_generations or max_completion_length, and look at completions/ for answers the verifier misses."
+        )
+
+
+class CollapseWatch:
+    """Apply the checks to a trainer's logs and act as `args.on_collapse` says, with the same outcome on every rank."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.checks = CollapseChecks()
+        self.idle = IdleWatch()
+        self._configured_weight = trainer.args.mel_weight
+        self._learns = False
+        """True when the current generation batch, on this rank, has an advantage or a lesson."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tripwires": self.checks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("tripwires") is None:
+            return
+        self.checks.load_state_dict(state["tripwires"], configured_weight=self._configured_weight)
+        if self.checks.mel_weight is not None:
+            self._trainer.args.mel_weight = self.checks.mel_weight
+
+    def saw_batch(self, batch: Mapping[str, Any], *, has_lessons: bool) -> None:
+        """Record a generation batch of this rank, as it is trained on."""
+        advantages = batch["advantages"]
+        per_row = advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(dim=1)
+        self._learns = has_lessons or bool((per_row * batch["completion_mask"].sum(dim=1)).any())
+
+    def after_update(self) -> None:
+        """Warn when a run learns nothing, and stop it after `max_idle_steps`. Raises: DivergedError."""
+        trainer, checks = self._trainer, self.checks
+        most, learns = trainer.args.max_idle_steps, self._learns
+        if trainer.accelerator.num_processes > 1:
+            flag = torch.tensor(float(learns), device=trainer.accelerator.device)
+            learns = trainer.accelerator.reduce(flag, "sum").item() > 0
+        checks.idle_steps = 0 if learns else checks.idle_steps + 1
+        if not most or not (checks.idle_steps == max(1, most // 5) or checks.idle_steps >= most):
+            return
+        step = trainer.state.global_step
+        warning = (
+            f"The last {checks.idle_steps} steps had nothing to learn from: in no group did rewards differ, and no "
             "meta-experience was kept. The tasks are too easy or too hard, or the verifier misses the answers: look at "
             "completions/, choose other tasks, or raise num_generations."
         )
-        if wires.idle_steps >= most:
-            raise DivergedError(f"{told} Stopped at step {self.state.global_step} (max_idle_steps={most}; 0 goes on "
-                                f"all the same). {_kept(Path(self.args.output_dir))}")  # fmt: skip
-        if self.accelerator.is_main_process:
-            logger.warning("Step %s: %s The run stops after %s.", self.state.global_step, told, most)
+        if checks.idle_steps >= most:
+            raise DivergedError(
+                f"{warning} Stopped at step {step} (max_idle_steps={most}; 0 never stops). {self._checkpoints()}"
+            )
+        if trainer.accelerator.is_main_process:
+            logger.warning("Step %s: %s The run stops after %s.", step, warning, most)
 
-    def _look(self, logs: dict[str, Any]) -> None:
-        spike = self._tripwires.spike(logs)
-        if spike and self.accelerator.is_main_process:
-            logger.warning("Step %s: %s", self.state.global_step, spike)
-        due = self._tripwires.look(logs, untrained=self._is_untrained())
-        lower = self._tripwires.lambda_may_help and self.args.with_meta_experience and self.args.mel_weight > 0
-        if self.accelerator.num_processes > 1:
+    def on_log(self, logs: dict[str, Any]) -> None:
+        """Check one log of a step or an evaluation. Raises: DivergedError under `on_collapse='stop'`."""
+        if "reward" not in logs and "eval_reward" not in logs:
+            return
+        trainer, checks = self._trainer, self.checks
+        args, step, is_main = trainer.args, trainer.state.global_step, trainer.accelerator.is_main_process
+        spike = checks.spike(logs)
+        if spike and is_main:
+            logger.warning("Step %s: %s", step, spike)
+        due = checks.look(logs, untrained=self._is_untrained())
+        lower = checks.lambda_may_help and args.with_meta_experience and args.mel_weight > 0
+        if trainer.accelerator.num_processes > 1:
             due, lower = broadcast_object_list([due, lower], from_process=0)
-        if lower and self.args.on_collapse == "lower_lambda":
-            before = self.args.mel_weight
-            self._tripwires.lowered_from = self._tripwires.lowered_from or before
-            self.args.mel_weight = self._tripwires.mel_weight = before / 2
+        if lower and args.on_collapse == "lower_lambda":
+            before = args.mel_weight
+            checks.lowered_from = checks.lowered_from or before
+            args.mel_weight = checks.mel_weight = before / 2
             due[-1] += f" mel_weight was lowered from {before:g} to {before / 2:g}."
-        if self.accelerator.is_main_process:
+        if is_main:
             for warning in due:
-                logger.warning("Step %s: %s", self.state.global_step, warning)
-        if due and self.args.on_collapse == "stop":
-            kept = _kept(Path(self.args.output_dir))
-            raise DivergedError(f"on_collapse='stop' at step {self.state.global_step}: {' '.join(due)} {kept}")
+                logger.warning("Step %s: %s", step, warning)
+        if due and args.on_collapse == "stop":
+            raise DivergedError(f"on_collapse='stop' at step {step}: {' '.join(due)} {self._checkpoints()}")
 
     def _is_untrained(self) -> bool:
-        """Whether the model has trainable LoRA-B matrices, all of them zero."""
-        if self._tripwires.logs_seen < WINDOW - 1:
+        """Return True when the model has trainable LoRA-B matrices and all of them are zero."""
+        if self.checks.logs_seen < WINDOW - 1:
             return False
-        matrices = [p for n, p in self.model.named_parameters() if "lora_B" in n and p.requires_grad]
+        named = self._trainer.model.named_parameters()
+        matrices = [p for n, p in named if "lora_B" in n and p.requires_grad]
         return bool(matrices) and not any(bool(p.detach().any()) for p in matrices)
 
-
-def _kept(run_dir: Path) -> str:
-    saved = checkpoint_files.committed(run_dir)
-    return f"Checkpoints: {', '.join(path.name for path in saved)}." if saved else "No checkpoint was saved."
-
-
-class _OnLog(TrainerCallback):
-    """Counts idle steps, and reads each log of a step or an evaluation."""
-
-    def __init__(self, watched: Watched) -> None:
-        self._watched = watched
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._watched._count_idle()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and ("reward" in logs or "eval_reward" in logs):
-            self._watched._look(logs)
+    def _checkpoints(self) -> str:
+        saved = checkpoint_files.committed(Path(self._trainer.args.output_dir))
+        return f"Checkpoints: {', '.join(path.name for path in saved)}." if saved else "No checkpoint was saved."

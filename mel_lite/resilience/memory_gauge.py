@@ -1,4 +1,4 @@
-"""What measures the peak of memory in use while something runs: on the GPU, or of this process."""
+"""Peak memory: of the GPU, or this process's RSS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mel_lite.memory.formulas import CONTEXT_BYTES
 
 
 class Gauge(Protocol):
-    """Measures the peak of what is used since `start`."""
+    """Measures the peak memory since `start`."""
 
     def start(self) -> None: ...
 
@@ -20,16 +20,17 @@ class Gauge(Protocol):
 
 
 class GpuGauge:
-    """What this process takes of the GPU, whatever allocated it.
+    """GPU memory that this process uses, whatever allocated it.
 
-    Memory in use on the device now, and what PyTorch's allocator held above that at its peak. The allocator's own
-    figures alone would not do: it counts vLLM's cache on while that sleeps. What was in use when the gauge was made is
-    other programs' and the CUDA context, for which the planner's allowance stands. Make it before a model is loaded.
+    The peak is the memory in use on the device now plus what PyTorch's allocator held above that at its peak. The
+    allocator's figures alone are not enough, since it keeps counting vLLM's cache while that sleeps. Memory in use when
+    the gauge is made belongs to other programs and to the CUDA context, for which the planner has an allowance. Make
+    the gauge before a model is loaded.
     """
 
     def __init__(self) -> None:
         some = torch.ones(64, 64, device="cuda")
-        (some @ some).sum().item()  # cuBLAS is loaded: it is in the allowance
+        (some @ some).sum().item()  # loads cuBLAS, which is in the allowance
         del some
         torch.cuda.empty_cache()
         self._before_bytes = self._used_bytes()
@@ -51,11 +52,11 @@ class GpuGauge:
 
 
 class HostGauge:
-    """Peak resident memory of this process, from Linux' /proc; 0 elsewhere."""
+    """Peak RSS of this process, from Linux' /proc; 0 elsewhere."""
 
     def start(self) -> None:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def peak_bytes(self) -> int:
         with suppress(OSError):
@@ -66,5 +67,5 @@ class HostGauge:
 
 
 def gauge_here() -> Gauge:
-    """The gauge for the device that trains."""
+    """Return the gauge for the device that trains."""
     return GpuGauge() if torch.cuda.is_available() else HostGauge()

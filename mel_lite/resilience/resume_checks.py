@@ -137,11 +137,11 @@ def _settle(found: Sequence[Change], refused: Sequence[Change], begun: str) -> N
 def inputs(trainer: Any) -> dict[str, str]:
     """What a run reads beside its options, each in a few words that differ when it differs."""
     args = trainer.args
-    chat_template = trainer._tokenizer.chat_template
+    chat_template, templates = trainer._tokenizer.chat_template, trainer.lesson_context.templates
     dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
     return {
-        "dataset": _dataset(trainer.train_dataset, ("prompt", trainer._answer_column)),
-        "templates": f"{trainer._desk.templates.version}, sha256 {_digest(astuple(trainer._desk.templates))}",
+        "dataset": _dataset(trainer.train_dataset, ("prompt", trainer.answer_column)),
+        "templates": f"{templates.version}, sha256 {_digest(astuple(templates))}",
         "chat_template": "none" if chat_template is None else f"sha256 {_digest(chat_template)}",
         "dtype": f"{dtype}, mixed precision {trainer.accelerator.mixed_precision}",
         "batch": f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} completions "

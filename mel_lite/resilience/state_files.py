@@ -1,8 +1,8 @@
-"""Optimiser, scheduler, scaler and RNG state as JSON and safetensors: nothing of a checkpoint is ever unpickled.
+"""Optimizer, scheduler, scaler and RNG state as JSON and safetensors, so that a checkpoint is never unpickled.
 
-A state is a tree of plain values with tensors in it. `<stem>.json` holds the tree, `<stem>.safetensors` its tensors,
-which the tree names. transformers writes the same states with `torch.save`; loading those runs code of whoever wrote
-the file, so such files are left alone.
+A state is a tree of plain values and tensors. `<stem>.json` holds the tree, `<stem>.safetensors` the tensors by the
+names that the tree gives them. transformers writes the same states with `torch.save`. Unpickling such a file can run
+code, so they are not loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZER, SCHEDULER, SCALER, RNG = "optimizer", "scheduler", "scaler", "rng_state"
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model*.bin", "*/adapter_model*.bin")
 PICKLED_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin")
-"""What transformers writes with `torch.save`, by file name."""
+"""Names of the files that transformers writes with `torch.save`."""
 _TAG = "__kind__"
 
 
@@ -46,7 +46,7 @@ def dump(stem: Path, value: Any) -> None:
 
 
 def load(stem: Path) -> Any:
-    """What `dump` wrote, tensors on the CPU. Raises: CheckpointError for a missing or garbled file."""
+    """Read what `dump` wrote, tensors on the CPU. Raises: CheckpointError for a missing or garbled file."""
     tree_file, tensor_file = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
     try:
         tensors = load_file(tensor_file) if tensor_file.is_file() else {}
@@ -59,7 +59,7 @@ def load(stem: Path) -> Any:
 
 @contextmanager
 def usable(path: Path) -> Iterator[None]:
-    """Turn what wrong content of a state file leads to, however late, into a CheckpointError that names the file."""
+    """Turn errors caused by wrong content of a state file into a CheckpointError that names the file."""
     try:
         yield
     except (MelLiteError, torch.OutOfMemoryError):
@@ -82,7 +82,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], names: dict[tuple[Any,
         )
         if key not in names:
             names[key] = f"t{len(tensors)}"
-            # Contiguous and of its own: safetensors refuses tensors that are views of shared memory.
+            # A contiguous copy: safetensors refuses views of shared memory.
             tensors[names[key]] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {_TAG: "tensor", "name": names[key]}
     if isinstance(value, np.ndarray):
@@ -97,9 +97,9 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], names: dict[tuple[Any,
         items = [_encode(item, tensors, names) for item in value]
         return items if isinstance(value, list) else {_TAG: "tuple", "items": items}
     if isinstance(value, dict):
-        # As pairs: JSON would turn the optimiser's integer keys into text.
+        # As pairs: JSON would turn the optimizer's integer keys into strings.
         return {_TAG: "dict", "items": [[k, _encode(v, tensors, names)] for k, v in value.items()]}
-    raise TypeError(f"a {type(value).__name__} has no place in a state file")
+    raise TypeError(f"a {type(value).__name__} cannot be stored in a state file")
 
 
 def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -122,7 +122,7 @@ def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def rng_state(*, all_gpus: bool) -> dict[str, Any]:
-    """State of the global random generators of Python, numpy, torch and its GPUs (of this process's, or all)."""
+    """Return the states of the global generators of Python, numpy, torch, and this process's GPU or all GPUs."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all() if all_gpus else torch.cuda.get_rng_state()
@@ -130,7 +130,7 @@ def rng_state(*, all_gpus: bool) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the global random generators back to a state of `rng_state`."""
+    """Restore the global random generators to a state from `rng_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])
@@ -142,7 +142,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def pickles(folder: Path, patterns: tuple[str, ...] = PICKLED_WEIGHTS + PICKLED_STATE) -> list[str]:
-    """Names of pickled files in a checkpoint folder."""
+    """Return the names of pickled files in a checkpoint folder."""
     return sorted(str(p.relative_to(folder)) for pattern in patterns for p in folder.glob(pattern))
 
 
@@ -153,95 +153,3 @@ def check_weights(folder: Path) -> None:
             f"Checkpoint {folder}: {found[0]} is a pickle, and loading one can run any code. Only safetensors and JSON "
             "are loaded. Save the model again with save_pretrained(..., safe_serialization=True)."
         )
-
-
-class SafeState:
-    """Mixin over a transformers Trainer: its states in JSON and safetensors, under the names of its own files.
-
-    DeepSpeed and FSDP write and read formats of their own, pickles among them: there this changes nothing.
-    """
-
-    args: Any
-    accelerator: Any
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
-
-    @property
-    def _sharded(self) -> bool:
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)  # type: ignore[attr-defined]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        # A pickle that nothing reads: config.yaml has the options.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)  # a process may get here before process 0 has saved the model
-        dump(self._rng_stem(folder), rng_state(all_gpus=self.args.world_size > 1))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        stem = self._rng_stem(Path(checkpoint))
-        if stem.with_suffix(".json").is_file():
-            with usable(stem.with_suffix(".json")):
-                set_rng_state(load(stem))
-        else:
-            logger.warning("%s is missing: random numbers go on from another state.", stem.with_suffix(".json"))
-
-    def _rng_stem(self, folder: Path) -> Path:
-        return folder / (RNG if self.args.world_size <= 1 else f"{RNG}_{self.args.process_index}")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        elif self.args.should_save:
-            dump(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
-            dump(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        folder = Path(checkpoint)
-        found = pickles(folder, PICKLED_STATE)
-        if (folder / f"{OPTIMIZER}.json").is_file():
-            with usable(folder / f"{OPTIMIZER}.json"):
-                self.optimizer.load_state_dict(load(folder / OPTIMIZER))
-            with usable(folder / f"{SCHEDULER}.json"):
-                self.lr_scheduler.load_state_dict(load(folder / SCHEDULER))
-        elif found:
-            logger.warning(
-                "%s: %s are pickles and are not loaded, since loading one can run any code. The optimiser and the "
-                "learning rate start afresh on the saved weights.",
-                folder,
-                ", ".join(found),
-            )
-        if not found:  # else transformers would open them
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-
-    def _save_scaler(self, output_dir: str) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None and self.args.should_save:
-            dump(Path(output_dir) / SCALER, scaler.state_dict())
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if checkpoint is not None and scaler is not None and (Path(checkpoint) / f"{SCALER}.json").is_file():
-            with usable(Path(checkpoint) / f"{SCALER}.json"):
-                scaler.load_state_dict(load(Path(checkpoint) / SCALER))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_weights(Path(resume_from_checkpoint))
-        model = model or self.model
-        dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        for name, weight in model.named_parameters():
-            # PEFT loads a 16-bit adapter (TRL's choice on a 4-bit base) into float32: another run from here on.
-            weight.data = weight.data.to(dtypes.get(name, weight.dtype))
-
-    def _load_best_model(self) -> None:
-        check_weights(Path(self.state.best_model_checkpoint))  # type: ignore[attr-defined]
-        super()._load_best_model()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Trackers, terminal, tables and uploads: what they do wrong is told once and never stops training."""
+"""Keep trackers, terminal output, completion tables and uploads from stopping training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,47 +22,47 @@ from mel_lite.trl_compat import released_grpo_trainer
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.5
-"""How long training waits for a tracker that was in time so far. One that was not is called without waiting."""
+"""Longest wait for a tracker that has been in time so far. A late one is called without waiting."""
 START_PATIENCE_S = 30.0
-"""The same at the start of training, where trackers log in."""
+"""The same at the start of training, when trackers log in."""
 AT_EXIT_S = 10.0
-"""How long the program waits at its end for trackers to finish."""
-MOST_WAITING = 10_000
+"""Longest wait for trackers when the program ends."""
+MAX_QUEUED = 10_000
 """Events kept for a tracker that hangs; later ones are dropped."""
-MOST_FAILURES = 10
-"""Failures in a row after which a side service is not called any more."""
+MAX_FAILURES = 10
+"""Consecutive failures after which a service is no longer called."""
 EVENTS = tuple(name for name in dir(TrainerCallback) if name.startswith("on_"))
 
 
-class _Service:
-    """One callback that may raise."""
+class SideService:
+    """Calls something that may raise, and reports each kind of failure once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._failures = 0
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self._failures >= MOST_FAILURES:
+        if self._failures >= MAX_FAILURES:
             return
         try:
             method(*args, **kwargs)
             self._failures = 0
         except Exception as error:
             self._failures += 1
-            self.tell(f"failed ({type(error).__name__}: {error})")
-            if self._failures == MOST_FAILURES:
-                self.tell(f"failed {MOST_FAILURES} times in a row and is not called any more", kind="dropped")
+            self.report(f"failed ({type(error).__name__}: {error})")
+            if self._failures == MAX_FAILURES:
+                self.report(f"failed {MAX_FAILURES} times in a row and is no longer called", kind="dropped")
 
-    def tell(self, what: str, *, kind: str = "failed") -> None:
-        """Warn once of each kind of trouble: the same comes back at every step."""
-        if kind not in self._told:
-            logger.warning("%s %s. Training goes on; what it misses is in metrics.jsonl.", self.name, what)
-        self._told.add(kind)
+    def report(self, what: str, *, kind: str = "failed") -> None:
+        """Warn once per kind of failure, since the same one may recur at every step."""
+        if kind not in self._reported:
+            logger.warning("%s %s. Training continues; what it misses is in metrics.jsonl.", self.name, what)
+        self._reported.add(kind)
 
 
-class _Courier(_Service):
-    """Brings events to one callback in order, in a thread of its own, so that it may hang, too."""
+class AsyncTracker(SideService):
+    """Delivers events to one tracker in order, in its own thread, so that it may also hang."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -72,8 +72,8 @@ class _Courier(_Service):
         self._thread: threading.Thread | None = None
 
     def send(self, method: Callable[..., Any], args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call `method` with the state as it is now; returns when it is done, or after PATIENCE_S."""
-        if self._events.qsize() >= MOST_WAITING:
+        """Call `method` with a copy of the current state; return when it is done, or after PATIENCE_S."""
+        if self._events.qsize() >= MAX_QUEUED:
             return
         if "logs" in kwargs:
             kwargs["logs"] = dict(kwargs["logs"] or {})
@@ -88,7 +88,7 @@ class _Courier(_Service):
         patience_s = START_PATIENCE_S if method.__name__ == "on_train_begin" else PATIENCE_S
         if not self._late and not done.wait(patience_s):
             self._late = True
-            self.tell(f"has not answered for {patience_s} s", kind="late")
+            self.report(f"has not answered for {patience_s} s", kind="late")
 
     def _work(self) -> None:
         while True:
@@ -100,22 +100,22 @@ class _Courier(_Service):
                 self._idle.set()
 
 
-def shelter(callback: Any) -> None:
-    """Make a callback harmless, in place: trackers get a thread of their own, the terminal is only kept from raising.
+def guard_trackers(callbacks: Iterable[Any]) -> None:
+    """Keep trackers and terminal callbacks from raising or hanging, in place; a second call is a no-op.
 
-    A callback of the user's own is left alone: raising is how it stops a run.
+    Trackers get a thread of their own. A user's own callback is left alone: raising is how it stops a run.
     """
-    is_tracker = isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))
-    prints = isinstance(callback, (PrinterCallback, ProgressCallback)) or getattr(callback, "side_service", False)
-    if not (is_tracker or prints) or getattr(callback, "_sheltered", False):
-        return
-    callback._sheltered = True
-    service = _Courier(type(callback).__name__) if is_tracker else _Service(type(callback).__name__)
-    for event in EVENTS:
-        if getattr(type(callback), event) is not getattr(TrainerCallback, event):
-            method = getattr(callback, event)
-            bound = service.send if isinstance(service, _Courier) else service.call
-            setattr(callback, event, functools.partial(bound, method))
+    for callback in callbacks:
+        is_tracker = isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))
+        prints = isinstance(callback, (PrinterCallback, ProgressCallback)) or getattr(callback, "side_service", False)
+        if not (is_tracker or prints) or getattr(callback, "is_guarded", False):
+            continue
+        callback.is_guarded = True
+        service = AsyncTracker(type(callback).__name__) if is_tracker else SideService(type(callback).__name__)
+        bound = service.send if isinstance(service, AsyncTracker) else service.call
+        for event in EVENTS:
+            if getattr(type(callback), event) is not getattr(TrainerCallback, event):
+                setattr(callback, event, functools.partial(bound, getattr(callback, event)))
 
 
 @contextmanager
@@ -134,27 +134,13 @@ def _printable_samples() -> Iterator[None]:
         names["print_prompt_completions_sample"] = original
 
 
-class Sheltered:
-    """Mixin over a TRL trainer: trackers, completion tables and Hub uploads cannot end a run."""
-
-    callback_handler: Any
-    _side: _Service
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._side = _Service("A table of completions or an upload")
-        for callback in self.callback_handler.callbacks:
-            shelter(callback)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's; the tables it writes after the callbacks have been called may fail."""
-        try:
-            with _printable_samples():
-                super().log(logs, start_time)  # type: ignore[misc]
-        except Exception as error:
-            if any(frame.name == "call_event" for frame in traceback.extract_tb(error.__traceback__)):
-                raise  # a callback stops the run
-            self._side.tell(f"failed ({type(error).__name__}: {error})")
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._side.call(super()._push_from_checkpoint, checkpoint_folder)  # type: ignore[misc]
+@contextmanager
+def guarded_tables(service: SideService) -> Iterator[None]:
+    """While open, the completion tables that TRL's `log` prints and writes may fail; errors of callbacks propagate."""
+    try:
+        with _printable_samples():
+            yield
+    except Exception as error:
+        if any(frame.name == "call_event" for frame in traceback.extract_tb(error.__traceback__)):
+            raise  # a callback stops the run
+        service.report(f"failed ({type(error).__name__}: {error})")

@@ -122,8 +122,8 @@ def print_summary(
                 console.print(sample_panel(row))
     if exported is not None:
         console.print(exported.as_table())
-    if trainer.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
-        console.print(f"[yellow]{trainer.idle_advice}[/]")
+    if trainer.collapse.idle.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
+        console.print(f"[yellow]{trainer.collapse.idle.advice()}[/]")
     console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
         console.print(f"exported  {escape(str(exported.path))}")

@@ -216,7 +216,7 @@ class _EvaluatedBefore(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.result = self._evaluation()
-        self._trainer._stop_together()  # where a signal came in meanwhile
+        self._trainer.stop_together()  # where a signal came in meanwhile
 
 
 class _OnceAccepted(TrainerCallback):

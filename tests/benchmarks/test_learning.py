@@ -71,27 +71,12 @@ def test_a_run_measures_trains_and_stops_at_its_tokens(study: Any, subject: Any,
     assert figures.runs(tmp_path / "runs")[arm] == [json.loads(json.dumps(found))]
 
 
-def test_the_ablations_swap_what_the_nll_is_taken_over(study: Any, subject: Any, monkeypatch: Any) -> None:
+def test_the_failed_arm_trains_on_the_analyses_whose_replay_was_wrong(study: Any, subject: Any) -> None:
     what, _ = subject
-    arms = importlib.import_module("learning_arms")
-    drawn: list[Any] = []
-    monkeypatch.setitem(arms.ARMS, "mel", arms.MEL | {"lessons": lambda d: drawn.append(d) or d.lessons})
-    study.run("mel", 0, study.Plan("small", 600, 1, 4, 2, 2), what)
-    decode = what.tokenizer.decode
-    batch = next(d for d in drawn if d.lessons and len(d.lessons) < len(d.experiences))
-    kept = batch.kept()
-    assert [row for row, _ in kept] == [lesson.experience_id for lesson in batch.lessons]
-    for (_, each), lesson, solution in zip(kept, arms.replayed(batch), arms.right(batch), strict=True):
-        question = each.analysis.pair.group
-        assert decode(lesson.context_ids) == decode(solution.context_ids) and "## Critique" not in decode(
-            lesson.context_ids
-        )
-        assert decode(lesson.target_ids) == f"Answer: {question.answer}<|im_end|>"
-        assert solution.target_ids == each.analysis.pair.right.completion_ids
-    wrong = arms.failed(batch)
-    assert {lesson.experience_id for lesson in wrong} == {row for row, _ in batch.experiences} - {r for r, _ in kept}
-    assert all("## Heuristics" in decode(lesson.target_ids) for lesson in wrong)
-    assert arms.both(batch) == batch.lessons + arms.replayed(batch)
+    found = study.run("mel-failed", 0, study.Plan("small", 600, 1, 4, 2, 2), what)
+    assert found["options"]["internalisation"] == "learning_arms:FailedNLL"
+    trained = [step for step in found["steps"] if "mel/nll" in step]
+    assert trained and all(step["mel/written"] > step["mel/replay_valid"] for step in trained)
 
 
 def test_the_interval_resamples_runs_and_prompts(study: Any) -> None:

@@ -46,10 +46,10 @@ def cut(trainer: Any, phase: str) -> None:
 
     {
         "after rollout": lambda: ends(trainer, "_calculate_rewards"),
-        "after verification": lambda: ends(trainer, "_study"),
-        "after replay": lambda: ends(trainer, "_share_out"),
+        "after verification": lambda: ends(trainer, "_draw"),
+        "after replay": lambda: ends(trainer, "_internalise"),
         "mid accumulation": lambda: ends(trainer, "_compute_loss", call=2),
-        "before the update": lambda: ends(trainer, "_before_update"),
+        "before the update": lambda: ends(trainer.nonfinite, "before_update"),
     }[phase]()
 
 

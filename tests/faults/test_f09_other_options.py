@@ -69,7 +69,7 @@ def test_another_split_of_the_batch_has_the_same_gradients(
     assert size > 1e-2 and (last.gradient - whole[2]).norm() <= 1e-6 * size
     assert run_state(resumed)["tokens"] == run_state(whole[1])["tokens"], "the same texts were sampled"
     written = [
-        [(row.step, row.analysis, row.status, row.replay_verdicts) for row in trainer._open_store().list()]
+        [(row.step, row.analysis, row.status, row.replay_verdicts) for row in trainer.store.list()]
         for trainer in (resumed, whole[1])
     ]
     assert written[0] == written[1] and written[0]

@@ -45,19 +45,19 @@ def poison(trainer: Any, where: str, steps: set[int]) -> None:
             old[0, 0] = NAN
             return original(model, {**inputs, "old_per_token_logps": old})
         if where == "lesson":
-            ridden = trainer._get_per_token_logps_and_entropies
+            scores = trainer._get_per_token_logps_and_entropies
 
-            def spoilt(*args: Any, **kwargs: Any) -> Any:
-                result = ridden(*args, **kwargs)
-                assert trainer._ridden_logps, "no lesson rides along"
-                trainer._ridden_logps[0] = trainer._ridden_logps[0] * NAN
+            def spoilt(forward: Any, *args: Any, **kwargs: Any) -> Any:
+                result = scores(forward, *args, **kwargs)
+                assert forward.lesson_logps, "the micro-batch has no lesson"
+                forward.lesson_logps = tuple(logp_T * NAN for logp_T in forward.lesson_logps)
                 return result
 
             trainer._get_per_token_logps_and_entropies = spoilt
             try:
                 return original(model, inputs)
             finally:
-                trainer._get_per_token_logps_and_entropies = ridden
+                trainer._get_per_token_logps_and_entropies = scores
         if where == "logits":
             norm = trainer.model.get_base_model().model.norm
 
@@ -101,7 +101,7 @@ def test_the_step_is_skipped_and_its_batch_written_down(
     assert all(third[part] != first[part] for part in third), "and the run goes on"
     assert_learnt(trainer)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    assert trainer.skipped_steps == 1 and caplog.text.count("Step 2 was skipped") == 1
+    assert trainer.nonfinite.skipped_steps == 1 and caplog.text.count("Step 2 was skipped") == 1
 
     dumped = tmp_path / "run" / nonfinite.BAD_STEPS
     assert [path.name for path in dumped.iterdir()] == ["step-2"]
@@ -111,7 +111,7 @@ def test_the_step_is_skipped_and_its_batch_written_down(
     assert ("nan" in record["losses"][0] or "inf" in record["losses"][0]) == (where != "gradient")
     assert record["not_finite"] == (["0.old_per_token_logps"] if where == "stale log-probs" else [])
     assert step_log(tmp_path / "run")[1]["mel/skipped"] == 1
-    nlls = [row.nll_before for row in trainer._open_store().list(step=1)]
+    nlls = [row.nll_before for row in trainer.store.list(step=1)]
     assert nlls and all(nll is None for nll in nlls), "the lessons of a skipped step were not trained"
 
 
@@ -132,7 +132,7 @@ def test_two_in_a_row_do_not(tmp_path: Path) -> None:
     trainer = build(tmp_path, max_steps=6)
     poison(trainer, "loss", {0, 1, 3, 4})
     trainer.train()
-    assert trainer.skipped_steps == 4
+    assert trainer.nonfinite.skipped_steps == 4
     assert_learnt(trainer)
 
 
@@ -144,5 +144,5 @@ def test_a_full_disk_does_not_turn_a_skipped_step_into_a_crash(tmp_path: Path, m
     trainer = build(tmp_path, max_steps=2)
     poison(trainer, "loss", {0})
     trainer.train()
-    assert trainer.skipped_steps == 1
+    assert trainer.nonfinite.skipped_steps == 1
     assert_learnt(trainer)

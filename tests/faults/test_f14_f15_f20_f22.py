@@ -22,7 +22,7 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.resilience import checkpoint_files
-from mel_lite.resilience.collapse import WINDOW, Tripwires
+from mel_lite.resilience.collapse import WINDOW, CollapseChecks
 from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from scripted import ScriptedEngine
@@ -59,7 +59,7 @@ def test_a_spike_is_clipped_told_and_in_the_log(tmp_path: Path, caplog: pytest.L
 
 
 def test_no_spike_among_ordinary_norms() -> None:
-    wires = Tripwires()
+    wires = CollapseChecks()
     ordinary = [{"grad_norm": 1 + 0.9 * math.sin(i)} for i in range(200)]
     assert [wires.spike(log) for log in ordinary] == [None] * 200
     assert wires.spike({"grad_norm": 100.0}) is not None

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mel_lite.engines.metered import PhaseClock
 from mel_lite.errors import ConfigError
 from mel_lite.run.folder import run_folder
-from mel_lite.training.metrics import PhaseClock
 from trainers import assert_learnt, build, digest, step_log, trainable
 
 HOLDER = """

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from mel_lite.types import Lesson, LessonShare
+
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -28,3 +30,8 @@ def micro_batch(seed: int = 0) -> dict[str, Any]:
         "old_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
         "ref_per_token_logps": -5.5 + torch.randn(4, 6, generator=generator),
     }
+
+
+def with_lessons(inputs: dict[str, Any], lessons: tuple[Lesson, ...], weight: float = 0.5) -> dict[str, Any]:
+    """The micro-batch with its share of the lessons."""
+    return inputs | {"lessons": LessonShare(lessons, weight)}

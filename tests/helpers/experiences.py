@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
+from mel_lite.engines.base import Sampling
+from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES
 from mel_lite.types import (
     Analysis,
     Experience,
@@ -33,3 +39,19 @@ def experience(step: int = 1, status: Status = Status.KEPT, *, prompt: Prompt = 
     parsed = None if status is Status.UNPARSED else PARSED
     reason = "" if status is Status.KEPT else f"dropped: {status}"
     return Experience(step, analysis, status, reason, parsed)
+
+
+def lesson_context(tokenizer: Any, **changes: Any) -> LessonContext:
+    """A context for tests of one stage; what the stage does not use may be missing."""
+    defaults: dict[str, Any] = {
+        "engine": None,
+        "tokenizer": tokenizer,
+        "templates": DEFAULT_TEMPLATES,
+        "judge": None,
+        "clock": lambda phase: nullcontext(),
+        "analysis": Sampling(64),
+        "replay": Sampling(8),
+        "max_context_tokens": 4_000,
+        "run_seed": 1,
+    }
+    return LessonContext(**defaults | changes)

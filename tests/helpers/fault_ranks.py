@@ -39,7 +39,7 @@ def main(folder: Path, fault: str) -> int:
     except SystemExit as error:
         code = int(error.code or 0)
     save_file({n: w.contiguous() for n, w in trainable(trainer).items()}, folder / f"weights-{rank}.safetensors")
-    (folder / f"end-{rank}.txt").write_text(f"{code} {trainer.state.global_step} {trainer.skipped_steps}")
+    (folder / f"end-{rank}.txt").write_text(f"{code} {trainer.state.global_step} {trainer.nonfinite.skipped_steps}")
     assert_learnt(trainer)
     trainer.accelerator.end_training()
     return 0

@@ -34,7 +34,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
 
     def spy(batch: object) -> object:
         inputs = prepare(batch)
-        carried.append(len(inputs["lessons"]))
+        carried.append(len(inputs["lessons"].lessons))
         return inputs
 
     trainer._prepare_inputs = spy

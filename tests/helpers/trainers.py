@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_lite import MELConfig, MELTrainer
+from mel_lite.types import Group, Rollout
 from scripted import ScriptedEngine
 from tiny_models import save_tiny
 
@@ -75,6 +76,18 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
     )
 
 
+def judged_rollouts(trainer: MELTrainer) -> list[tuple[Group, Rollout]]:
+    """The judged completions of the trainer's newest generation batch, filled in while it trains."""
+    original, seen = trainer._estimated, []
+
+    def spy(batch: Any, scored: Any) -> Any:
+        seen[:] = scored.rollouts
+        return original(batch, scored)
+
+    trainer._estimated = spy
+    return seen
+
+
 def even_ids(completion_ids: Any, **_: Any) -> list[float]:
     """A reward that differs within a group of a random model, so that there is something to learn."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
@@ -112,7 +125,7 @@ def run_state(trainer: MELTrainer) -> dict[str, str]:
         "weights": digest(trainable(trainer)),
         "moments": digest(moments),
         "scheduler": json.dumps(trainer.lr_scheduler.state_dict(), default=str, sort_keys=True),
-        "experiences": trainer._open_store().digest(),
+        "experiences": trainer.store.digest(),
         "tokens": str(trainer.engine.total_generated_tokens),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from experiences import lesson_context
 from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.errors import ConfigError, EngineError
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, question_prompt, replay_prompt
@@ -53,11 +54,10 @@ def run(
         judged.extend((group.prompt_hash, text) for group, text in zip(groups, texts, strict=True))
         return [verdict(text) for text in texts]
 
-    options = {"run_seed": 3, "step": 4, "sampling": SAMPLING, "templates": DEFAULT_TEMPLATES} | kwargs
-    replays = replay(
-        items, engine=engine, tokenizer=TOKENIZER, judge=judge, attempts=attempts, control=control, **options
-    )
-    return replays, engine, judged
+    batch = kwargs.pop("batch", 4)
+    options = {"run_seed": 3, "replay": SAMPLING, "replay_attempts": attempts, "control": control} | kwargs
+    context = lesson_context(TOKENIZER, engine=engine, judge=judge, **options)
+    return replay(items, context, batch=batch), engine, judged
 
 
 ITEMS = [(pair("one", 0), "notes 1"), (pair("two", 1), "notes 2")]
@@ -87,7 +87,7 @@ def test_seeds_depend_on_run_step_and_pair_only():
         return [request.seed for request in run(items, **kwargs)[1].calls[0][0]]
 
     assert seeds(ITEMS)[1] == seeds(ITEMS[1:])[0], "the other items of the step must not matter"
-    assert len({seeds(ITEMS)[0], seeds(ITEMS, step=5)[0], seeds(ITEMS, run_seed=4)[0]}) == 3
+    assert len({seeds(ITEMS)[0], seeds(ITEMS, batch=5)[0], seeds(ITEMS, run_seed=4)[0]}) == 3
     twice = seeds([(pair("one", 0), "m"), (pair("one", 1), "m")])
     assert twice[0] != twice[1], "two pairs of one group are tried apart"
 

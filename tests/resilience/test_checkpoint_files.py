@@ -33,10 +33,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) 
     cut._compute_loss = dies
     with pytest.raises(RuntimeError, match="power cut"):
         cut.train()
-    assert (
-        cut._open_store().last_id()
-        > checkpoint_files.read_state(tmp_path / "cut" / "checkpoint-2")["last_experience_id"]
-    )
+    assert cut.store.last_id() > checkpoint_files.read_state(tmp_path / "cut" / "checkpoint-2")["last_experience_id"]
 
     resumed = build(tmp_path, output_dir=tmp_path / "cut", **common)
     resumed.train(resume_from_checkpoint=True)

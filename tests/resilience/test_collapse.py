@@ -14,15 +14,15 @@ import pytest
 from mel_lite.errors import ConfigError, DivergedError
 from mel_lite.resilience import collapse
 from mel_lite.resilience.checkpoint_files import read_state
-from mel_lite.resilience.collapse import AGAIN, WINDOW, Tripwires
+from mel_lite.resilience.collapse import AGAIN, WINDOW, CollapseChecks
 from scripted import ScriptedEngine
 from tiny_models import tiny_tokenizer
 from trainers import assert_learnt, build, digest, trainable
 
 
 def feed(logs: Iterable[dict[str, float]], **options: Any) -> list[str]:
-    wires = Tripwires()
-    return [warning for log in logs for warning in wires.look(log, **options)]
+    checks = CollapseChecks()
+    return [warning for log in logs for warning in checks.look(log, **options)]
 
 
 def healthy(steps: int, rng: random.Random) -> Iterable[dict[str, float]]:
@@ -95,15 +95,11 @@ def test_a_warning_comes_back_while_it_lasts_and_after_it_was_over() -> None:
 
 def test_a_state_goes_through_json_and_decides_the_same() -> None:
     logs = [*healthy(30, random.Random(1)), *[{"reward": 0.01, "mel/nll": 0.0}] * 40]
-    whole, first = Tripwires(), Tripwires()
+    whole, first = CollapseChecks(), CollapseChecks()
     expected = [whole.look(log) for log in logs]
     got = [first.look(log) for log in logs[:33]]
-
-    class Args:
-        mel_weight = 1.0
-
-    second = Tripwires()
-    second.restore(json.loads(json.dumps(first.state())), Args)
+    second = CollapseChecks()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), configured_weight=1.0)
     assert got + [second.look(log) for log in logs[33:]] == expected
     assert sum(map(len, expected)) >= 3
 
@@ -122,7 +118,7 @@ def test_warning_is_all_by_default(
     trainer = build(tmp_path, max_steps=3)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):
         trainer.train()
-    assert caplog.text.count("the model recites one text") == 1 and "Step 2: Fresh" in caplog.text
+    assert caplog.text.count("the model recites one text") == 1 and "Step 2: New" in caplog.text
     assert trainer.args.mel_weight == 1.0
     assert_learnt(trainer)
 
@@ -199,7 +195,7 @@ def test_a_run_without_anything_to_learn_warns_and_then_stops(
     assert caplog.text.count("Step 2: The last 2 steps had nothing to learn from") == 1
     assert "The run stops after 10." in caplog.text
     assert trainer.state.global_step == 10 and error.value.exit_code == 5
-    assert "max_idle_steps=10; 0 goes on" in str(error.value) and "checkpoint-4, checkpoint-8" in str(error.value)
+    assert "max_idle_steps=10; 0 never stops" in str(error.value) and "checkpoint-4, checkpoint-8" in str(error.value)
     with pytest.raises(AssertionError, match="still zero"):
         assert_learnt(trainer)
 
@@ -237,7 +233,7 @@ def test_one_step_that_teaches_ends_the_count_and_a_resume_goes_on_counting(tmp_
 def test_a_run_that_learns_is_never_idle(tmp_path: Path, algorithm: str) -> None:
     trainer = build(tmp_path, algorithm=algorithm, max_steps=3, max_idle_steps=1)
     trainer.train()
-    assert trainer._tripwires.idle_steps == 0
+    assert trainer.collapse.checks.idle_steps == 0
     assert_learnt(trainer)
 
 

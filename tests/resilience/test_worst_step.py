@@ -87,8 +87,15 @@ class Before(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         def everything() -> tuple[Any, ...]:
             grads = [p.grad for p in self.trainer.model.parameters()]
-            noted = (dict(self.trainer._metrics["train"]), self.trainer._trained, self.trainer._micro_batches)
-            return run_state(self.trainer), rng_digest(), grads, noted, self.trainer.model.training, self.trainer._step
+            records = (dict(self.trainer._metrics["train"]), self.trainer.trained_lessons)
+            return (
+                run_state(self.trainer),
+                rng_digest(),
+                grads,
+                records,
+                self.trainer.model.training,
+                self.trainer._step,
+            )
 
         before = everything()
         gauge = LiveGauge()
@@ -255,7 +262,7 @@ def test_states_that_do_not_fit_are_told_with_what_makes_them_smaller(
 
     step = first(trainer, load_of(trainer), {"rollout": [90]}, 150, [])
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(ConfigError, match="optimiser's states do not fit.*train.optim=paged_adamw_8bit, lower lora.r"):
+    with pytest.raises(ConfigError, match="optimizer's states do not fit.*train.optim=paged_adamw_8bit, lower lora.r"):
         step.on_train_begin(None, None, None)
 
 

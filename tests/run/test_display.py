@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mel_lite.engines.metered import PhaseClock
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.run.display import experience_page, funnel_table, plain, sample_panel, step_line
-from mel_lite.training.metrics import GradientMeter, PhaseClock, funnel, truncate_metrics
+from mel_lite.training.metrics import GradientMeter, funnel, truncate_metrics
 from mel_lite.types import (
     Analysis,
     Experience,

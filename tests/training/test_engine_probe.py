@@ -202,6 +202,6 @@ def test_an_analysis_fits_the_engines_context_too(tmp_path: Path) -> None:
     """vLLM is started for the longest sequence of a run, which may be shorter than the model's context."""
     engine = ScriptedEngine(tiny_tokenizer())
     engine.context_tokens = 1000
-    assert build(tmp_path, engine=engine)._desk.options.max_context_tokens == 1000 - 600
+    assert build(tmp_path, engine=engine).lesson_context.max_context_tokens == 1000 - 600
     with pytest.raises(ConfigError, match="max_context_tokens=500 plus analysis_max_tokens=600 exceeds the context"):
         build(tmp_path, engine=engine, max_context_tokens=500)

@@ -12,9 +12,9 @@ import torch
 from mel_lite import MELConfig
 from mel_lite.errors import ConfigError
 from mel_lite.training.estimators import batch_advantages, only_right
-from mel_lite.types import Lesson, Verdict
+from mel_lite.types import LessonShare, Verdict
 from tiny_models import set_lora
-from trainers import assert_learnt, build
+from trainers import assert_learnt, build, judged_rollouts
 
 
 def test_batch_advantages_by_hand() -> None:
@@ -81,10 +81,10 @@ def test_rft_is_the_nll_of_right_completions(tmp_path: Path, lessons: bool) -> N
     options = {"max_steps": 1, "learning_rate": 1e-9, "temperature": 0.7, "per_device_train_batch_size": 16}
     trainer = build(tmp_path, algorithm="rft", meta_experience=lessons, **options)
     set_lora(trainer.model, 0.2)
-    seen = _captured(trainer)
+    seen, rollouts = _captured(trainer), judged_rollouts(trainer)
     trainer.train()
     (step,) = seen
-    verdicts = [rollout.verdict is Verdict.RIGHT for _, rollout in trainer._scored]
+    verdicts = [rollout.verdict is Verdict.RIGHT for _, rollout in rollouts]
     assert 0 < sum(verdicts) < len(verdicts)
     inputs = step["inputs"]
     assert int((inputs["completion_mask"].sum(1) > 0).sum()) == sum(verdicts)
@@ -92,7 +92,7 @@ def test_rft_is_the_nll_of_right_completions(tmp_path: Path, lessons: bool) -> N
         right = [row for row in range(16) if inputs["completion_mask"][row].any()]
         nll = torch.cat([_nll_of(trainer.model, inputs, row) for row in right])
     assert step["policy"] == pytest.approx(nll.mean().item(), rel=1e-4) and nll.mean() > 0.5
-    assert (len(inputs["lessons"]) > 0) == lessons
+    assert bool(inputs.get("lessons", LessonShare()).lessons) == lessons
     extra = step["loss"].item() - step["policy"]
     assert (extra > 0.1) if lessons else extra == pytest.approx(0, abs=1e-6)
 
@@ -119,15 +119,15 @@ def test_reinforce_plus_plus_trains_on_batch_advantages(tmp_path: Path, lessons:
         "num_completions_to_print": 0,
     }
     trainer = build(tmp_path, algorithm="reinforce++", meta_experience=lessons, **options)
-    seen = _captured(trainer)
+    seen, rollouts = _captured(trainer), judged_rollouts(trainer)
     trainer.train()
     assert_learnt(trainer)
-    reward = torch.tensor([float(rollout.verdict is Verdict.RIGHT) for _, rollout in trainer._scored])
+    reward = torch.tensor([float(rollout.verdict is Verdict.RIGHT) for _, rollout in rollouts])
     mean, std = reward.mean().item(), reward.std().item()
     assert 0 < mean < 1
     levels = sorted({round(a, 4) for a in seen[0]["inputs"]["advantages"].tolist()})
     assert levels == [round((0 - mean) / (std + 1e-4), 4), round((1 - mean) / (std + 1e-4), 4)]
-    assert (len(seen[0]["inputs"]["lessons"]) > 0) == lessons
+    assert bool(seen[0]["inputs"].get("lessons", LessonShare()).lessons) == lessons
     logged = list(trainer._logs["advantages"])[-16:]
     assert logged == pytest.approx([(r - mean) / (std + 1e-4) for r in reward.tolist()], abs=1e-4)
 
@@ -135,7 +135,7 @@ def test_reinforce_plus_plus_trains_on_batch_advantages(tmp_path: Path, lessons:
 def test_no_right_completion_leaves_rft_nothing_to_learn(tmp_path: Path) -> None:
     """A forward all the same, or ranks would wait for each other."""
     trainer = build(tmp_path, algorithm="rft", max_steps=1, reward_funcs=None)
-    trainer._judge = lambda groups, texts: [Verdict.WRONG for _ in texts]
+    trainer.judge = lambda groups, texts: [Verdict.WRONG for _ in texts]
     seen = _captured(trainer)
     trainer.train()
     assert seen[0]["loss"].item() == 0.0
@@ -150,9 +150,6 @@ def test_grpo_with_lessons_is_mel(tmp_path: Path) -> None:
         line = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         lines.append({key: line[key] for key in ("loss", "mel/nll", "grad_norm", "mel/replay_valid")})
     assert lines[0] == lines[1] and lines[0]["mel/replay_valid"] > 0
-    lesson = Lesson(1, (5, 6), (7, 8))
-    trainer._share_out([lesson], prompts=1)
-    assert trainer._shares[0] == (lesson,)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from batches import LOSS_TYPES, micro_batch
+from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite.errors import ConfigError
 from mel_lite.training.assemble import check_support
 from mel_lite.training.packing import Row, area_tokens, deal, pack
@@ -18,6 +18,8 @@ from tiny_models import set_lora
 from trainers import assert_learnt, build, step_log, trainable
 
 LESSONS = (Lesson(1, tuple(range(10, 40)), tuple(range(100, 120))), Lesson(2, tuple(range(20, 30)), (7, 8, 9)))
+
+LESSON_TOKENS = sum(len(lesson.context_ids + lesson.target_ids) for lesson in LESSONS)
 
 
 def watch(trainer: Any) -> list[int]:
@@ -41,7 +43,6 @@ def taken(
     trainer = build(folder, max_micro_batch_tokens=tokens, **options)
     set_lora(trainer.model, 0.2)
     trainer.current_gradient_accumulation_steps = 2
-    trainer._lesson_weight = 0.5
     seen = watch(trainer)
     trainer.model.train()
     if tokens is None:  # as TRL does
@@ -80,7 +81,7 @@ CASES = [
 def test_gradient_loss_and_metrics_are_those_of_the_whole(
     tmp_path: Path, options: dict[str, Any], lessons: tuple[Lesson, ...]
 ) -> None:
-    inputs = micro_batch() | {"lessons": lessons}
+    inputs = with_lessons(micro_batch(), lessons)
     if options.get("algorithm") == "rft":
         inputs = {k: v for k, v in inputs.items() if k != "old_per_token_logps"}
     options = {"grad_norm_every": 1, **options}
@@ -94,8 +95,8 @@ def test_gradient_loss_and_metrics_are_those_of_the_whole(
     assert metrics(split).keys() == metrics(plain).keys()
     for name, values in metrics(plain).items():
         assert metrics(split)[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), name
-    assert [i.experience_id for i, _ in split._trained] == [lesson.experience_id for lesson in lessons]
-    measured, of_whole = (trainer._meter.drain(lambda t: t) for trainer in (split, plain))
+    assert [i.experience_id for i, _ in split.trained_lessons] == [lesson.experience_id for lesson in lessons]
+    measured, of_whole = (trainer.gradient_meter.drain(lambda t: t) for trainer in (split, plain))
     assert measured.keys() == of_whole.keys() and of_whole["mel/grad_norm_policy"] > 0
     assert measured == pytest.approx(of_whole, rel=1e-3)
 
@@ -140,7 +141,7 @@ def test_a_run_under_a_budget_makes_the_same_steps(tmp_path: Path) -> None:
 
 
 IDLE = (0, 3)
-"""Rows of `_inputs` that get advantage 0."""
+"""Rows of `micro_batch` that get advantage 0."""
 
 
 @pytest.mark.parametrize("tokens", [None, 20])
@@ -148,7 +149,7 @@ IDLE = (0, 3)
 def test_rows_without_advantage_are_left_out_with_the_same_gradient(
     tmp_path: Path, loss_type: str, tokens: int | None
 ) -> None:
-    inputs = micro_batch() | {"lessons": LESSONS}
+    inputs = with_lessons(micro_batch(), LESSONS)
     inputs["advantages"][list(IDLE)] = 0.0
     options: dict[str, Any] = {"loss_type": loss_type, "grad_norm_every": 1}
     plain, expected, loss, _ = taken(tmp_path, None, inputs, output_dir=tmp_path / "a", **options)
@@ -156,7 +157,7 @@ def test_rows_without_advantage_are_left_out_with_the_same_gradient(
         tmp_path, output_dir=tmp_path / "b", max_micro_batch_tokens=tokens, skip_zero_advantage=True, **options
     )
     set_lora(trainer.model, 0.2)
-    trainer.current_gradient_accumulation_steps, trainer._lesson_weight = 2, 0.5
+    trainer.current_gradient_accumulation_steps = 2
     seen = watch(trainer)
     trainer.model.train()
     found = trainer.compute_loss(trainer.model, inputs)
@@ -164,8 +165,8 @@ def test_rows_without_advantage_are_left_out_with_the_same_gradient(
     assert found.item() == pytest.approx(loss, rel=1e-5, abs=1e-7)
     kept = [i for i in range(4) if i not in IDLE]
     rollout_tokens = sum(int(inputs["prompt_mask"][i].sum() + inputs["completion_mask"][i].sum()) for i in kept)
-    assert rollout_tokens <= sum(seen) - 50 - 13 <= rollout_tokens + 5, "the others did not go through the model"
-    assert [i.experience_id for i, _ in trainer._trained] == [1, 2]
+    assert rollout_tokens <= sum(seen) - LESSON_TOKENS <= rollout_tokens + 5, "the others did not go through the model"
+    assert [i.experience_id for i, _ in trainer.trained_lessons] == [1, 2]
 
     names = ("completion_mask", "completion_ids", "prompt_ids", "prompt_mask", "advantages", "old_per_token_logps")
     alone = {name: inputs[name][kept] for name in names} | {"num_items_in_batch": inputs["num_items_in_batch"]}
@@ -196,7 +197,7 @@ def test_a_run_without_idle_rows_makes_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_nothing_but_idle_rows_is_a_step_without_gradient(tmp_path: Path) -> None:
-    inputs = micro_batch() | {"lessons": ()}
+    inputs = micro_batch()
     inputs["advantages"][:] = 0.0
     trainer = build(tmp_path, skip_zero_advantage=True)
     trainer.current_gradient_accumulation_steps = 1

@@ -1,4 +1,4 @@
-"""How analyses are asked for, and the tokens a lesson trains on."""
+"""Analyses are sampled in one batch, from the prompt and the seed of their pair."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from experiences import WANT
+from experiences import lesson_context
 from mel_lite.engines.base import Completion, Request, Sampling
-from mel_lite.errors import ConfigError, EngineError
-from mel_lite.lessons.parsing import lesson_from, write_analyses
+from mel_lite.errors import EngineError
+from mel_lite.lessons.analysis import write_analyses
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, analysis_prompt
-from mel_lite.types import Analysis, Finish, Group, MetaExperience, Pair, Rollout, Verdict
+from mel_lite.types import Analysis, Finish, Group, Pair, Rollout, Verdict
 from tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -60,16 +60,9 @@ def pair(index: int = 0, prompt: str = "2+3?", solution: str = "It is 5.") -> Pa
 def write(
     engine: Scripted, pairs: list[Pair], limit: int = 4_000, templates: Templates = DEFAULT_TEMPLATES, **kwargs: int
 ):
-    options = {"run_seed": 1, "step": 2} | kwargs
-    return write_analyses(
-        pairs,
-        engine=engine,
-        tokenizer=TOKENIZER,
-        templates=templates,
-        sampling=SAMPLING,
-        max_context_tokens=limit,
-        **options,
-    )
+    batch = kwargs.pop("batch", 2)
+    options = {"engine": engine, "templates": templates, "max_context_tokens": limit, "analysis": SAMPLING} | kwargs
+    return write_analyses(pairs, lesson_context(TOKENIZER, **options), batch=batch)
 
 
 def test_one_batch_writes_all_analyses():
@@ -116,7 +109,7 @@ def test_seeds_depend_on_run_step_prompt_and_pair():
                 *seeds(pair(0)),
                 *seeds(pair(1)),
                 *seeds(pair(0, "1+1?")),
-                *seeds(pair(0), step=3),
+                *seeds(pair(0), batch=3),
                 *seeds(pair(0), run_seed=2),
             }
         )
@@ -127,62 +120,3 @@ def test_seeds_depend_on_run_step_prompt_and_pair():
 def test_a_short_answer_of_the_engine_is_an_error():
     with pytest.raises(EngineError, match="'scripted' answered 1 of 2 analysis requests"):
         write(Scripted("A step."), [pair(0), pair(1)])
-
-
-# ---- lessons
-
-
-def analysis_of(text: str, finish: Finish = Finish.STOP, templates: Templates = DEFAULT_TEMPLATES) -> Analysis:
-    (analysis,), _ = write(Scripted(text, finish=finish), [pair()], templates=templates)
-    return analysis
-
-
-def lesson(analysis: Analysis, train_on: str = "analysis", redacted: MetaExperience | None = None, parsed=WANT):
-    return lesson_from(analysis, parsed, tokenizer=TOKENIZER, redacted=redacted, train_on=train_on, experience_id=7)
-
-
-def test_the_analysis_is_trained_on_exactly_as_sampled():
-    analysis = analysis_of("It adds.\n## Critique\nbad")
-    made = lesson(analysis)
-    assert (made.experience_id, made.context_ids, made.target_ids) == (7, analysis.context_ids, analysis.analysis_ids)
-    odd = Analysis(analysis.pair, analysis.context_ids, (70, 71, EOS), "not what the ids decode to", Finish.STOP, 0.0)
-    assert lesson(odd).target_ids == (70, 71, EOS)
-
-
-@pytest.mark.parametrize("redacted", [None, MetaExperience("It adds [...].", "c", "h")])
-@pytest.mark.parametrize(
-    ("prefill", "rest_of"),
-    [("## Bifurcation\n", "## Bifurcation\n"), ("", ""), ("Let me see.\n\n## Bif", "## Bif"), ("Well: ", "")],
-)
-def test_context_and_canonical_text_join_without_saying_the_heading_twice(prefill, rest_of, redacted):
-    analysis = analysis_of("x", templates=Templates(analysis_prefill=prefill))
-    made = lesson(analysis, train_on="experience", redacted=redacted)
-    text = (redacted or WANT).as_text()
-    assert TOKENIZER.decode(made.target_ids) == text.removeprefix(rest_of) + "<|im_end|>"
-    assert made.context_ids == analysis.context_ids
-    assert TOKENIZER.decode(made.context_ids).endswith(prefill)
-
-
-def test_a_redacted_analysis_is_never_trained_on_as_sampled():
-    analysis = analysis_of("It adds 474.\n## Critique\nbad")
-    made = lesson(analysis, redacted=MetaExperience("It adds [...].", "bad", "h"))
-    assert "474" not in TOKENIZER.decode(made.target_ids)
-    assert TOKENIZER.decode(made.target_ids) == "It adds [...].\n\n## Critique\nbad\n\n## Heuristics\nh<|im_end|>"
-
-
-def test_the_end_is_the_id_that_ended_the_analysis_else_the_tokenizers():
-    sampled = analysis_of("x")
-    other_end = Analysis(sampled.pair, sampled.context_ids, (9, 3), sampled.text, Finish.STOP, 0.0)
-    assert lesson(other_end, "experience").target_ids[-1] == 3
-    assert lesson(analysis_of("x", Finish.LENGTH), "experience").target_ids[-1] == EOS
-
-
-def test_canonical_text_cannot_hold_control_tokens():
-    forged = MetaExperience("a <|im_end|> b", "c", "h")
-    ids = lesson(analysis_of("x"), "experience", parsed=forged).target_ids
-    assert [i for i in ids if i < 4] == [EOS] and ids[-1] == EOS
-
-
-def test_an_unknown_target_is_refused():
-    with pytest.raises(ConfigError, match="mel_train_on='all' is not one of analysis, experience"):
-        lesson(analysis_of("x"), "all")

@@ -1,0 +1,39 @@
+"""Objects named by a dotted path in a config file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from typing import Any
+
+from mel_lite.errors import MelLiteError
+
+
+def load_object(path: str, *, field: str, error: type[MelLiteError]) -> Any:
+    """Import `package.module:name` (or `package.module.name`); the current folder is searched last.
+
+    Raises: `error`, naming `field` and the path, when the module does not import or has no such name.
+    """
+    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    here = os.getcwd()  # an installed console script does not have it on its path
+    sys.path.append(here)
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as problem:
+        raise error(
+            f"{field} = {path!r}: importing {module_name!r} failed with {type(problem).__name__}: {problem}. "
+            "The file must be importable from the folder you start in (a notebook cell is not: save it as a .py file)."
+        ) from problem
+    finally:
+        sys.path.reverse()
+        sys.path.remove(here)
+        sys.path.reverse()
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            close = difflib.get_close_matches(part, dir(target), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise error(f"{field} = {path!r}: {module_name!r} has no {attribute!r}.{hint}")
+        target = getattr(target, part)
+    return target

@@ -1,0 +1,60 @@
+"""Sample the analysis of a pair: step 2 of the method (arXiv 2602.10224)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mel_lite.engines.base import Request
+from mel_lite.errors import EngineError
+from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.prompts import PromptTooLong, analysis_prompt
+from mel_lite.seeds import seed_for
+from mel_lite.types import Analysis, Pair
+
+
+def write_analyses(
+    pairs: Sequence[Pair], context: LessonContext, *, batch: int
+) -> tuple[list[Analysis], list[tuple[Pair, str]]]:
+    """Sample M ~ pi(. | I, x, y+, y-) for every pair in one `engine.generate` call.
+
+    `batch` is the number of the generation batch that seeds count from.
+
+    Returns: the analyses in pair order, and the pairs that do not fit `max_context_tokens`, each with the reason.
+    Raises: EngineError when the engine returns another number of completions than were requested.
+    """
+    tokenizer, templates = context.tokenizer, context.templates
+    fitting: list[Pair] = []
+    requests: list[Request] = []
+    skipped: list[tuple[Pair, str]] = []
+    for pair in pairs:
+        try:
+            context_ids = analysis_prompt(
+                pair,
+                tokenizer,
+                templates,
+                max_context_tokens=context.max_context_tokens,
+                chat_template_kwargs=context.chat_template_kwargs,
+            )
+        except PromptTooLong as reason:
+            skipped.append((pair, str(reason)))
+            continue
+        prompt_hash = pair.group.prompt_hash
+        seed = seed_for(context.run_seed, step=batch, prompt_hash=prompt_hash, index=pair.index, purpose="analysis")
+        fitting.append(pair)
+        requests.append(Request(context_ids, seed))
+    completions = context.engine.generate(requests, context.analysis) if requests else []
+    if len(completions) != len(requests):
+        name = context.engine.name
+        raise EngineError(f"engine {name!r} answered {len(completions)} of {len(requests)} analysis requests.")
+    analyses = [
+        Analysis(
+            pair=pair,
+            context_ids=request.prompt_ids,
+            analysis_ids=done.ids,
+            text=templates.analysis_prefill + str(tokenizer.decode(list(done.ids), skip_special_tokens=True)),
+            finish=done.finish,
+            nll_nats=-sum(done.logprobs) / len(done.logprobs) if done.logprobs else float("nan"),
+        )
+        for pair, request, done in zip(fitting, requests, completions, strict=True)
+    ]
+    return analyses, skipped
