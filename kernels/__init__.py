@@ -31,15 +31,11 @@ if __name__ == "kernels":
 else:
     from .api import fused_logprobs, reference_logprobs
     from .head import HeadSpec, check_head_spec, head_logprobs, head_spec, why_not_fused
-    from .mel_loss import LossTerms, MelLoss, fused_mel_loss
 
     __all__ = [
         "HeadSpec",
-        "LossTerms",
-        "MelLoss",
         "check_head_spec",
         "fused_logprobs",
-        "fused_mel_loss",
         "head_logprobs",
         "head_spec",
         "reference_logprobs",

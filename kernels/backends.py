@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .tiles import Coefficient, Scored, Steps, Tiling, frozen_head
+from .tiles import Scored, Steps, Tiling, frozen_head
 from .torch_steps import CPU_TILING, GPU_TILING, TorchSteps
 from .transform import LogitTransform
 
@@ -53,7 +53,6 @@ def run_frozen(
     transform: LogitTransform,
     *,
     want_u: bool,
-    coefficient: Coefficient | None = None,
 ) -> Scored:
     """`tiles.frozen_head` with the steps and tiles of an implementation."""
     # float16 cannot hold small components of u; bfloat16 has float32's range.
@@ -62,7 +61,7 @@ def run_frozen(
     with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
         return frozen_head(
             hidden_NH, weight_VH, target_N.contiguous(), None if bias_V is None else bias_V.contiguous(),
-            steps=steps, tiling=tiling, u_dtype=u_dtype if want_u else None, coefficient=coefficient,
+            steps=steps, tiling=tiling, u_dtype=u_dtype if want_u else None,
         )  # fmt: skip
 
 

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from .api import fused_logprobs
-from .mel_loss import LossTerms, fused_mel_loss
 from .peers import PEERS, Peer
 from .truth import true_head
 
 OURS = "mel_lite"
-SCORING, HALF, LOSS, BOUND = "mel_lite, scoring", "mel_lite, half the rows", "mel_lite, whole loss", "two bare products"
+SCORING, HALF, BOUND = "mel_lite, scoring", "mel_lite, half the rows", "two bare products"
 SAMPLE_ROWS = 128
 """Rows whose float64 truth is computed; enough for a Frobenius error, few enough for a card without fast float64."""
 FLUSH_BYTES = 256 * 2**20
@@ -142,8 +141,6 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor | None] | str]:
     """Name -> one whole pass, which leaves the gradient in hidden.grad; or why there is none."""
     hidden_NH, weight_VH, target_N = inputs
     rows = torch.arange(len(target_N), device=target_N.device)
-    terms = LossTerms(is_nll_N=rows % 4 == 0, weight_N=torch.ones_like(rows, dtype=torch.float32) / len(rows),
-                      advantage_N=torch.where(rows % 2 == 0, 0.7, -0.7))  # fmt: skip
 
     def train(peer: Peer) -> Callable[[], Tensor]:
         def once() -> Tensor:
@@ -156,14 +153,10 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor | None] | str]:
     def score() -> Tensor:
         return fused_logprobs(hidden_NH, weight_VH, target_N, compute_u=False)[0]
 
-    def loss() -> None:
-        fused_mel_loss(hidden_NH, weight_VH, target_N, terms).loss.backward()
-
     found: dict[str, Callable[[], Tensor | None] | str] = {
         OURS: train(lambda h, w, t: fused_logprobs(h, w, t)[0]),
         SCORING: score,
         HALF: train(lambda h, w, t: fused_logprobs(h, w, t, keep_N=rows % 2 == 0)[0]),
-        LOSS: loss,
         BOUND: _bare_products(hidden_NH.detach(), weight_VH),
     }
     for name, get in PEERS.items():
@@ -227,7 +220,7 @@ def _check(result: Result, once: Callable[[], Tensor | None], hidden_NH: Tensor,
     if output is not None and output.dim() == 1 and result.name != HALF:
         wrong_N = (output[sample].double() - truth.logp_N).abs() / truth.logp_N.abs().clamp(min=0.01)
         result.logp_error = float(wrong_N.max())
-    if hidden_NH.grad is not None and result.name not in (HALF, LOSS):
+    if hidden_NH.grad is not None and result.name != HALF:
         wrong_NH = hidden_NH.grad[sample].double() - truth.u_NH
         result.u_error = float(wrong_NH.norm() / truth.u_NH.norm())
 

@@ -37,13 +37,12 @@ def check_like(name: str, value: Tensor, size: int, size_of: str, device: torch.
         raise ValueError(f"{name} is on {value.device}: expected {device}, the device of hidden_NH")
 
 
-def check_number(name: str, value: object, *, minimum: float | None = None) -> float:
-    """The value as a finite float: above 0, or at least `minimum` where that is given."""
+def check_number(name: str, value: object) -> float:
+    """Return the value as a finite float above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is {value!r}: expected a number")
-    if not math.isfinite(value) or (value <= 0 if minimum is None else value < minimum):
-        expected = "above 0" if minimum is None else f"of at least {minimum:g}"
-        raise ValueError(f"{name} is {value!r}: expected a finite number {expected}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}: expected a finite number above 0")
     return float(value)
 
 

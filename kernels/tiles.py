@@ -20,7 +20,6 @@ Letters: N rows, R rows of a block, T columns of a tile, V vocabulary, H hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -28,8 +27,6 @@ import torch
 from torch import Tensor
 
 from .gemm import accumulate, accumulate_dtype, project
-
-Coefficient = Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +136,8 @@ def frozen_head(
     steps: Steps,
     tiling: Tiling,
     u_dtype: torch.dtype | None,
-    coefficient: Coefficient | None = None,
 ) -> Scored:
     """Log-probability, entropy and log-normaliser of every row, and u in `u_dtype`; every target must be a token.
-
-    `coefficient(rows, logp_R)` may give a factor c for each row of a block, once its log-probabilities are known: then
-    c u is kept in place of u, the gradient of a loss whose derivative in logp is c.
 
     Without u (`u_dtype=None`) the second product is left out and no other operation changes, so the results are the
     same to the bit. Temporary memory is one tile, one block of accumulators and, where weights must be converted, one
@@ -162,9 +155,6 @@ def frozen_head(
         to_target_R, to_others_R = steps.finish(run, out)
         if acc_RH is None or out.u_NH is None:
             continue
-        if coefficient is not None:
-            factor_R = coefficient(block, out.logp_N)
-            to_target_R, to_others_R = to_target_R * factor_R, to_others_R * factor_R
         steps.direction(to_target_R, to_others_R, acc_RH, target_R, weight_VH, out.u_NH)
     return Scored(logp_N, entropy_N, lse_N, u_NH)
 

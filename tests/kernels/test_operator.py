@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import BLOCK_ROWS, DEVICE, DTYPES, FROZEN, IMPLS, head_case, relative
+from kernel_cases import BLOCK_ROWS, DEVICE, DTYPES, FROZEN, HALVES, IMPLS, head_case, relative
 from mel_lite.kernels import fused_logprobs, reference, reference_logprobs
+from mel_lite.kernels.backends import run_frozen
+from mel_lite.kernels.transform import LogitTransform
 from mel_lite.kernels.truth import true_head
 
 
@@ -52,6 +54,18 @@ def test_gradient_is_linear_in_the_coefficient(impl: str) -> None:
     assert relative(grads[2], grads[0] + 2 * grads[1]) < 1e-6
     truth = true_head(hidden_NH, weight_VH, target_N)
     assert relative(grads[0], one_N.double()[:, None] * truth.u_NH) < 1e-5
+
+
+@pytest.mark.parametrize(("impl", "dtype"), HALVES, ids=str)
+def test_gradient_is_rounded_once_after_the_product_with_the_coefficient(impl: str, dtype: torch.dtype) -> None:
+    """A coefficient such as 1/3, from gradient accumulation over three steps, must not be rounded to 16 bits first."""
+    hidden_NH, weight_VH, target_N = case(dtype=dtype)
+    c_N = torch.linspace(0.1, 3, 30, device=DEVICE) / 3
+    logp_N, _, _ = fused_logprobs(hidden_NH, weight_VH, target_N, impl=impl)
+    scored = run_frozen(impl, hidden_NH.detach(), weight_VH, target_N, None, LogitTransform(), want_u=True)
+    expected_NH = (c_N[:, None] * scored.u_NH.float()).to(dtype)
+    assert torch.equal(gradient((c_N * logp_N).sum(), hidden_NH), expected_NH)
+    assert not torch.equal((c_N.to(dtype)[:, None] * scored.u_NH.to(dtype)), expected_NH)
 
 
 @pytest.mark.parametrize("impl", FROZEN)
@@ -278,7 +292,7 @@ def test_memory_does_not_grow_with_the_batch() -> None:
 
 ALONE = """
 import sys, torch
-from fused_head import fused_logprobs, fused_mel_loss
+from fused_head import fused_logprobs
 logp_N, _, _ = fused_logprobs(torch.eye(2), torch.tensor([[0.0, 0], [1, 0], [0, 2]]), torch.tensor([1, 2]))
 print(logp_N.tolist(), [m for m in sys.modules if m.split(".")[0] in ("mel_lite", "triton", "transformers", "trl")])
 """

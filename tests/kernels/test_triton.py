@@ -23,7 +23,7 @@ OPERANDS = {75: ("fp16", "fp32")}
 
 def run_interpreted(expression: str, at_least: int) -> None:
     """Run the operator's own tests on the Triton kernels; Triton must find the variable set when it is imported."""
-    files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator", "mel_loss")]
+    files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator")]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", expression, "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -37,13 +37,13 @@ def run_interpreted(expression: str, at_least: int) -> None:
 
 
 def test_interpreted_kernels_are_exact() -> None:
-    """Many tiles, awkward logits, the combined loss; float32 and float16 (the interpreter's bfloat16 is broken)."""
-    run_interpreted("triton and (tile_sizes or adversarial or parity)", 20)
+    """Many tiles and awkward logits, in float32 and float16 (the interpreter's bfloat16 is broken)."""
+    run_interpreted("triton and (tile_sizes or adversarial)", 18)
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_pass_all_tests_of_the_operator() -> None:
-    run_interpreted("triton", 100)
+    run_interpreted("triton", 98)
 
 
 def check(usage: offline.Usage) -> None:
