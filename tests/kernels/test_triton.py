@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is installed with the development requirements")
 
-from mel_lite.kernels import offline
+import compiled_kernels
 
 HERE = Path(__file__).parent
-ARCHITECTURES = offline.ARCHITECTURES
+ARCHITECTURES = compiled_kernels.ARCHITECTURES
 MAX_SHARED_BYTES = 99 * 1024
 OPERANDS = {75: ("fp16", "fp32")}
 """No bfloat16 products before sm_80."""
@@ -46,7 +46,7 @@ def test_interpreted_kernels_pass_all_tests_of_the_operator() -> None:
     run_interpreted("triton", 98)
 
 
-def check(usage: offline.Usage) -> None:
+def check(usage: compiled_kernels.Usage) -> None:
     assert usage.stack_bytes == 0, f"spills registers: {usage}"
     assert usage.shared_bytes < MAX_SHARED_BYTES, usage
     assert 0 < usage.registers <= 255
@@ -57,23 +57,23 @@ def check(usage: offline.Usage) -> None:
 def test_tiles_fit_in_registers(architecture: int, block: int) -> None:
     """Plain, with everything on, and ragged; whole tiles are read 16 bytes at a time."""
     for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
-        plain = offline.fold_usage(architecture, operand, block=block)
+        plain = compiled_kernels.fold_usage(architecture, operand, block=block)
         check(plain)
         assert plain.wide_loads >= 8192 // 256 // 4
-        check(offline.fold_usage(architecture, operand, block=block, bias=True, cap=True))
-        check(offline.fold_usage(architecture, operand, block=block, bias=True, cap=True, ragged=True))
+        check(compiled_kernels.fold_usage(architecture, operand, block=block, bias=True, cap=True))
+        check(compiled_kernels.fold_usage(architecture, operand, block=block, bias=True, cap=True, ragged=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_row_kernels_fit_in_registers(architecture: int) -> None:
     for cap in (False, True):
-        check(offline.finish_usage(architecture, cap=cap))
+        check(compiled_kernels.finish_usage(architecture, cap=cap))
     for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
-        check(offline.direction_usage(architecture, operand))
+        check(compiled_kernels.direction_usage(architecture, operand))
 
 
 def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks above can fail: on 2 warps, a row of 8192 columns does not fit."""
     options = {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
-    monkeypatch.setattr(offline, "fold_options", lambda block: options)
-    assert offline.fold_usage(90, "fp16", block=8192).stack_bytes > 0
+    monkeypatch.setattr(compiled_kernels, "fold_options", lambda block: options)
+    assert compiled_kernels.fold_usage(90, "fp16", block=8192).stack_bytes > 0

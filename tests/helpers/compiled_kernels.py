@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for any NVIDIA card without having one, and read what they need of it."""
+"""Compile the Triton kernels for any NVIDIA card, without a GPU, and read the resources they use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton_kernels import direction_kernel, finish_kernel, fold_kernel
-from .triton_steps import BLOCK_H, DIRECTION_OPTIONS, FINISH_OPTIONS, FINISH_ROWS, fold_options
+from mel_lite.kernels.triton_kernels import direction_kernel, finish_kernel, fold_kernel
+from mel_lite.kernels.triton_steps import BLOCK_H, DIRECTION_OPTIONS, FINISH_OPTIONS, FINISH_ROWS, fold_options
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one compiled kernel takes: registers and stack (spilled) bytes per thread, shared bytes per block.
-
-    `wide_loads` counts its loads of 16 bytes: a tile read 4 bytes at a time would show here.
-    """
+    """Resources of one compiled kernel: registers and stack (spilled) bytes per thread, shared bytes per block."""
 
     kernel: str
     architecture: int
@@ -32,14 +29,17 @@ class Usage:
     stack_bytes: int
     shared_bytes: int
     wide_loads: int
+    """Loads of 16 bytes; fewer if a tile is read 4 bytes at a time."""
 
 
 def fold_usage(
     architecture: int, operand: str, *, block: int, bias: bool = False, cap: bool = False, ragged: bool = False
 ) -> Usage:
-    """`fold_kernel` as `TritonSteps.fold` launches it; `operand` is Triton's name of p's dtype (bf16, fp16, fp32).
+    """Compile `fold_kernel` like `TritonSteps.fold`.
 
-    `ragged`: the last tile of a vocabulary that is not a multiple of 16, whose loads cannot be wide.
+    Args:
+        operand: Triton's name for the dtype of p (bf16, fp16, fp32).
+        ragged: compile for the last tile of a vocabulary that is not a multiple of 16, whose loads cannot be wide.
     """
     pointers = {name: "*fp32" for name in ("z_ptr", "m_ptr", "s_ptr", "a_ptr", "z_t_ptr", "acc_ptr")}
     pointers |= {"p_ptr": f"*{operand}", "target_ptr": "*i64", "bias_ptr": f"*{operand}"}
@@ -54,7 +54,7 @@ def fold_usage(
 
 
 def finish_usage(architecture: int, *, cap: bool = False) -> Usage:
-    """`finish_kernel` as `TritonSteps.finish` launches it."""
+    """Compile `finish_kernel` like `TritonSteps.finish`."""
     names = ("m", "s", "a", "z_t", "logp", "entropy", "lse", "to_target", "to_others")
     signature = {f"{name}_ptr": "*fp32" for name in names} | {"rows": "i32", "gain": "fp32", "cap": "fp32"}
     constants = {"BLOCK": FINISH_ROWS, "HAS_CAP": cap, "P_SCALE": 1.0}
@@ -62,7 +62,7 @@ def finish_usage(architecture: int, *, cap: bool = False) -> Usage:
 
 
 def direction_usage(architecture: int, operand: str) -> Usage:
-    """`direction_kernel` as `TritonSteps.direction` launches it."""
+    """Compile `direction_kernel` like `TritonSteps.direction`."""
     signature = {
         "acc_ptr": "*fp32", "weight_ptr": f"*{operand}", "target_ptr": "*i64", "to_target_ptr": "*fp32",
         "to_others_ptr": "*fp32", "u_ptr": f"*{operand}", "width": "i32", "weight_stride_v": "i32",
@@ -80,7 +80,7 @@ def _compile(
     options: dict[str, Any],
     unaligned: tuple[str, ...] = (),
 ) -> Usage:
-    """Compile with the specialisation the launcher would find: aligned pointers, integers divisible by 16."""
+    """Compile with the specialization that the launcher would choose: aligned pointers, integers divisible by 16."""
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
