@@ -24,9 +24,9 @@ from kernel_cases import (
 )
 from mel_lite.kernels import fused_logprobs
 from mel_lite.kernels.backends import make_steps, run_frozen
+from mel_lite.kernels.bench.truth import true_head
 from mel_lite.kernels.tiles import Scored, Tiling, frozen_head
 from mel_lite.kernels.transform import LogitTransform
-from mel_lite.kernels.truth import true_head
 
 # Every vocabulary and every width once or twice, large with small: whole heads in float64 would take 5 GB.
 SHAPES = [

@@ -17,8 +17,8 @@ from torch import Tensor
 from kernel_cases import BLOCK_ROWS, DEVICE, DTYPES, FROZEN, HALVES, IMPLS, head_case, relative
 from mel_lite.kernels import fused_logprobs, reference, reference_logprobs
 from mel_lite.kernels.backends import run_frozen
+from mel_lite.kernels.bench.truth import true_head
 from mel_lite.kernels.transform import LogitTransform
-from mel_lite.kernels.truth import true_head
 
 
 def case(rows: int = 30, vocab: int = 500, width: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -144,6 +144,7 @@ print(json.dumps({
     "version": mel_lite.__version__,
     "kernels": list(mel_lite.kernels.__path__),
     "op": importlib.util.find_spec(fused_logprobs.__module__).origin,
+    "bench": importlib.import_module("mel_lite.kernels.bench").__file__,
     "configs": list(mel_lite.configs.__path__),
     "logp": logp_N.tolist(),
 }))
@@ -177,6 +178,7 @@ def test_the_five_ways_to_import(builds: Builds, tmp_path: Path, case: str) -> N
     assert found["version"] == mel_lite.__version__
     assert found["kernels"] == [str(top / "kernels")]
     assert Path(found["op"]).parent == top / "kernels"
+    assert Path(found["bench"]).parent == top / "kernels" / "bench"
     assert found["configs"] == [str(top / "configs")]
     presets = sorted(path.name for path in Path(found["configs"][0]).glob("*.yaml"))
     assert presets == sorted(path.name for path in (ROOT / "configs").glob("*.yaml")) != []

@@ -1,6 +1,6 @@
-"""What the operator is measured against: each computes the same log-probabilities, with their gradient in hidden.
+"""Other implementations of the same log-probabilities and their gradient in hidden.
 
-Only for the benchmark. A peer that is not installed, or does not run on a device, is reported with its reason.
+A peer that is not installed, or does not run on a device, is reported with the reason.
 N rows, V vocabulary, H hidden size.
 """
 
@@ -20,18 +20,18 @@ Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def naive(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Tensor:
-    """Full logits in the model's dtype, log-softmax in float32: what most training loops do."""
+    """Compute full logits in the model's dtype and log-softmax in float32, as most training loops do."""
     return (hidden_NH @ weight_VH.T).float().log_softmax(1).gather(1, target_N[:, None])[:, 0]
 
 
 def _torch() -> Peer:
-    """torch's own chunked linear cross entropy, from 2.13 on."""
+    """Return the chunked linear cross entropy of torch, available from 2.13."""
     options = nn.LinearCrossEntropyOptions()
     return lambda h, w, t: -F.linear_cross_entropy(h, w, t, reduction="none", options=options)
 
 
 def _trl() -> Peer:
-    """TRL's chunked log-prob with the entropy that GRPO logs, at TRL's chunk size."""
+    """Return TRL's chunked log-prob with the entropy that GRPO logs, at TRL's chunk size."""
     function = _file_of("trl", "kernels/chunked_logprob.py").ChunkedLogProbFunction
     return lambda h, w, t: function.apply(h, w, None, t, 1.0, 32768, None, 1.0, ("entropy",))[0]
 
@@ -42,7 +42,7 @@ def _unsloth() -> Peer:
 
 
 def _liger() -> Peer:
-    """Liger's fused linear cross entropy; summed, for which its gradient comes from the forward pass."""
+    """Return Liger's fused linear cross entropy, summed: then it computes the gradient in the forward pass."""
     loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda h, w, t: -loss(w, h, t)
 
@@ -60,11 +60,11 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "Liger FLCE": _liger,
     "cut_cross_entropy": _cut_cross_entropy,
 }
-"""Name -> how to get it; raises where it cannot be had."""
+"""Name -> function that returns the peer, or raises if it is not installed."""
 
 
 def _file_of(package: str, path: str) -> Any:
-    """Load one file of an installed package, without the rest of the package and all that it needs."""
+    """Load one file of an installed package, without importing the rest of the package and its dependencies."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise ImportError(f"{package} is not installed")

@@ -1,4 +1,7 @@
-"""The same quantities in float64, by automatic differentiation, for tests and for the benchmark's error columns."""
+"""Log-probability, entropy, log-normalizer and u in float64, by autograd, for the tests and the error columns.
+
+N rows, R rows of a block, V vocabulary, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import Scored
-from .transform import LogitTransform
+from ..tiles import Scored
+from ..transform import LogitTransform
 
 BLOCK_BYTES = 256 * 2**20
 
@@ -19,9 +22,9 @@ def true_head(
     bias_V: Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> Scored:
-    """logp, entropy, lse and u = d logp / d hidden in float64, from the inputs as they are; every target a token.
+    """Return logp, entropy, lse and u = d logp / d hidden in float64; every target must be a token.
 
-    Shares no code with the operators: whole rows of logits, target left out of the normaliser, torch's own gradients.
+    Shares no code with the operators: whole rows of logits, the target excluded from the normalizer, autograd.
     """
     weight_VH = weight_VH.detach().double()
     block = max(1, BLOCK_BYTES // (len(weight_VH) * 8))
