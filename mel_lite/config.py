@@ -6,26 +6,22 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.errors import ConfigError
+from mel_lite.errors import ConfigError, check_choice
 from mel_lite.trl_compat import released_grpo_config
+from mel_lite.types import (
+    Algorithm,
+    Choice,
+    CollapseAction,
+    LeakPolicy,
+    LessonNormalization,
+    PairStrategy,
+    ReplayCriterion,
+)
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 else:
     GRPOConfig = released_grpo_config()
-
-ESTIMATORS = ("grpo", "reinforce++", "rft")
-"""Policy terms; `mel` is `grpo` with meta-experience."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "algorithm": ("mel", *ESTIMATORS),
-    "pair_strategy": ("longest_prefix", "random", "shortest"),
-    "leak_policy": ("reject", "redact", "off"),
-    "replay_criterion": ("solved", "uplift"),
-    "mel_normalization": ("kept", "prompts"),
-    "on_collapse": ("warn", "lower_lambda", "stop"),
-}
-
 
 _RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
 """TRL's loss that is -advantage * log pi where the ratio is 1, on texts that were accepted whoever sampled them."""
@@ -36,8 +32,14 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help_text} | ({"choices": choices} if choices else {}))
+
+
+def _choice(default: Choice, help_text: str) -> Any:
+    """Return the field of an option with a fixed set of values; its help text ends with what each value means."""
+    meanings = " ".join(f"`{choice}`: {choice.__doc__}" for choice in type(default))
+    return _option(default.value, f"{help_text} {meanings}", tuple(choice.value for choice in type(default)))
 
 
 @dataclass
@@ -47,11 +49,7 @@ class MELConfig(GRPOConfig):
     Raises: ConfigError (a ValueError) for a value outside its range, naming field, value, reason and fix.
     """
 
-    algorithm: str = _option(
-        "mel",
-        "What the policy term is: `grpo` (TRL's loss), `reinforce++` (TRL's loss on advantages normalised over the "
-        "whole batch), `rft` (NLL of right completions alone), or `mel`, which is `grpo` with meta-experience.",
-    )
+    algorithm: str = _choice(Algorithm.MEL, "Policy term of the loss.")
     meta_experience: bool | None = _option(
         None, "Learn from meta-experiences next to the policy term. None: with `mel` only."
     )
@@ -67,11 +65,7 @@ class MELConfig(GRPOConfig):
     verifier_workers: int = _option(2, "Worker processes that run the verifier.")
     verifier_deadline_s: float = _option(1.0, "Seconds a verifier may take for one answer before it is killed.")
     mel_weight: float = _option(1.0, "lambda: weight of the meta-experience NLL next to the policy loss.")
-    mel_normalization: str = _option(
-        "kept",
-        "What the NLL of a step is divided by: `kept`, the number of kept meta-experiences (the paper's mean); or "
-        "`prompts`, the number of prompts, so that few survivors weigh little.",
-    )
+    mel_normalization: str = _choice(LessonNormalization.KEPT, "Divisor of a step's meta-experience NLL.")
     internalisation: str = _option(
         "analysis",
         "How lessons enter the weights: NLL of the whole `analysis` as sampled (the paper), of the parsed `experience` "
@@ -80,24 +74,18 @@ class MELConfig(GRPOConfig):
     )
     mel_train_on: str | None = _option(None, "Deprecated name of `internalisation`.")
     pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
-    pair_strategy: str = _option(
-        "longest_prefix", "Which pairs: `longest_prefix` (longest common token prefix), `random` or `shortest`."
-    )
+    pair_strategy: str = _choice(PairStrategy.LONGEST_PREFIX, "Which pairs of a group are drawn first.")
     analysis_max_tokens: int = _option(1024, "Longest analysis, in tokens.")
     analysis_temperature: float | None = _option(None, "Temperature of analysis and replay; None = `temperature`.")
     max_context_tokens: int | None = _option(
         None, "Longest C_retro prompt in tokens; longer solutions are trimmed. None = what the model's context leaves."
     )
-    leak_policy: str = _option(
-        "reject", "A meta-experience that gives the answer away is dropped (`reject`), mended (`redact`) or let by."
-    )
+    leak_policy: str = _choice(LeakPolicy.REJECT, "Treatment of a meta-experience that contains the answer.")
     replay_attempts: int = _option(1, "k: attempts at the question with the meta-experience in the prompt.")
     replay_control: bool = _option(
         False, "Also attempt it k times without, on the same seeds, to know the uplift (always on for `uplift`)."
     )
-    replay_criterion: str = _option(
-        "solved", "Keep M when the replay is `solved` (the paper), or only on `uplift` over the control."
-    )
+    replay_criterion: str = _choice(ReplayCriterion.SOLVED, "Condition for keeping a meta-experience after its replay.")
     max_cache_tokens: int | None = _option(
         None,
         "Most tokens (prompts, and completions at full length) whose keys and values are held while sampling; more "
@@ -125,10 +113,10 @@ class MELConfig(GRPOConfig):
         "None: measure nothing.",
     )
 
-    on_collapse: str = _option(
-        "warn",
-        "When a figure shows training going wrong (falling reward or evaluation, shrinking completions, memorised or "
-        "leaking meta-experiences, nothing learnt): `warn`, also halve `mel_weight` (`lower_lambda`), or `stop`.",
+    on_collapse: str = _choice(
+        CollapseAction.WARN,
+        "Response when a metric shows training going wrong: falling reward or evaluation, shrinking completions, "
+        "memorized or leaking meta-experiences, nothing learned.",
     )
     max_idle_steps: int = _option(
         50,
@@ -158,9 +146,9 @@ class MELConfig(GRPOConfig):
         self.internalisation, self.mel_train_on = self.mel_train_on, None
 
     def _check_values(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}. Set {name}.")
+        for option in fields(self):
+            if option.name in MELConfig.__annotations__ and "choices" in option.metadata:
+                check_choice(option.name, getattr(self, option.name), option.metadata["choices"])
         for name, least in (
             ("analysis_max_tokens", 16),
             ("replay_attempts", 1),
@@ -195,7 +183,7 @@ class MELConfig(GRPOConfig):
 
     def _check_sampling(self) -> None:
         """Refuse to sample from another distribution than the one that is trained; RFT learns texts of any."""
-        if self.algorithm == "rft":
+        if self.algorithm == Algorithm.RFT:
             return
         wanted = {name: getattr(self, name) for name in _WHOLE} | {
             name: value for name, value in (self.generation_kwargs or {}).items() if name in _WHOLE
@@ -224,21 +212,21 @@ class MELConfig(GRPOConfig):
 
     def _check_estimator(self) -> None:
         """Refuse options that contradict `algorithm`, and set TRL's options that it stands for."""
-        if self.algorithm == "mel" and self.meta_experience is False:
+        if self.algorithm == Algorithm.MEL and self.meta_experience is False:
             raise ConfigError(
                 "meta_experience=False with algorithm='mel': mel is grpo with meta-experience. Set algorithm='grpo'."
             )
-        if self.algorithm == "reinforce++" and self.scale_rewards not in ("group", "batch"):
+        if self.algorithm == Algorithm.REINFORCE_PP and self.scale_rewards not in ("group", "batch"):
             raise ConfigError(
                 f"scale_rewards={self.scale_rewards!r} with algorithm='reinforce++', which divides by the batch's "
                 "standard deviation. Leave scale_rewards unset."
             )
-        if self.algorithm == "reinforce++" and self.multi_objective_aggregation != "sum_then_normalize":
+        if self.algorithm == Algorithm.REINFORCE_PP and self.multi_objective_aggregation != "sum_then_normalize":
             raise ConfigError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} with algorithm='reinforce++', which "
                 "normalises the weighted sum of the rewards. Leave it unset."
             )
-        if self.algorithm != "rft":
+        if self.algorithm != Algorithm.RFT:
             return
         for name, meaning in (
             ("beta", "a KL term"),
@@ -260,15 +248,15 @@ class MELConfig(GRPOConfig):
 
     @property
     def estimator(self) -> str:
-        """The policy term: one of ESTIMATORS."""
-        return "grpo" if self.algorithm == "mel" else self.algorithm
+        """The policy term: `grpo`, `reinforce++` or `rft`."""
+        return Algorithm.GRPO.value if self.algorithm == Algorithm.MEL else self.algorithm
 
     @property
     def with_meta_experience(self) -> bool:
         """True when lessons are written and trained on."""
-        return self.algorithm == "mel" if self.meta_experience is None else self.meta_experience
+        return self.algorithm == Algorithm.MEL if self.meta_experience is None else self.meta_experience
 
     @property
     def needs_control(self) -> bool:
         """True when replays also run without the meta-experience."""
-        return self.replay_control or self.replay_criterion == "uplift"
+        return self.replay_control or self.replay_criterion == ReplayCriterion.UPLIFT

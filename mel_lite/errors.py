@@ -1,5 +1,9 @@
 """Errors a user can meet. Each message states the field, its value, why it is wrong, and the fix."""
 
+from collections.abc import Iterable
+
+from mel_lite.text import did_you_mean
+
 
 class MelLiteError(Exception):
     """Base of every error MEL-Lite raises for a user. `exit_code` is what the CLI exits with."""
@@ -57,6 +61,15 @@ class StoreError(MelLiteError, ValueError):
     """The run's experience store is missing, locked for writing by another run, or of another version."""
 
 
+def check_choice(field: str, value: object, choices: Iterable[str], *, fix: str = "") -> None:
+    """Raise ConfigError with the nearest choice and the fix (default: set `field`) unless `value` is in `choices`."""
+    known = [str(choice) for choice in choices]
+    if value not in known:
+        hint = did_you_mean(value, known)
+        given = f"{field} {value!r}" if field.startswith("--") else f"{field}={value!r}"
+        raise ConfigError(f"{given} is not one of {', '.join(known)}.{hint} {fix or f'Set {field}.'}")
+
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -69,4 +82,5 @@ __all__ = [
     "ModelError",
     "StoreError",
     "VerifierError",
+    "check_choice",
 ]

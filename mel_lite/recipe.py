@@ -19,6 +19,9 @@ from mel_lite.models.load import ModelSpec
 
 GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
 """`--gpu` value -> file in `mel_lite/configs/`."""
+GgufType = Literal["f16", "q8_0", "q4_k_m"]
+"""Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` makes the third from an f16 file."""
+MergedDtype = Literal["auto", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,9 @@ class EvalOptions:
 class ExportOptions:
     """What is written at the end beside the adapter."""
 
-    format: Literal["merged-16bit", "f16", "q8_0", "q4_k_m"] | None = "merged-16bit"
+    format: Literal["merged-16bit"] | GgufType | None = "merged-16bit"
     """`merged-16bit`; a GGUF type, where llama.cpp's tools are installed; or null for the adapter alone."""
-    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    dtype: MergedDtype = "auto"
 
 
 SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": EvalOptions, "export": ExportOptions}

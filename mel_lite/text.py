@@ -1,10 +1,18 @@
-"""Text that others wrote, made fit for a terminal."""
+"""Text for people: unknown names explained, untrusted text made fit for a terminal."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
+
+
+def did_you_mean(name: object, choices: Iterable[str], *, most: int = 1) -> str:
+    """Return " Did you mean 'x'?" with the nearest of `choices` (up to `most` of them); empty when none is near."""
+    near = difflib.get_close_matches(str(name), list(choices), n=most, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def printable(text: str) -> str:

@@ -1,8 +1,8 @@
-"""The nouns of one MEL step, in the order the step makes them.
+"""The values of options, then the nouns of one MEL step in the order the step makes them.
 
     Rollout -> Group -> Pair -> Analysis -> MetaExperience -> LeakReport -> Replay -> Experience -> Lesson
 
-All are frozen: a stage never edits what an earlier stage made. Token ids are plain tuples of ints, exactly as the
+All nouns are frozen: a stage never edits what an earlier stage made. Token ids are plain tuples of ints, exactly as the
 engine sampled them; text exists only for verifiers, prompts and people.
 """
 
@@ -10,7 +10,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
+
+
+class Choice(StrEnum):
+    """Base of an option's values: equal to their text, each with one line on its meaning in `__doc__`."""
+
+    def __new__(cls, value: str, meaning: str) -> Self:
+        """Make the member that equals the text `value`."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.__doc__ = meaning
+        return member
+
+
+class Algorithm(Choice):
+    """Policy term of the loss."""
+
+    MEL = "mel", "`grpo` with meta-experience."
+    GRPO = "grpo", "TRL's loss, on advantages normalized within each group."
+    REINFORCE_PP = "reinforce++", "TRL's loss, on advantages normalized over the whole batch."
+    RFT = "rft", "NLL of the right completions alone."
+
+
+class PairStrategy(Choice):
+    """Order in which the (right, wrong) pairs of a mixed group are chosen."""
+
+    LONGEST_PREFIX = "longest_prefix", "The longest common token prefix first: such pairs differ in the fewest things."
+    RANDOM = "random", "A random order, drawn from the run's seed."
+    SHORTEST = "shortest", "The fewest tokens of both first: the cheapest context."
+
+
+class LeakPolicy(Choice):
+    """Treatment of a meta-experience that contains the reference answer."""
+
+    REJECT = "reject", "Drop it."
+    REDACT = "redact", "Replace the offending spans by `[...]`; drop it if it still leaks or little text is left."
+    OFF = "off", "Keep it: nothing is searched."
+
+
+class ReplayCriterion(Choice):
+    """Condition for keeping a replayed meta-experience."""
+
+    SOLVED = "solved", "More than half of the attempts with it are right (the paper's rule, with one attempt)."
+    UPLIFT = "uplift", "The share of right attempts with it is above that of the attempts without it."
+
+
+class LessonNormalization(Choice):
+    """Divisor of the summed NLL of a step's lessons."""
+
+    KEPT = "kept", "The number of kept meta-experiences (the paper's mean)."
+    PROMPTS = "prompts", "The number of prompts, so that a few survivors weigh little."
+
+
+class CollapseAction(Choice):
+    """Response to metrics that show training going wrong."""
+
+    WARN = "warn", "Log a warning."
+    LOWER_LAMBDA = "lower_lambda", "Log a warning, and halve `mel_weight` where less weight on the lessons can help."
+    STOP = "stop", "Stop the run with an error that names the metrics."
+
 
 Message = dict[str, str]
 Prompt = str | list[Message]

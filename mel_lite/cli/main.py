@@ -13,8 +13,9 @@ import typer
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
 from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, loading
-from mel_lite.errors import ConfigError, MelLiteError
+from mel_lite.errors import ConfigError, MelLiteError, check_choice
 from mel_lite.text import printable
+from mel_lite.types import Algorithm, Status
 
 app = typer.Typer(
     name="mel-lite",
@@ -59,7 +60,7 @@ def train(
     split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="mel, grpo, reinforce++ or rft.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help=", ".join(Algorithm))] = None,
     meta_experience: Annotated[
         bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
     ] = None,
@@ -333,10 +334,8 @@ def bench_kernel(
 
 
 def _status(name: str | None) -> str | None:
-    from mel_lite.types import Status
-
-    if name is not None and name not in list(Status):
-        raise ConfigError(f"--status {name!r} is not one of {', '.join(Status)}.")
+    if name is not None:
+        check_choice("--status", name, Status)
     return name
 
 

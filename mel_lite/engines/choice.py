@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
 from mel_lite.models.adapters import LoraSpec, adapter_rank
-from mel_lite.models.load import ENGINES, ModelSpec
+from mel_lite.models.load import ModelSpec
 
 if TYPE_CHECKING:
     from mel_lite.recipe import Recipe
@@ -83,7 +83,6 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
 
     Raises: ConfigError when `unsloth` is asked for and cannot be had, with the fix.
     """
-    assert spec.engine in ENGINES
     if spec.engine == "hf":
         return EngineChoice("hf", False, "model.engine=hf")
     obstacle = _obstacle(spec, lora, machine)

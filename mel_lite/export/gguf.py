@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from mel_lite.errors import ExportError
+from mel_lite.recipe import GgufType
 
-GGUF_TYPES = ("f16", "q8_0", "q4_k_m")
-"""Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` makes the third of an f16."""
+GGUF_TYPES = get_args(GgufType)
 CONVERTER, QUANTISER = "convert_hf_to_gguf.py", "llama-quantize"
 FOLDER = "LLAMA_CPP"
 """Environment variable that names a checkout of llama.cpp."""

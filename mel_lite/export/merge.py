@@ -17,18 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import psutil
 
 from mel_lite.engines.base import Request, Sampling
-from mel_lite.errors import ConfigError, ExportError
+from mel_lite.errors import ExportError, check_choice
 from mel_lite.export.gguf import GGUF_TYPES, Tools, find_tools, write_gguf
 from mel_lite.export.report import REPORT, ExportReport, Fidelity, card
 from mel_lite.lessons.prompts import render
 from mel_lite.models.adapters import RECORD, WEIGHTS, adapter_base, attach_adapter, find_adapter
 from mel_lite.models.demo import publish_dir
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_config, load_tokenizer
+from mel_lite.recipe import MergedDtype
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("adapter", "merged-16bit", *GGUF_TYPES)
-DTYPES = ("auto", "bfloat16", "float16")
+DTYPES = get_args(MergedDtype)
 CHECK_PROMPTS = (
     "What is 17 + 25? Think step by step, then give the final answer.",
     "A train travels 60 miles in 1.5 hours. How long does it take for 100 miles at the same speed?",
@@ -74,10 +75,8 @@ def export(
     Raises: ExportError when `out_dir` is in use, the adapter is untrained or not finite, or disk space is short;
         ModelError when adapter and base do not fit; ConfigError for an unknown format or dtype.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format={format!r} is not one of {', '.join(FORMATS)}. Set format.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}. Set dtype.")
+    check_choice("format", format, FORMATS)
+    check_choice("dtype", dtype, DTYPES)
     adapter_dir = find_adapter(source)
     spec = _training_base(adapter_dir, base)
     _check_adapter_weights(adapter_dir, allow_untrained=allow_untrained)

@@ -15,11 +15,10 @@ from itertools import accumulate, islice
 from math import prod
 from typing import Any
 
-from mel_lite.errors import ConfigError
+from mel_lite.errors import check_choice
 from mel_lite.lessons.answer_mentions import Gold, fold, is_label, is_stated, numbers_in, read_gold
-from mel_lite.types import LeakReport, MetaExperience
+from mel_lite.types import LeakPolicy, LeakReport, MetaExperience
 
-POLICIES = ("reject", "redact", "off")
 REDACTED = "[...]"
 COPIED_WORDS = 12
 COPIED_CHARS = 50
@@ -55,9 +54,8 @@ def check_leak(
     Returns: `reasons`, one sentence per finding; `redacted`, the mended M, or None when it leaks still, has a part
     left without words, or the policy is `reject`. The policy `off` finds nothing. Raises: ConfigError for another one.
     """
-    if policy not in POLICIES:
-        raise ConfigError(f"leak_policy={policy!r} is not one of {', '.join(POLICIES)}.")
-    if policy == "off":
+    check_choice("leak_policy", policy, LeakPolicy)
+    if policy == LeakPolicy.OFF:
         return LeakReport()
     guard = _Guard(answer, right_text, prompt_text)
     parts = {name: getattr(experience, name) for name in ("bifurcation", "critique", "heuristic")}
@@ -66,7 +64,7 @@ def check_leak(
     ]
     if not reasons and raw_text is not None:
         reasons = [_sentence(found, "the analysis around its parts", raw_text) for found in guard.findings(raw_text)]
-    if not reasons or policy == "reject":
+    if not reasons or policy == LeakPolicy.REJECT:
         return LeakReport(tuple(reasons))
     mended = {name: guard.redact(text) for name, text in parts.items()}
     if any(text is None for text in mended.values()):
@@ -379,4 +377,4 @@ def _squash(text: str) -> str:
     return "".join(text.lower().split())
 
 
-__all__ = ["POLICIES", "REDACTED", "check_leak"]
+__all__ = ["REDACTED", "check_leak"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Callable, Sequence
 from itertools import product
 
-from mel_lite.errors import ConfigError
+from mel_lite.errors import ConfigError, check_choice
 from mel_lite.seeds import seed_for
-from mel_lite.types import Finish, Group, Pair, Rollout
+from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout
 
 ALL_PAIRS = -1
-STRATEGIES = ("longest_prefix", "random", "shortest")
 
 
 def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
@@ -36,10 +34,7 @@ def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_
     """
     if per_group < 1 and per_group != ALL_PAIRS:
         raise ConfigError(f"pairs_per_group={per_group} must be 1 or more, or -1 for all pairs.")
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"pair_strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.{hint}")
+    check_choice("pair_strategy", strategy, PairStrategy)
     chosen: list[Pair] = []
     for group in groups:
         if not group.is_mixed:
@@ -61,9 +56,9 @@ def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_
 
 def _ranking(strategy: str, group: Group, *, run_seed: int, step: int) -> Callable[[Pair], float]:
     """The key that sorts a group's pairs, best first; the sort is stable, so ties stay in sampling order."""
-    if strategy == "longest_prefix":
+    if strategy == PairStrategy.LONGEST_PREFIX:
         return lambda pair: -pair.common_prefix_tokens
-    if strategy == "shortest":
+    if strategy == PairStrategy.SHORTEST:
         return lambda pair: _tokens(pair.right) + _tokens(pair.wrong)
     # The first rollout's index tells apart two groups of the same prompt in one step.
     seed = seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=group.rollouts[0].index, purpose="pair")
@@ -75,4 +70,4 @@ def _tokens(rollout: Rollout) -> int:
     return len(rollout.completion_ids)
 
 
-__all__ = ["STRATEGIES", "common_prefix_tokens", "select_pairs"]
+__all__ = ["common_prefix_tokens", "select_pairs"]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mel_lite.engines.base import Request
-from mel_lite.errors import ConfigError, EngineError
+from mel_lite.errors import ConfigError, EngineError, check_choice
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.seeds import seed_for
-from mel_lite.types import Group, Pair, Replay, Verdict
-
-CRITERIA = ("solved", "uplift")
+from mel_lite.types import Group, Pair, Replay, ReplayCriterion, Verdict
 
 
 def replay(items: Sequence[tuple[Pair, str]], context: LessonContext, *, batch: int) -> list[Replay]:
@@ -69,17 +67,16 @@ def is_kept(replay: Replay, criterion: str) -> tuple[bool, str]:
 
     Raises: ConfigError for an unknown criterion, or `uplift` without a control.
     """
+    check_choice("replay_criterion", criterion, ReplayCriterion)
     right = sum(verdict is Verdict.RIGHT for verdict in replay.verdicts)
     with_m = f"{right} of {len(replay.verdicts)} replays right"
-    if criterion == "solved":
+    if criterion == ReplayCriterion.SOLVED:
         return replay.solved_rate > 0.5, f"{with_m}, more than half needed"
-    if criterion == "uplift":
-        if replay.uplift is None:
-            raise ConfigError("replay_criterion='uplift' needs the control attempts. Set replay_control=True.")
-        control_right = sum(verdict is Verdict.RIGHT for verdict in replay.control_verdicts)
-        without = f"{control_right} of {len(replay.control_verdicts)} without the meta-experience"
-        return replay.uplift > 0, f"{with_m}, {without}; more than without needed"
-    raise ConfigError(f"replay_criterion={criterion!r} is not one of {', '.join(CRITERIA)}.")
+    if replay.uplift is None:
+        raise ConfigError("replay_criterion='uplift' needs the control attempts. Set replay_control=True.")
+    control_right = sum(verdict is Verdict.RIGHT for verdict in replay.control_verdicts)
+    without = f"{control_right} of {len(replay.control_verdicts)} without the meta-experience"
+    return replay.uplift > 0, f"{with_m}, {without}; more than without needed"
 
 
-__all__ = ["CRITERIA", "is_kept", "replay"]
+__all__ = ["is_kept", "replay"]

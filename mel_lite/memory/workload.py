@@ -12,6 +12,7 @@ from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
 from mel_lite.models.adapters import LoraSpec, adapter_rank
 from mel_lite.recipe import Recipe
+from mel_lite.types import ReplayCriterion
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "mel",
@@ -274,7 +275,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
     most_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
     per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
     pairs = prompts * per_group if with_lessons(recipe) else 0
-    control = option["replay_control"] or option["replay_criterion"] == "uplift"
+    control = option["replay_control"] or option["replay_criterion"] == ReplayCriterion.UPLIFT
     prompt, completion = _rollout_tokens(recipe, shape)
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
     whole = shape.context

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.errors import ConfigError, ModelError
+from mel_lite.errors import ConfigError, ModelError, check_choice
 from mel_lite.models.demo import DEMO_ADAPTER, demo_path
 from mel_lite.models.load import DEMO, ModelSpec
 
@@ -80,11 +80,13 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
             f"target_modules names the output head ({', '.join(heads)}): the fused log-probs read its weight directly, "
             "so an adapter there would not be trained. Leave it out; `all-linear` already does."
         )
-    if spec.init not in LORA_INITS:
-        raise ConfigError(
-            f"init={spec.init!r} is not one of {', '.join(LORA_INITS)}. Inits that change the base weights (PiSSA, "
-            "OLoRA, LoftQ, ...) are left out: the adapter would not fit the released base any more."
-        )
+    check_choice(
+        "init",
+        spec.init,
+        LORA_INITS,
+        fix="Inits that change the base weights (PiSSA, OLoRA, LoftQ, ...) are left out: the adapter would not fit the "
+        "released base any more. Set lora.init.",
+    )
     if spec.r < 1 or spec.alpha <= 0 or not 0 <= spec.dropout < 1:
         raise ConfigError(
             f"r={spec.r}, alpha={spec.alpha}, dropout={spec.dropout}: r must be at least 1, alpha positive "

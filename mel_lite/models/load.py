@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mel_lite.errors import ConfigError, MelLiteError, ModelError
+from mel_lite.errors import ConfigError, MelLiteError, ModelError, check_choice
 from mel_lite.models.attention import attention_for
 from mel_lite.models.demo import demo_model_dir
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """Model name that stands for the demo model of `mel_lite.models.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINES = ("auto", "unsloth", "hf")
+QuantType = Literal["nf4", "fp4"]
+EngineName = Literal["auto", "unsloth", "hf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,12 @@ class ModelSpec:
     is the dtype of the layers that stay unquantised and of the arithmetic."""
     load_in_4bit: bool = False
     """Quantise the linear layers (not the head) to 4 bits while loading: QLoRA."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    quant_type: QuantType = "nf4"
     double_quant: bool = True
     """Quantise the scales too: 0.4 bits less per weight."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
-    engine: Literal["auto", "unsloth", "hf"] = "auto"
+    engine: EngineName = "auto"
     """What loads the model of a run and samples from it: Unsloth, or transformers. `auto`: Unsloth where there are a
     CUDA device and the package."""
     fast_inference: bool = True
@@ -68,8 +69,7 @@ class ModelSpec:
     """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = as `train.gradient_checkpointing`."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ConfigError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}. Set model.engine.")
+        check_choice("engine", self.engine, get_args(EngineName), fix="Set model.engine.")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization < 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must lie between 0 and 1: it is a share of the "
@@ -80,10 +80,8 @@ class ModelSpec:
                 raise ConfigError(f"{name}={value} must be at least 1, or null. Set model.{name}.")
         if not self.name:
             raise ConfigError("model name is empty. Give a Hub id (Qwen/Qwen3-4B-Base), a local folder, or `demo`.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}. Set dtype.")
-        if self.quant_type not in ("nf4", "fp4"):
-            raise ConfigError(f"quant_type={self.quant_type!r} is not one of nf4, fp4. Set quant_type.")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("quant_type", self.quant_type, get_args(QuantType))
         if "/" in (self.attn_implementation or ""):
             raise ConfigError(
                 f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is code from a "

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.pairs import STRATEGIES, common_prefix_tokens, select_pairs
-from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
+from mel_lite.lessons.pairs import common_prefix_tokens, select_pairs
+from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout, Verdict
 
 R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
 
@@ -60,7 +60,7 @@ def test_minus_one_takes_all_and_never_an_abstained_one():
 
 def test_a_cut_off_wrong_solution_comes_last_but_comes():
     rows = ((R, (1, 2, 3)), (W, (1, 2, 3, 4)), (W, (9,)))
-    for strategy in STRATEGIES:
+    for strategy in PairStrategy:
         assert chosen([group(*rows, cut=(1,))], -1, strategy) == [(0, 2, 0), (0, 1, 3)]
     assert chosen([group(*rows)], -1) == [(0, 1, 3), (0, 2, 0)]
     assert chosen([group(*rows[:2], cut=(1,))]) == [(0, 1, 3)]
