@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ import yaml
 from mel_lite.errors import ConfigError
 from mel_lite.models.adapters import LoraSpec
 from mel_lite.models.load import ModelSpec
+from mel_lite.text import suggest
 
 GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
 """`--gpu` value -> file in `mel_lite/configs/`."""
@@ -115,7 +115,7 @@ def resolve(
 def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
     for section, options in new.items():
         if section not in values:
-            raise ConfigError(f"{origin}: unknown section {section!r}{suggest(section, values)}")
+            raise ConfigError(f"{origin}: unknown section {section!r}.{suggest(section, values)}")
         if options is None:
             if section != "lora":
                 raise ConfigError(f"{origin}: section {section!r} is empty. Remove it, or give it options.")
@@ -126,14 +126,8 @@ def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:
         known = [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else None
         for key in options:
             if known is not None and key not in known:
-                raise ConfigError(f"{origin}: unknown key {section}.{key}{suggest(key, known)}")
+                raise ConfigError(f"{origin}: unknown key {section}.{key}.{suggest(key, known)}")
         values[section] = {**(values[section] or {}), **options}
-
-
-def suggest(name: str, known: Any) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
 
 
 def _build(values: dict[str, Any]) -> Recipe:
@@ -177,7 +171,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def _load_preset(preset: str) -> dict[str, Any]:
     name = GPU_PRESETS.get(preset)
     if name is None:
-        raise ConfigError(f"--gpu {preset!r} is no preset{suggest(preset, GPU_PRESETS)}")
+        raise ConfigError(f"--gpu {preset!r} is no preset.{suggest(preset, GPU_PRESETS)}")
     return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
 
 
@@ -230,7 +224,7 @@ def build_args(recipe: Recipe, output_dir: Path) -> Any:
     known = [f.name for f in fields(MELConfig) if f.init]
     for key in recipe.train:
         if key not in known or key == "output_dir":
-            raise ConfigError(f"unknown key train.{key}{suggest(key, known)}")
+            raise ConfigError(f"unknown key train.{key}.{suggest(key, known)}")
     numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
     # TRL's fields are checked by TRL; their annotations do not all resolve without optional packages.
     ours = get_type_hints(type("Ours", (), {"__annotations__": MELConfig.__annotations__}))

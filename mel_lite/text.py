@@ -15,6 +15,22 @@ def did_you_mean(name: object, choices: Iterable[str], *, most: int = 1) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def suggest(name: object, choices: Iterable[str]) -> str:
+    """Return `did_you_mean`, or " Known: a, b." with all choices when none is near; empty without choices."""
+    known = sorted(choices)
+    return did_you_mean(name, known) or (f" Known: {', '.join(known)}." if known else "")
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an exception's message, at most `limit` characters; empty when it has none."""
+    return (str(error).splitlines() or [""])[0][:limit]
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Return `text`, or its start and `...` when it has more than `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def printable(text: str) -> str:
     """`text` with every control, format and unassigned character replaced by U+FFFD; line breaks and tabs stay.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from mel_lite.data import demo_tasks
 from mel_lite.errors import DataError
+from mel_lite.text import did_you_mean, first_line
 
 Row = dict[str, Any]
 GYM_INSTRUCTION = "Give the final answer between <answer> and </answer>."
@@ -103,7 +103,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}, row {number + 1}: is not readable as Parquet ({_first_line(error)}).") from error
+        raise DataError(f"{path.name}, row {number + 1}: is not readable as Parquet ({first_line(error)}).") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
@@ -119,7 +119,7 @@ def _from_json(path: Path, unit: str, number: int, content: bytes) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         shown = content[:60].decode("utf-8", errors="replace").strip()
-        raise DataError(f"{path.name}, {unit} {number}: {shown!r} is not JSON ({_first_line(error)}).") from error
+        raise DataError(f"{path.name}, {unit} {number}: {shown!r} is not JSON ({first_line(error)}).") from error
 
 
 def _object(path: Path, unit: str, number: int, value: Any) -> Row:
@@ -138,9 +138,8 @@ def _open_gym(spec: str, rest: str, split: str, seed: int, limit: int | None) ->
         ) from error
     task, _, query = rest.partition("?")
     if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise DataError(f"dataset = {spec!r}: reasoning-gym has no task {task!r}.{hint}")
+        near = did_you_mean(task, DATASETS, most=3)
+        raise DataError(f"dataset = {spec!r}: reasoning-gym has no task {task!r}.{near}")
     if split not in GYM_SPLIT_SEEDS:
         raise DataError(f"split = {split!r}: generated tasks have {', '.join(GYM_SPLIT_SEEDS)}.")
     options = {name: _value(text) for name, text in parse_qsl(query, keep_blank_values=True)}
@@ -150,7 +149,7 @@ def _open_gym(spec: str, rest: str, split: str, seed: int, limit: int | None) ->
             raise ValueError(f"size = {size} must be at least 1")
         entries = reasoning_gym.create_dataset(task, seed=task_seed + GYM_SPLIT_SEEDS[split], size=size, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise DataError(f"dataset = {spec!r}: {task} does not take these options ({_first_line(error)}).") from error
+        raise DataError(f"dataset = {spec!r}: {task} does not take these options ({first_line(error)}).") from error
     return Source(spec, _gym_rows(entries))
 
 
@@ -176,7 +175,7 @@ def _open_hub(spec: str, hub_id: str, config: str | None, split: str) -> Source:
     except Exception as error:
         raise DataError(
             f"dataset = {spec!r}, split {split!r}: could not be loaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {_first_line(error)}). Check the id and the network; for data of your own give "
+            f"({type(error).__name__}: {first_line(error)}). Check the id and the network; for data of your own give "
             f"a file ending in {', '.join(_READERS)}; 'demo' needs no network."
         ) from error
     return Source(spec, _arrow_rows(dataset))
@@ -189,7 +188,3 @@ def _arrow_rows(dataset: Any) -> Iterator[tuple[int, Row]]:
         for row in table.to_pylist():
             number += 1
             yield number, row
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

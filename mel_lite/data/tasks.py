@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.data.sources import Row, Source, open_source
 from mel_lite.errors import DataError
+from mel_lite.text import shorten
 from mel_lite.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -252,8 +253,7 @@ class _Plan:
         return others
 
     def _error(self, number: int, column: str, row: Row, fault: str) -> DataError:
-        value = repr(reach(row, column))
-        value = value if len(value) <= 80 else value[:77] + "..."
+        value = shorten(repr(reach(row, column)))
         return DataError(f"{self.source.name}, {self.source.unit} {number}, column {column!r}: {value} {fault}.")
 
 

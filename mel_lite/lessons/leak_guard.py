@@ -17,6 +17,7 @@ from typing import Any
 
 from mel_lite.errors import check_choice
 from mel_lite.lessons.answer_mentions import Gold, fold, is_label, is_stated, numbers_in, read_gold
+from mel_lite.text import shorten
 from mel_lite.types import LeakPolicy, LeakReport, MetaExperience
 
 REDACTED = "[...]"
@@ -74,7 +75,7 @@ def check_leak(
 
 def _sentence(finding: _Finding, where: str, text: str) -> str:
     span = " ".join(text[finding.start : finding.end].split())
-    return f"{finding.rule}: {where} has {span if len(span) <= 80 else span[:77] + '...'!r}"
+    return f"{finding.rule}: {where} has {shorten(span)!r}"
 
 
 class _Guard:

@@ -7,7 +7,6 @@ tokens of the tokenizer are broken up in it, so that it can neither fill a place
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.models.chat import neutralise, safe_turns
+from mel_lite.text import suggest
 from mel_lite.types import Group, Message, Pair, Prompt
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_templates(path: str | None) -> Templates:
     known = [field.name for field in dataclasses.fields(Templates)]
     for name, value in loaded.items():
         if name not in known:
-            raise ConfigError(f"templates={path!r}: unknown field {name!r}.{_did_you_mean(str(name), known)}")
+            raise ConfigError(f"templates={path!r}: unknown field {name!r}.{suggest(name, known)}")
         if not isinstance(value, str):
             raise ConfigError(f"templates={path!r}: {name} is {value!r}, not text. Put it in quotes.")
         _check_placeholders(path, name, value)
@@ -142,16 +142,11 @@ def _check_placeholders(path: str, name: str, text: str) -> None:
     # `\boxed{answer}` is LaTeX, not a placeholder: a letter stands before the brace.
     for found in re.findall(r"(?<![A-Za-z])\{([a-z_]+)\}", text):
         if found not in expected:
-            hint = _did_you_mean(found, expected) or f" {name} takes no placeholders; remove the braces."
+            hint = suggest(found, expected) or f" {name} takes no placeholders; remove the braces."
             raise ConfigError(f"templates={path!r}: {name} has the unknown placeholder {{{found}}}.{hint}")
     for wanted in expected:
         if "{" + wanted + "}" not in text:
             raise ConfigError(f"templates={path!r}: {name} lacks the placeholder {{{wanted}}}. Put it in.")
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}." if known else ""
 
 
 def _fill(template: str, **values: str) -> str:

@@ -22,7 +22,8 @@ from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.search import BATCH, GROUP, Search, value_of
 from mel_lite.memory.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
 from mel_lite.models.adapters import lora_config
-from mel_lite.recipe import Recipe, keys_of, resolve, suggest, value_in
+from mel_lite.recipe import Recipe, keys_of, resolve, value_in
+from mel_lite.text import suggest
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -247,7 +248,7 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     if name == "cpu":
         raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Name one of {', '.join(BUDGETS)} or auto.")
     if name != "auto" and name not in BUDGETS:
-        raise ConfigError(f"--gpu {name!r} is no preset{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
+        raise ConfigError(f"--gpu {name!r} is no preset.{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
     if name in BUDGETS and not run_here:
         return _elsewhere(name)
     import torch

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from mel_lite.errors import ConfigError
-from mel_lite.recipe import SECTIONS, Recipe, suggest
+from mel_lite.recipe import SECTIONS, Recipe
+from mel_lite.text import suggest
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def check_changes(began: Recipe, now: Recipe, allowed: Sequence[str], *, known: 
     names |= {*INPUTS, *(f"train.{name}" for name in known)}
     for name in allowed:
         if name not in names:
-            raise ConfigError(f"--allow-change {name}: there is no such option or input{suggest(name, names)}")
+            raise ConfigError(f"--allow-change {name}: there is no such option or input.{suggest(name, names)}")
         if name in NEVER:
             raise ConfigError(
                 f"--allow-change {name}: the weights and moments that were saved would not fit. Begin a new run, with "

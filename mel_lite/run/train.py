@@ -42,6 +42,7 @@ from mel_lite.run.display import LiveDisplay, peaks_table
 from mel_lite.run.finish import export_trained, print_summary, release, save
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
+from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.verify.verifiers import get_verifier
 
@@ -233,7 +234,7 @@ def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
     return EngineError(
         "Out of GPU memory in training. Go on with --resume and a lower --set train.max_micro_batch_tokens=...; or, "
         "with a lower train.max_completion_length or train.max_context_tokens, in a new run from a checkpoint: "
-        f"--adapter {folder}/checkpoint-N --output-dir NEW. ({str(error).splitlines()[0]})"
+        f"--adapter {folder}/checkpoint-N --output-dir NEW. ({first_line(error)})"
     )
 
 

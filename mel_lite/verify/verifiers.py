@@ -20,7 +20,6 @@ which may run for hours: call it through `mel_lite.verify.pool.VerifyPool`, whic
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -33,6 +32,7 @@ from functools import lru_cache
 from typing import Any
 
 from mel_lite.errors import VerifierError
+from mel_lite.text import did_you_mean
 from mel_lite.types import Verdict
 from mel_lite.verify import extract, gym
 from mel_lite.verify.extract import extract_answer
@@ -212,10 +212,8 @@ def get_verifier(name: str) -> Verifier:
             gym.require()
         return _wrap(name, BUILT_IN[name])
     if ":" not in name and "." not in name:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise VerifierError(
-            f"verifier = {name!r} is not known.{hint} Built in: {', '.join(BUILT_IN)}; "
+            f"verifier = {name!r} is not known.{did_you_mean(name, BUILT_IN)} Built in: {', '.join(BUILT_IN)}; "
             "your own: a dotted path such as 'my_package.my_module:my_function'."
         )
     return _wrap(name, _import(name))
@@ -238,9 +236,8 @@ def _import(name: str) -> Callable[..., Any]:
         sys.path.reverse()
     for part in attribute.split("."):
         if not hasattr(target, part):
-            close = difflib.get_close_matches(part, dir(target), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise VerifierError(f"verifier = {name!r}: {module_name!r} has no {attribute!r}.{hint}")
+            near = did_you_mean(part, dir(target))
+            raise VerifierError(f"verifier = {name!r}: {module_name!r} has no {attribute!r}.{near}")
         target = getattr(target, part)
     if not callable(target):
         raise VerifierError(f"verifier = {name!r} is a {type(target).__name__}, not a function.")

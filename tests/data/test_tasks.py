@@ -303,7 +303,7 @@ def test_reasoning_gym_seeds_and_splits() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("reasoning-gym:chain_sun", "no task 'chain_sun'. Did you mean chain_sum"),
+        ("reasoning-gym:chain_sun", "no task 'chain_sun'. Did you mean 'chain_sum'"),
         ("reasoning-gym:gcd?sizes=3", "does not take these options .*'sizes'"),
         ("reasoning-gym:gcd?size=0", "size = 0 must be at least 1"),
         ("reasoning-gym:gcd?size=many", "does not take these options"),
