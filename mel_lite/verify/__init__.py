@@ -1,1 +1,1 @@
-"""Is an answer right? Verifiers, and the worker processes that run them."""
+"""Verifiers, which judge answers, and the worker processes that run them."""

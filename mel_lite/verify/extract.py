@@ -1,7 +1,7 @@
-r"""Final answers in text: where they are marked, and what number, letter or text they hold.
+r"""Extract final answers from text: find the marked answer, then read it as a number, a letter or text.
 
-Every function is linear in the length of its input and evaluates nothing. Two markers compete by position: the one
-that ends last wins, and an answer marked twice (`Answer: \boxed{4}`) is unwrapped from the outside in.
+Every function runs in time linear in the length of its input and evaluates nothing. Of two markers, the one that ends
+last wins. An answer marked twice (`Answer: \boxed{4}`) is unwrapped from the outside in.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 TOLERANCE = Fraction(2, 10**6)
-"""Two numbers, at least one of them no integer, are the same within this (times the larger one if that is below 1)."""
+"""Largest difference between equal numbers when at least one is not an integer. Scaled by the larger one if below 1."""
 MAX_DIGITS = 400
-"""A longer number, or a power of ten beyond it, is not read: no honest answer has one."""
+"""Longest number that is read, and the largest power of ten. No honest answer exceeds it."""
 
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
@@ -26,12 +26,12 @@ _PHRASE = re.compile(
 _WEAK_PHRASE = re.compile(r"\banswer[ \t]+is\b[ \t*:]*", re.IGNORECASE)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?=[^\s#])", re.MULTILINE)
 _HEADING = re.compile(r"\d+[.)][ \t]+[A-Za-z]|(?![-+$\\(]?[\d.$\\])\S+[ \t]")
-"""After `####`: a Markdown heading ('3. Solve', 'Final step'), not an answer ('72', '72 apples', '(B)', 'x=5')."""
+"""Matches a Markdown heading after `####` ('3. Solve', 'Final step'), no answer ('72', '72 apples', '(B)', 'x=5')."""
 _SENTENCE_END = re.compile(r"[.;!?](?=\s+[A-Z(\"'])")
 
 
 def clean(text: str) -> str:
-    """The text with control and direction characters as spaces, and full-width characters as plain ones."""
+    """Replace control and direction characters by spaces, and full-width characters by their ASCII forms."""
     return _INVISIBLE.sub(" ", text).translate(_PLAIN)
 
 
@@ -43,10 +43,10 @@ class _Mark:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The marked final answer, or None when there is no marker with something in it.
+    r"""Return the marked final answer, or None when no marker has content.
 
-    Markers: `<answer>x</answer>`, `\boxed{x}` (balanced braces), `Answer: x`, `final answer is x`, `#### x`; of several
-    the one that ends last. `the answer is x` counts only where there is none of these.
+    Markers: `<answer>x</answer>`, `\boxed{x}` (balanced braces), `Answer: x`, `final answer is x`, `#### x`. Of several
+    markers, the one that ends last wins. `the answer is x` counts only if there is no other marker.
     """
     text = clean(text)
     answer = None
@@ -62,7 +62,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def marked_or_whole(text: str) -> str:
-    """The marked answer of `text`, or all of it: how a reference answer is read."""
+    """Return the marked answer of `text`, or all of it if nothing is marked. Reference answers are read this way."""
     marked = extract_answer(text)
     return clean(text).strip() if marked is None else marked
 
@@ -106,7 +106,7 @@ def _hashes(text: str) -> _Mark | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """The last match that has text after it."""
+    """Return the last match that is followed by text."""
     last = None
     for match in pattern.finditer(text):
         if match.end() < len(text):
@@ -127,12 +127,12 @@ def _strip(text: str) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """`7. The rest is ...` -> `7`: what stands before the first sentence end that a capital letter follows."""
+    """Return the text before the first sentence end that a capital letter follows: `7. The rest is ...` -> `7`."""
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip().rstrip(".").strip()
 
 
 def last_line(text: str) -> str:
-    """The last line with anything on it, or an empty string."""
+    """Return the last non-blank line, or an empty string."""
     stripped = clean(text).rstrip()
     return stripped[stripped.rfind("\n") + 1 :].strip()
 
@@ -143,19 +143,22 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operator
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
 
 
-def normalise(text: str) -> str:
-    r"""Text for comparison: NFC, folded case, single spaces; no `\text{}`, outer `$`, quotes, Markdown or final dot."""
+def normalize(text: str) -> str:
+    r"""Prepare text for comparison: NFC, folded case, single spaces.
+
+    Removes `\text{}`, and at the ends `$`, quotes, Markdown and the final dot.
+    """
     text = _TEXT_COMMAND.sub(r"\1", unicodedata.normalize("NFC", clean(text)))
     return " ".join(text.split()).strip("$*`_\"' ").rstrip(".").rstrip().casefold()
 
 
 def is_word(text: str) -> bool:
-    """True for an answer of letters only, at least four ('Tuesday'): a word, not a product of variables."""
-    return _WORD.fullmatch(normalise(text)) is not None
+    """Return True for an answer of at least four letters and nothing else ('Tuesday'), not a product of variables."""
+    return _WORD.fullmatch(normalize(text)) is not None
 
 
 def has_math_delimiters(text: str) -> bool:
-    r"""True when formulas in the text are set off by `$`, `\(` or `\[`."""
+    r"""Return True when formulas in the text are delimited by `$`, `\(` or `\[`."""
     return text.strip("$").count("$") >= 1 or "\\(" in text or "\\[" in text
 
 
@@ -181,14 +184,17 @@ _VARIABLE = re.compile(r"[0-9][abnpqrtxyz]\b")
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as an answer states it: `50%` is (50, percent)."""
+    """Number as an answer states it: `50%` is (50, percent)."""
 
     value: Fraction
     percent: bool = False
 
 
 def same_number(left: Number, right: Number) -> bool:
-    """Equal, exactly for two integers and else within TOLERANCE; `50%` is 50 and 0.5, where only one has the sign."""
+    """Return True for equal numbers: exactly for two integers, else within TOLERANCE.
+
+    If only one has a percent sign, `50%` equals both 50 and 0.5.
+    """
     if left.percent != right.percent:
         as_share, plain = (left, right) if left.percent else (right, left)
         return _close(as_share.value, plain.value) or _close(as_share.value / 100, plain.value)
@@ -202,13 +208,13 @@ def _close(left: Fraction, right: Fraction) -> bool:
 
 
 def last_number(text: str) -> Number | None:
-    """The last number anywhere in the text."""
+    """Return the last number in the last 2,000 characters of the text."""
     text = _plain(text[-2_000:])
     return next((number for match in reversed(list(_NUMBER.finditer(text))) if (number := _read(match))), None)
 
 
 def sole_number(text: str) -> Number | None:
-    """The one number the text states, after its last `=`; None for several different ones, or a formula."""
+    """Return the only number the text states after its last `=`. None for several different numbers, or a formula."""
     if len(text) > 2_000:
         return None
     text = _plain(first_sentence(text))
@@ -221,7 +227,7 @@ def sole_number(text: str) -> Number | None:
 
 
 def _plain(text: str) -> str:
-    """LaTeX fractions, spacing and units as plain text."""
+    """Rewrite LaTeX fractions as plain text and remove LaTeX spacing and units."""
     text = clean(text)
     for markup, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\(", " "), ("\\)", " ")):
         text = text.replace(markup, plain)
@@ -262,7 +268,7 @@ _BRACKETED = re.compile(r"\(([A-J])\)")
 
 
 def choice_letter(text: str) -> str | None:
-    """The option a short text names, upper case; None when it names none, or two."""
+    """Return the option that a short text names, in upper case. None when it names none, or two."""
     text = _TEXT_COMMAND.sub(r"\1", clean(text[:2_000])).strip("$*`_\"' \t\n")
     match = _LETTER.match(text)
     if match is None:
@@ -276,7 +282,10 @@ def choice_letter(text: str) -> str | None:
 
 
 def sole_choice(text: str) -> str | None:
-    """The option of a text without markers: all of it or its last line is one, or one bracketed letter occurs in it."""
+    """Return the option that a text without markers names, or None.
+
+    The last line or the whole text must name it, or exactly one bracketed letter must occur in the text.
+    """
     letter = choice_letter(last_line(text)) or choice_letter(text)
     if letter:
         return letter

@@ -1,8 +1,8 @@
-"""reasoning-gym's own scorers, without letting them evaluate model text.
+"""Call reasoning-gym's own scorers without letting them evaluate model text.
 
-A few of its tasks pass the answer to `eval` or to sympy's `parse_expr` (which is `eval`). The former give full score
-to an exact match alone, which is tested here instead; for the latter the answer must be a bare formula, anything else
-scores 0 unseen. Needs the `gym` extra.
+A few of its tasks pass the answer to `eval` or to sympy's `parse_expr` (which is `eval`). Tasks that use `eval` give
+the full score only to an exact match, which is tested here instead. For tasks that use `parse_expr`, the answer must be
+a bare formula; anything else scores 0 without being parsed. Needs the `gym` extra.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z]|[A-Za-z)]\s*\.")
 
 
 def require() -> Any:
-    """The reasoning_gym package. Raises: VerifierError when it is not installed."""
+    """Import the reasoning_gym package. Raises: VerifierError when it is not installed."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -36,17 +36,17 @@ def require() -> Any:
 
 
 def score(candidate: str, gym_entry: str) -> float:
-    """Score in [0, 1] of an answer to a generated entry (JSON with question, answer and metadata.source_dataset).
+    """Score an answer to a generated entry, in [0, 1]. The entry is JSON: question, answer, metadata.source_dataset.
 
-    Raises: VerifierError when the entry names no task, or one this version of reasoning-gym does not have.
+    Raises: VerifierError when the entry names no task, or a task that this version of reasoning-gym does not have.
     """
     try:
         entry = json.loads(gym_entry)
         task = entry["metadata"]["source_dataset"]
     except (TypeError, KeyError, ValueError) as error:
         raise VerifierError(
-            f"column 'gym_entry' = {str(gym_entry)[:80]!r} is no reasoning-gym entry ({type(error).__name__}: {error})."
-            " Load the data with dataset = 'reasoning-gym:<task>', or choose another verifier."
+            f"column 'gym_entry' = {str(gym_entry)[:80]!r} is not a reasoning-gym entry ({type(error).__name__}: "
+            f"{error}). Load the data with dataset = 'reasoning-gym:<task>', or choose another verifier."
         ) from error
     if not candidate:
         return 0.0

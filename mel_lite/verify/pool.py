@@ -1,9 +1,9 @@
-"""Verifiers in worker processes that are killed at a deadline, so that no answer can hang or crash a run.
+"""Run verifiers in worker processes that are killed at a deadline, so that no answer can hang or crash a run.
 
-Covered: answers that run for ever, in C code too; that eat memory, segfault, exit or write to the worker's pipes;
-verifiers that print, raise or fork; a parent that dies. Each costs its own item an ABSTAIN and nobody else anything.
-Not covered: this is no sandbox. A worker has the user's rights, files and network; a verifier that detaches children
-into a session of their own leaves them behind. Never let a verifier execute model text.
+Handled: answers that loop forever, even in C code; answers that exhaust memory, segfault, exit or write to the worker's
+pipes; verifiers that print, raise or fork; a parent that dies. Each failure turns only its own item into an ABSTAIN.
+Not handled: this is not a sandbox. A worker has the user's permissions, files and network. Children that a verifier
+detaches into their own session survive it. Never let a verifier execute model text.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mel_lite.text import printable
 from mel_lite.types import Verdict
 
 MAX_COMPLETION_CHARS = 200_000
-"""Of a longer completion only the end, where the answer is, goes to the verifier."""
+"""Longest completion that reaches a verifier. Only the end of a longer one does, since the answer is there."""
 MAX_REFERENCE_CHARS = 20_000
-"""A longer reference answer gives ABSTAIN."""
+"""Longest reference answer. A longer one gives ABSTAIN."""
 START_DEADLINE_S = 60.0
-"""How long a worker may take to import its verifier; not charged to any answer."""
+"""Seconds a worker may take to import its verifier. They do not count towards any answer's deadline."""
 MANY = 8
-"""From so many calls in a row on, a verifier that failed in all of them is taken to be broken."""
+"""Number of consecutive failed calls after which a verifier counts as broken."""
 _MAX_FAILED_STARTS = 3
 _MAX_WAIT_S = 0.5
 _MAX_REPLY_BYTES = 65_536
@@ -49,23 +49,23 @@ _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Counts since the pool was made."""
+    """Counts since the pool was created."""
 
     calls: int = 0
     timeouts: int = 0
-    """Answers given up at the deadline."""
+    """Answers without a verdict at the deadline."""
     errors: int = 0
-    """Answers whose verifier raised, ran out of memory, died, or wrote something that is no verdict."""
+    """Answers whose verifier raised, ran out of memory, died, or wrote something other than a verdict."""
     respawns: int = 0
     """Workers replaced, for any reason."""
 
 
 class _Worker:
-    """One process and the thread that talks to it; a request may block the thread, never the pool."""
+    """One process and the thread that writes to and reads from it. A request may block the thread, never the pool."""
 
     def __init__(self, setup: bytes, folder: str, events: queue.SimpleQueue[tuple[_Worker, bytes]]) -> None:
         self.task: tuple[int, int] | None = None
-        """(request id, position in the batch) while busy."""
+        """(request id, position in the batch) while busy, else None."""
         self.columns: frozenset[str] | None = None
         self.ready = False
         self.due_s = time.monotonic() + START_DEADLINE_S
@@ -88,7 +88,7 @@ class _Worker:
         self._inbox.put(line)
 
     def kill(self) -> None:
-        """End the whole process group and reap the process. Safe to repeat."""
+        """Kill the whole process group and reap the process. Safe to repeat."""
         self._inbox.put(None)
         if hasattr(os, "killpg"):
             try:
@@ -114,22 +114,22 @@ class _Worker:
             for pipe in (self.process.stdin, self.process.stdout):
                 try:
                     pipe.close()
-                except OSError:  # unsent bytes for a process that is gone
+                except OSError:  # unsent bytes to a process that has exited
                     pass
 
 
 class VerifyPool:
-    """Verdicts from `workers` processes, each answer within `deadline_s` seconds or ABSTAIN.
+    """Pool of `workers` processes that judge answers. An answer without a verdict after `deadline_s` is an ABSTAIN.
 
-    Starts its processes at the first use, may be used from any thread (one batch at a time), and ends them on `close`,
+    Starts its processes on first use. Any thread may use it; batches run one at a time. The processes end on `close`,
     at the end of a `with` block, or when the interpreter exits.
 
     Args:
-        verifier: a name `mel_lite.verify.verifiers.get_verifier` knows.
-        workers: processes, >= 1.
-        deadline_s: seconds of wall time per answer, measured from here; start-up is not charged.
+        verifier: a name that `mel_lite.verify.verifiers.get_verifier` accepts.
+        workers: number of processes, >= 1.
+        deadline_s: wall time per answer in seconds, measured in the parent; start-up does not count.
         memory_bytes: address space of one worker.
-        max_respawns: workers lost in one batch, other than at the deadline, before giving up.
+        max_respawns: workers that may be lost in one batch, other than at the deadline, before `verify` raises.
     Raises: ConfigError for a value out of range.
     """
 
@@ -145,7 +145,7 @@ class VerifyPool:
         if workers < 1:
             raise ConfigError(f"workers = {workers}: a pool needs at least 1 worker process.")
         if not 0 < deadline_s < math.inf:
-            raise ConfigError(f"deadline_s = {deadline_s}: the deadline is a number of seconds above 0.")
+            raise ConfigError(f"deadline_s = {deadline_s}: the deadline must be a number of seconds above 0.")
         if memory_bytes < 256 * 2**20:
             raise ConfigError(f"memory_bytes = {memory_bytes}: Python and sympy alone need 256 MiB (268435456).")
         self._verifier = verifier
@@ -166,29 +166,29 @@ class VerifyPool:
 
     @property
     def stats(self) -> PoolStats:
-        """Counts since the pool was made (a snapshot)."""
+        """Snapshot of the counts since the pool was created."""
         return self._stats
 
     def verify(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[Verdict]:
-        """Verdicts on (completion, reference answer, other columns), in order.
+        """Judge items of (completion, reference answer, other columns). Returns their verdicts, in order.
 
-        A deadline passed, an exception, or a dead worker is an ABSTAIN, counted in `stats`. Column values that are not
-        JSON arrive as text.
+        A missed deadline, an exception and a dead worker give ABSTAIN and are counted in `stats`. The verifier receives
+        column values that JSON cannot represent as text.
 
-        Raises: VerifierError when the verifier cannot be loaded, returns no verdict, failed in at least 8 calls in a
-        row including all of this batch, or lost more than `max_respawns` workers in this batch.
+        Raises: VerifierError when the verifier cannot be loaded, returns something other than a verdict, failed in at
+        least 8 consecutive calls including all of this batch, or lost more than `max_respawns` workers in this batch.
         """
         with self._lock:
             if not self._finalizer.alive:
-                raise VerifierError("this VerifyPool is closed; make a new one.")
+                raise VerifierError("this VerifyPool is closed; create a new one.")
             try:
                 return self._run(items)
             except BaseException:
-                self._stop()  # a worker may still be busy with an item nobody waits for
+                self._stop()  # a worker may still be busy with an item of the aborted batch
                 raise
 
     def close(self) -> None:
-        """End all workers. Safe to repeat."""
+        """Kill all workers. Safe to repeat."""
         with self._lock:
             self._finalizer()
 
@@ -204,21 +204,21 @@ class VerifyPool:
         batch = _Batch(items, max_losses=self._max_respawns)
         while batch.open:
             signals.poll()
-            self._hire(batch)
+            self._fill(batch)
             try:
                 worker, reply = self._events.get(timeout=self._wait_s())
             except queue.Empty:
                 self._expire(batch)
                 continue
-            if worker in self._workers:  # else: the last words of one that was replaced
+            if worker in self._workers:  # else it was replaced, and this is its last reply
                 self._receive(worker, reply, batch)
         self._judge_verifier(batch)
         return batch.verdicts
 
-    def _hire(self, batch: _Batch) -> None:
-        """Keep the pool full and every idle worker busy."""
+    def _fill(self, batch: _Batch) -> None:
+        """Start missing workers and give every idle worker an item."""
         for worker in [w for w in self._workers if w.ready and w.task is None and w.process.poll() is not None]:
-            self._replace(worker)  # died idle: no item is to blame
+            self._replace(worker)  # died while idle, so no item caused it
         while len(self._workers) < min(self._size, batch.open):
             self._workers.append(self._spawn())
         for worker in self._workers:
@@ -238,7 +238,7 @@ class VerifyPool:
         number, position = worker.task
         verdict, error = message.get("verdict"), message.get("error")
         if message.get("id") != number or (verdict not in tuple(Verdict) and not isinstance(error, str)):
-            died = "the worker process died" if not reply else "the worker wrote something that is no verdict"
+            died = "the worker process died" if not reply else "the worker wrote something other than a verdict"
             self._fail(died, batch)
             self._lose(worker, batch)
             return
@@ -264,18 +264,18 @@ class VerifyPool:
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise VerifierError(
                 f"verifier = {self._verifier!r}: {self._failed_starts} worker processes in a row died while loading it "
-                f"(exit code {worker.process.returncode}). Import it in a plain Python to see why; it may also need "
-                f"more than memory_bytes = {self._memory_bytes}."
+                f"(exit code {worker.process.returncode}). Import it in a Python shell to see why. It may also need "
+                f"more memory than memory_bytes = {self._memory_bytes}."
             )
 
     def _expire(self, batch: _Batch) -> None:
-        """Kill the workers that are past their deadline."""
+        """Replace the workers that are past their deadline."""
         now_s = time.monotonic()
         for worker in [w for w in self._workers if w.due_s <= now_s]:
             if worker.task is None:
                 raise VerifierError(
-                    f"verifier = {self._verifier!r} was not loaded after {START_DEADLINE_S:.0f} s: it must be quick to "
-                    "import; load what is slow to load in a file it reads, or make its imports lighter."
+                    f"verifier = {self._verifier!r} was not loaded after {START_DEADLINE_S:.0f} s: it must import "
+                    "quickly. Precompute slow tables into a file that it reads, or make its imports lighter."
                 )
             batch.timeouts += 1
             batch.open -= 1
@@ -290,17 +290,20 @@ class VerifyPool:
         self._count(calls=1, errors=1)
 
     def _judge_verifier(self, batch: _Batch) -> None:
-        """A verifier that fails always is broken; one that is late always has too short a deadline."""
+        """Raise when every call failed, and warn when every call missed the deadline.
+
+        A verifier that always fails is broken. For one that is always late, the deadline is too short.
+        """
         judged = len(batch.items) - batch.refused
         if batch.errors and batch.errors == judged and self._failed_in_row >= MANY:
             raise VerifierError(
-                f"verifier = {self._verifier!r} failed in {self._failed_in_row} calls in a row, so its verdicts mean "
-                f"nothing. First error: {self._first_error}. Call it by hand on one row to debug it."
+                f"verifier = {self._verifier!r} failed in {self._failed_in_row} calls in a row, so its verdicts are "
+                f"meaningless. First error: {self._first_error}. Call it by hand on one row to debug it."
             )
         if batch.timeouts == judged and judged >= MANY:
             warnings.warn(
-                f"verifier = {self._verifier!r}: all {judged} answers of this batch passed the deadline of "
-                f"{self._deadline_s} s. If the verifier is slow rather than the answers hostile, raise the deadline.",
+                f"verifier = {self._verifier!r}: all {judged} answers of this batch missed the deadline of "
+                f"{self._deadline_s} s. If the verifier is slow, rather than the answers hostile, raise the deadline.",
                 stacklevel=4,
             )
 
@@ -339,7 +342,7 @@ class VerifyPool:
         self._workers.clear()
 
     def _wait_s(self) -> float:
-        """Until the next deadline, and never so long that a signal goes unheard."""
+        """Return the time until the next deadline, capped so that signals are handled soon."""
         due_s = min(worker.due_s for worker in self._workers)
         return min(_MAX_WAIT_S, max(0.0, due_s - time.monotonic()))
 
@@ -348,7 +351,7 @@ class VerifyPool:
 
 
 class _Batch:
-    """What is known of one call of `verify`."""
+    """State of one call of `verify`."""
 
     def __init__(self, items: Sequence[tuple[str, str, dict[str, Any]]], max_losses: int) -> None:
         self.items = items
@@ -369,7 +372,7 @@ def _request(number: int, item: tuple[str, str, dict[str, Any]], columns: frozen
 
 
 def _parse(reply: bytes) -> dict[str, Any]:
-    """The reply as a message; an empty one when it is not a JSON object."""
+    """Return the reply as a message, or an empty one when it is not a JSON object."""
     try:
         message = json.loads(reply)
     except ValueError:
@@ -378,13 +381,13 @@ def _parse(reply: bytes) -> dict[str, Any]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """A small environment: no tokens, no proxies, no thread pools; temporary files and home in the pool's folder."""
+    """Return a minimal environment without tokens, proxies or thread pools; home and TMPDIR in the pool's folder."""
     kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
     return kept | {"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
 def _shut_down(workers: list[_Worker], folder: str, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:  # a fork of the owner that exits leaves the owner's workers alone
+    if os.getpid() != owner_pid:  # a fork of the owner must not kill the owner's workers when it exits
         return
     for worker in workers:
         worker.kill()

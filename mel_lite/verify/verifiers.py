@@ -49,12 +49,12 @@ TAIL_CHARS = 2_000
 
 def exact(completion: str, answer: str) -> Verdict:
     """Same text after folding case, spaces, quotes, Markdown and the final dot; no marker: whole text or last line."""
-    gold = extract.normalise(answer)
+    gold = extract.normalize(answer)
     if not gold:
         return Verdict.ABSTAIN
     marked = extract_answer(completion)
     candidates = [marked] if marked is not None else [completion, extract.last_line(completion)]
-    return _verdict(any(extract.normalise(candidate) == gold for candidate in candidates))
+    return _verdict(any(extract.normalize(candidate) == gold for candidate in candidates))
 
 
 def numeric(completion: str, answer: str) -> Verdict:
@@ -97,7 +97,7 @@ def math_verify(completion: str, answer: str) -> Verdict:
     if len(marked) > MAX_ANSWER_CHARS:
         return Verdict.WRONG
     marked = extract.first_sentence(marked)
-    if extract.normalise(marked) == extract.normalise(gold_text):
+    if extract.normalize(marked) == extract.normalize(gold_text):
         return Verdict.RIGHT
     if _MISREAD.search(marked):
         return Verdict.WRONG

@@ -1,8 +1,8 @@
-"""The worker process of `VerifyPool`: reads one request per line, answers one verdict per line.
+"""Worker process of `VerifyPool`: reads one request per line, writes one verdict per line.
 
-Run by path (`python -P .../verify_worker.py`), so it needs nothing installed; the first line it reads holds the
-parent's `sys.path` and the verifier's name. It claims the pipes for itself before any foreign code runs: what a
-verifier prints goes to stderr, what it reads from stdin is empty.
+It is run by path (`python -P .../worker.py`), so it needs nothing installed. The first line it reads holds the parent's
+`sys.path` and the verifier's name. It takes the pipes over before any foreign code runs: a verifier prints to stderr,
+and reads an empty stdin.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     _find_our_package(setup["package_folder"])
     try:
         verifier = _load(setup["verifier"])
-    except BaseException as error:  # SystemExit at import included: the parent must hear of it
+    except BaseException as error:  # including SystemExit during import: the parent must report it
         _send(replies, {"fatal": str(error) or repr(error)})
         return
     _send(replies, {"ready": None if verifier.columns is None else sorted(verifier.columns)})
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _find_our_package(folder: str) -> None:
-    """See to it that `import mel_lite` gives the parent's copy, whatever else is installed."""
+    """Make `import mel_lite` import the parent's copy, even if another one is installed."""
     spec = importlib.util.find_spec("mel_lite")
     if (
         spec is None
@@ -53,7 +53,7 @@ def _find_our_package(folder: str) -> None:
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Private copies of stdin and stdout (children do not inherit them); 0 becomes empty, 1 becomes stderr."""
+    """Return private copies of stdin and stdout, which children do not inherit. Make stdin empty and stdout stderr."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -72,12 +72,12 @@ def _load(name: str) -> Any:
 
     verifier = get_verifier(name)
     if name in BUILT_IN and name != "reasoning-gym":
-        verifier(r"\boxed{\frac{1}{2}}", "0.5")  # imports and grammar tables belong to the start, not to an answer
+        verifier(r"\boxed{\frac{1}{2}}", "0.5")  # load imports and grammar tables now, not on the first answer's time
     return verifier
 
 
 def _judge(verifier: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request: a verdict, or why there is none. `retire` asks to be replaced."""
+    """Return the reply to one request: a verdict, or the error. `retire` asks the pool to replace this worker."""
     from mel_lite.errors import VerifierError
 
     number = request["id"]
@@ -92,7 +92,7 @@ def _judge(verifier: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    """Type, message and the innermost frame of an exception."""
+    """Format type, message and innermost frame of an exception in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     first = (str(error).splitlines() or [""])[0][:500]
@@ -100,7 +100,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Address space, core dumps, file size, open files. A limit this system does not know is left out."""
+    """Limit address space, core dumps, file size and open files. Skip limits that this system does not support."""
     try:
         import resource
     except ImportError:  # Windows
@@ -123,7 +123,7 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _limit_cpu(deadline_s: float) -> None:
-    """The kernel ends us well after the deadline even if the parent is gone and C code holds the interpreter lock."""
+    """Let the kernel kill this process well after the deadline, even if the parent is gone and C code holds the GIL."""
     try:
         import resource
     except ImportError:
@@ -136,9 +136,9 @@ def _limit_cpu(deadline_s: float) -> None:
 
 
 def _die_with_parent(parent_pid: int) -> None:
-    """Kill our process group once the parent is gone.
+    """Kill this process group once the parent has exited.
 
-    Not PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and the pool may be used from any thread.
+    PR_SET_PDEATHSIG would not do: it fires when the *thread* that started us ends, and any thread may use the pool.
     """
     if not hasattr(os, "killpg"):
         return

@@ -1,7 +1,7 @@
-"""F17, F18, F19: hostile answers, dying workers, swapped arguments; and the figures the verifier is measured by.
+"""F17, F18, F19: hostile answers, dying workers, swapped arguments; and the measured figures of the verifier.
 
-Each attack on a worker by itself (hang, C loop, fork, memory, segfault, garbage on the pipe, threads) and the order of
-arguments are in tests/verify/test_pool.py and tests/verify/test_verifiers.py.
+tests/verify/test_pool.py and tests/verify/test_verifiers.py test each attack on a worker alone (hang, C loop, fork,
+memory, segfault, garbage on the pipe, threads) and the order of arguments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_no_attack_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len(HOSTILE) >= 50
     with VerifyPool("math", deadline_s=1.0) as pool:
         verdicts = pool.verify([(text, answer, {}) for _, text, answer in HOSTILE])
-        # The 18 attacks of answer_pairs include one whose right verdict is not `wrong` but anything else than `right`.
+        # For one of the 18 attacks of answer_pairs, any verdict but `right` is correct, not only `wrong`.
     accepted = [name for (name, _, _), verdict in zip(HOSTILE, verdicts, strict=True) if verdict is Verdict.RIGHT]
     record_property("attacks", len(HOSTILE))
     record_property("attacks_accepted", len(accepted))
@@ -58,7 +58,7 @@ def test_no_attack_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-def test_three_quarters_hostile_answers_of_forty(
+def test_thirty_hostile_answers_of_forty_cost_only_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
     (tmp_path / "rule_here.py").write_text(SLOW_RULE)

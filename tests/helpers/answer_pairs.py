@@ -1,4 +1,4 @@
-"""Completions with the verdict they deserve, and completions meant to break or fool a verifier."""
+"""Completions with their correct verdict, and completions meant to break or fool a verifier."""
 
 from __future__ import annotations
 

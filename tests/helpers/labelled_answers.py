@@ -1,4 +1,4 @@
-"""Answers whose verdict is known by how they were made, and 50 attacks: the set the verifier is measured on."""
+"""Generated answers with a verdict known by construction, and 50 attacks, to measure the verifiers on."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ LABELLED: tuple[LabelledAnswer, ...] = tuple(
 
 
 def _attacks() -> list[tuple[str, str, str]]:
-    """(name, completion, reference): none of them may be called right by `math`."""
+    """Return (name, completion, reference) of attacks, none of which `math` may judge right."""
     rng = random.Random(0)
     near = [str(n) for n in range(420, 440) if n != 427]
     found = [(name, text, gold) for name, text, gold, _ in ATTACKS]

@@ -1,4 +1,4 @@
-"""A pool of verifier processes: nothing an answer or a verifier does may hang, crash or falsify a batch."""
+"""Verifier pool: no answer and no verifier may hang, crash or falsify a batch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def slow(completion, answer):
 
 @pytest.fixture
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to start in, with `rules_here.py`; it is not on the path, as under a console script."""
+    """Working folder with `rules_here.py`. As under a console script, it is not on `sys.path`."""
     (tmp_path / "rules_here.py").write_text(RULES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -101,7 +101,7 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def pool() -> Iterator[Callable[..., VerifyPool]]:
-    """Makes pools and closes them."""
+    """Return a factory of pools, which are closed after the test."""
     made: list[VerifyPool] = []
 
     def make(name: str, **options: object) -> VerifyPool:
@@ -146,7 +146,7 @@ def test_honest_answers_are_right_among_hostile_ones(pool: Callable[..., VerifyP
     verdicts = math.verify(items)
     judged = [(*want, verdict) for want, verdict in zip(expected, verdicts, strict=True)]
     assert [(name, verdict) for name, allowed, verdict in judged if verdict not in allowed] == []
-    assert 1 <= math.stats.timeouts <= 5  # the tower, the factorial and the expansion at most, and not the honest ones
+    assert 1 <= math.stats.timeouts <= 5  # at most the tower, the factorial and the expansion; never the honest ones
     assert math.stats.calls == len(items)
     math.close()
     assert eventually(lambda: children() == before)
@@ -183,7 +183,7 @@ def test_each_attack_costs_its_own_item_only(
     assert eventually(lambda: children() == before)
 
 
-def test_a_chatty_verifier_cannot_write_verdicts_nor_read_requests(
+def test_a_verifier_that_prints_cannot_write_verdicts_or_read_requests(
     rules: Path, pool: Callable[..., VerifyPool]
 ) -> None:
     chatty = pool("rules_here:hostile", workers=1)
@@ -192,13 +192,13 @@ def test_a_chatty_verifier_cannot_write_verdicts_nor_read_requests(
     assert chatty.stats == PoolStats(calls=3)
 
 
-def test_start_up_is_not_charged_to_an_answer(rules: Path, pool: Callable[..., VerifyPool]) -> None:
+def test_start_up_does_not_count_towards_the_deadline(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     Path("rules_here.py").write_text("import time\ntime.sleep(0.9)\n" + RULES)
     late = pool("rules_here:hostile", workers=1, deadline_s=0.3)
     assert late.verify([("hang", "x", {}), ("a", "a", {})]) == ["abstain", "right"]
 
 
-def test_workers_run_side_by_side_and_keep_the_order(rules: Path, pool: Callable[..., VerifyPool]) -> None:
+def test_workers_run_in_parallel_and_keep_the_order(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     plain = pool("rules_here:plain", workers=3)
     items: Items = [(str(i), str(i - i % 3), {}) for i in range(60)]
     assert plain.verify(items) == ["right" if i % 3 == 0 else "wrong" for i in range(60)]
@@ -206,10 +206,10 @@ def test_workers_run_side_by_side_and_keep_the_order(rules: Path, pool: Callable
     slow.verify([("", "", {})] * 3)
     start_s = time.monotonic()
     assert slow.verify([("", "", {})] * 6) == ["right"] * 6
-    assert time.monotonic() - start_s < 1.5  # one after the other would be 1.8
+    assert time.monotonic() - start_s < 1.5  # sequential would take 1.8 s
 
 
-def test_worker_surroundings(rules: Path, pool: Callable[..., VerifyPool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_environment(rules: Path, pool: Callable[..., VerifyPool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert pool("rules_here:environment").verify([("HF_TOKEN", "", {}), ("PATH", "", {})]) == ["wrong", "right"]
     assert pool("rules_here:where").verify([("", str(rules), {})]) == ["wrong"]
@@ -258,7 +258,7 @@ def test_a_broken_verifier_is_an_error_with_its_first_message(rules: Path, pool:
         ("nummeric", RULES, "Did you mean 'numeric'"),
     ],
 )
-def test_what_cannot_be_loaded_or_used_is_an_error(
+def test_a_verifier_that_cannot_be_loaded_or_used_is_an_error(
     name: str, source: str, message: str, rules: Path, pool: Callable[..., VerifyPool]
 ) -> None:
     Path("rules_here.py").write_text(source)
@@ -273,12 +273,12 @@ def test_too_many_lost_workers_stop_the_batch(rules: Path, pool: Callable[..., V
         pool("rules_here:hostile", workers=1, max_respawns=2).verify([("die", "", {})] * 5)
 
 
-def test_a_deadline_no_answer_meets_is_said(rules: Path, pool: Callable[..., VerifyPool]) -> None:
-    with pytest.warns(UserWarning, match=r"all 8 answers of this batch passed the deadline of 0.05 s"):
+def test_a_deadline_that_no_answer_meets_gives_a_warning(rules: Path, pool: Callable[..., VerifyPool]) -> None:
+    with pytest.warns(UserWarning, match=r"all 8 answers of this batch missed the deadline of 0.05 s"):
         assert pool("rules_here:slow", deadline_s=0.05).verify([("", "", {})] * 8) == ["abstain"] * 8
 
 
-def test_a_worker_killed_while_idle_is_replaced_unnoticed(rules: Path, pool: Callable[..., VerifyPool]) -> None:
+def test_a_worker_killed_while_idle_is_replaced_without_an_error(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     plain = pool("rules_here:plain", workers=2)
     before = children()
     plain.verify([("a", "a", {})] * 20)
@@ -312,7 +312,7 @@ def test_an_interrupted_batch_leaves_a_usable_pool(rules: Path, pool: Callable[.
     hostile = pool("rules_here:hostile", workers=1, deadline_s=30)
     assert hostile.verify([("a", "a", {})]) == ["right"]
     main = threading.main_thread().ident
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore SIGINT
     threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
     start_s = time.monotonic()
     try:
@@ -327,7 +327,7 @@ def test_an_interrupted_batch_leaves_a_usable_pool(rules: Path, pool: Callable[.
 def test_closing(rules: Path) -> None:
     before = children()
     with VerifyPool("rules_here:plain") as closed:
-        assert children() == before  # nothing starts before it is needed
+        assert children() == before  # no process starts before it is needed
         assert closed.verify([("a", "a", {})]) == ["right"]
         assert len(children() - before) == 1
     assert eventually(lambda: children() == before)
@@ -337,7 +337,7 @@ def test_closing(rules: Path) -> None:
     forgotten = VerifyPool("rules_here:plain")
     forgotten.verify([("a", "a", {})])
     del forgotten
-    gc.collect()  # may end pools that earlier tests forgot, too
+    gc.collect()  # may also close pools that earlier tests left open
     assert eventually(lambda: children() <= before)
 
 
@@ -375,7 +375,7 @@ def test_busy_workers_die_with_a_killed_parent(rules: Path) -> None:
 
 
 def test_workers_use_the_parents_copy_of_the_package(tmp_path: Path) -> None:
-    """Nothing installed is needed (`-S` hides site-packages), and what is installed is not mistaken for our copy."""
+    """Workers need no installed package (`-S` hides site-packages) and do not import another copy that is installed."""
     site = tmp_path / "site"
     shutil.copytree(ROOT / "mel_lite", site / "mel_lite", ignore=shutil.ignore_patterns("__pycache__"))
     with (site / "mel_lite" / "verify" / "verifiers.py").open("a") as file:

@@ -1,4 +1,4 @@
-"""Verdicts on labelled answers, extraction, and what a custom verifier may return."""
+"""Verdicts on labelled answers, answer extraction, and the return values of custom verifiers."""
 
 from __future__ import annotations
 
@@ -91,18 +91,18 @@ def test_numbers_are_read_exactly(text: str, value: str, percent: bool) -> None:
     "text",
     ["3 or 4", "3, 4", "(1, 2)", "3^2", r"3\pi", r"\sqrt{4}", "<5", "5x", "1e9999", "9" * 500, "2+3", "no", "1/0"],
 )
-def test_what_is_no_single_number(text: str) -> None:
+def test_texts_that_are_not_a_single_number(text: str) -> None:
     assert extract.sole_number(text) is None
 
 
 def test_gold_and_answer_are_not_interchangeable() -> None:
     math = get_verifier("math")
-    assert math(r"\boxed{2x+3=1}", "1") is Verdict.RIGHT  # the right-hand side is what was asked for
-    assert math(r"\boxed{1}", "2x+3=1") is Verdict.WRONG  # an equation was asked for
+    assert math(r"\boxed{2x+3=1}", "1") is Verdict.RIGHT  # the question asks for the right-hand side
+    assert math(r"\boxed{1}", "2x+3=1") is Verdict.WRONG  # the question asks for the equation
 
 
 @pytest.mark.parametrize("name", ["numeric", "exact", "multiple-choice"])
-def test_text_verifiers_are_quick_on_a_megabyte(name: str) -> None:
+def test_text_verifiers_are_fast_on_a_megabyte(name: str) -> None:
     verifier = get_verifier(name)
     gold = {"numeric": "42", "exact": "forty-two", "multiple-choice": "D"}[name]
     texts = [completion for attack, completion, _, _ in ATTACKS if len(completion) > 9_000]
@@ -120,7 +120,7 @@ def test_text_verifiers_are_quick_on_a_megabyte(name: str) -> None:
         assert time.perf_counter() - start_s < 2.0, (name, text[:30])
 
 
-def test_math_reads_no_final_answer_longer_than_an_honest_one() -> None:
+def test_math_rejects_a_final_answer_that_is_too_long() -> None:
     math = get_verifier("math")
     assert math(r"\boxed{" + "so " * 100 + "$42$}", "42") is Verdict.RIGHT
     assert math(r"\boxed{" + "so " * MAX_ANSWER_CHARS + "$42$}", "42") is Verdict.WRONG
@@ -135,7 +135,7 @@ def write_module(folder: Path, source: str) -> None:
 
 @pytest.fixture
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to start in; modules in it are importable and forgotten afterwards."""
+    """Working folder whose modules can be imported. They are removed from `sys.modules` after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.delitem(sys.modules, "my_rules", raising=False)
@@ -143,7 +143,7 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("my_rules", None)
 
 
-def test_unknown_name_suggests_the_nearest(rules: Path) -> None:
+def test_an_unknown_name_suggests_the_nearest(rules: Path) -> None:
     with pytest.raises(VerifierError, match=r"'nummeric' is not known. Did you mean 'numeric'\?"):
         get_verifier("nummeric")
 
@@ -168,7 +168,7 @@ def test_broken_dotted_paths(rules: Path) -> None:
             get_verifier(name)
 
 
-def test_results_become_verdicts_and_others_are_named(rules: Path) -> None:
+def test_return_values_become_verdicts_or_errors(rules: Path) -> None:
     write_module(rules, "def echo(completion, answer, result):\n    return result\n")
     verifier = get_verifier("my_rules:echo")
     given = [True, False, 1, 0.99, 0.98, 0.0, float("nan"), None, Verdict.ABSTAIN, "right", "wrong"]
@@ -180,7 +180,7 @@ def test_results_become_verdicts_and_others_are_named(rules: Path) -> None:
             verifier("", "", result=result)
 
 
-def test_columns_go_only_to_those_who_take_them(rules: Path) -> None:
+def test_columns_go_only_to_verifiers_that_take_them(rules: Path) -> None:
     write_module(
         rules,
         """
@@ -198,7 +198,7 @@ def test_columns_go_only_to_those_who_take_them(rules: Path) -> None:
     assert get_verifier("my_rules:swapped").columns == frozenset()
 
 
-def test_loading_verifiers_loads_nothing_heavy() -> None:
+def test_loading_a_verifier_imports_nothing_heavy() -> None:
     loaded = "print(*{'torch', 'sympy', 'datasets'} & {*sys.modules})"
     code = f"import sys, mel_lite.verify.pool, mel_lite.verify.verifiers; {loaded}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -212,7 +212,7 @@ def gym_entry(task: str, answer: str, **metadata: object) -> str:
     return json.dumps({"question": "?", "answer": answer, "metadata": {"source_dataset": task, **metadata}})
 
 
-def test_reasoning_gym_scores_with_the_tasks_own_rules() -> None:
+def test_reasoning_gym_uses_the_scorer_of_the_task() -> None:
     pytest.importorskip("reasoning_gym")
     verifier = get_verifier("reasoning-gym")
     assert verifier("<answer>3</answer>", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.RIGHT
@@ -238,8 +238,8 @@ def test_reasoning_gym_never_evaluates_the_answer(task: str, tmp_path: Path) -> 
         assert gym.score("x", entry) == 1.0
 
 
-def test_reasoning_gym_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(VerifierError, match="column 'gym_entry' = 'nonsense' is no reasoning-gym entry"):
+def test_reasoning_gym_errors_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VerifierError, match="column 'gym_entry' = 'nonsense' is not a reasoning-gym entry"):
         gym.score("1", "nonsense")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(VerifierError, match=r'pip install "mel-lite\[gym\]"'):
