@@ -9,8 +9,8 @@ class MelLiteError(Exception):
     """Base of every error MEL-Lite raises for a user. `exit_code` is what the CLI exits with."""
 
     exit_code = 2
-    told = False
-    """Another process of the run says it."""
+    already_reported = False
+    """Already reported by rank 0."""
 
 
 class ConfigError(MelLiteError, ValueError):

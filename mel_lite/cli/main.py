@@ -380,7 +380,7 @@ def main() -> None:
     try:
         app()
     except MelLiteError as error:
-        if not error.told:
+        if not error.already_reported:
             rank = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
             typer.secho(f"{rank}error: {printable(str(error))}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

@@ -1,1 +1,1 @@
-"""Generation engines. `base.py` says what one is; each of the others is one."""
+"""Generation engines: `base.py` defines the interface, the other modules implement or choose one."""

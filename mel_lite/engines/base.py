@@ -1,17 +1,17 @@
-"""What a generation engine is: token ids in, token ids out, always with the adapter as it is now."""
+"""Interface of a generation engine: token ids in, token ids out, always sampled with the current adapter."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from mel_lite.types import Finish
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a phase samples. `temperature` 0 is greedy."""
+    """Sampling options of a phase. `temperature` 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -20,7 +20,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
-    """Go on to `max_new_tokens` whatever is sampled: for measuring what the longest sequences take."""
+    """Continue to `max_new_tokens` after an end-of-sequence id, to measure the cost of the longest sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +36,43 @@ class Completion:
     """One sampled sequence."""
 
     ids: tuple[int, ...]
-    """Sampled ids, the end-of-sequence id included when `finish` is STOP; never empty."""
+    """Sampled ids, including the end-of-sequence id when `finish` is STOP. Never empty."""
     logprobs: tuple[float, ...]
     """Log-probability in nats of each id under the distribution it was drawn from."""
     finish: Finish
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Samples from the policy being trained.
-
-    `generate` answers in the order of `requests`; a sequence depends on its prompt and seed alone, not on its
-    neighbours in the batch. `sleep` gives up the engine's memory before the training phase; `wake` takes it back and
-    makes the current adapter the one that is sampled.
-    """
+class Engine(ABC):
+    """Samples from the policy being trained. Subclasses set `name` and implement `generate`, `wake` and `sleep`."""
 
     name: str
+    own_kernels: bool = False
+    """True if log-probs differ from the trainer's by rounding, so that importance sampling must correct for it."""
+    context_tokens: int | None = None
+    """Longest sequence the engine accepts, prompt and completion together; None = the model's own limit."""
+    share: float | None = None
+    """Share of the GPU's memory that the engine was started with, in (0, 1); None = it reserves none, or unknown."""
+    max_num_seqs: int | None = None
+    """Most sequences the engine samples at once; None = unknown."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]: ...
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one completion per request, in the order of `requests`.
 
-    def wake(self) -> None: ...
+        A sequence depends only on its prompt and seed, not on the other sequences of the batch.
+        """
 
-    def sleep(self) -> None: ...
+    @abstractmethod
+    def wake(self) -> None:
+        """Allocate the engine's memory again and sample with the current adapter from now on."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Free the engine's memory before the training phase."""
+
+    def limit_cache(self, tokens: int) -> bool:
+        """Hold at most `tokens` tokens (prompts, and completions at full length) at once from now on.
+
+        Returns: False when the engine has no such limit, which is the default.
+        """
+        return False

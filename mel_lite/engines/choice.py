@@ -1,4 +1,4 @@
-"""Which engine a run samples with, and why: decided before anything is loaded, and printed."""
+"""Choose the engine of a run before anything is loaded, with a reason to print."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ if TYPE_CHECKING:
 
 VLLM_CAPABILITY = (7, 5)
 VLLM_TEMPERATURE = 2.0
-"""Highest temperature vLLM takes."""
+"""Highest temperature vLLM accepts."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""LoRA ranks vLLM makes slots for."""
+"""LoRA ranks for which vLLM allocates slots."""
 VLLM_BATCHED_TOKENS = 4096
-"""Most tokens of one forward pass of vLLM; prompts are read in chunks of this (`max_num_batched_tokens`)."""
+"""Most tokens of one vLLM forward pass (`max_num_batched_tokens`); longer prompts are prefilled in chunks of this."""
 BNB_PLUGIN = "vllm-bnb-plugin"
-"""Package without which vLLM (0.28 or newer) does not load 4-bit weights."""
+"""Package that vLLM (0.28 or newer) needs to load 4-bit weights."""
 
-_HERE = "CUDA and unsloth are here"
+_AVAILABLE = "CUDA and unsloth are available"
 INSTALL = 'Install it with `pip install "mel-lite[gpu]"`'
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine of a run."""
+    """Engine of a run, with the reason for it."""
 
     engine: str
     """`unsloth` or `hf`."""
     vllm: bool
-    """With `unsloth`: sample with vLLM on the trained weights; else with Unsloth's own generation."""
+    """With `unsloth`: True to sample with vLLM on the trained weights, False for Unsloth's own generation."""
     reason: str
 
     @property
     def title(self) -> str:
-        """Of what samples, for people."""
+        """Display name of the library that samples."""
         return "Unsloth and vLLM" if self.vllm else {"hf": "transformers", "unsloth": "Unsloth"}[self.engine]
 
     @property
     def line(self) -> str:
-        """For the terminal."""
+        """One line for the terminal."""
         with_vllm = " with vLLM on the trained weights" if self.vllm else ""
         return f"engine: {self.engine}{with_vllm} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the choice depends on, apart from the options."""
+    """Properties of a machine that the choice depends on."""
 
     capability: tuple[int, int] | None
     """Compute capability of the first CUDA device; None without one."""
     packages: frozenset[str]
-    """Which of unsloth, vllm and vllm-bnb-plugin are installed."""
+    """Installed packages out of unsloth, vllm and vllm-bnb-plugin."""
     processes: int = 1
 
 
 def this_machine(processes: int = 1) -> Machine:
-    """Look, without importing any of the packages."""
+    """Describe this machine without importing any of the packages."""
     import torch
 
     found = {name for name in ("unsloth", "vllm") if find_spec(name) is not None}
@@ -76,19 +76,19 @@ def this_machine(processes: int = 1) -> Machine:
 
 
 def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> EngineChoice:
-    """What `model.engine` comes to on this machine.
+    """Resolve `model.engine` for a machine.
 
-    `auto` takes Unsloth where there is a CUDA device, the package, and nothing in the options that Unsloth would
-    ignore; `unsloth` insists. On a machine without CUDA it insists on Unsloth's CPU backend.
+    `auto` selects Unsloth if there is a CUDA device, the package is installed, and Unsloth honors every option that is
+    set; otherwise transformers. `unsloth` requires Unsloth, with its CPU backend on a machine without CUDA.
 
-    Raises: ConfigError when `unsloth` is asked for and cannot be had, with the fix.
+    Raises: ConfigError when `unsloth` is requested but cannot be used, with the fix.
     """
     if spec.engine == "hf":
         return EngineChoice("hf", False, "model.engine=hf")
     obstacle = _obstacle(spec, lora, machine)
     if spec.engine == "unsloth":
         if obstacle is not None:
-            raise ConfigError(f"engine='unsloth': {obstacle}. Fix that, or take --engine hf.")
+            raise ConfigError(f"engine='unsloth': {obstacle}. Fix that, or use --engine hf.")
         assert lora is not None
         vllm, reason = _fast_inference(spec, lora, machine)
         return EngineChoice("unsloth", vllm, f"model.engine=unsloth; {reason}")
@@ -98,30 +98,30 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
         return EngineChoice("hf", False, obstacle)
     assert lora is not None  # else there was an obstacle
     vllm, reason = _fast_inference(spec, lora, machine)
-    return EngineChoice("unsloth", vllm, f"{_HERE}; {reason}")
+    return EngineChoice("unsloth", vllm, f"{_AVAILABLE}; {reason}")
 
 
 def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | None) -> EngineChoice:
-    """As `choose_engine`; None = a machine elsewhere, with a GPU and `mel-lite[gpu]` on it."""
+    """Return `choose_engine`'s result. None = another machine, with a GPU and `mel-lite[gpu]` installed."""
     if machine is not None:
         return choose_engine(spec, lora, machine)
     choice = choose_engine(spec, lora, Machine((8, 0), frozenset({"unsloth", "vllm", BNB_PLUGIN})))
-    return replace(choice, reason=choice.reason.replace(_HERE, "as `pip install mel-lite[gpu]` brings it"))
+    return replace(choice, reason=choice.reason.replace(_AVAILABLE, "as installed by `pip install mel-lite[gpu]`"))
 
 
 def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
-    """Raises: ConfigError for options that this engine cannot follow, with the fix."""
+    """Check the options of a run against its engine. Raises: ConfigError for one it cannot honor, with the fix."""
     spec, given = recipe.model, {name: _number(value) for name, value in recipe.train.items()}
     if choice.vllm and given.get("beta"):
         raise ConfigError(
             f"beta={given['beta']:g} with vLLM on the trained weights: TRL keeps a second adapter as the reference, "
-            "and vLLM would be handed both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
+            "and vLLM would receive both. Set train.beta=0 (the default), model.fast_inference=false, or --engine hf."
         )
     temperatures = {f"train.{name}": given.get(name) for name in ("temperature", "analysis_temperature")}
     for key, value in {**temperatures, "eval.temperature": recipe.eval.temperature}.items():
         if choice.vllm and (value or 0) > VLLM_TEMPERATURE:
             raise ConfigError(
-                f"{key}={value:g}: vLLM samples at {VLLM_TEMPERATURE:g} at most. Lower {key}, or take --engine hf."
+                f"{key}={value:g}: vLLM samples at {VLLM_TEMPERATURE:g} at most. Lower {key}, or use --engine hf."
             )
     if choice.engine == "unsloth" and spec.use_gradient_checkpointing == "unsloth" and given.get("grad_norm_every"):
         raise ConfigError(
@@ -138,7 +138,7 @@ def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
 
 
 def check_length(choice: EngineChoice, spec: ModelSpec, longest_tokens: int) -> None:
-    """Raises: ConfigError where Unsloth would cut the longest sequence of a run."""
+    """Check the longest sequence of a run. Raises: ConfigError if Unsloth would truncate it."""
     if choice.engine == "unsloth" and spec.max_seq_length is not None and spec.max_seq_length < longest_tokens:
         raise ConfigError(
             f"max_seq_length={spec.max_seq_length} is below the {longest_tokens} tokens of the run's longest sequence. "
@@ -148,7 +148,7 @@ def check_length(choice: EngineChoice, spec: ModelSpec, longest_tokens: int) -> 
 
 
 def _number(value: Any) -> float | None:
-    """An option of `train` as a number; what is none is refused when the options are checked."""
+    """Return an option of `train` as a number, or None. The check of the options rejects other values."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -156,7 +156,7 @@ def _number(value: Any) -> float | None:
 
 
 def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str | None:
-    """Why Unsloth cannot load this model as the options say; None when it can."""
+    """Return the reason why Unsloth cannot load this model with these options. None when it can."""
     ignored: dict[str, Any] = {}
     if spec.load_in_4bit and spec.quant_type != "nf4":
         ignored["quant_type"] = spec.quant_type
@@ -167,17 +167,17 @@ def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str |
     if "unsloth" not in machine.packages:
         return f"the package unsloth is not installed. {INSTALL}"
     if machine.processes > 1:
-        return f"it serves one GPU, and {machine.processes} processes train together"
+        return f"Unsloth serves one GPU, but {machine.processes} processes train together"
     if lora is None:
         return "lora=null: full fine-tuning needs the transformers engine"
     if ignored:
         (name, value), *_ = ignored.items()
-        return f"model.{name}={value!r} is an option it does not follow"
+        return f"Unsloth ignores model.{name}={value!r}"
     return None
 
 
 def _fast_inference(spec: ModelSpec, lora: LoraSpec, machine: Machine) -> tuple[bool, str]:
-    """Whether vLLM samples, and the reason."""
+    """Decide if vLLM samples. Returns: the decision and its reason."""
     if not spec.fast_inference:
         return False, "model.fast_inference=false: Unsloth's own generation"
     if machine.capability is None:
@@ -189,9 +189,9 @@ def _fast_inference(spec: ModelSpec, lora: LoraSpec, machine: Machine) -> tuple[
     if spec.load_in_4bit and BNB_PLUGIN not in machine.packages:
         return False, f"vLLM needs `pip install {BNB_PLUGIN}` for 4-bit weights: Unsloth's own generation"
     if spec.dtype == "float32":
-        return False, "model.dtype=float32, and vLLM shares weights of 16 bits: Unsloth's own generation"
+        return False, "model.dtype=float32, but vLLM shares 16-bit weights: Unsloth's own generation"
     if (rank := spec.max_lora_rank or adapter_rank(lora)) > VLLM_RANKS[-1]:
-        return False, f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, not {rank}: Unsloth's own generation"
+        return False, f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, not {rank}: Unsloth's own generation"
     if spec.revision is not None:
         return False, f"model.revision={spec.revision!r}, which vLLM under Unsloth ignores: Unsloth's own generation"
     return True, "vllm is installed"

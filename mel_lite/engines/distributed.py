@@ -1,4 +1,4 @@
-"""Processes that train together (`accelerate launch`, `torchrun`): who speaks, what all agree on, who samples what."""
+"""Helpers for runs with several processes (`accelerate launch`, `torchrun`): rank, broadcast, and split sampling."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process; 0 is the one that prints and writes."""
+    """Return the rank of this process. Rank 0 prints and writes."""
     return int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def on_first(call: Callable[[], T], *, cpu: bool) -> T:
-    """What `call` returns on process 0, on every process; joins the process group first. `cpu`: train on CPUs (gloo).
+    """Call `call` on rank 0 and broadcast its result to every rank. Joins the process group first.
 
-    Raises: on every process, the MelLiteError that `call` raised on process 0; elsewhere it is marked as `told`.
+    Args: `cpu`, True when training on CPUs (gloo).
+    Raises: on every rank, the MelLiteError that `call` raised on rank 0. On other ranks it is marked as already
+        reported.
     """
     if world() == 1:
         return call()
@@ -41,35 +43,36 @@ def on_first(call: Callable[[], T], *, cpu: bool) -> T:
             answer[1] = error
     value, problem = broadcast_object_list(answer, from_process=0)
     if problem is not None:
-        problem.told = rank() != 0
+        problem.already_reported = rank() != 0
         raise problem
     return value
 
 
-class SplitEngine:
-    """Deals requests over the processes, each with an engine of its own; every process gets all completions.
+class SplitEngine(Engine):
+    """Engine that splits requests over the ranks, each with its own engine, and gathers all completions on every rank.
 
-    All processes must call `generate` with the same requests. Completions are those of one process alone, since a
-    sequence depends on its prompt and seed only.
+    All ranks must call `generate` with the same requests. The completions equal those of a single process, since a
+    sequence depends only on its prompt and seed.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.name = engine.name
+        self.own_kernels, self.context_tokens = engine.own_kernels, engine.context_tokens
 
     def wake(self) -> None:
-        """Wake the engine of this process."""
+        """Wake the engine of this rank."""
         self._engine.wake()
 
     def sleep(self) -> None:
-        """Put the engine of this process to sleep."""
+        """Put the engine of this rank to sleep."""
         self._engine.sleep()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in order."""
+        """Sample one completion per request, in their order."""
         from accelerate.utils import gather_object
 
-        mine = range(rank(), len(requests), world())
-        completions = self._engine.generate([requests[i] for i in mine], sampling) if mine else []
-        done: dict[int, Completion] = dict(gather_object(list(zip(mine, completions, strict=True))))
+        local = range(rank(), len(requests), world())
+        completions = self._engine.generate([requests[i] for i in local], sampling) if local else []
+        done: dict[int, Completion] = dict(gather_object(list(zip(local, completions, strict=True))))
         return [done[i] for i in range(len(requests))]

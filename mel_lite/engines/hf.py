@@ -1,6 +1,7 @@
-"""Generation with transformers: runs everywhere, needs nothing but the model that is being trained.
+"""Generation with transformers, on any device, from the model that is being trained.
 
-B sequences in one call, U different prompts among them, P padded prompt tokens, T sampled positions, V vocabulary.
+Shapes: B sequences in one call, U different prompts among them, P padded prompt tokens, T sampled positions, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mel_lite import signals
-from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import EngineError
 from mel_lite.types import Finish
 
 
-class HFEngine:
-    """Samples with `model.generate`, one uniform number per (seed, position).
+class HFEngine(Engine):
+    """Samples with `model.generate` from one uniform random number per (seed, position).
 
-    A token is the inverse of the cumulative distribution at that number, so a sequence depends on its prompt and seed
-    alone: not on its neighbours, the global RNG, or how a batch was split after running out of memory.
+    Each token is the inverse of the cumulative distribution at that number. A sequence therefore depends only on its
+    prompt and seed: not on the rest of the batch, the global RNG, or how a batch was split after running out of memory.
 
     Args:
-        model: The causal language model, PEFT-wrapped or not; used where no `unwrap` is given.
-        eos_ids: Every id that ends a completion.
-        pad_id: Id used for padding; masked, so its value is without effect.
-        max_concurrent: Sequences sampled at once, >= 1.
-        max_cache_tokens: Bound on their number times the longest prompt and completion; None = no bound. A single
-            sequence is always sampled.
-        unwrap: Opens a context yielding the model to sample from, without the wrapper of distributed training.
-        autocast: Opens the autocast context training uses, so that sampling and scoring see the same numbers.
-        shares_prefill: Whether equal prompts of a batch are read once, by the backbone alone.
+        model: causal language model, PEFT-wrapped or not; ignored if `unwrap` is given.
+        eos_ids: every id that ends a completion.
+        pad_id: id used for padding. It is masked, so its value has no effect.
+        max_concurrent: most sequences sampled at once, >= 1.
+        max_cache_tokens: bound on the number of sequences times the longest prompt plus completion; None = no bound. A
+            single sequence is always sampled.
+        unwrap: opens a context that yields the model to sample from, without the wrapper of distributed training.
+        autocast: opens the autocast context of training, so that sampling and scoring compute the same numbers.
+        shares_prefill: prefill equal prompts of a batch once, with the backbone alone.
     """
 
     name = "hf"
@@ -62,19 +63,20 @@ class HFEngine:
         self._max_cache_tokens = max_cache_tokens
 
     def wake(self) -> None:
-        """Nothing to do: the model trained is the model sampled."""
+        """No-op: the engine samples from the model that is trained."""
 
     def sleep(self) -> None:
-        """Nothing to give up: the key-value cache lives only during a call."""
+        """No-op: the key-value cache exists only during a call."""
 
-    def limit_cache(self, tokens: int) -> None:
-        """Hold no more than this many tokens (prompts, and completions at full length) at once from now on."""
+    def limit_cache(self, tokens: int) -> bool:
+        """Hold at most `tokens` tokens (prompts, and completions at full length) at once from now on. Returns: True."""
         self._max_cache_tokens = min(self._max_cache_tokens or tokens, tokens)
+        return True
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Sample one completion per request, in their order.
 
-        Raises: EngineError when memory does not suffice for a single sequence.
+        Raises: EngineError when there is not enough memory for a single sequence.
         """
         done: dict[int, Completion] = {}
         pending = self._batches(requests, sampling.max_new_tokens)[::-1]
@@ -99,11 +101,11 @@ class HFEngine:
         return [done[i] for i in range(len(requests))]
 
     def _sampling_mode(self, model: Any) -> AbstractContextManager[None]:
-        """What the model is switched to while it samples."""
+        """Return the context that switches the model to inference while it samples."""
         return evaluating(model)
 
     def _batches(self, requests: Sequence[Request], new_tokens: int) -> list[list[int]]:
-        """Request numbers, shortest prompt first: neighbours of similar length waste the least padding."""
+        """Split request indices into batches, shortest prompt first, since similar lengths need the least padding."""
         batches: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids)):
             width = len(requests[i].prompt_ids) + new_tokens
@@ -159,14 +161,17 @@ class HFEngine:
 
 
 def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: torch.Tensor) -> Any:
-    """Key-value cache of all but the last token of each row's prompt; None where the model keeps another kind of state.
+    """Compute the key-value cache of all but the last token of each row's prompt.
 
-    The G completions of a prompt share its prefill, and the head is not applied to the prompt at all. `source` (B,)
-    (on the CPU, since layers may lie on several devices) says which of the U prompts a row has.
+    The G completions of a prompt share its prefill, and the head is not applied to the prompt at all.
+
+    Args: `source`, (B,): index of each row's prompt among the U prompts; on the CPU, since layers may be on several
+        devices.
+    Returns: None if the model keeps another kind of state.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     cache = DynamicCache(config=causal.config.get_text_config(decoder=True))
-    # Their subclasses keep further states, which picking rows leaves as they are.
+    # Subclasses of these layers keep further states, which selecting rows does not select.
     known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     if ids_UP.shape[1] < 2 or not known:
         return None
@@ -184,7 +189,7 @@ def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: to
 
 
 class _SeededSampler(LogitsProcessor):
-    """Leaves one finite logit per row: the token drawn for that row's seed. Greedy decoding then picks it."""
+    """Logits processor that keeps one finite logit per row: the token drawn for the row's seed, for greedy decoding."""
 
     def __init__(self, seeds: Sequence[int], prompt_tokens: int, sampling: Sampling, device: torch.device) -> None:
         self.logprobs: list[torch.Tensor] = []
@@ -209,13 +214,13 @@ class _SeededSampler(LogitsProcessor):
             self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        signals.poll()  # called once per token: the longest phase of a run can be stopped here
+        signals.poll()  # called once per token, so that a signal can stop the longest phase of a run
         scores_BV = self._warpers(input_ids, scores.float())
         logp_BV = torch.log_softmax(scores_BV, dim=-1)
         if self._uniform_BT is None:
             choice_B = logp_BV.argmax(dim=-1)
         else:
-            # Float64: in float32 the running sum of 150,000 terms is off by more than a rare token's probability.
+            # In float32, the error of the running sum of 150,000 terms exceeds a rare token's probability.
             cdf_BV = logp_BV.double().exp().cumsum(dim=-1)
             position = input_ids.shape[1] - self._prompt_tokens
             threshold_B = self._uniform_BT[:, position] * cdf_BV[:, -1]
@@ -227,7 +232,7 @@ class _SeededSampler(LogitsProcessor):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout and gradient checkpointing off while sampling; the training flag comes back as it was."""
+    """Switch dropout and gradient checkpointing off inside the block, then restore the training flag."""
     training = model.training
     model.eval()
     try:
@@ -238,9 +243,9 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Hide the model's own generation defaults, which would fill every field that `config` leaves open.
+    """Replace the model's generation config inside the block: its defaults would fill every unset field of `config`.
 
-    PEFT copies the wrapper's generation config onto the base model when it generates, so both are put back.
+    PEFT copies the wrapper's generation config to the base model when it generates, so both are restored.
     """
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     originals = [owner.generation_config for owner in owners]

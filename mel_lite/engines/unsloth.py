@@ -1,8 +1,8 @@
-"""Unsloth: loads the one model that acts, checks itself and learns, and samples from it.
+"""Load the model of a run with Unsloth, and sample from it.
 
-With vLLM the engine shares the trained weights (`mel_lite.engines.vllm`); without it, Unsloth's own generation draws
-the tokens as the transformers engine does. This is the only room that imports unsloth, unsloth_zoo and vllm, inside
-functions: importing unsloth patches transformers, PEFT and TRL for the whole process.
+With vLLM, the engine shares the trained weights (`mel_lite.engines.vllm`). Without it, Unsloth's own generation runs
+the model and the sampler of the transformers engine draws the tokens. Only this module imports unsloth, unsloth_zoo and
+vllm, and only inside functions: importing unsloth patches transformers, PEFT and TRL for the whole process.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from mel_lite.models.load import ModelSpec, keep_four_bit_layout, locate, model_
 logger = logging.getLogger(__name__)
 
 STANDBY = "UNSLOTH_VLLM_STANDBY"
-"""Environment variable that starts vLLM with sleep mode. Unsloth reads it while it is being imported."""
+"""Environment variable that starts vLLM with sleep mode. Unsloth reads it during its import."""
 KEEP_UTILIZATION = "UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"
-"""Environment variable without which Unsloth replaces `gpu_memory_utilization` by a share of its own in standby."""
+"""Environment variable that makes Unsloth keep `gpu_memory_utilization` in standby instead of choosing its own."""
 DEFAULT_UTILIZATION = 0.5
-"""Of Unsloth; with standby it then picks a share for the card itself."""
+"""Unsloth's default share. With standby, Unsloth then chooses a share for the card itself."""
 
 
 class UnslothUnusable(EngineError):
-    """Unsloth is installed but does not import here."""
+    """Unsloth is installed but cannot be imported."""
 
 
 def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length: int, seed: int) -> Any:
-    """The base model with its LoRA adapter, loaded by Unsloth once for training and sampling.
+    """Load the base model with its LoRA adapter once, for training and sampling.
 
-    `max_seq_length` bounds every sequence of the run: Unsloth cuts longer ones, and vLLM makes room for that many.
-    The base is the one that is named, never a quantised copy from elsewhere, and no code of its repository is run.
+    Loads exactly the named base, never a quantized copy of another repository, and runs no code of its repository.
 
-    Raises: UnslothUnusable when unsloth does not import; ModelError as `mel_lite.models.load.load_base`; EngineError
-        when vLLM does not start, or not for sequences of this length.
+    Args: `max_seq_length` bounds every sequence of the run: Unsloth truncates longer ones, and vLLM reserves memory for
+        this many tokens.
+    Raises: UnslothUnusable when unsloth cannot be imported; ModelError like `mel_lite.models.load.load_base`;
+        EngineError when vLLM does not start, or not for sequences of this length.
     """
     fast = _import_unsloth(vllm)
     if spec.gpu_memory_utilization is not None:
@@ -62,7 +63,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS, spec.max_num_seqs or 0),
         }
         if spec.max_num_seqs is not None:
-            # To Unsloth 256 is the default, which it replaces by a number of its own.
+            # Unsloth takes 256 for its default and replaces it by a number of its own.
             options["max_num_seqs"] = 255 if spec.max_num_seqs == 256 else spec.max_num_seqs
     with model_errors(spec.name), _engine_errors(vllm):
         model, _ = fast.from_pretrained(
@@ -72,12 +73,12 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             use_gradient_checkpointing=checkpointing,
             use_exact_model_name=True,
             use_safetensors=True,
-            offload_embedding=False,  # ids go to the device of the first weight
+            offload_embedding=False,  # ids are moved to the device of the first weight
             trust_remote_code=False,
             random_state=seed,
             **options,
         )
-    if (llm := getattr(model, "vllm_engine", None)) is not None:  # Unsloth goes without where vLLM cannot serve a model
+    if (llm := getattr(model, "vllm_engine", None)) is not None:  # missing if vLLM cannot serve the model
         _check_context(llm.llm_engine.vllm_config.model_config.max_model_len, max_seq_length)
     keep_four_bit_layout(model)
     if lora.start_from is not None:
@@ -96,18 +97,22 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
     )
 
 
-def _check_context(granted_tokens: int, asked_tokens: int) -> None:
-    """Unsloth starts vLLM for shorter sequences where it takes its share to be too small, and they would be cut."""
-    if granted_tokens < asked_tokens:
+def _check_context(granted_tokens: int, needed_tokens: int) -> None:
+    """Check that vLLM was started for sequences of this length. Raises: EngineError.
+
+    If Unsloth estimates that vLLM's share is too small, it starts vLLM with a shorter context, which would truncate
+    sequences.
+    """
+    if granted_tokens < needed_tokens:
         raise EngineError(
-            f"vLLM has room for sequences of {granted_tokens} tokens, and this run asks for {asked_tokens}. Raise "
+            f"vLLM has memory for sequences of {granted_tokens} tokens, but this run needs {needed_tokens}. Raise "
             "model.gpu_memory_utilization; set or lower model.max_seq_length, train.max_context_tokens, "
-            "train.max_completion_length or data.max_prompt_tokens; or take --engine hf."
+            "train.max_completion_length or data.max_prompt_tokens; or use --engine hf."
         )
 
 
 def _share_of_free(share: float | None) -> float | None:
-    """The share of what is free now that is this share of the whole card: Unsloth multiplies by what is free."""
+    """Convert a share of the card into a share of its free memory, by which Unsloth multiplies."""
     if share is None or not torch.cuda.is_available():
         return share
     free_bytes, total_bytes = torch.cuda.mem_get_info()
@@ -115,63 +120,63 @@ def _share_of_free(share: float | None) -> float | None:
 
 
 def _import_unsloth(vllm: bool) -> Any:
-    """`FastLanguageModel`. Raises: UnslothUnusable."""
+    """Import `FastLanguageModel`. Raises: UnslothUnusable."""
     if vllm and "unsloth" not in sys.modules:
         os.environ.setdefault(STANDBY, "1")
     elif vllm and os.environ.get(STANDBY, "0") != "1":
         logger.warning(
-            "unsloth was imported without %s=1, so vLLM keeps its memory while the model trains. Set it before the "
-            "import, or import mel_lite first.",
+            "unsloth was imported without %s=1, so vLLM keeps its memory while the model trains. Set the variable "
+            "before the import, or import mel_lite first.",
             STANDBY,
         )
     try:
         with warnings.catch_warnings():
-            # MELTrainer stands on TRL's class as released, which must be there before Unsloth replaces it, or found.
+            # MELTrainer needs TRL's released class, so TRL may well be imported before Unsloth replaces that class.
             warnings.filterwarnings("ignore", message="(?s).*Unsloth should be imported before")
             from unsloth import FastLanguageModel
-    except Exception as error:  # whatever it finds missing while it patches
+    except Exception as error:  # its patches may raise anything
         raise UnslothUnusable(
-            f"unsloth does not import ({type(error).__name__}: {error}). Run `mel-lite doctor`, install the versions "
-            "it names, or take --engine hf."
+            f"unsloth cannot be imported ({type(error).__name__}: {error}). Run `mel-lite doctor`, install the "
+            "versions it names, or use --engine hf."
         ) from error
     return FastLanguageModel
 
 
 @contextmanager
 def _engine_errors(vllm: bool) -> Iterator[None]:
-    """What vLLM raises while starting, as an EngineError with what may help."""
+    """Convert errors of vLLM's start to an EngineError with a fix."""
     try:
         yield
     except (RuntimeError, NotImplementedError, AssertionError, MemoryError) as error:  # OutOfMemoryError is the first
-        fix = "Take --engine hf."
+        fix = "Use --engine hf."
         if vllm:
-            # Its share leaves nothing for the cache, or it does not find its share on the card.
-            raises = any(text in str(error) for text in ("No available memory", "available KV cache"))
+            # Either the share leaves no memory for the cache, or the card has less free memory than the share.
+            too_small = any(text in str(error) for text in ("No available memory", "available KV cache"))
             fix = (
-                f"{'Raise' if raises else 'Lower'} model.gpu_memory_utilization, lower model.max_seq_length, or go "
-                "without vLLM: --set model.fast_inference=false."
+                f"{'Raise' if too_small else 'Lower'} model.gpu_memory_utilization, lower model.max_seq_length, or "
+                "sample without vLLM: --set model.fast_inference=false."
             )
         raise EngineError(f"Unsloth could not load the model ({type(error).__name__}: {error}). {fix}") from error
 
 
 def is_unsloth(model: Any) -> bool:
-    """Whether Unsloth loaded the model."""
+    """Return True when Unsloth loaded the model."""
     return hasattr(model, "for_inference") and hasattr(model, "for_training")
 
 
 def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int], **options: Any) -> Engine:
-    """The engine over a model that Unsloth loaded; `options` are those of the transformers engine.
+    """Build the engine for a model that Unsloth loaded; `options` are those of the transformers engine.
 
-    Raises: ModelError for a model without LoRA under vLLM, whose base nobody may change.
+    Raises: ModelError for a model without LoRA under vLLM, since vLLM shares the base weights.
     """
     llm = getattr(model, "vllm_engine", None)
     if llm is None:
-        # One GPU needs no unwrapping, and Unsloth's patch of TRL's would switch modes beside ours.
-        # Its inference mode builds caches of its own.
+        # One GPU needs no unwrapping, and Unsloth's patched version of TRL's would also switch modes.
+        # Its inference mode builds its own caches.
         return UnslothEngine(model, eos_ids=eos_ids, **(options | {"unwrap": None, "shares_prefill": False}))
     if not hasattr(model, "peft_config"):
         raise ModelError(
-            "The model has no LoRA adapter, but vLLM shares its weights. Add one with "
+            "The model has no LoRA adapter, but vLLM shares its base weights. Add an adapter with "
             "FastLanguageModel.get_peft_model, or load it with fast_inference=False."
         )
     from vllm import SamplingParams
@@ -180,7 +185,7 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
     return VLLMEngine(
         llm,
         sampling_params=SamplingParams,
-        load_adapter=_Handover(model),
+        load_adapter=_AdapterLoader(model),
         fingerprint=lambda: adapter_fingerprint(model),
         step=step,
         eos_ids=eos_ids,
@@ -191,8 +196,8 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
     )
 
 
-class _Handover:
-    """Gives vLLM the live LoRA matrices; only their config goes through a folder, made and removed here."""
+class _AdapterLoader:
+    """Passes the current LoRA matrices to vLLM in memory. Only their config goes through a temporary folder."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -205,7 +210,7 @@ class _Handover:
 
 
 def adapter_fingerprint(model: Any) -> tuple[float, ...]:
-    """Sum and Euclidean norm of every LoRA matrix, taken in float64: equal exactly while none of them changes."""
+    """Return the sum and Euclidean norm of every LoRA matrix, in float64. They are equal while no matrix changes."""
     matrices = [p.detach() for name, p in model.named_parameters() if ".lora_" in name]
     sums = [m.sum(dtype=torch.float64) for m in matrices]
     norms = [torch.linalg.vector_norm(m, dtype=torch.float64) for m in matrices]
@@ -213,13 +218,13 @@ def adapter_fingerprint(model: Any) -> tuple[float, ...]:
 
 
 class UnslothEngine(HFEngine):
-    """The transformers engine on a model that Unsloth loaded, switched to Unsloth's inference mode while it samples."""
+    """Transformers engine for a model that Unsloth loaded. It samples in Unsloth's inference mode."""
 
     name = "unsloth"
 
     @contextmanager
     def _sampling_mode(self, model: Any) -> Iterator[None]:
-        """Unsloth's inference mode; training mode and gradient checkpointing come back as they were."""
+        """Use Unsloth's inference mode inside the block, then restore training mode and gradient checkpointing."""
         training = model.training
         modes = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
         checkpointing = next(filter(None, modes), False)

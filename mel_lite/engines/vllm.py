@@ -1,7 +1,7 @@
-"""Generation with vLLM over the weights that are being trained: only the adapter is handed over.
+"""Generation with vLLM on the weights that are being trained: only the adapter is passed to vLLM.
 
-Nothing here imports vLLM. The engine is built around an `LLM` object that shares its weights with the trainer, so that
-a test can put a scripted one in its place; `mel_lite.engines.unsloth` makes the real one.
+Nothing here imports vLLM. The engine wraps an `LLM` object that shares its weights with the trainer, so that tests can
+substitute a scripted one. `mel_lite.engines.unsloth` creates the real one.
 """
 
 from __future__ import annotations
@@ -17,55 +17,54 @@ import torch
 from tqdm import tqdm
 
 from mel_lite import signals
-from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import EngineError
 from mel_lite.types import Finish
 
 logger = logging.getLogger(__name__)
 
 SLEEP_LEVEL = 1
-"""vLLM's level that forgets the key-value cache; Unsloth's standby keeps the weights, which are the trainer's."""
+"""vLLM's sleep level that frees the key-value cache. Unsloth's standby keeps the weights, which the trainer uses."""
 
 SWITCH = "Sample with transformers instead: --engine hf (model.engine=hf)."
 
 
 class WakeError(EngineError):
-    """Memory does not suffice for vLLM to wake up."""
+    """There is not enough free memory for vLLM to wake up."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One state of the adapter: equal versions are equal weights at one optimiser step."""
+    """One state of the adapter. Equal versions mean equal weights at the same optimizer step."""
 
     step: int
     fingerprint: tuple[float, ...]
-    """Sums over the adapter's matrices; any update changes them."""
+    """Sums over the adapter's matrices. Any update changes them."""
 
 
-class VLLMEngine:
-    """Samples with vLLM; every request carries the adapter as it is at that moment.
+class VLLMEngine(Engine):
+    """Samples with vLLM. Every request carries the current adapter.
 
-    All requests of a call are submitted at once (continuous batching). They are sorted by prompt, so that those which
-    share a prefix are neighbours and find it in the prefix cache. Each state of the adapter goes out under an id of its
-    own: neither vLLM's adapters nor its cached prefixes of an older state can be met again.
+    All requests of a call are submitted at once (continuous batching), sorted by prompt, so that prompts with a common
+    prefix hit the prefix cache. Each state of the adapter gets its own id: vLLM never reuses an adapter or a
+    prefix-cache entry of an older state.
 
     Args:
         llm: vLLM's `LLM`, sharing the trainer's weights, with `logprobs_mode="processed_logprobs"`.
         sampling_params: vLLM's `SamplingParams`.
-        load_adapter: Hands the adapter over in memory, under an id not used before. Returns what `llm.generate` takes
-            as `lora_request`.
-        fingerprint: Sums over the adapter's matrices as they are now.
-        step: The trainer's optimiser step.
-        eos_ids: Every id that ends a completion.
-        standby: Whether vLLM was started with sleep mode; without it `sleep` and `wake` leave its memory alone.
-        context_tokens: Longest sequence vLLM takes; None = not known.
-        share: Of the GPU's memory, as it was started with; None = not known.
-        max_num_seqs: Most sequences it samples at once; None = not known.
+        load_adapter: passes the current adapter to vLLM in memory, under a new id. Returns the `lora_request` for
+            `llm.generate`.
+        fingerprint: returns sums over the adapter's current matrices.
+        step: returns the trainer's optimizer step.
+        eos_ids: every id that ends a completion.
+        standby: True if vLLM was started with sleep mode. Without it, `sleep` and `wake` do not change its memory.
+        context_tokens: longest sequence vLLM accepts; None = unknown.
+        share: share of the GPU's memory that vLLM was started with; None = unknown.
+        max_num_seqs: most sequences vLLM samples at once; None = unknown.
     """
 
     name = "unsloth+vllm"
     own_kernels = True
-    """Log-probs differ from the trainer's by rounding, so that importance sampling corrects for it."""
 
     def __init__(
         self,
@@ -96,23 +95,23 @@ class VLLMEngine:
         self._lora_request: Any = None
 
     def wake(self) -> None:
-        """Take the memory back and hand over the adapter as it is now. Raises: WakeError."""
+        """Allocate vLLM's memory again and pass it the current adapter. Raises: WakeError."""
         if self._standby and self._asleep:
-            torch.cuda.empty_cache()  # what PyTorch keeps of the training phase, vLLM cannot map
+            torch.cuda.empty_cache()  # vLLM cannot map memory that PyTorch has cached from the training phase
             try:
                 self._llm.wake_up()
-            except RuntimeError as error:  # its allocator is no PyTorch's
+            except RuntimeError as error:  # vLLM's allocator does not raise PyTorch's OutOfMemoryError
                 if "out of memory" in str(error):
                     raise WakeError(
-                        f"vLLM does not find its share of the GPU's memory any more ({error}). Go on with --resume and "
-                        "a smaller --set model.gpu_memory_utilization, or with --engine hf."
+                        f"vLLM's share of the GPU's memory is no longer free ({error}). Continue with --resume and a "
+                        "smaller --set model.gpu_memory_utilization, or with --engine hf."
                     ) from error
                 raise
         self._asleep = False
-        self._hand_over()
+        self._update_adapter()
 
     def sleep(self) -> None:
-        """Give up the key-value cache, and with it what was cached of prompts."""
+        """Free the key-value cache, and the prefix cache with it."""
         self._drop_unfinished()
         if self._standby and not self._asleep:
             self._llm.sleep(level=SLEEP_LEVEL)
@@ -121,12 +120,12 @@ class VLLMEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Sample one completion per request, in their order.
 
-        Raises: EngineError when memory does not suffice for a single sequence, and when vLLM's answer cannot be a
-            sample of the policy: completions missing, log-probs that are not numbers, another prompt, no adapter.
+        Raises: EngineError when there is not enough memory for a single sequence, and when vLLM's output cannot be a
+            sample of the policy: missing completions, log-probs that are not numbers, another prompt, no adapter.
         """
         if self._asleep:
             self.wake()
-        self._hand_over()
+        self._update_adapter()
         self._check_lengths(requests)
         order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_ids)
         done: dict[int, Completion] = {}
@@ -141,15 +140,15 @@ class VLLMEngine:
             order = order[len(rows) :]
         return [done[i] for i in range(len(requests))]
 
-    def _hand_over(self) -> None:
-        """Hand the adapter over under a new id if it, or the step, is not what vLLM has."""
-        now = AdapterVersion(self._step(), self._fingerprint())
-        if now != self._version:
-            before = getattr(self._lora_request, "lora_int_id", None)
+    def _update_adapter(self) -> None:
+        """Pass the adapter to vLLM under a new id if the adapter or the step has changed."""
+        current = AdapterVersion(self._step(), self._fingerprint())
+        if current != self._version:
+            previous_id = getattr(self._lora_request, "lora_int_id", None)
             self._lora_request = self._load_adapter()
-            self._version = now
-            # Under an id it knows, vLLM would go on with the adapter and the cached prefixes it has.
-            assert before is None or getattr(self._lora_request, "lora_int_id", None) != before, before
+            self._version = current
+            # Under a known id, vLLM would continue to use the adapter and the prefix cache it has.
+            assert previous_id is None or getattr(self._lora_request, "lora_int_id", None) != previous_id, previous_id
         assert self._lora_request is not None, "without a LoRARequest vLLM samples from the base model"
         assert self._version.step == self._step(), (self._version, self._step())
 
@@ -193,13 +192,13 @@ class VLLMEngine:
         )
 
     def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
-        """vLLM's answer to one request, checked. Raises: EngineError."""
+        """Check vLLM's output for one request and convert it. Raises: EngineError."""
         self._check_origin(request, output)
         (sampled,) = output.outputs
         ids = tuple(sampled.token_ids)
         if sampled.finish_reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_new_tokens:
             raise EngineError(
-                f"vLLM ended a completion of {len(ids)} tokens (at most {sampling.max_new_tokens} were asked for) with "
+                f"vLLM ended a completion of {len(ids)} tokens (at most {sampling.max_new_tokens} were requested) with "
                 f"finish_reason={sampled.finish_reason!r}. See its log. {SWITCH}"
             )
         if sampled.logprobs is None or len(sampled.logprobs) != len(ids):
@@ -208,24 +207,24 @@ class VLLMEngine:
         if bad := [value for value in logprobs if value is None or not math.isfinite(value)]:
             raise EngineError(
                 f"vLLM returned {len(bad)} of {len(logprobs)} log-probs of a completion as {bad[0]}: its logits were "
-                "not finite. In float16 activations can overflow: use model.dtype=bfloat16 where the GPU has it; look "
-                f"for a diverged adapter in grad_norm and mel/nll. {SWITCH}"
+                "not finite. In float16 activations can overflow: use model.dtype=bfloat16 if the GPU supports it. "
+                f"Look for a diverged adapter in grad_norm and mel/nll. {SWITCH}"
             )
         return Completion(ids, logprobs, Finish.STOP if ids[-1] in self._eos_ids else Finish.LENGTH)
 
     def _check_origin(self, request: Request, output: Any) -> None:
-        """Refuse an answer to another prompt, or one that was sampled without the adapter handed over."""
+        """Reject output for another prompt, or output sampled without the current adapter. Raises: EngineError."""
         if tuple(output.prompt_token_ids) != request.prompt_ids:
             raise EngineError(
-                f"vLLM answered a prompt of {len(output.prompt_token_ids)} tokens where {len(request.prompt_ids)} were "
-                f"sent: it cut or changed the ids. {SWITCH}"
+                f"vLLM answered a prompt of {len(output.prompt_token_ids)} tokens, but {len(request.prompt_ids)} were "
+                f"sent: it truncated or changed the ids. {SWITCH}"
             )
-        wanted = getattr(self._lora_request, "lora_int_id", None)
-        # Unsloth may fold the adapter into the weights for the call instead; then there is no id to compare.
-        if wanted is not None and getattr(output.lora_request, "lora_int_id", None) != wanted:
+        expected = getattr(self._lora_request, "lora_int_id", None)
+        # Unsloth may merge the adapter into the weights for the call instead; then there is no id to compare.
+        if expected is not None and getattr(output.lora_request, "lora_int_id", None) != expected:
             raise EngineError(
-                f"vLLM sampled with adapter {getattr(output.lora_request, 'lora_int_id', None)} where {wanted} was "
-                f"handed over (step {self._step()}): that is not the policy being trained. {SWITCH}"
+                f"vLLM sampled with adapter {getattr(output.lora_request, 'lora_int_id', None)} instead of {expected} "
+                f"(step {self._step()}): that is not the policy being trained. {SWITCH}"
             )
 
     def _lower_concurrency(
@@ -242,7 +241,7 @@ class VLLMEngine:
         logger.warning("Out of memory in vLLM: at most %s sequences at once from now on.", self._at_once)
 
     def _drop_unfinished(self) -> None:
-        """Take back requests that an error or a signal left in vLLM's queue: the next call would sample them, too."""
+        """Abort requests that an error or a signal left in vLLM's queue: the next call would sample them as well."""
         engine = getattr(self._llm, "llm_engine", None)
         states = getattr(getattr(engine, "output_processor", None), "request_states", None)
         if engine is not None and states:
@@ -250,7 +249,7 @@ class VLLMEngine:
 
 
 class _Interruptible(tqdm):
-    """vLLM's progress bar: shows nothing, and lets a signal stop the sampling whenever a sequence is done."""
+    """Progress bar for vLLM that shows nothing and polls for signals whenever a sequence is finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"file": io.StringIO()}))

@@ -1,4 +1,4 @@
-"""One contract for all engines, and the ways in which vLLM can break it."""
+"""One contract for all engines, and the ways in which vLLM can violate it."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_contract_of_the_real_unsloth(clause: str, load: str, unsloth_results: d
     assert problem == "", problem
 
 
-# ---- What goes to vLLM ----
+# ---- requests sent to vLLM ----
 
 
-def test_a_phase_goes_out_at_once_sorted_by_prompt_with_its_seeds(model: Any) -> None:
+def test_a_phase_is_submitted_at_once_sorted_by_prompt_with_its_seeds(model: Any) -> None:
     engine, llm = fake_vllm_engine(model)
     asked = [Request((20, 21, 5 + i % 2, 30 + i), seed=100 + i) for i in range(6)]
     done = engine.generate(asked, Sampling(4, temperature=0.5, top_p=0.9, top_k=7, min_p=None))
@@ -87,17 +87,17 @@ def test_a_phase_goes_out_at_once_sorted_by_prompt_with_its_seeds(model: Any) ->
     assert [len(c.ids) for c in engine.generate(asked, Sampling(9, ignore_eos=True))] == [9] * 6
     assert llm.calls[1].params[0].ignore_eos and llm.calls[1].params[0].stop_token_ids == []
     alone = [fake_vllm_engine(model)[0].generate([r], Sampling(4, 0.5, 0.9, 7))[0] for r in asked]
-    assert done == alone, "answers come in the order of the requests"
+    assert done == alone, "completions come in the order of the requests"
 
 
-def test_every_request_carries_the_adapter_and_each_state_has_an_id_of_its_own(model: Any) -> None:
-    now = 0
-    engine, llm = fake_vllm_engine(model, step=lambda: now)
+def test_every_request_carries_the_adapter_and_each_state_has_its_own_id(model: Any) -> None:
+    step = 0
+    engine, llm = fake_vllm_engine(model, step=lambda: step)
     engine.generate(requests(1), Sampling(2))
     engine.sleep()
     engine.wake()
     engine.generate(requests(2), Sampling(2))
-    now = 1  # an update of zero: same weights, another step
+    step = 1  # an update of zero: same weights, another step
     engine.generate(requests(3), Sampling(2))
     set_lora(model, 0.3, seed=9)  # other weights at the same step, as after loading a checkpoint
     engine.generate(requests(4), Sampling(2))
@@ -106,7 +106,7 @@ def test_every_request_carries_the_adapter_and_each_state_has_an_id_of_its_own(m
     assert llm.events == ["sleep 1", "wake"]
 
 
-def test_no_request_goes_out_without_a_lora_request(model: Any) -> None:
+def test_no_request_is_submitted_without_a_lora_request(model: Any) -> None:
     engine, llm = fake_vllm_engine(model)
     engine._load_adapter = lambda: None
     with pytest.raises(AssertionError, match="samples from the base model"):
@@ -114,7 +114,7 @@ def test_no_request_goes_out_without_a_lora_request(model: Any) -> None:
     assert llm.calls == []
 
 
-# ---- What may come back ----
+# ---- output of vLLM ----
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_no_request_goes_out_without_a_lora_request(model: Any) -> None:
         ("nan", r"1 of \d+ log-probs of a completion as nan: its logits were not finite.*bfloat16.*--engine hf"),
         ("no log-probs", "no log-probs for a completion"),
         ("aborts", "finish_reason='abort'"),
-        ("cuts prompts", "cut or changed the ids"),
-        ("drops request", r"adapter None where 1 was handed over \(step 0\)"),
+        ("cuts prompts", "truncated or changed the ids"),
+        ("drops request", r"adapter None instead of 1 \(step 0\)"),
     ],
 )
-def test_an_answer_that_is_no_sample_of_the_policy_is_refused(fault: str, message: str, model: Any) -> None:
+def test_output_that_is_not_a_sample_of_the_policy_is_rejected(fault: str, message: str, model: Any) -> None:
     engine, _ = fake_vllm_engine(model, fault=fault)
     with pytest.raises(EngineError, match=f"(?s){message}") as error:
         engine.generate(requests(1, 2, 3), Sampling(6))
@@ -141,9 +141,9 @@ def test_out_of_memory_lowers_concurrency_and_changes_no_token(model: Any) -> No
     engine, llm = fake_vllm_engine(model, fault="memory")
     assert engine.generate(asked, sampling) == expected
     assert [len(call.prompts) for call in llm.calls] == [9, 4, 2, 2, 2, 2, 1]
-    assert llm.events == ["abort 9", "abort 4"], "what vLLM had queued is not sampled again"
+    assert llm.events == ["abort 9", "abort 4"], "queued requests are aborted, not sampled again"
     assert engine.generate(asked[:4], sampling) == expected[:4]
-    assert len(llm.calls[-1].prompts) == 2, "later calls keep to it"
+    assert len(llm.calls[-1].prompts) == 2, "later calls keep the lower concurrency"
 
 
 def test_one_sequence_that_does_not_fit_is_an_error(model: Any) -> None:
@@ -170,7 +170,7 @@ def test_a_signal_stops_the_sampling_and_leaves_nothing_queued(model: Any) -> No
 
 
 def test_the_progress_bar_shows_nothing_and_polls(capfd: pytest.CaptureFixture[str]) -> None:
-    """vLLM calls it once per finished sequence: the only place where a signal can stop a phase."""
+    """vLLM calls it once per finished sequence. A signal can stop a phase nowhere else."""
     with signals.deferred():
         bar = _Interruptible(total=2, desc="Processed prompts", dynamic_ncols=True, postfix="")
         bar.update(1)
@@ -181,7 +181,7 @@ def test_the_progress_bar_shows_nothing_and_polls(capfd: pytest.CaptureFixture[s
             bar.update(1)
 
 
-# ---- The script that will run all this on a GPU ----
+# ---- GPU benchmark script ----
 
 
 def test_a_check_whose_process_dies_is_recorded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which engine a run gets, with the reason; and what is refused before anything is loaded."""
+"""Choice of the engine with its reason, and options that are rejected before anything is loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
 @pytest.mark.parametrize(
     ("machine", "model", "engine", "vllm", "reason"),
     [
-        (GPU, {"load_in_4bit": True}, "unsloth", True, "CUDA and unsloth are here; vllm is installed"),
+        (GPU, {"load_in_4bit": True}, "unsloth", True, "CUDA and unsloth are available; vllm is installed"),
         (GPU, {"engine": "hf"}, "hf", False, "model.engine=hf"),
         (CPU, {}, "hf", False, "no CUDA device"),
         (CPU, {"engine": "unsloth"}, "unsloth", False, "Unsloth's CPU backend"),
@@ -49,11 +49,11 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
         (Machine((7, 5), ALL), {}, "unsloth", True, "vllm is installed"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {"load_in_4bit": True}, "unsloth", False, "pip install vllm-bnb-plugin"),
         (Machine((8, 9), ALL - {BNB_PLUGIN}), {}, "unsloth", True, "vllm is installed"),
-        (GPU, {"dtype": "float32"}, "unsloth", False, "model.dtype=float32, and vLLM shares weights of 16 bits"),
-        (GPU, {"max_lora_rank": 1024}, "unsloth", False, "vLLM takes adapters up to rank 512, not 1024"),
+        (GPU, {"dtype": "float32"}, "unsloth", False, "model.dtype=float32, but vLLM shares 16-bit weights"),
+        (GPU, {"max_lora_rank": 1024}, "unsloth", False, "vLLM serves adapters up to rank 512, not 1024"),
         (GPU, {"fast_inference": False}, "unsloth", False, "model.fast_inference=false"),
         (GPU, {"revision": "abc"}, "unsloth", False, "model.revision='abc', which vLLM under Unsloth ignores"),
-        (GPU, {"attn_implementation": "eager"}, "hf", False, "model.attn_implementation='eager' is an option it does"),
+        (GPU, {"attn_implementation": "eager"}, "hf", False, "Unsloth ignores model.attn_implementation='eager'"),
         (GPU, {"load_in_4bit": True, "quant_type": "fp4"}, "hf", False, "model.quant_type='fp4'"),
         (GPU, {"load_in_4bit": True, "double_quant": False}, "hf", False, "model.double_quant=False"),
     ],
@@ -65,29 +65,30 @@ def test_the_choice_and_its_reason(machine: Machine, model: Any, engine: str, vl
     assert ("with vLLM" in choice.line) == vllm
 
 
-def test_a_plan_for_elsewhere_does_not_say_what_is_here() -> None:
+def test_a_plan_for_another_machine_does_not_describe_this_one() -> None:
     found = planned_engine(ModelSpec("demo", load_in_4bit=True), LoraSpec(), None)
-    assert found.vllm and "mel-lite[gpu]" in found.reason and "here" not in found.reason
+    assert found.vllm and "mel-lite[gpu]" in found.reason and "available" not in found.reason
     found = planned_engine(ModelSpec("demo", revision="abc"), LoraSpec(), None)
-    assert not found.vllm and found.engine == "unsloth" and "here" not in found.reason and "revision" in found.reason
+    assert not found.vllm and found.engine == "unsloth" and "revision" in found.reason
+    assert "available" not in found.reason
     assert planned_engine(ModelSpec("demo", engine="hf"), LoraSpec(), None).engine == "hf"
     assert planned_engine(ModelSpec("demo"), LoraSpec(), CPU).engine == "hf", "this machine"
 
 
-def test_full_fine_tuning_is_left_to_transformers() -> None:
+def test_full_fine_tuning_uses_transformers() -> None:
     assert chosen(GPU, lora=None).engine == "hf"
 
 
 @pytest.mark.parametrize(
     ("machine", "lora", "model", "message"),
     [
-        (Machine((8, 9), frozenset()), LoraSpec(), {}, "unsloth is not installed. Install it with.*take --engine hf"),
-        (Machine((8, 9), ALL, processes=4), LoraSpec(), {}, "serves one GPU, and 4 processes"),
+        (Machine((8, 9), frozenset()), LoraSpec(), {}, "unsloth is not installed. Install it with.*use --engine hf"),
+        (Machine((8, 9), ALL, processes=4), LoraSpec(), {}, "serves one GPU, but 4 processes"),
         (GPU, None, {}, "lora=null"),
         (GPU, LoraSpec(), {"attn_implementation": "eager"}, "attn_implementation='eager'"),
     ],
 )
-def test_an_engine_that_cannot_be_had_is_refused(machine: Machine, lora: Any, model: Any, message: str) -> None:
+def test_an_engine_that_cannot_be_used_is_rejected(machine: Machine, lora: Any, model: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"engine='unsloth': .*{message}"):
         chosen(machine, lora=lora, engine="unsloth", **model)
 
@@ -107,13 +108,13 @@ def test_values_are_checked(option: Any, message: str) -> None:
         ModelSpec("demo", **option)
 
 
-def test_looking_imports_nothing() -> None:
+def test_describing_the_machine_imports_nothing() -> None:
     before = set(sys.modules)
     this_machine()
     assert not {"unsloth", "vllm"} & (set(sys.modules) - before)
 
 
-def test_the_command_line_says_what_is_missing_and_what_it_took(tmp_path: Path) -> None:
+def test_the_command_line_rejects_an_engine_that_is_missing_or_unknown(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
     arguments = ("train", "--gpu", "cpu", "--model", tmp_path / "base", "--set", "lora.start_from=null")
     if "unsloth" not in this_machine().packages:
@@ -124,7 +125,7 @@ def test_the_command_line_says_what_is_missing_and_what_it_took(tmp_path: Path) 
     assert unknown.returncode == 2 and "model.engine='vllm' must be auto or unsloth or hf" in unknown.stderr
 
 
-# ---- Loading ----
+# ---- loading ----
 
 
 SHORT = {"train.max_completion_length": 20, "data.max_prompt_tokens": 10, "train.max_context_tokens": 100,
@@ -143,8 +144,8 @@ def loaded(folder: Path, **overrides: Any) -> tuple[Any, Any, str]:
     return model, peft_config, console.export_text()
 
 
-def test_unsloth_that_does_not_import_gives_way_on_auto_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of that name that raises, as Unsloth does where something it patches is missing."""
+def test_auto_falls_back_when_unsloth_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package raises on import, like Unsloth when something that it patches is missing."""
     folder = save_tiny(tmp_path / "base")
     (tmp_path / "site" / "unsloth").mkdir(parents=True)
     (tmp_path / "site" / "unsloth" / "__init__.py").write_text("raise NotImplementedError('no accelerator')\n")
@@ -153,8 +154,8 @@ def test_unsloth_that_does_not_import_gives_way_on_auto_alone(tmp_path: Path, mo
     model, peft_config, shown = loaded(folder)
     assert isinstance(model, LlamaForCausalLM) and peft_config.r == 4
     first, second = shown.strip().splitlines()
-    assert first.startswith("engine: unsloth (CUDA and unsloth are here; vllm is not installed")
-    assert second.startswith("engine: hf (unsloth does not import (NotImplementedError: no accelerator)")
+    assert first.startswith("engine: unsloth (CUDA and unsloth are available; vllm is not installed")
+    assert second.startswith("engine: hf (unsloth cannot be imported (NotImplementedError: no accelerator)")
     with pytest.raises(EngineError, match="no accelerator.*mel-lite doctor"):
         loaded(folder, **{"model.engine": "unsloth"})
 
@@ -162,13 +163,13 @@ def test_unsloth_that_does_not_import_gives_way_on_auto_alone(tmp_path: Path, mo
 def fake_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, *, error: Exception | None = None, **set_: Any
 ) -> dict[str, Any]:
-    """What a stand-in for Unsloth is asked for when a recipe is loaded on a machine."""
+    """Return the arguments that a fake Unsloth receives when a recipe is loaded on a machine."""
     package = tmp_path / "site" / "unsloth"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text(fake_unsloth.PACKAGE)
     monkeypatch.syspath_prepend(package.parent)
     for name in (STANDBY, KEEP_UTILIZATION):
-        monkeypatch.setenv(name, "")  # noted, so that it is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(fake_unsloth, "asked", {})
     monkeypatch.setattr(fake_unsloth, "fails_with", [error] if error else [])
@@ -184,7 +185,7 @@ def fake_load(
     return fake_unsloth.asked
 
 
-def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_for_unsloth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_load(
         tmp_path, monkeypatch, GPU,
         **{"model.load_in_4bit": True, "model.dtype": "bfloat16", "lora.r": 8, "train.seed": 11,
@@ -203,7 +204,7 @@ def test_what_unsloth_is_asked_to_load(tmp_path: Path, monkeypatch: pytest.Monke
     assert lora["r"] == 8 and lora["target_modules"] == "all-linear" and lora["random_state"] == 11
 
 
-def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_named_like_unsloths_are_passed_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_ = {
         "model.gpu_memory_utilization": 0.7, "model.max_num_seqs": 48, "model.max_lora_rank": 64,
         "model.max_seq_length": 333, "model.use_gradient_checkpointing": "unsloth", "train.grad_norm_every": 0,
@@ -218,8 +219,8 @@ def test_the_names_users_know_are_handed_on(tmp_path: Path, monkeypatch: pytest.
     assert "fast_inference" not in without and without["standby at import"] is None
 
 
-def test_unsloth_is_given_the_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It multiplies by what is free, and vLLM by all there is: a share of the card must come out."""
+def test_unsloth_receives_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth multiplies by the free memory, vLLM by the whole card: the result must be a share of the card."""
     from mel_lite.engines import unsloth
 
     assert unsloth._share_of_free(0.7) == 0.7 and unsloth._share_of_free(None) is None
@@ -239,7 +240,9 @@ def test_unsloth_is_given_the_share_of_what_is_free(monkeypatch: pytest.MonkeyPa
         ({"model.max_seq_length": 333}, "max_seq_length=333 is below the 512 tokens.*Raise model.max_seq_length"),
     ],
 )
-def test_what_cannot_work_is_refused(set_: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_cannot_work_are_rejected(
+    set_: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=message):
         fake_load(tmp_path, monkeypatch, GPU, **set_)
 
@@ -261,23 +264,23 @@ def test_vllm_that_does_not_start_is_an_error_with_the_fix(
     assert raised.value.exit_code == 6
 
 
-def test_a_context_that_was_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unsloth shortens it without a word where it takes the share to be too small; answers would be cut."""
+def test_a_context_that_unsloth_shortens_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth silently shortens the context if it estimates that the share is too small. Answers would be truncated."""
     monkeypatch.setattr(fake_unsloth, "shortened_by", 12)
-    with pytest.raises(EngineError, match="sequences of 321 tokens, and this run asks for 333. Raise model.gpu_mem"):
+    with pytest.raises(EngineError, match="sequences of 321 tokens, but this run needs 333. Raise model.gpu_mem"):
         fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333, "train.algorithm": "grpo"}, **SHORT)
 
 
-def test_unsloth_may_go_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_unsloth, "goes_without", True)
-    assert fake_load(tmp_path, monkeypatch, GPU)["fast_inference"] is True, "asked for, and loaded all the same"
+def test_unsloth_may_load_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_unsloth, "loads_without_vllm", True)
+    assert fake_load(tmp_path, monkeypatch, GPU)["fast_inference"] is True, "requested, and loaded without it"
 
 
 @pytest.mark.parametrize(("asked", "given"), [(256, 255), (48, 48), (5000, 5000)])
-def test_sequences_at_once_are_what_was_asked_for(
+def test_the_number_of_concurrent_sequences_is_as_requested(
     asked: int, given: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """256 is to Unsloth what nobody asked for; vLLM takes no fewer tokens a pass than sequences."""
+    """Unsloth replaces 256, its default. vLLM needs at least as many tokens per pass as sequences."""
     found = fake_load(tmp_path, monkeypatch, GPU, **{"model.max_num_seqs": asked})
     assert found["max_num_seqs"] == given and found["max_num_batched_tokens"] == max(4096, asked)
 
@@ -295,15 +298,15 @@ def test_the_longest_sequence_of_a_run(tmp_path: Path) -> None:
     assert longest(**{"train.algorithm": "grpo"}) == 30
     assert longest(**{"train.algorithm": "grpo", "eval.max_new_tokens": 200}) == 210
     assert longest(**{"train.max_context_tokens": None, "data.max_prompt_tokens": None}) == 512, "the model's context"
-    assert longest(9, **{"data.max_prompt_tokens": None}) == replay - 1, "prompts are as long as they are"
-    assert longest(9) == replay, "what is bounded may come"
+    assert longest(9, **{"data.max_prompt_tokens": None}) == replay - 1, "the longest actual prompt counts"
+    assert longest(9) == replay, "a bound counts in full"
     bounded = {"train.max_context_tokens": None, "data.max_prompt_tokens": None, "model.max_seq_length": 400}
-    assert longest(9, **bounded) == 400, "an open C_retro takes what the bound leaves"
+    assert longest(9, **bounded) == 400, "an unbounded C_retro takes what the bound leaves"
     open_retro = {"train.max_context_tokens": None, "train.max_completion_length": 20, "train.analysis_max_tokens": 30}
     assert longest(9, **open_retro, **{"data.max_prompt_tokens": None}) == min(512, 9 + 2 * 20 + 1024 + 30)
 
 
-# ---- What a trainer samples with ----
+# ---- engine of a trainer ----
 
 
 def test_a_plain_model_samples_with_transformers(tmp_path: Path) -> None:
@@ -325,7 +328,7 @@ def test_the_rank_is_that_of_the_adapter_a_run_starts_from() -> None:
     assert adapter_rank(LoraSpec(r=16, start_from="demo")) == 8, "the packaged warm start has rank 8"
 
 
-def test_a_model_without_sdpa_is_loaded_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_sdpa_is_loaded_with_eager_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(save_tiny(tmp_path / "base"))
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     assert load_base(ModelSpec(folder)).config._attn_implementation == "eager"
@@ -333,7 +336,7 @@ def test_a_model_without_sdpa_is_loaded_with_what_it_has(tmp_path: Path, monkeyp
         load_base(ModelSpec(folder, attn_implementation="sdpa"))
 
 
-def test_the_cpu_preset_hides_the_gpu_from_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_preset_hides_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from mel_lite.cli.main import app

@@ -1,4 +1,4 @@
-"""Two processes on a CPU (gloo): the same update as one, one writer, nobody left waiting."""
+"""Two processes on a CPU (gloo): the same update as with one, a single writer, no rank left waiting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.distributed import SplitEngine
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.resilience.checkpoint_files import committed
@@ -21,7 +21,7 @@ from rank_run import main as run_alone
 from tiny_models import save_tiny
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-# Without GPUs, accelerate starts several processes only when told --multi_gpu; they find gloo by themselves.
+# Without GPUs, accelerate starts several processes only with --multi_gpu. They select gloo by themselves.
 LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
@@ -46,7 +46,7 @@ def launch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[s
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "tokens"), [(4, None), (8, None), (4, 150)])
 def test_two_processes_make_the_update_of_one(tmp_path: Path, group: int, tokens: int | None) -> None:
-    """With G=8 both halves of every group lie on different ranks; under a token budget ranks have unlike many parts."""
+    """With G=8, each group is split over both ranks. With a token budget, ranks have different numbers of parts."""
     for name in ("one", "two"):
         save_tiny(tmp_path / name / "base")
     options = EXACT | {"num_generations": group, "save_strategy": "steps", "save_steps": 4}
@@ -64,7 +64,7 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path, group: int, tokens
     carried = [json.loads((tmp_path / "two" / f"carried-{rank}.json").read_text()) for rank in (0, 1)]
     whole = json.loads((tmp_path / "one" / "carried-0.json").read_text())
     assert [a + b for a, b in zip(*carried, strict=True)] == whole and sum(whole) > 0
-    assert carried[0] != carried[1], "no step in which one rank had a lesson and the other none"
+    assert carried[0] != carried[1], "there is no step in which only one rank had a lesson"
 
     lines = {}
     for name in ("one", "two"):
@@ -122,13 +122,13 @@ def test_the_command_trains_on_two_processes(tmp_path: Path) -> None:
     assert [path.name for path in committed(folder)] == ["checkpoint-1", "checkpoint-2"]
     again = launch("-m", "mel_lite", "train", "--gpu", "cpu", *flags, "--output-dir", str(folder), check=False)
     assert again.returncode != 0 and again.stderr.count("is not empty") == 1
-    assert "[rank" not in again.stderr and "mel_lite/run.py" not in again.stderr  # the launcher's traceback is its own
+    assert "[rank" not in again.stderr and "mel_lite/run/" not in again.stderr  # only the launcher's own traceback
 
 
-def test_split_engine_deals_out_and_puts_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_engine_splits_requests_and_restores_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request((i,), seed=i) for i in range(5)]
 
-    class Echo:
+    class Echo(Engine):
         name = "echo"
 
         def wake(self) -> None: ...
@@ -143,7 +143,7 @@ def test_split_engine_deals_out_and_puts_back_in_order(monkeypatch: pytest.Monke
     monkeypatch.setattr("accelerate.utils.gather_object", lambda share: shares.append(share) or share)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(KeyError):  # the other process's share is missing
+        with pytest.raises(KeyError):  # the other rank's share is missing
             SplitEngine(Echo()).generate(requests, Sampling(4))
     assert [[i for i, _ in share] for share in shares] == [[0, 2, 4], [1, 3]]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda share: shares[1] + shares[0])

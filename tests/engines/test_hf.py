@@ -1,4 +1,4 @@
-"""The transformers engine: what a sequence depends on, and that the log-probs it reports are the trainer's."""
+"""Transformers engine: a sequence depends only on prompt and seed, and reported log-probs equal the trainer's."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_completions_of_one_prompt_share_its_prefill(model: Any, monkeypatch: py
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
-def test_states_beside_keys_and_values_are_not_shared() -> None:
-    """Picking rows of such a cache would leave its recurrent states as they are."""
+def test_a_cache_with_other_states_than_keys_and_values_is_not_shared() -> None:
+    """Selecting rows of such a cache would not select its recurrent states."""
     made = FalconH1Config(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8,
@@ -75,7 +75,7 @@ def test_states_beside_keys_and_values_are_not_shared() -> None:
     assert hf._prefill(SimpleNamespace(config=made), ids_UP, ids_UP, torch.tensor([0, 0, 1])) is None
 
 
-def test_a_bound_on_the_cache_makes_sequences_wait_and_changes_no_token(model: Any) -> None:
+def test_a_bound_on_the_cache_splits_batches_and_changes_no_token(model: Any) -> None:
     requests, sampling = _requests(*range(12)), Sampling(12, temperature=0.7)
     sizes = []
 
@@ -171,7 +171,7 @@ def test_out_of_memory_lowers_concurrency_and_changes_no_token(model: Any, monke
         HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(_requests(0), sampling)
 
 
-def test_training_mode_and_generation_defaults_come_back(model: Any, tmp_path: Path) -> None:
+def test_training_mode_and_generation_defaults_are_restored(model: Any, tmp_path: Path) -> None:
     model.train()
     before = model.generation_config, model.get_base_model().generation_config
     HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(_requests(1), Sampling(3))
@@ -179,7 +179,7 @@ def test_training_mode_and_generation_defaults_come_back(model: Any, tmp_path: P
     assert (model.generation_config, model.get_base_model().generation_config) == before
 
 
-def test_sampling_goes_on_past_the_end_where_asked(tmp_path: Path) -> None:
+def test_sampling_continues_past_the_end_if_requested(tmp_path: Path) -> None:
     model = load_base(ModelSpec(str(save_tiny(tmp_path / "base"))))
     requests = [Request((5, 6, 7), seed) for seed in range(3)]
     every_id_ends = HFEngine(model, eos_ids=list(range(320)), pad_id=0)
@@ -188,14 +188,14 @@ def test_sampling_goes_on_past_the_end_where_asked(tmp_path: Path) -> None:
     assert [(len(c.ids), len(c.logprobs), c.finish) for c in done] == [(9, 9, Finish.LENGTH)] * 3
 
 
-def test_concurrency_can_be_lowered_and_samples_the_same(tmp_path: Path) -> None:
+def test_lower_concurrency_samples_the_same(tmp_path: Path) -> None:
     model = load_base(ModelSpec(str(save_tiny(tmp_path / "base"))))
     engine, sizes = HFEngine(model, eos_ids=[2], pad_id=0), []
     batch = engine._generate_batch
     engine._generate_batch = lambda m, rows, s: sizes.append(len(rows)) or batch(m, rows, s)  # type: ignore[method-assign]
     requests = [Request((5, 6, 7), seed) for seed in range(6)]
     expected = engine.generate(requests, Sampling(8))
-    engine.limit_cache(4 * 11)
-    engine.limit_cache(5 * 11)  # lowered, never raised
+    assert engine.limit_cache(4 * 11)
+    assert engine.limit_cache(5 * 11)  # lowered, never raised
     assert [c.ids for c in engine.generate(requests, Sampling(8))] == [c.ids for c in expected]
     assert sizes == [6, 4, 2]

@@ -1,6 +1,6 @@
 """MEL-Lite with the real Unsloth on its CPU backend: both import orders, and a run from recipe to merged model.
 
-Nothing here says how it does on a GPU: there Unsloth puts code of its own in place of transformers' layers.
+This does not cover GPUs, where Unsloth replaces transformers' layers by its own code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PatchRL(unsloth.FastLanguageModel)
 _patch_trl_rl_trainers("grpo_trainer")
 assert trl.GRPOTrainer.__name__ == "UnslothGRPOTrainer" and trl.trainer.GRPOTrainer is trl.GRPOTrainer
 """
-"""What `import unsloth` does on a GPU: with UNSLOTH_ALLOW_CPU it takes that path, but for the last step."""
+"""Does what `import unsloth` does on a GPU. With UNSLOTH_ALLOW_CPU, only the last step has to be added."""
 
 
 @pytest.mark.parametrize("order", ["ours first", "unsloth first"])
@@ -57,7 +57,7 @@ def test_the_base_is_trls_released_class_in_both_import_orders(
 
 
 def test_unsloths_patches_change_no_bit_of_a_run(tmp_path: Path) -> None:
-    """Unsloth rewrites parts of transformers' Trainer and TRL's classes on a GPU; MELTrainer's updates stay its own."""
+    """On a GPU, Unsloth rewrites parts of transformers' Trainer and TRL's classes, but not MELTrainer's updates."""
     script = Path(__file__).parents[1] / "helpers" / "unsloth_trajectory.py"
     ends = {}
     for order in ("without", "unsloth first", "unsloth second"):
@@ -93,7 +93,7 @@ COIN = """
 def judge(completion, answer):
     return "right" if sum(map(ord, completion)) % 2 else "wrong"
 """
-"""A random model is never right, and a group of wrong completions teaches nothing."""
+"""Judges at random: a random model is never right, and a group of wrong completions has no advantages."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,9 @@ def test_a_run_from_recipe_to_merged_model(place: Path, whole: str) -> None:
     chosen = next(
         i for i, line in enumerate(lines) if line.startswith("engine: unsloth (model.engine=unsloth; no CUDA")
     )
-    assert chosen < next(i for i, line in enumerate(lines) if "no GPU found, training on CPU" in line), "said before"
+    assert chosen < next(i for i, line in enumerate(lines) if "no GPU found, training on CPU" in line), (
+        "printed before it"
+    )
     assert "Unsloth (CPU): LlamaForCausalLM" in whole and "4-bit = True" in whole
     rows = steps(place / "whole")
     probed = {row["step"]: row["mel/probe_logp_diff"] for row in rows if "mel/probe_logp_diff" in row}
@@ -154,8 +156,8 @@ def test_a_resumed_run_ends_in_the_same_bytes(place: Path, whole: str) -> None:
     assert "mel/probe_logp_diff" in steps(place / "cut")[2], "probed again after the resume"
 
 
-def test_a_run_whose_engine_failed_goes_on_with_transformers(place: Path, whole: str) -> None:
-    """On a CPU both engines draw alike over the same weights, so that the run ends in the same bytes, too."""
+def test_a_run_whose_engine_failed_can_resume_with_transformers(place: Path, whole: str) -> None:
+    """On a CPU, both engines sample alike from the same weights, so the run ends in the same bytes."""
     shutil.copytree(
         place / "whole", place / "other", ignore=shutil.ignore_patterns("checkpoint-3", "adapter", "merged*")
     )
@@ -165,8 +167,8 @@ def test_a_run_whose_engine_failed_goes_on_with_transformers(place: Path, whole:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_unsloth_has_the_names_we_call_it_by() -> None:
-    """Those of its GPU path, which is not imported here: read from its source."""
+def test_unsloth_has_the_names_we_use() -> None:
+    """The GPU path is not imported here, so its names are read from the source."""
 
     def parameters(file: str, function: str, owner: str | None = None) -> set[str]:
         tree = ast.parse((SITE / file).read_text())
@@ -189,20 +191,20 @@ def test_unsloth_has_the_names_we_call_it_by() -> None:
         "gpu_memory_utilization", "max_lora_rank", "max_num_seqs", "max_num_batched_tokens",
     }  # fmt: skip
     vllm = (SITE / "unsloth_zoo/vllm_utils.py").read_text()
-    assert "actual_gpu_memory_utilization = free_memory / total_memory" in vllm, "a share of what is free, of the whole"
+    assert "actual_gpu_memory_utilization = free_memory / total_memory" in vllm, "free memory as a share of the card"
     for name in (STANDBY, KEEP_UTILIZATION):
         assert f'os.getenv("{name}", "0")' in vllm
     assert '"processed_logprobs" if training' in vllm and "enable_prefix_caching  : bool = True" in vllm
 
 
-def test_the_gpu_script_goes_through_its_stages(tmp_path: Path) -> None:
+def test_the_gpu_script_runs_all_its_stages(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_engines.py"
     for check, stages in (("unsloth", 7), ("vllm", 1)):
         arguments = ("--check", check, "--model", "qwen3-random", "--quick", "--out", tmp_path / check)
         with_unsloth(script, *arguments, cwd=tmp_path)
         found = json.loads((tmp_path / check / "stages.json").read_text())
         assert len(found) == stages
-        if check == "vllm":  # there is none here: the failure is kept, with its reason
+        if check == "vllm":  # there is no GPU here: the failure is recorded with its reason
             assert not found["load"]["ok"] and "needs a GPU" in found["load"]["error"]
             continue
         assert all(stage["ok"] for stage in found.values()), found
@@ -232,8 +234,8 @@ print(json.dumps(found))
 """
 
 
-def test_a_plan_takes_unsloth_to_grant_what_it_does(tmp_path: Path) -> None:
-    """Its own functions, told of a card of 24 GiB: the context it starts vLLM with, and the share."""
+def test_the_planned_context_is_the_one_unsloth_grants(tmp_path: Path) -> None:
+    """Compares with Unsloth's own functions for a card of 24 GiB: the context it starts vLLM with, and the share."""
     card, shapes = VLLMCard(24 * 2**30, 24 * 2**30), {}
     for name in ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"):
         shape = formulas.KNOWN[name]

@@ -1,6 +1,6 @@
-"""The engine over the real vLLM, on its CPU backend, in processes of its own: alone, and by Unsloth on shared weights.
+"""The engine with the real vLLM on its CPU backend, in separate processes: alone, and by Unsloth on shared weights.
 
-Not there: sleep, and any figure of a GPU.
+Not covered: sleep mode, and GPU figures.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tiny_models import save_tiny
 pytestmark = [needs_vllm, pytest.mark.slow]
 
 MORE = (
-    "sampling_goes_past_the_end_where_asked",
-    "a_prompt_that_is_too_long_is_refused_with_the_knob",
+    "sampling_continues_past_the_end_if_requested",
+    "a_prompt_that_is_too_long_is_rejected_with_the_option_to_set",
     "a_signal_stops_the_sampling_and_leaves_nothing_behind",
     "a_run_that_samples_with_it_learns_and_its_probes_pass",
     "its_sampler_holds_no_more_than_planned",
 )
-"""Clauses of `vllm_contract.py`, beside those all engines keep."""
+"""Clauses of `vllm_contract.py`, in addition to those of all engines."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = save_tiny(tmp_path_factory.mktemp("tiny"), head_dim=64)  # of the sizes vLLM's attention for CPUs takes
+    folder = save_tiny(tmp_path_factory.mktemp("tiny"), head_dim=64)  # a size that vLLM's CPU attention supports
     script = Path(__file__).parents[1] / "helpers" / "vllm_contract.py"
     return json.loads(with_vllm(script, folder, cwd=folder.parent).stdout.splitlines()[-1])
 
@@ -41,13 +41,13 @@ def test_contract(clause: str, results: dict[str, str]) -> None:
 
 
 SHARED = (
-    "every_weight_is_vllms_own",
-    "the_base_takes_what_is_planned",
+    "every_base_weight_is_a_tensor_of_vllm",
+    "the_base_takes_the_planned_memory",
     "vllm_was_started_as_planned",
-    "a_context_that_unsloth_cuts_is_refused",
+    "a_context_that_unsloth_shortens_is_rejected",
     "a_run_learns_on_the_weights_that_are_sampled",
 )
-"""Clauses of `vllm_shared.py`, beside those all engines keep."""
+"""Clauses of `vllm_shared.py`, in addition to those of all engines."""
 
 
 @pytest.fixture(scope="module", params=["16bit", "4bit"])
@@ -66,7 +66,7 @@ def test_contract_on_shared_weights(clause: str, shared_results: dict[str, str])
 
 
 def test_a_mel_step_of_the_demo(tmp_path: Path) -> None:
-    """Rollouts, analyses and replays of the real model; trainer and engine agree to rounding, adapter included."""
+    """Rollouts, analyses and replays of the real model. Trainer and engine agree to rounding, with the adapter."""
     script = Path(__file__).parents[1] / "helpers" / "vllm_demo.py"
     found = json.loads(with_vllm(script, tmp_path, cwd=tmp_path).stdout.splitlines()[-1])
     assert 0 < found["mel/probe_logp_diff"] < 1e-5 and found["mel/probe_adapter"] == pytest.approx(1, abs=0.01)

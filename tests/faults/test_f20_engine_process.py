@@ -1,8 +1,8 @@
 """F20: an engine whose process dies in the middle of a batch.
 
-The transformers engine lives in the trainer's process: it cannot die alone. Tested is the nearest thing, an engine
-behind the same protocol whose sampling runs in a worker process on a copy of the weights, as vLLM's does. The worker is
-real, so is its death (SIGKILL), and so is its copy of the model, LoRA included.
+The transformers engine runs in the trainer's process, so it cannot die alone. These tests use an engine with the same
+interface that samples in a worker process on a copy of the weights, like vLLM. The worker, its death (SIGKILL) and its
+copy of the model with LoRA are real.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from mel_lite.resilience import checkpoint_files
@@ -30,15 +30,15 @@ from trainers import assert_learnt, build, digest, run_state, step_log, trainabl
 FORK = multiprocessing.get_context("fork")
 
 
-class WorkerEngine:
-    """Samples in a forked process, which has the weights as they were when it was forked: `wake` renews it."""
+class WorkerEngine(Engine):
+    """Samples in a forked process with the weights at the time of the fork. `wake` forks again after an update."""
 
     name = "worker"
 
     def __init__(self, kills: Sequence[int] = ()) -> None:
         self.trainer: Any = None
         self.kills = list(kills)
-        """Calls of `generate` (1 is the first) in which the worker is killed after its first completion."""
+        """Calls of `generate`, counted from 1, in which the worker is killed after its first completion."""
         self.calls, self.forks, self.gaps = 0, 0, list[float]()
         self._worker: Any = None
         self._pipe: Any = None
@@ -85,7 +85,7 @@ class WorkerEngine:
                 pipe.send(engine.generate([request], sampling)[0])
 
     def _compare(self, requests: Sequence[Request], done: Sequence[Completion]) -> None:
-        """The largest gap between its log-probs and the trainer's: 0 when LoRA is applied exactly once."""
+        """Record the largest difference from the trainer's log-probs. It is 0 when LoRA is applied exactly once."""
         rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids)) for r, c in zip(requests, done, strict=True)]
         model = self.trainer.model
         training = model.training
@@ -97,7 +97,7 @@ class WorkerEngine:
 
 
 def even(completion_ids: Any, **_: Any) -> list[float]:
-    """A reward that a random model varies in: the share of even tokens."""
+    """Reward the share of even tokens, which varies for a random model."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -133,7 +133,7 @@ def test_a_worker_killed_in_a_batch_is_replaced_and_samples_the_same(
     assert caplog.text.count("EOFError") == caplog.text.count("Restarting it") == 2
     assert engine.forks == 6 and engine.calls == 6
     assert (run_state(trainer), step_log(tmp_path / "run")) == whole
-    assert max(engine.gaps) < 1e-4, "the new worker has the adapter of now, once"
+    assert max(engine.gaps) < 1e-4, "the new worker applies the current adapter once"
     assert_learnt(trainer)
     assert len(psutil.Process().children()) == children, "no worker is left"
 
@@ -149,15 +149,15 @@ def test_one_that_dies_twice_in_a_batch_saves_and_stops(tmp_path: Path, whole: A
 
 
 class Stale(WorkerEngine):
-    """Never renews its copy of the weights."""
+    """Worker that never updates its copy of the weights."""
 
     def wake(self) -> None:
         if self._worker is None:
             super().wake()
 
 
-def test_a_copy_that_is_not_renewed_shows_in_the_gaps(tmp_path: Path) -> None:
-    """F21: what the figure above is worth. The first batch agrees, every later one does not."""
+def test_a_copy_that_is_not_updated_shows_in_the_gaps(tmp_path: Path) -> None:
+    """F21: checks the figure used above. The first batch agrees, every later one does not."""
     engine = Stale()
     train(tmp_path, engine)
     first, later = engine.gaps[:8], engine.gaps[8:]

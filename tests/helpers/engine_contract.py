@@ -1,7 +1,7 @@
-"""What every engine keeps, whatever draws its tokens. Run as a script, it checks Unsloth's engine in this process.
+"""Contract of all engines. Run as a script, it checks Unsloth's engine.
 
-`python engine_contract.py FOLDER` prints one JSON object: clause -> "" or what went wrong. Importing unsloth patches
-libraries for a whole process, so the tests give it one of its own.
+`python engine_contract.py FOLDER` prints one JSON object: clause -> "" or the traceback. Importing unsloth patches
+libraries for a whole process, so the tests run it in a separate one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tiny_models import set_lora
 
 EOS, PAD = 2, 0
 ROUNDING = 1e-4
-"""Most that log-probs of engine and trainer may differ by, in nats; a script sets another for another dtype."""
+"""Largest allowed difference of log-probs between engine and trainer, in nats; scripts change it for other dtypes."""
 EFFECT = 1e-2
-"""Least that they differ by where one of them leaves out the adapter."""
+"""Smallest difference, in nats, when one of them omits the adapter."""
 Build = Callable[..., Engine]
-"""`build(model, eos=2)` -> the engine over a PEFT model."""
+"""`build(model, eos=2)` returns the engine for a PEFT model."""
 
 
 def requests(*seeds: int) -> list[Request]:
@@ -63,7 +63,7 @@ def reported_log_probs_are_those_the_trainer_scores(build: Build, model: Any) ->
     assert min(x for c in done for x in c.logprobs) < -0.1
 
 
-def the_adapter_is_applied_as_it_is_now(build: Build, model: Any) -> None:
+def the_current_adapter_is_applied(build: Build, model: Any) -> None:
     engine, asked = build(model), requests(1, 2, 3)
     for seed in (5, 6):
         engine.sleep()
@@ -103,7 +103,7 @@ def an_end_token_ends_the_completion(build: Build, model: Any) -> None:
         assert completion.ids[-1] == common or (completion.finish is Finish.LENGTH and len(completion.ids) == 30)
 
 
-def training_mode_and_checkpointing_come_back(build: Build, model: Any) -> None:
+def training_mode_and_checkpointing_are_restored(build: Build, model: Any) -> None:
     for checkpointing in (False, True):
         base = model.get_base_model()
         base.gradient_checkpointing_enable() if checkpointing else base.gradient_checkpointing_disable()
@@ -126,7 +126,7 @@ def sleeping_and_waking_may_be_repeated(build: Build, model: Any) -> None:
         act()
     assert engine.generate(asked, Sampling(6)) == first
     engine.sleep()
-    assert engine.generate(asked, Sampling(6)) == first, "woken by being asked"
+    assert engine.generate(asked, Sampling(6)) == first, "woken by the request"
 
 
 CLAUSES: dict[str, Callable[[Build, Any], None]] = {
@@ -134,18 +134,18 @@ CLAUSES: dict[str, Callable[[Build, Any], None]] = {
     for clause in (
         a_sequence_depends_on_prompt_and_seed_alone,
         reported_log_probs_are_those_the_trainer_scores,
-        the_adapter_is_applied_as_it_is_now,
+        the_current_adapter_is_applied,
         greedy_takes_the_likeliest_token,
         a_cut_distribution_reports_its_own_log_probs,
         an_end_token_ends_the_completion,
-        training_mode_and_checkpointing_come_back,
+        training_mode_and_checkpointing_are_restored,
         sleeping_and_waking_may_be_repeated,
     )
 }
 
 
 def unsloth_model(folder: Path, *, four_bit: bool) -> Any:
-    """A tiny model loaded by Unsloth, with an adapter that changes it."""
+    """Load a tiny model with Unsloth, with an adapter that changes it."""
     from mel_lite.engines.unsloth import load_unsloth
     from mel_lite.models.adapters import LoraSpec
     from mel_lite.models.load import ModelSpec

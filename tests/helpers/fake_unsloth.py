@@ -1,4 +1,4 @@
-"""What `from unsloth import FastLanguageModel` gives in tests of loading: notes what it is asked for."""
+"""Fake `FastLanguageModel` of unsloth for tests of loading. It records its arguments in `asked`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mel_lite.models.adapters import LoraSpec, lora_config
 
 asked: dict[str, Any] = {}
 fails_with: list[Exception] = []
-goes_without = False
-"""Whether vLLM is left out although it was asked for, as for models it does not serve."""
+loads_without_vllm = False
+"""True to load without vLLM although it was requested, as for models that vLLM does not serve."""
 shortened_by = 0
-"""Tokens by which vLLM's context is shorter than what was asked for."""
+"""Tokens by which vLLM's context is shorter than requested."""
 
-PACKAGE = "import fake_unsloth\nfake_unsloth.note_import()\nfrom fake_unsloth import FastLanguageModel\n"
-"""Source of a package `unsloth` that stands on this module."""
+PACKAGE = "import fake_unsloth\nfake_unsloth.record_import()\nfrom fake_unsloth import FastLanguageModel\n"
+"""Source of a package `unsloth` that uses this module."""
 
 
-def note_import() -> None:
+def record_import() -> None:
     asked["standby at import"] = os.environ.get("UNSLOTH_VLLM_STANDBY")
 
 
@@ -33,7 +33,7 @@ class FastLanguageModel:
         for error in fails_with:
             raise error
         model = AutoModelForCausalLM.from_pretrained(options["model_name"])
-        if options.get("fast_inference") and not goes_without:
+        if options.get("fast_inference") and not loads_without_vllm:
             granted = options["max_seq_length"] - shortened_by
             config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=granted))
             model.vllm_engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))

@@ -1,6 +1,6 @@
-"""A vLLM of our own: its `LLM.generate` on a tiny PEFT model, with the faults that a real engine has been seen with.
+"""Fake vLLM: `LLM.generate` on a tiny PEFT model, with the faults that real engines have shown.
 
-It draws tokens as the transformers engine does, so that what an engine makes of them can be compared with that.
+It samples like the transformers engine, so that results can be compared with that engine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mel_lite.engines.base import Request, Sampling
+from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import adapter_fingerprint
 from mel_lite.engines.vllm import VLLMEngine
@@ -22,7 +22,7 @@ EOS, PAD = 2, 0
 
 
 class FakeLLM:
-    """Takes what `vllm.LLM` takes. `fault` names what it does wrong, from its `since`-th call on."""
+    """Fake `vllm.LLM` with the same arguments. `fault` names its fault, which starts at the `since`-th call."""
 
     def __init__(self, model: Any, *, fault: str | None = None, since: int = 1, eos: int = EOS) -> None:
         self.model, self.fault, self.since = model, fault, since
@@ -56,7 +56,7 @@ class FakeLLM:
         self.asleep = True
 
     def wake_up(self) -> None:
-        if self.fault == "does not wake":  # in the words of vLLM's allocator
+        if self.fault == "does not wake":  # message of vLLM's allocator
             raise RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62")
         self.events.append("wake")
         self.asleep = False
@@ -110,13 +110,13 @@ def fake_vllm_engine(
     standby: bool = True,
     **fault: Any,
 ) -> tuple[VLLMEngine, FakeLLM]:
-    """The real engine over a fake vLLM whose adapter ids count up as vLLM's do."""
+    """Build the real engine with a fake vLLM, whose adapter ids count up like vLLM's."""
     llm = FakeLLM(model, eos=eos_ids[0], **fault)
-    handed = iter(range(1, 10**6))
+    adapter_ids = iter(range(1, 10**6))
     engine = VLLMEngine(
         llm,
         sampling_params=SimpleNamespace,
-        load_adapter=lambda: SimpleNamespace(lora_int_id=next(handed)),
+        load_adapter=lambda: SimpleNamespace(lora_int_id=next(adapter_ids)),
         fingerprint=lambda: adapter_fingerprint(model),
         step=step,
         eos_ids=eos_ids,
@@ -126,8 +126,8 @@ def fake_vllm_engine(
     return engine, llm
 
 
-class LateEngine:
-    """An engine that a trainer is built with before the model it samples from exists."""
+class LateEngine(Engine):
+    """Engine to build a trainer with before the model that it samples from exists."""
 
     name, own_kernels = VLLMEngine.name, True
 
@@ -151,7 +151,7 @@ class LateEngine:
 
 
 def trainer_with_fake_vllm(build: Callable[..., Any], folder: Any, **options: Any) -> tuple[Any, FakeLLM]:
-    """A trainer that samples from its model through the vLLM engine; `fault` and `since` go to the fake vLLM."""
+    """Build a trainer that samples with the vLLM engine; `fault` and `since` go to the fake vLLM."""
     fault = {key: options.pop(key) for key in ("fault", "since") if key in options}
     late = LateEngine()
     trainer = build(folder, engine=late, **options)

@@ -1,7 +1,7 @@
-"""Runs scripts with the real Unsloth or the real vLLM, in processes of their own: either takes hold of a whole process.
+"""Run scripts with the real Unsloth or the real vLLM in separate processes, since either changes a whole process.
 
-`make test-all` installs them beside the environment (requirements/unsloth.txt and vllm.txt), not into it: they
-lack the packages that their metadata asks for, and their CPU backends need none of them.
+`make test-all` installs them in folders next to the environment (requirements/unsloth.txt and vllm.txt), not into it:
+packages that their metadata requires are missing there, and their CPU backends do not need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VLLM_SITE = Path(os.environ.get("MEL_LITE_VLLM_SITE", Path(sys.prefix) / "vllm")
 
 
 def needs(site: Path, package: str) -> pytest.MarkDecorator:
-    """Skip where the package is not installed."""
+    """Return a mark that skips a test if the package is not installed."""
     there = (site / package / "__init__.py").is_file()
     return pytest.mark.skipif(not there, reason=f"{package} is not in {site}: `make test-all` installs it")
 
@@ -30,9 +30,9 @@ needs_unsloth, needs_vllm = needs(SITE, "unsloth"), needs(VLLM_SITE, "vllm")
 def with_sites(
     sites: Sequence[Path], *arguments: object, cwd: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` where what is in `sites` can be imported."""
+    """Run `python ARGUMENTS` with `sites` on `sys.path`."""
     here = Path(__file__).parent
-    # The checkout comes after the sites: what is installed or on the path already decides which mel_lite is tested.
+    # The checkout comes after the sites: the installed package or the existing path decides which mel_lite is tested.
     paths = [*map(str, sites), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-P", *map(str, arguments)],
@@ -44,15 +44,15 @@ def with_sites(
 
 
 def with_unsloth(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` where `import unsloth` works."""
+    """Run `python ARGUMENTS` in a process that can import unsloth."""
     return with_sites([SITE], *arguments, cwd=cwd, **environment)
 
 
 def with_vllm(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` where `import vllm` works."""
+    """Run `python ARGUMENTS` in a process that can import vllm."""
     return with_sites([VLLM_SITE], *arguments, cwd=cwd, **environment)
 
 
 def with_both(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` where `import unsloth` and `import vllm` work."""
+    """Run `python ARGUMENTS` in a process that can import unsloth and vllm."""
     return with_sites([VLLM_SITE, SITE], *arguments, cwd=cwd, **environment)

@@ -1,7 +1,7 @@
-"""An engine that plays a part: a policy that is right about half the time and writes well-formed analyses.
+"""Scripted engine: a policy that is right about half the time and writes well-formed analyses.
 
-Tests of the trainer need every stage of the funnel in a second, which no tiny random model gives. Only the sampling is
-scripted; tokenizer, trainer, model, losses, store and checkpoints are the real ones.
+Tests of the trainer need every stage of the funnel within a second, which no tiny random model provides. Only the
+sampling is scripted; tokenizer, trainer, model, losses, store and checkpoints are real.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mel_lite.engines.base import Completion, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.types import Finish
 
 ANALYSIS = (
@@ -24,13 +24,13 @@ ANALYSIS = (
 
 
 def default_answer(question: str, rng: random.Random) -> str:
-    """`Answer: a+b`, right two times in three (sampled from `rng`)."""
+    """Return `Answer: a+b`, right two times in three (sampled from `rng`)."""
     a, b = map(int, re.findall(r"\d+", question)[-2:])
     return f"Answer: {a + b + (rng.random() < 1 / 3)}"
 
 
-class ScriptedEngine:
-    """Answers a request by what its prompt asks for, at random but fixed by the request's seed."""
+class ScriptedEngine(Engine):
+    """Answers each request according to its prompt, at random but determined by the request's seed."""
 
     name = "scripted"
 

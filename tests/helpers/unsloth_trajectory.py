@@ -1,7 +1,7 @@
-"""`python unsloth_trajectory.py ORDER FOLDER`: a short MEL run, where ORDER says when unsloth was imported and patched.
+"""`python unsloth_trajectory.py ORDER FOLDER`: a short MEL run. ORDER says when unsloth is imported and patches.
 
-Prints the state it ends in as JSON. With UNSLOTH_ALLOW_CPU=1 the import goes the way it goes on a GPU; the last
-patches, which it leaves out on such a machine, are made here.
+Prints the final state as JSON. With UNSLOTH_ALLOW_CPU=1, the import takes its GPU path; the last patches, which it
+omits on such a machine, are applied here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def patch() -> None:
-    """What `import unsloth` and loading a model do to TRL's and transformers' trainers on a GPU."""
+    """Patch TRL's and transformers' trainers like `import unsloth` and loading a model do on a GPU."""
     unsloth: Any = importlib.import_module("unsloth")
     rl: Any = importlib.import_module("unsloth.models.rl")
     from transformers import Trainer

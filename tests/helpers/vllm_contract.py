@@ -1,8 +1,8 @@
-"""The contract of engines against the real vLLM, on its CPU backend: `python vllm_contract.py FOLDER`.
+"""Engine contract with the real vLLM on its CPU backend: `python vllm_contract.py FOLDER`.
 
-`FOLDER` holds a base model. Prints one JSON object: clause -> "" or what went wrong. vLLM's CPU backend takes hold of
-threads and of the process group, so the tests give it a process of its own. Weights shared with the trainer are in
-`vllm_shared.py`.
+`FOLDER` holds a base model. Prints one JSON object: clause -> "" or the traceback. vLLM's CPU backend changes threads
+and the process group, so the tests run it in a separate process. `vllm_shared.py` covers weights shared with the
+trainer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# In this process, so that an exception of ours can unwind it, as Unsloth sets it up.
+# Run vLLM in this process, as Unsloth does, so that an exception of ours can unwind it.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 import torch
@@ -47,7 +47,7 @@ from trainers import build as build_trainer
 
 CONTEXT_TOKENS, RANK = 256, 8
 FOLDER = Path(sys.argv[1])
-handed = 0
+adapters_loaded = 0
 Build = Callable[..., VLLMEngine]
 
 
@@ -60,7 +60,7 @@ def adapted_model(folder: Path) -> Any:
 
 
 def started(folder: Path) -> LLM:
-    """With the options that Unsloth starts it with, as far as a CPU knows them."""
+    """Start vLLM with Unsloth's options, as far as a CPU supports them."""
     return LLM(
         str(folder), dtype="float32", enforce_eager=True, max_model_len=CONTEXT_TOKENS, enable_lora=True, max_loras=1,
         max_lora_rank=RANK, logprobs_mode="processed_logprobs", max_logprobs=0, enable_prefix_caching=True,
@@ -70,22 +70,22 @@ def started(folder: Path) -> LLM:
 
 def builder(llm: LLM, adapters: Path) -> Build:
     def build(model: Any, *, eos: int = EOS, step: Callable[[], int] = lambda: 0) -> VLLMEngine:
-        def hand_over() -> LoRARequest:
-            global handed
-            handed += 1
-            model.save_pretrained(adapters / str(handed))
-            return LoRARequest(str(handed), handed, str(adapters / str(handed)))
+        def load_adapter() -> LoRARequest:
+            global adapters_loaded
+            adapters_loaded += 1
+            model.save_pretrained(adapters / str(adapters_loaded))
+            return LoRARequest(str(adapters_loaded), adapters_loaded, str(adapters / str(adapters_loaded)))
 
         settings = llm.llm_engine.vllm_config.model_config
         return VLLMEngine(
-            llm, sampling_params=SamplingParams, load_adapter=hand_over, fingerprint=lambda: adapter_fingerprint(model),
-            step=step, eos_ids=[eos], standby=False, context_tokens=settings.max_model_len,
+            llm, sampling_params=SamplingParams, load_adapter=load_adapter, step=step, eos_ids=[eos], standby=False,
+            fingerprint=lambda: adapter_fingerprint(model), context_tokens=settings.max_model_len,
         )  # fmt: skip
 
     return build
 
 
-def sampling_goes_past_the_end_where_asked(build: Build, model: Any) -> None:
+def sampling_continues_past_the_end_if_requested(build: Build, model: Any) -> None:
     asked = requests(*range(6))
     sampled = build(model).generate(asked, Sampling(40, temperature=2.0))
     common = Counter(token for c in sampled for token in c.ids[1:-1]).most_common(1)[0][0]
@@ -94,7 +94,7 @@ def sampling_goes_past_the_end_where_asked(build: Build, model: Any) -> None:
     assert [(len(c.ids), len(c.logprobs)) for c in on] == [(40, 40)] * 6
 
 
-def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Build, model: Any) -> None:
+def a_prompt_that_is_too_long_is_rejected_with_the_option_to_set(build: Build, model: Any) -> None:
     try:
         build(model).generate([Request((20,) * CONTEXT_TOKENS, 1)], Sampling(4))
     except EngineError as error:
@@ -104,7 +104,7 @@ def a_prompt_that_is_too_long_is_refused_with_the_knob(build: Build, model: Any)
 
 
 def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Build, model: Any) -> None:
-    """The next call samples what it is asked for, although requests were under way."""
+    """The next call samples only its own requests, although others were in flight."""
     engine, seen = build(model), 0
 
     def poll() -> None:
@@ -115,12 +115,12 @@ def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Build, model: A
 
     original, signals.poll = signals.poll, poll
     try:
-        # Unlike lengths, so that one is done while others are sampled.
+        # Different lengths, so that one finishes while others are still sampled.
         engine.generate([Request((30, 31 + i), i) for i in range(40)], Sampling(60, temperature=2.0))
     except signals.Interrupted:
         pass
     else:
-        raise AssertionError("went on")
+        raise AssertionError("not interrupted")
     finally:
         signals.poll = original
     asked = requests(1, 2, 3)
@@ -128,7 +128,7 @@ def a_signal_stops_the_sampling_and_leaves_nothing_behind(build: Build, model: A
 
 
 def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: Any) -> None:
-    """Three updates, each handed over; trainer and vLLM agree on the log-probs of the trained adapter."""
+    """vLLM receives each of three updates. Trainer and vLLM agree on the log-probs of the trained adapter."""
     with tempfile.TemporaryDirectory() as made:
         late, run = LateEngine(), Path(made) / "run"
         shutil.copytree(FOLDER, Path(made) / "base")
@@ -136,11 +136,11 @@ def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: A
             Path(made), model=AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32), engine=late,
             algorithm="grpo", reward_funcs=even_ids, probe_max_diff=0.01, max_steps=3, output_dir=run,
         )  # fmt: skip
-        late.inner, before = build(trainer.model, step=lambda: trainer.state.global_step), handed
+        late.inner, before = build(trainer.model, step=lambda: trainer.state.global_step), adapters_loaded
         trainer.train()
         assert_learnt(trainer)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert handed - before == 3, "one adapter per update"
+        assert adapters_loaded - before == 3, "one adapter per update"
     (share,) = [row["mel/probe_adapter"] for row in rows if "mel/probe_adapter" in row]
     assert abs(share - 1) < 0.01, share
     diffs = [row["mel/probe_logp_diff"] for row in rows if "mel/probe_logp_diff" in row]
@@ -150,9 +150,9 @@ def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: A
 
 
 def its_sampler_holds_no_more_than_planned(build: Build, model: Any) -> None:
-    """Live bytes per logit as vLLM measures them when it starts, with top-k and top-p for all, and as we sample.
+    """Peak live bytes per logit: as vLLM measures at start-up, with top-k and top-p for all, and as we sample.
 
-    What a GPU's sort needs beside them is in the plan's figure and not seen here.
+    The planned figure also includes the temporary memory of a GPU's sort, which is not measured here.
     """
     sequences, vocabulary = 16, 20_000
     held = {}
@@ -175,8 +175,8 @@ def its_sampler_holds_no_more_than_planned(build: Build, model: Any) -> None:
 
 
 MORE = (
-    sampling_goes_past_the_end_where_asked,
-    a_prompt_that_is_too_long_is_refused_with_the_knob,
+    sampling_continues_past_the_end_if_requested,
+    a_prompt_that_is_too_long_is_rejected_with_the_option_to_set,
     a_signal_stops_the_sampling_and_leaves_nothing_behind,
     a_run_that_samples_with_it_learns_and_its_probes_pass,
     its_sampler_holds_no_more_than_planned,

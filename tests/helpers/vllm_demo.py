@@ -1,6 +1,6 @@
-"""One MEL step of the demo, its rollouts, analyses and replays drawn by the real vLLM: `python vllm_demo.py FOLDER`.
+"""One MEL step of the demo with rollouts, analyses and replays sampled by the real vLLM: `python vllm_demo.py FOLDER`.
 
-Prints the step's metrics as one JSON object. vLLM has weights of its own here: sharing them is Unsloth's, on a GPU.
+Prints the step's metrics as one JSON object. Here vLLM has its own weights: only Unsloth, on a GPU, shares them.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def main(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     numbers = iter(range(1, 100))
 
-    def hand_over() -> LoRARequest:
+    def load_adapter() -> LoRARequest:
         number = next(numbers)
         trainer.model.save_pretrained(folder / str(number))
         return LoRARequest(str(number), number, str(folder / str(number)))
 
     late.inner = VLLMEngine(
-        llm, sampling_params=SamplingParams, load_adapter=hand_over, standby=False,
+        llm, sampling_params=SamplingParams, load_adapter=load_adapter, standby=False,
         fingerprint=lambda: adapter_fingerprint(trainer.model), step=lambda: trainer.state.global_step,
         eos_ids=[tokenizer.eos_token_id], context_tokens=CONTEXT_TOKENS,
     )  # fmt: skip

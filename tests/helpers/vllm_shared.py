@@ -1,10 +1,11 @@
-"""vLLM on the weights that train, put together by the real Unsloth, on a CPU: `python vllm_shared.py FOLDER 4bit`.
+"""vLLM on the weights that train, set up by the real Unsloth on a CPU: `python vllm_shared.py FOLDER 4bit`.
 
-Unsloth does this on GPUs alone; what it asks a GPU is answered here, and vLLM's linear layers keep the layout that can
-be shared (on a CPU it would pack them). All else is the real thing: `load_unsloth` of ours, Unsloth's `load_vllm`, the
-model it makes of vLLM's tensors, its patches of vLLM, its hand-over of LoRA in memory, bitsandbytes. Not there: sleep.
+Unsloth supports this only on GPUs, so its queries of the GPU are faked here, and vLLM's linear layers keep the layout
+that can be shared (on a CPU it would pack them). Everything else is real: our `load_unsloth`, Unsloth's `load_vllm`,
+the model that it builds from vLLM's tensors, its patches of vLLM, LoRA passed in memory, bitsandbytes. Not covered:
+sleep mode.
 
-Prints one JSON object: clause -> "" or what went wrong.
+Prints one JSON object: clause -> "" or the traceback.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ FOLDER, FOUR_BIT = Path(sys.argv[1]), "4bit" in sys.argv
 CARD_BYTES, FREE_BYTES, SHARE = 8 * 2**30, 6 * 2**30, 0.45
 CONTEXT_TOKENS, RANK, SEQUENCES = 256, 8, 24
 HALF, EFFECT = 0.3, 5.0
-"""Most that log-probs differ by in float16, in nats, and least without the adapter; measured: to 0.18, and over 20."""
+"""Largest difference of log-probs in float16, in nats, and smallest without the adapter. Measured: up to 0.18, and
+over 20."""
 
 
 class FastLanguageModel:
-    """What Unsloth's does on a GPU with `fast_inference`, in its own words, less what needs one."""
+    """Does what Unsloth's class does on a GPU with `fast_inference`, without the parts that need a GPU."""
 
     @staticmethod
     def from_pretrained(**options: Any) -> tuple[Any, None]:
@@ -81,8 +83,8 @@ class FastLanguageModel:
         return adapted
 
 
-def pretend() -> None:
-    """Answers to what Unsloth asks a GPU."""
+def fake_the_gpu() -> None:
+    """Replace Unsloth's queries of the GPU."""
     unsloth.FastLanguageModel = FastLanguageModel
     vllm_utils.patch_vllm(debug=False)
     vllm_utils.get_mem_info = lambda: (FREE_BYTES, CARD_BYTES)
@@ -93,7 +95,7 @@ def pretend() -> None:
 
 
 def loaded(**spec: Any) -> Any:
-    """By our loader, with a share of the card as a plan hands it on."""
+    """Load the model with our loader and a share of the card, as a plan does."""
     options = {"gpu_memory_utilization": SHARE, "max_num_seqs": SEQUENCES, "load_in_4bit": FOUR_BIT} | spec
     cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     memory, torch.cuda.mem_get_info = torch.cuda.mem_get_info, lambda: (FREE_BYTES, CARD_BYTES)
@@ -115,21 +117,21 @@ def vllms_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in inner.named_parameters() if "lora" not in name}
 
 
-def every_weight_is_vllms_own(model: Any) -> None:
-    """Not a byte of the base is there twice: each weight that trains lies in the storage of one of vLLM's."""
+def every_base_weight_is_a_tensor_of_vllm(model: Any) -> None:
+    """Each base weight of the training model shares the storage of one of vLLM's weights: none is in memory twice."""
     theirs = {weight.untyped_storage().data_ptr() for weight in vllms_weights(model).values()}
     ours = {n: p for n, p in model.named_parameters() if ".lora_" not in n and p.numel()}
     assert len(ours) > 15
-    apart = [name for name, weight in ours.items() if weight.untyped_storage().data_ptr() not in theirs]
-    assert not apart, apart
+    separate = [name for name, weight in ours.items() if weight.untyped_storage().data_ptr() not in theirs]
+    assert not separate, separate
 
 
-def the_base_takes_what_is_planned(model: Any) -> None:
-    """Bytes of all weights, with the scales of 4-bit ones, double-quantised as they were loaded."""
+def the_base_takes_the_planned_memory(model: Any) -> None:
+    """Compares the bytes of all weights with the plan, including the double-quantized scales of 4-bit weights."""
     tensors = [p for n, p in model.named_parameters() if ".lora_" not in n]
     for weight in list(tensors):
         if (state := getattr(weight, "quant_state", None)) is not None:
-            assert state.nested, "vLLM alone would write the scales out"
+            assert state.nested, "vLLM alone would not double-quantize the scales"
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     held = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
     shape = formulas.shape_of(AutoConfig.from_pretrained(FOLDER).to_dict())
@@ -139,15 +141,17 @@ def the_base_takes_what_is_planned(model: Any) -> None:
 
 def vllm_was_started_as_planned(model: Any) -> None:
     config = model.vllm_engine.llm_engine.vllm_config
-    assert abs(config.cache_config.gpu_memory_utilization - SHARE) < 1e-3, "of the whole card, not of what is free"
+    assert abs(config.cache_config.gpu_memory_utilization - SHARE) < 1e-3, (
+        "a share of the whole card, not of the free memory"
+    )
     assert config.scheduler_config.max_num_seqs == SEQUENCES and config.model_config.max_model_len == CONTEXT_TOKENS
     assert config.model_config.logprobs_mode == "processed_logprobs" and config.cache_config.enable_prefix_caching
     engine = build(model)
     assert abs(engine.share - SHARE) < 1e-3 and engine.max_num_seqs == SEQUENCES
 
 
-def a_context_that_unsloth_cuts_is_refused(model: Any) -> None:
-    """Where Unsloth takes the share to be too small for one sequence, it starts vLLM for shorter ones."""
+def a_context_that_unsloth_shortens_is_rejected(model: Any) -> None:
+    """If Unsloth estimates that the share is too small for one sequence, it starts vLLM with a shorter context."""
     original = vllm_utils.load_vllm
     granted = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=0))))  # fmt: skip
@@ -168,7 +172,7 @@ def a_context_that_unsloth_cuts_is_refused(model: Any) -> None:
     try:
         loaded()
     except EngineError as error:
-        assert "sequences of 128 tokens, and this run asks for 256" in str(error)
+        assert "sequences of 128 tokens, but this run needs 256" in str(error)
     else:
         raise AssertionError("accepted")
     finally:
@@ -177,7 +181,7 @@ def a_context_that_unsloth_cuts_is_refused(model: Any) -> None:
 
 
 def a_run_learns_on_the_weights_that_are_sampled(model: Any) -> None:
-    """Three updates: the probes pass, the adapter moves, and no weight of the base does."""
+    """Three updates: the probes pass, the adapter changes, and no base weight does."""
     base = {name: weight.clone() for name, weight in vllms_weights(model).items()}
     before = adapter_fingerprint(model)
     with tempfile.TemporaryDirectory() as made:
@@ -192,7 +196,7 @@ def a_run_learns_on_the_weights_that_are_sampled(model: Any) -> None:
             model, args=args, train_dataset=tasks, reward_funcs=even_ids,
             processing_class=AutoTokenizer.from_pretrained(FOLDER),
         )  # fmt: skip
-        assert isinstance(trainer.engine.unmetered, VLLMEngine), "by itself, for a model that Unsloth loaded"
+        assert isinstance(trainer.engine.unmetered, VLLMEngine), "the default for a model that Unsloth loaded"
         trainer.train()
         assert_learnt(trainer)
         rows = [json.loads(line) for line in (Path(made) / "metrics.jsonl").read_text().splitlines()]
@@ -208,16 +212,16 @@ def a_run_learns_on_the_weights_that_are_sampled(model: Any) -> None:
 
 
 ALONE: tuple[Callable[[Any], None], ...] = (
-    every_weight_is_vllms_own,
-    the_base_takes_what_is_planned,
+    every_base_weight_is_a_tensor_of_vllm,
+    the_base_takes_the_planned_memory,
     vllm_was_started_as_planned,
-    a_context_that_unsloth_cuts_is_refused,
+    a_context_that_unsloth_shortens_is_rejected,
     a_run_learns_on_the_weights_that_are_sampled,
 )
 
 
 def main() -> dict[str, str]:
-    pretend()
+    fake_the_gpu()
     model = loaded()
     assert is_unsloth(model)
     install_scoring_head(model.get_base_model())

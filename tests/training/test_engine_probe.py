@@ -192,7 +192,9 @@ def test_the_option_is_checked() -> None:
 def test_vllm_that_does_not_wake_any_more_ends_the_run_with_its_steps_saved(tmp_path: Path) -> None:
     """Training has left no room for its share: the fix is another share, not another batch."""
     trainer, llm = trained(tmp_path, fault="does not wake")
-    with pytest.raises(EngineError, match="(?s)find its share.*--resume.*gpu_memory_utilization.*Saved checkpoint-1"):
+    with pytest.raises(
+        EngineError, match="(?s)is no longer free.*--resume.*gpu_memory_utilization.*Saved checkpoint-1"
+    ):
         trainer.train()
     assert llm.events == ["sleep 1"] and trainer.state.global_step == 1
     assert [path.name for path in checkpoint_files.committed(tmp_path / "run")] == ["checkpoint-1"]
