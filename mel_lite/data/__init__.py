@@ -1,1 +1,1 @@
-"""Task files and data sets, read into rows of prompt and answer."""
+"""Load task files and datasets into rows of prompt and answer."""

@@ -1,10 +1,10 @@
-"""Tasks to learn from: any source in, rows of `prompt` and `answer` out, ready for TRL's GRPOTrainer.
+"""Load tasks from any source into rows of `prompt` and `answer`, ready for TRL's GRPOTrainer.
 
     source -> raw rows -> (preset or columns) -> prompt, answer, the other columns -> checks -> datasets.Dataset
 
 Sources (`spec`): `demo`, `demo:test`; a .jsonl, .json, .csv or .parquet file; `reasoning-gym:<task>?size=500&seed=1`
-with any option of the task; a Hub id (or a folder in Hub layout), `hub_id:config` for one of its configurations. Rows
-are data: no script of a dataset is ever run.
+with any option of the task; a Hub id (or a folder in Hub layout), `hub_id:config` for one of its configurations. A
+dataset's scripts are never run.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ log = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 MAX_PROMPT_CHARS = 100_000
-"""A row with a longer prompt (as JSON, all messages together) is skipped and counted."""
+"""Longest prompt, as JSON with all its messages. Rows with a longer one are skipped and counted."""
 MAX_ROW_CHARS = 1_000_000
-"""A row whose other columns are longer than this as JSON is skipped and counted."""
+"""Largest size of a row's other columns as JSON. Larger rows are skipped and counted."""
 MAX_ANSWER_CHARS = 20_000
-"""A row with a longer reference answer is skipped and counted."""
+"""Longest reference answer. Rows with a longer one are skipped and counted."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _PEEK = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How one published dataset is read."""
+    """Reading instructions for a published dataset."""
 
     verifier: str
-    """The verifier its answers are written for."""
+    """Verifier for its answers."""
     prompt: str
     answer: str
     config: str | None = None
     instruction: str = ""
-    """Put after a plain prompt; tells the model the answer format the verifier looks for."""
+    """Text appended to a plain prompt that gives the answer format the verifier expects."""
     answer_after: str = ""
-    """The answer is what follows the last occurrence of this in its column; the whole text is kept as `rationale`."""
+    """Marker: the answer follows its last occurrence in the column. The whole text is kept as `rationale`."""
     once: bool = False
     """Keep only the first row of each prompt."""
 
 
 PRESETS: dict[str, Preset] = {
-    # 1.8 million rows that repeat 17 thousand prompts; each prompt already asks for a last line "Answer: ...".
+    # 1.8 million rows that repeat 17,000 prompts. Each prompt already asks for a last line "Answer: ...".
     "BytedTsinghua-SIA/DAPO-Math-17k": Preset("math", "prompt", "reward_model.ground_truth", once=True),
-    # The same questions without that request, which `source_prompt` still has.
+    # The same questions without that request; `source_prompt` still has it.
     "open-r1/DAPO-Math-17k-Processed": Preset("math", "source_prompt", "solution", config="en", once=True),
     "openai/gsm8k": Preset(
         "numeric",
@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def recommended_verifier(spec: str) -> str | None:
-    """The verifier written for a source, or None when the source does not say."""
+    """Return the verifier for the answers of a source. None when it is unknown."""
     if spec == "demo" or spec.startswith("demo:"):
         return "numeric"
     if spec.startswith("reasoning-gym:"):
@@ -98,18 +98,19 @@ def load_tasks(
     """Load tasks as a dataset with the columns `prompt`, `answer` (text) and all others of the source.
 
     Args:
-        spec: the source; see the module's first lines.
-        split: of the demo, a Hub dataset or a generated task (`train` when left out); a file has none.
-        limit: keep only the first so many usable rows; >= 1.
-        prompt_column, answer_column: where the source has more than one candidate; dots reach into nested columns.
-        system_prompt: put before every prompt (instead of its own, if it has one); makes prompts conversational.
+        spec: the source; see the module docstring.
+        split: split of the demo, a Hub dataset or a generated task (default `train`). A file has none.
+        limit: number of usable rows to keep, from the first on; >= 1.
+        prompt_column, answer_column: columns to use if the source has several candidates. Dots separate the names of
+            nested columns.
+        system_prompt: system message before every prompt, replacing the prompt's own; makes prompts conversational.
         conversational: turn plain prompts into one user message.
-        seed: of `reasoning-gym:` tasks whose spec names none.
-    Raises: DataError naming file, row and column; rows without an answer or of excessive size are skipped with a
-        warning that counts them, and are an error when they are more than half.
+        seed: seed of `reasoning-gym:` tasks whose spec has none.
+    Raises: DataError, with file, row and column. Rows that have no answer or are too long are skipped with a warning
+        that counts them; if they are more than half, that is an error.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"limit = {limit}: keep at least 1 row, or leave it out for all.")
+        raise DataError(f"limit = {limit}: keep at least 1 row, or omit it to keep all.")
     hub_id, _, config = spec.partition(":")
     preset = PRESETS.get(hub_id)
     default_config = config or (preset.config if preset else None)
@@ -133,7 +134,7 @@ def load_tasks(
 
 
 def _pick(kind: str, candidates: Iterable[str], columns: list[str], source: Source) -> str:
-    """The one column among `candidates` the source has."""
+    """Return the only column of the source among `candidates`. Raises: DataError for none or several."""
     found = [name for name in candidates if name.partition(".")[0] in columns]
     if len(found) > 1 and any("." not in name for name in found):
         found = [name for name in found if "." not in name]
@@ -142,17 +143,17 @@ def _pick(kind: str, candidates: Iterable[str], columns: list[str], source: Sour
     if found:
         raise DataError(
             f"{source.name}: columns {', '.join(map(repr, found))} could each be the {kind}. "
-            f"Say which with {kind}_column = {found[0]!r} (or the other)."
+            f"Choose one with {kind}_column = {found[0]!r} (or the other)."
         )
     raise DataError(
         f"{source.name}: none of the columns {', '.join(map(repr, columns))} is called "
-        f"{' or '.join(repr(name) for name in candidates)}. Name the {kind} with {kind}_column."
+        f"{' or '.join(repr(name) for name in candidates)}. Name the column of the {kind} with {kind}_column."
     )
 
 
 @dataclass
 class _Plan:
-    """How raw rows become tasks, and what was skipped on the way."""
+    """Conversion of raw rows to tasks, with counts of what was skipped."""
 
     source: Source
     prompt: str
@@ -165,7 +166,7 @@ class _Plan:
     dropped_columns: set[str] = field(default_factory=set)
 
     def check_columns(self, columns: list[str]) -> None:
-        """Raises DataError when a named column is not there."""
+        """Check that the chosen columns exist. Raises: DataError."""
         for option, name in (("prompt_column", self.prompt), ("answer_column", self.answer)):
             if name.partition(".")[0] not in columns:
                 raise DataError(
@@ -173,7 +174,7 @@ class _Plan:
                 )
 
     def tasks(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Row]:
-        """The usable rows, as tasks."""
+        """Yield the usable rows as tasks."""
         seen: set[str] = set()
         plain: bool | None = None
         for number, row in rows:
@@ -222,7 +223,7 @@ class _Plan:
         return [{"role": "system", "content": self.system_prompt}, *(m for m in messages if m["role"] != "system")]
 
     def _answer(self, number: int, row: Row) -> str:
-        """The reference answer as text; empty when the row has none."""
+        """Return the reference answer as text, or an empty string when the row has none."""
         value = reach(row, self.answer)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -238,7 +239,7 @@ class _Plan:
         return text
 
     def _others(self, row: Row) -> Row:
-        """The other columns, as JSON can hold them; those that it cannot (images, bytes) are dropped."""
+        """Return the other columns as JSON values. Columns that JSON cannot represent (images, bytes) are dropped."""
         others: Row = {}
         for name, value in row.items():
             if name in (self.prompt, self.answer) and not (self.preset and self.preset.answer_after):
@@ -258,7 +259,7 @@ class _Plan:
 
 
 def reach(row: Row, column: str) -> Any:
-    """The value of a column; dots reach into nested columns; None when there is none."""
+    """Return the value of a column, or None when it is missing. Dots separate the names of nested columns."""
     value: Any = row
     for part in (column,) if column in row else column.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -272,14 +273,14 @@ def _as_dataset(tasks: list[Row], plan: _Plan) -> datasets.Dataset:
     counts = ", ".join(f"{count} {why}" for why, count in plan.skipped.items())
     if not tasks or lost * 2 > plan.read:
         raise DataError(
-            f"{plan.source.name}: {lost} of {plan.read} rows cannot be used ({counts}). The answer was looked for in "
+            f"{plan.source.name}: {lost} of {plan.read} rows cannot be used ({counts}). The answer was read from "
             f"column {plan.answer!r}; name another with answer_column."
         )
     if lost:
         warnings.warn(f"{plan.source.name}: skipped {counts} of {plan.read} rows.", stacklevel=3)
     if plan.dropped_columns:
         names = ", ".join(sorted(plan.dropped_columns))
-        warnings.warn(f"{plan.source.name}: left out columns JSON cannot hold: {names}.", stacklevel=3)
+        warnings.warn(f"{plan.source.name}: dropped columns that JSON cannot represent: {names}.", stacklevel=3)
     log.info("%s: %d tasks from %d rows", plan.source.name, len(tasks), plan.read)
     table = {name: [task.get(name) for task in tasks] for name in dict.fromkeys(n for task in tasks for n in task)}
     try:
@@ -289,12 +290,12 @@ def _as_dataset(tasks: list[Row], plan: _Plan) -> datasets.Dataset:
 
 
 def _mixed_column(table: dict[str, list[Any]]) -> str:
-    """Which column holds values of different kinds, for the message."""
+    """Return the message about the column with values of different types."""
     for name, values in table.items():
         kinds = Counter(type(value).__name__ for value in values if value is not None)
         if len(kinds) > 1:
-            return f"column {name!r} mixes {' and '.join(kinds)}; write all its values in one way"
-    return "a nested column has values of different kinds in different rows; write them in one way"
+            return f"column {name!r} mixes {' and '.join(kinds)}; use one type for all its values"
+    return "a nested column has values of different types in different rows; use one type"
 
 
 __all__ = ["PRESETS", "Preset", "load_tasks", "recommended_verifier"]

@@ -1,1 +1,1 @@
-"""Base models, adapters and chat text."""
+"""Base models, LoRA adapters and chat text."""

@@ -1,7 +1,7 @@
-"""LoRA adapters: their configuration, and the base they belong to.
+"""LoRA adapters: configuration, saving, and checks that an adapter belongs to a base model.
 
-An adapter means nothing without the exact base it was trained on. `mel_lite.json`, beside PEFT's own files, says which
-one that was; it is checked whenever the adapter is attached.
+An adapter is useless without the exact base it was trained on. `mel_lite.json`, next to PEFT's files, identifies that
+base and is checked whenever the adapter is attached.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _ARCHITECTURE = (
 )
 _SAMPLES_PER_WEIGHT = 1024
 _RECORDED = ("name", "revision", "dtype", "load_in_4bit", "quant_type", "double_quant", "attn_implementation")
-"""Of a ModelSpec, what makes its weights what they are; how a run sampled from them does not."""
+"""Fields of a ModelSpec that determine its weights, which leaves out how a run samples from them."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """The LoRA adapter to train."""
+    """LoRA adapter to train."""
 
     r: int = 16
     alpha: int = 32
@@ -58,16 +58,16 @@ class LoraSpec:
     use_rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead of alpha / r."""
     init: str = "default"
-    """How LoRA-A starts (LoRA-B is zero): `default` (Kaiming uniform) or `gaussian`; `orthogonal` starts both non-zero
-    with B @ A = 0."""
+    """Initialization of LoRA-A (LoRA-B is zero): `default` (Kaiming uniform) or `gaussian`. With `orthogonal`, both are
+    non-zero and B @ A = 0."""
     start_from: str | None = None
-    """Folder of an adapter to go on training, or `demo` for the packaged one; its own rank and modules then hold."""
+    """Folder of an adapter to continue training, or `demo` for the packaged one. Its own rank and modules apply."""
 
 
 def lora_config(spec: LoraSpec) -> LoraConfig:
-    """PEFT's configuration of the adapter.
+    """Build PEFT's configuration of the adapter.
 
-    Raises: ConfigError for a value outside its range, and for adapters on the output head, whose weight the fused
+    Raises: ConfigError for a value outside its range, and for an adapter on the output head, whose weight the fused
         log-prob kernel reads directly.
     """
     from peft import LoraConfig
@@ -78,14 +78,14 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
     if heads := [name for name in targets if name.rsplit(".", 1)[-1] in _HEAD_NAMES]:
         raise ConfigError(
             f"target_modules names the output head ({', '.join(heads)}): the fused log-probs read its weight directly, "
-            "so an adapter there would not be trained. Leave it out; `all-linear` already does."
+            "so an adapter on it would not be trained. Remove it from the list; `all-linear` also excludes it."
         )
     check_choice(
         "init",
         spec.init,
         LORA_INITS,
-        fix="Inits that change the base weights (PiSSA, OLoRA, LoftQ, ...) are left out: the adapter would not fit the "
-        "released base any more. Set lora.init.",
+        fix="Inits that change the base weights (PiSSA, OLoRA, LoftQ, ...) are not supported: the adapter would no "
+        "longer fit the released base. Set lora.init.",
     )
     if spec.r < 1 or spec.alpha <= 0 or not 0 <= spec.dropout < 1:
         raise ConfigError(
@@ -104,24 +104,24 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 
 def base_fingerprint(model: Any) -> str:
-    """Name of the frozen base under `model`, the same with and without a LoRA adapter: `<core>-<kind>-<linear>`.
+    """Compute `<core>-<kind>-<linear>`, which identifies the frozen base of `model`, with or without a LoRA adapter.
 
     - core: SHA-256 (16 hex digits) over the architecture fields of the config and the sign bits of up to 1024 evenly
       spaced elements of every vector, embedding and head. Rounding to another float type keeps signs, and bitsandbytes
-      leaves these unquantised, so float32, bfloat16, float16 and 4-bit loads of one model share it.
-    - kind: how the linear layers are held: `float`, `nf4` or `fp4`.
-    - linear: the same over the linear layers, zeros when quantised: 4-bit codes may differ by a rounding between a GPU
-      and a CPU.
+      does not quantize these, so float32, bfloat16, float16 and 4-bit loads of one model share it.
+    - kind: storage type of the linear layers: `float`, `nf4` or `fp4`.
+    - linear: like core, over the linear layers; zeros when they are quantized, since 4-bit codes may differ by rounding
+      between a GPU and a CPU.
 
-    It tells models apart, fine-tunes of one model included; it is no proof against a forger.
+    It distinguishes models, including fine-tunes of one model. It does not protect against forgery.
     """
     config = model.config.get_text_config()
     core, linear = hashlib.sha256(), hashlib.sha256()
     core.update(json.dumps([[name, getattr(config, name, None)] for name in _ARCHITECTURE]).encode())
     kind = "float"
     for name, weight in sorted(_base_weights(model), key=lambda item: item[0]):
-        if (quantised := getattr(weight, "quant_state", None)) is not None:
-            kind = quantised.quant_type
+        if (quant_state := getattr(weight, "quant_state", None)) is not None:
+            kind = quant_state.quant_type
             continue
         in_core = weight.ndim < 2 or weight.shape[0] == config.vocab_size
         (core if in_core else linear).update(name.encode() + b"\0" + _sample(weight))
@@ -147,13 +147,16 @@ def _sample(weight: torch.Tensor) -> bytes:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints name one model: equal cores, and equal linear layers where neither is quantised."""
-    (core_a, *held_a), (core_b, *held_b) = one.split("-"), other.split("-")
-    return core_a == core_b and (held_a == held_b or not held_a[0] == held_b[0] == "float")
+    """Return True if two fingerprints identify the same model.
+
+    Their cores must be equal, and their linear layers as well unless one of them is quantized.
+    """
+    (core_a, *linear_a), (core_b, *linear_b) = one.split("-"), other.split("-")
+    return core_a == core_b and (linear_a == linear_b or not linear_a[0] == linear_b[0] == "float")
 
 
 def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = None) -> None:
-    """Write `mel_lite.json` beside an adapter: the base under `model`, how it was loaded, and its fingerprint."""
+    """Write `mel_lite.json` next to an adapter: the base of `model`, how it was loaded, and its fingerprint."""
     from mel_lite import __version__
 
     base = _describe_base(model, revision)
@@ -183,36 +186,39 @@ def _describe_base(model: Any, revision: str | None) -> ModelSpec:
 
 
 def find_adapter(folder: Path | str) -> Path:
-    """The adapter in a run, checkpoint or adapter folder: itself, its `adapter/`, or its newest whole checkpoint.
+    """Find the adapter in a run, checkpoint or adapter folder: itself, its `adapter/`, or its newest whole checkpoint.
 
-    `demo` is the packaged warm start of the demo model. Raises: ModelError when there is none.
+    `demo` is the packaged warm start of the demo model. Raises: ModelError when there is no adapter.
     """
     folder = DEMO_ADAPTER if str(folder) == DEMO else Path(folder)
     named = {
         re.fullmatch(r"checkpoint-(\d+)", path.parent.name): path.parent for path in folder.glob("*/manifest.json")
     }
-    checkpoints = {int(match[1]): path for match, path in named.items() if match}  # not those that were set aside
+    checkpoints = {
+        int(match[1]): path for match, path in named.items() if match
+    }  # without damaged ones, which were renamed
     places = [folder, folder / "adapter", *(checkpoints[step] for step in sorted(checkpoints, reverse=True))]
     for place in places:
         if (place / "adapter_config.json").is_file():
             return place
     raise ModelError(
         f"{str(folder)!r} holds no adapter: no adapter_config.json in it, in adapter/, or in a checkpoint. Give a run "
-        "folder that saved one, or the folder PEFT saved."
+        "folder with a saved adapter, or the folder PEFT saved."
     )
 
 
 def adapter_rank(lora: LoraSpec) -> int:
-    """Rank of the adapter a run trains: that of the one it starts from, else `lora.r`. Raises: ModelError."""
+    """Return the rank of the adapter that a run trains: of `start_from` if set, else `lora.r`. Raises: ModelError."""
     if lora.start_from is None:
         return lora.r
     return int(json.loads((find_adapter(lora.start_from) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
 
 
 def adapter_base(adapter_dir: Path) -> ModelSpec:
-    """The base an adapter says it was trained on, and how it was loaded then.
+    """Return the base that an adapter was trained on, according to its files, and how it was loaded.
 
-    For an adapter without `mel_lite.json` it is the base PEFT wrote down, unquantised, in this machine's own dtype.
+    For an adapter without `mel_lite.json`, this is the base that PEFT recorded, unquantized, in this machine's default
+    dtype.
 
     Raises: ModelError when the folder holds no LoRA adapter in safetensors.
     """
@@ -223,7 +229,7 @@ def adapter_base(adapter_dir: Path) -> ModelSpec:
 
 
 def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """PEFT's configuration of an adapter folder, and our record when there is one."""
+    """Read PEFT's configuration in an adapter folder, and the content of `mel_lite.json` if it exists."""
     if not (adapter_dir / "adapter_config.json").is_file():
         raise ModelError(f"adapter={str(adapter_dir)!r} has no adapter_config.json. Give the folder PEFT saved.")
     if not (adapter_dir / WEIGHTS).is_file():
@@ -248,18 +254,19 @@ def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
 
 
 def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved LoRA adapter on its base; `model` is changed in place.
+    """Attach a saved LoRA adapter to its base. Changes `model` in place.
 
-    An adapter without `mel_lite.json` is checked by the base name PEFT wrote (a warning) and by its weights' shapes.
+    An adapter without `mel_lite.json` is checked by the base name that PEFT recorded (a warning) and by the shapes of
+    its weights.
 
-    Raises: ModelError when the adapter was trained on another base, does not fit this one, lacks weights, or (with
-        `trainable`) adapts the output head.
+    Raises: ModelError when the adapter was trained on another base, does not fit this one, has missing weights, or
+        (with `trainable`) adapts the output head.
     """
     import torch
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        raise ModelError("the model already carries an adapter. Attach to the bare base (`load_base`).")
+        raise ModelError("the model already has an adapter. Attach to the plain base model (`load_base`).")
     config, record = _read_adapter(adapter_dir)
     _check_base(model, adapter_dir, config, record)
     device = str(next(model.parameters()).device)
@@ -267,13 +274,13 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
         peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable, torch_device=device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a garbled or hostile file meets whatever PEFT did not expect
+    except Exception as error:  # a corrupt or hostile file may raise anything in PEFT
         raise ModelError(
             f"adapter={str(adapter_dir)!r}, trained on {_base_name(config, record)}, does not fit "
             f"{model.config._name_or_path}: {str(error)[:500]}"
         ) from error
     _check_complete(peft_model, adapter_dir)
-    # The base was found to be the same, wherever it lies: PEFT would ask the Hub for the name in the file at each save.
+    # The base is the right one, whatever its path: PEFT would look up the recorded name on the Hub at each save.
     peft_model.peft_config["default"].base_model_name_or_path = model.config._name_or_path
     if trainable and hasattr(peft_model.get_output_embeddings(), "base_layer"):
         raise ModelError(f"adapter={str(adapter_dir)!r} adapts the output head, which MEL-Lite cannot train further.")
@@ -281,7 +288,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
 
 
 def check_base(model: Any, adapter_dir: Path) -> None:
-    """Raise ModelError when the adapter in a folder was trained on another base than `model`'s."""
+    """Check the base of the adapter in a folder. Raises: ModelError when it is not the base of `model`."""
     _check_base(model, adapter_dir, *_read_adapter(adapter_dir))
 
 
@@ -299,20 +306,23 @@ def _check_base(model: Any, adapter_dir: Path, config: dict[str, Any], record: d
     if not same_base(record["base_fingerprint"], here):
         raise ModelError(
             f"adapter={str(adapter_dir)!r} was trained on {_base_name(config, record)} (fingerprint "
-            f"{record['base_fingerprint']}), but this model is {name!r} ({here}): on another base it is noise. "
+            f"{record['base_fingerprint']}), but this model is {name!r} ({here}): on another base it is meaningless. "
             "Load the base it was trained on."
         )
 
 
 def _check_complete(model: PeftModel, adapter_dir: Path) -> None:
-    """PEFT only warns when a file lacks weights, and ignores those it has no place for; both mean a wrong adapter."""
+    """Check that the file has exactly the weights of the adapter. Raises: ModelError.
+
+    PEFT only warns about missing weights and ignores unexpected ones. Both mean a wrong adapter.
+    """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
         saved = set(file.keys())
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    homeless = {name for name in saved - wanted if ".lora_" in name}
-    if problem := sorted((wanted - saved) | homeless):
-        what = "lacks" if problem[0] in wanted else "has weights this base has no place for, such as"
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    unexpected = {name for name in saved - expected if ".lora_" in name}
+    if problem := sorted((expected - saved) | unexpected):
+        what = "is missing the weight" if problem[0] in expected else "has a weight that this base has no layer for:"
         raise ModelError(f"adapter={str(adapter_dir)!r} {what} {problem[0]} ({len(problem)} such weights in all).")

@@ -1,8 +1,8 @@
 """Attention for CPUs and for GPUs without flash kernels (before compute capability 8.0: T4, V100).
 
-On such GPUs, SDPA with fewer key heads than query heads falls back to the kernel that holds all scores: gigabytes for a
-long sequence. With keys and values repeated for every head, the memory-efficient kernel runs. When one token is
-sampled, that repetition would copy the whole cache: there, the query heads that share a key head are its queries.
+On such GPUs, SDPA with fewer key heads than query heads falls back to the kernel that stores all scores, gigabytes for
+a long sequence. With keys and values repeated for every query head, the memory-efficient kernel runs. For a single
+sampled token, the repetition would copy the whole cache. There, the query heads of a key head become its queries.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ FLASH_CAPABILITY = (8, 0)
 
 
 def attention_for(requested: str | None) -> str | None:
-    """What to load a model with: `requested`, else the attention below where the device needs it, else None.
+    """Return the `attn_implementation` for loading: `requested`, else `NAME` if the device needs it, else None.
 
-    Registers it with transformers when it is chosen.
+    Registers `NAME` with transformers when it is chosen.
     """
     import torch
 
@@ -32,7 +32,7 @@ def attention_for(requested: str | None) -> str | None:
 
 
 def register() -> None:
-    """Make `attn_implementation="sdpa_grouped_heads"` known to transformers, with SDPA's masks."""
+    """Register `attn_implementation="sdpa_grouped_heads"` with transformers, with SDPA's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -51,9 +51,9 @@ def grouped_heads(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(q k^T scale + mask) v for (B, heads, T, head_dim) queries; keys and values may have fewer heads.
+    """Compute softmax(q k^T scale + mask) v for (B, heads, T, head_dim) queries. Keys and values may have fewer heads.
 
-    Returns: (B, T, heads, head_dim), and None for the weights, which do not exist.
+    Returns: (B, T, heads, head_dim), and None for the weights, which are never computed.
     """
     import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import repeat_kv

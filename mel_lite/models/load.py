@@ -1,6 +1,6 @@
-"""Base models and tokenizers: which one, loaded how.
+"""Load base models and tokenizers.
 
-Weights come from safetensors only, and no code from a model's repository is ever run.
+Weights are loaded from safetensors only, and no code of a model's repository is ever run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-"""Model name that stands for the demo model of `mel_lite.models.demo`."""
+"""Name of the demo model of `mel_lite.models.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QuantType = Literal["nf4", "fp4"]
 EngineName = Literal["auto", "unsloth", "hf"]
@@ -33,7 +33,7 @@ EngineName = Literal["auto", "unsloth", "hf"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which base model to load, and how. `trust_remote_code` is not an option: repository code is never run.
+    """Base model and how to load it. There is no `trust_remote_code`: repository code is never run.
 
     Raises: ConfigError for a value outside its range.
     """
@@ -43,30 +43,31 @@ class ModelSpec:
     revision: str | None = None
     """Branch, tag or commit of a Hub id; None = its main branch."""
     dtype: str = "auto"
-    """`auto`: bfloat16 where the GPU computes in it, float16 on older GPUs (T4), float32 on CPU. With `load_in_4bit` it
-    is the dtype of the layers that stay unquantised and of the arithmetic."""
+    """`auto`: bfloat16 if the GPU computes in it, float16 on older GPUs (T4), float32 on CPU. With `load_in_4bit` it is
+    the dtype of the unquantized layers and of the arithmetic."""
     load_in_4bit: bool = False
-    """Quantise the linear layers (not the head) to 4 bits while loading: QLoRA."""
+    """Quantize the linear layers (not the head) to 4 bits while loading: QLoRA."""
     quant_type: QuantType = "nf4"
     double_quant: bool = True
-    """Quantise the scales too: 0.4 bits less per weight."""
+    """Also quantize the scales, which saves 0.4 bits per weight."""
     attn_implementation: str | None = None
-    """`sdpa`, `eager`, `flash_attention_2`, ...; None = what transformers picks. Kernels on the Hub are code."""
+    """`sdpa`, `eager`, `flash_attention_2`, ...; None = transformers' choice. Kernels on the Hub are rejected, since
+    they are code."""
     engine: EngineName = "auto"
-    """What loads the model of a run and samples from it: Unsloth, or transformers. `auto`: Unsloth where there are a
-    CUDA device and the package."""
+    """Library that loads the model of a run and samples from it: Unsloth, or transformers (`hf`). `auto`: Unsloth if
+    there is a CUDA device and the package is installed."""
     fast_inference: bool = True
-    """With Unsloth: sample with vLLM on the trained weights, where it is installed."""
+    """With Unsloth: sample with vLLM on the trained weights, if it is installed."""
     gpu_memory_utilization: float | None = None
-    """Share of the GPU's memory vLLM may take while it samples; None = as `--gpu` plans, else what Unsloth picks."""
+    """Share of the GPU's memory for vLLM while it samples; None = as planned with `--gpu`, else Unsloth's choice."""
     max_num_seqs: int | None = None
-    """Most sequences vLLM samples at once; None = as `--gpu` plans, else what Unsloth picks."""
+    """Most sequences vLLM samples at once; None = as planned with `--gpu`, else Unsloth's choice."""
     max_lora_rank: int | None = None
-    """Largest rank vLLM makes room for; None = that of the adapter."""
+    """Largest LoRA rank vLLM reserves memory for; None = rank of the adapter."""
     max_seq_length: int | None = None
-    """Most tokens of a sequence Unsloth and vLLM make room for; None = the longest of the run."""
+    """Longest sequence Unsloth and vLLM reserve memory for, in tokens; None = longest sequence of the run."""
     use_gradient_checkpointing: bool | Literal["unsloth"] | None = None
-    """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = as `train.gradient_checkpointing`."""
+    """With Unsloth: `unsloth` moves checkpointed activations to the CPU; None = `train.gradient_checkpointing`."""
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, get_args(EngineName), fix="Set model.engine.")
@@ -84,13 +85,13 @@ class ModelSpec:
         check_choice("quant_type", self.quant_type, get_args(QuantType))
         if "/" in (self.attn_implementation or ""):
             raise ConfigError(
-                f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is code from a "
-                "repository; that is never run. Set sdpa, eager, or an installed one such as flash_attention_2."
+                f"attn_implementation={self.attn_implementation!r} names a kernel on the Hub, which is repository code "
+                "and is never run. Set sdpa, eager, or an installed one such as flash_attention_2."
             )
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype a spec's `dtype` stands for on this machine."""
+    """Return the torch dtype for a spec's `dtype` on this machine."""
     import torch
 
     if name != "auto":
@@ -101,12 +102,11 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a pad token that is not the end-of-sequence token if it has one.
+    """Load the model's tokenizer with left padding, and a pad token other than the eos token if the vocabulary has one.
 
-    A tokenizer saved in the folder `saved_in` (a checkpoint or adapter) is taken instead of the base model's, so that a
-    chat template changed for training is kept.
-    The vocabulary is never extended. Logs a warning when there is no chat template, and when the template ends an
-    assistant's turn with another token than the tokenizer's eos (generation would then run on).
+    A tokenizer saved in the folder `saved_in` (a checkpoint or adapter) replaces the base model's, so that a chat
+    template changed for training is kept. The vocabulary is never extended. Logs a warning when there is no chat
+    template, and when the template ends an assistant turn with another token than eos, since generation would continue.
 
     Raises: ModelError when it cannot be loaded or has no eos token.
     """
@@ -120,7 +120,7 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"tokenizer of {spec.name!r} has no eos token, so an answer could never end. Set `eos_token` in its "
+            f"tokenizer of {spec.name!r} has no eos token, so a completion could never end. Set `eos_token` in its "
             "tokenizer_config.json."
         )
     tokenizer.padding_side = "left"
@@ -153,7 +153,7 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the special token with which the chat template ends an assistant's turn; None when there is none."""
+    """Return the id of the special token that ends an assistant turn in the chat template. None when there is none."""
     if tokenizer.chat_template is None:
         return None
     marker = "last-words"
@@ -165,9 +165,9 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's eos, and those the model's generation config names.
+    """Return every id that ends a completion: the tokenizer's eos, and those of the model's generation config.
 
-    The same rule as TRL's, so that evaluation stops where training does.
+    TRL uses the same rule, so evaluation stops where training does.
     """
     named = model.generation_config.eos_token_id if model.generation_config else None
     ids = named if isinstance(named, list) else [] if named is None else [named]
@@ -175,7 +175,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's configuration alone, without its weights. Raises ModelError as `load_base` does."""
+    """Load the model's configuration without its weights. Raises: ModelError, like `load_base`."""
     from transformers import AutoConfig
 
     path = locate(spec.name)
@@ -186,29 +186,32 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def _refuse_hub_kernels(path: str, spec: ModelSpec) -> None:
-    """A config may name a kernel on the Hub for its attention or experts, which transformers would fetch and run."""
+    """Check that the config names no kernel on the Hub (attention, experts): transformers would download and run it.
+
+    Raises: ModelError.
+    """
     from transformers import PreTrainedConfig
 
     loaded, _ = PreTrainedConfig.get_config_dict(path, revision=spec.revision)
     for key, value in _items(loaded):
         if "implementation" in key and "/" in str(value):
             raise ModelError(
-                f"model={spec.name!r}: its config.json sets {key}={value!r}, a kernel on the Hub, which is code from a "
-                "repository; that is never run. Remove the key from the file."
+                f"model={spec.name!r}: its config.json sets {key}={value!r}, a kernel on the Hub, which is repository "
+                "code and is never run. Remove the key from the file."
             )
 
 
 def _items(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of nested dicts with its value."""
+    """Yield every key of nested dicts with its value."""
     for key, value in tree.items() if isinstance(tree, dict) else ():
         yield str(key), value
         yield from _items(value)
 
 
 def load_base(spec: ModelSpec) -> PreTrainedModel:
-    """The base model in evaluation mode, on the GPU when there is one. 4-bit works on a CPU too.
+    """Load the base model in evaluation mode, on the GPU if there is one. 4-bit loading also works on a CPU.
 
-    Raises: ModelError when it cannot be found, reached or loaded; the message says what to do.
+    Raises: ModelError when it cannot be found, downloaded or loaded, with the fix.
     """
     from transformers import AutoModelForCausalLM
 
@@ -229,7 +232,7 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
         except ValueError:
             if attention in (None, spec.attn_implementation):
                 raise
-            model = load(attn_implementation=None)  # one of the few that SDPA does not serve
+            model = load(attn_implementation=None)  # one of the few architectures without SDPA
     keep_four_bit_layout(model)
     return model
 
@@ -254,11 +257,11 @@ def _four_bit(spec: ModelSpec, dtype: torch.dtype) -> Any:
 
 
 def keep_four_bit_layout(model: PreTrainedModel) -> None:
-    """Switch off bitsandbytes' CPU inference layout, where there is one.
+    """Switch off bitsandbytes' CPU inference layout, if it has one. `load_base` already does this.
 
-    On CPUs with AVX512-BF16, the first forward pass in evaluation mode repacks a 4-bit weight for a bfloat16 kernel
-    that has no backward pass, and the weight stays so: training after generating would silently lose the gradient of
-    every layer below, and sampling would use other arithmetic than training. `load_base` has done this already.
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently repacks a 4-bit weight for a
+    bfloat16 kernel without a backward pass. Training after generation would silently lose the gradient of every layer
+    below, and sampling would use other arithmetic than training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -266,9 +269,9 @@ def keep_four_bit_layout(model: PreTrainedModel) -> None:
 
 
 def context_length(model_or_config: Any) -> int:
-    """Most tokens (prompt + completion) the model has positions for.
+    """Return the most tokens (prompt + completion) that the model has positions for.
 
-    Raises: ModelError when its config does not say.
+    Raises: ModelError when the config does not state it.
     """
     config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -279,7 +282,7 @@ def context_length(model_or_config: Any) -> int:
 
 
 def locate(name: str) -> str:
-    """A path or Hub id transformers can load. Raises ModelError for a local folder that is no model."""
+    """Return a path or Hub id that transformers can load. Raises: ModelError for a local folder without a model."""
     if name == DEMO:
         return str(demo_model_dir())
     path = Path(name).expanduser()
@@ -296,14 +299,14 @@ def locate(name: str) -> str:
 
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """Turn what transformers and the Hub client raise while loading `name` into a ModelError that says what to do."""
+    """Convert errors of transformers and the Hub client while loading `name` to a ModelError with the fix."""
     import torch
 
     try:
         yield
     except (MelLiteError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a garbled file meets whatever its reader did not expect
+    except Exception as error:  # a corrupt file may raise anything in its reader
         raise ModelError(f"model={name!r}: {_advice(name, error)}") from error
 
 
@@ -334,11 +337,11 @@ def _advice(name: str, error: BaseException) -> str:
     if raised(hub.HFValidationError):
         return "neither an existing folder nor a Hub id (owner/name). Check the spelling."
     if "trust_remote_code" in text:
-        return "it needs code from its repository, which MEL-Lite never runs. Use a model that transformers itself has."
+        return "it needs code from its repository, which MEL-Lite never runs. Use a model built into transformers."
     if "safetensors" in text and ("no file named" in text or "does not appear" in text):
         return "it has no safetensors weights, and pickled ones are never loaded. Convert it with `save_pretrained`."
     if isinstance(error, ImportError) and "bitsandbytes" in text:
         return f"{error}. 4-bit loading needs `pip install bitsandbytes`."
     if isinstance(error, (OSError, ValueError, ImportError)):
         return str(error)
-    return f"its files are garbled ({type(error).__name__}: {error}). Get them again, or use another model."
+    return f"its files are corrupt ({type(error).__name__}: {error}). Download them again, or use another model."

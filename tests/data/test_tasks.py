@@ -1,4 +1,4 @@
-"""Sources become rows of prompt and answer; what cannot is named by file, row and column."""
+"""Sources are loaded as rows of prompt and answer. Errors name file, row and column."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPECTED = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "level": i % 2} for i 
 
 
 def write(path: Path, rows: list[Any]) -> str:
-    """The rows in the format the file name says."""
+    """Write rows in the format of the file name."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".json":
@@ -41,14 +41,14 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.fixture
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Lays rows out as on the Hub, where `datasets.load_dataset` finds them under the same id without a network."""
+    """Return a function that writes rows in Hub layout, where `datasets.load_dataset` finds them without a network."""
     monkeypatch.chdir(tmp_path)
 
     def make(hub_id: str, rows: list[Any], *, config: str = "default", split: str = "train") -> None:
         folder = Path(hub_id)
         folder.mkdir(parents=True)
         write(folder / "rows.jsonl", rows)
-        others = [name for name in ("all", "other") if name != config]  # so that the wrong configuration would fail
+        others = [name for name in ("all", "other") if name != config]  # so that another configuration would fail
         card = f"configs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: rows.jsonl\n"
         card += "".join(f"- config_name: {name}\n  data_files: none.jsonl\n" for name in others)
         (folder / "README.md").write_text(f"---\n{card}---\n")
@@ -159,15 +159,15 @@ def test_ambiguous_and_unknown_columns_name_the_option(tmp_path: Path) -> None:
     assert list(chosen) == [{"prompt": "p", "answer": "2", "solution": "because ... 2", "prompt_original": "q"}]
 
 
-def test_a_column_of_two_kinds_is_named_and_bytes_are_left_out(tmp_path: Path) -> None:
+def test_a_column_of_two_types_is_named_and_bytes_are_dropped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="column 'level' mixes int and str"):
         load_tasks(write(tmp_path / "tasks.json", [*ROWS, {"question": "x", "answer": 1, "level": "hard"}]))
     path = write(tmp_path / "tasks.parquet", [row | {"image": b"\x89PNG"} for row in ROWS])
-    with pytest.warns(UserWarning, match="left out columns JSON cannot hold: image"):
+    with pytest.warns(UserWarning, match="dropped columns that JSON cannot represent: image"):
         assert list(load_tasks(path)) == EXPECTED
 
 
-def test_conversations(tmp_path: Path) -> None:
+def test_prompts_become_conversations_if_requested(tmp_path: Path) -> None:
     user = {"role": "user", "content": "p"}
     plain = write(tmp_path / "plain.json", [{"prompt": "p", "answer": "1"}])
     talk = write(tmp_path / "talk.json", [{"prompt": [{"role": "system", "content": "old"}, user], "answer": "1"}])
@@ -236,7 +236,7 @@ def test_dapo_as_released_keeps_each_prompt_once(publish: Publish) -> None:
     assert tasks[1]["reward_model"]["ground_truth"] == "34" and tasks[1]["extra_info"] == {"index": "1"}
 
 
-def test_dapo_processed_asks_in_the_original_words(publish: Publish) -> None:
+def test_dapo_processed_uses_the_original_prompt(publish: Publish) -> None:
     source = [{"role": "user", "content": WRAPPED.format("a")}]
     row = {"prompt": "a", "solution": "34", "source_prompt": source, "reward_model": {"ground_truth": "34"}}
     publish("open-r1/DAPO-Math-17k-Processed", [row, row], config="en")
@@ -246,7 +246,7 @@ def test_dapo_processed_asks_in_the_original_words(publish: Publish) -> None:
     ]
 
 
-def test_gsm8k_answer_is_what_follows_the_marker(publish: Publish) -> None:
+def test_the_gsm8k_answer_follows_the_marker(publish: Publish) -> None:
     rows = [
         {"question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 1,002"},
         {"question": "Who?", "answer": "#### 5"},
@@ -316,13 +316,13 @@ def test_reasoning_gym_specs_that_cannot_work(spec: str, message: str) -> None:
         load_tasks(spec)
 
 
-def test_reasoning_gym_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reasoning_gym_is_an_error_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(DataError, match=r'needs the package reasoning-gym .*pip install "mel-lite\[gym\]"'):
         load_tasks("reasoning-gym:gcd")
 
 
-def test_demo_splits_share_no_question_and_every_answer_is_true() -> None:
+def test_demo_splits_share_no_question_and_every_answer_is_right() -> None:
     splits = {split: load_tasks(f"demo:{split}") for split in demo_tasks.SPLITS}
     assert {split: len(tasks) for split, tasks in splits.items()} == {"train": 400, "test": 100}
     assert list(load_tasks("demo", split="test")) == list(splits["test"])

@@ -51,6 +51,24 @@ def test_contract(clause: str, engine: str, model: Any) -> None:
     CLAUSES[clause](BUILDERS[engine], model)
 
 
+def test_an_engine_with_the_three_methods_alone_has_the_defaults() -> None:
+    class Minimal(Engine):
+        name = "minimal"
+
+        def generate(self, requests: Any, sampling: Any) -> Any:
+            return []
+
+        def wake(self) -> None: ...
+
+        def sleep(self) -> None: ...
+
+    engine = Minimal()
+    assert (engine.own_kernels, engine.context_tokens, engine.share, engine.max_num_seqs) == (False, None, None, None)
+    assert engine.limit_cache(100) is False
+    with pytest.raises(TypeError, match="sleep"):
+        type("NoSleep", (Engine,), {"generate": Minimal.generate, "wake": Minimal.wake})()
+
+
 @pytest.fixture(scope="module")
 def unsloth_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = save_tiny(tmp_path_factory.mktemp("tiny"))

@@ -215,7 +215,7 @@ def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: A
     with pytest.raises(ConfigError, match="dtype: 'float32, mixed precision no' -> 'bfloat16, mixed precision no'"):
         trainer.train(resume_from_checkpoint=True)
     save_tiny(tmp_path / "base", seed=5)
-    with pytest.raises(ModelError, match="on another base it is noise"):
+    with pytest.raises(ModelError, match="on another base it is meaningless"):
         build(tmp_path, **split(8, 1)).train(resume_from_checkpoint=True)
     assert set(INPUTS) == set(trainer._inputs)
 

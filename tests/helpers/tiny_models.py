@@ -1,4 +1,4 @@
-"""Tiny random models and a byte-level tokenizer, saved to disk the way a user's base model is."""
+"""Tiny random models and a byte-level tokenizer, saved to disk like a user's base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>")
 
 
 def tiny_tokenizer(*, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:
-    """One token per byte, and four special tokens (ids 0 to 3)."""
+    """Build a tokenizer with one token per byte and four special tokens (ids 0 to 3)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocab, []))
@@ -32,7 +32,7 @@ def tiny_tokenizer(*, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>"
 def tiny_config(
     kind: str = "llama", *, tied: bool = True, hidden: int = 64, layers: int = 2, head_dim: int = 16
 ) -> Any:
-    """Config of a model of about 100k weights; sizes are multiples of 64 so that 4-bit blocks fit."""
+    """Return the config of a model of about 100k weights. Sizes are multiples of 64, as 4-bit blocks require."""
     options = {
         "vocab_size": 320,
         "hidden_size": hidden,
@@ -53,7 +53,7 @@ def tiny_config(
 def save_tiny(
     folder: Path, kind: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **config: int
 ) -> Path:
-    """Write a random model with tokenizer, opinionated: as initialised, its distributions would be near-uniform."""
+    """Write a random model and tokenizer. Weights are scaled up: as initialized, distributions would be near-uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, **config), dtype=torch.float32)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def save_tiny(
 
 
 def set_lora(model: Any, scale: float, *, seed: int = 1) -> None:
-    """Give every LoRA-B a random value, as training would, so that the adapter changes the model."""
+    """Set every LoRA-B to random values, so that the adapter changes the model, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

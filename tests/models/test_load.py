@@ -1,4 +1,4 @@
-"""Base models, tokenizers and adapters: right one, right settings, right refusal."""
+"""Base models, tokenizers and adapters: loading, settings, and errors for what cannot be used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _adapter(base_dir: Path, out: Path, spec: LoraSpec | None = None, **model_op
         (LoraSpec(init="pissa"), "pissa"),
     ],
 )
-def test_lora_spec_that_cannot_work_is_refused(spec: LoraSpec, field: str) -> None:
+def test_a_lora_spec_that_cannot_work_is_rejected(spec: LoraSpec, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         lora_config(spec)
 
@@ -70,7 +70,7 @@ def test_all_linear_reaches_every_linear_layer_but_the_head(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("options", "field"), [({"name": ""}, "name"), ({"name": "x", "dtype": "fp16"}, "fp16")])
-def test_model_spec_that_cannot_work_is_refused(options: dict[str, str], field: str) -> None:
+def test_a_model_spec_that_cannot_work_is_rejected(options: dict[str, str], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         ModelSpec(**options)
 
@@ -84,7 +84,7 @@ def test_model_spec_that_cannot_work_is_refused(options: dict[str, str], field: 
         ("a b c", "spelling"),
     ],
 )
-def test_a_model_that_cannot_be_had_says_what_to_do(name: str, advice: str) -> None:
+def test_a_model_that_cannot_be_found_has_an_error_with_the_fix(name: str, advice: str) -> None:
     for load in (load_base, load_tokenizer):
         with pytest.raises(ModelError, match=advice) as caught:
             load(ModelSpec(name))
@@ -99,8 +99,8 @@ def test_a_model_that_cannot_be_had_says_what_to_do(name: str, advice: str) -> N
         (hub.RevisionNotFoundError, "no such revision"),
     ],
 )
-def test_hub_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], advice: str) -> None:
-    """The Hub's answer, wrapped by transformers as it wraps it; no Hub can be asked here."""
+def test_errors_of_the_hub_have_a_fix(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], advice: str) -> None:
+    """Fakes the Hub's error as transformers wraps it, since tests do not use the network."""
     request = httpx.Request("GET", "https://huggingface.co/owner/name")
 
     def refuse(*_: object, **__: object) -> None:
@@ -154,7 +154,7 @@ def test_pad_token_differs_from_eos(tmp_path: Path, eos: str, pad: str | None, e
     tiny_config().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(ModelSpec(str(tmp_path)))
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == (expected, eos, "left")
-    assert len(tokenizer) == 260  # nothing was added
+    assert len(tokenizer) == 260  # no token was added
 
 
 def test_template_that_ends_a_turn_with_another_token_is_reported(tmp_path: Path, caplog) -> None:
@@ -165,7 +165,7 @@ def test_template_that_ends_a_turn_with_another_token_is_reported(tmp_path: Path
     assert "ends a turn with <|im_end|> but eos is <|endoftext|>" in caplog.text
 
 
-def test_missing_chat_template_is_reported_and_missing_eos_refused(tmp_path: Path, caplog) -> None:
+def test_a_missing_chat_template_is_reported_and_a_missing_eos_rejected(tmp_path: Path, caplog) -> None:
     tiny_config().save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
@@ -189,7 +189,7 @@ def test_context_length_is_read_from_model_or_config(base_dir: Path) -> None:
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_sees_the_base_through_adapter_dtype_and_quantisation(base_dir: Path) -> None:
+def test_the_fingerprint_ignores_adapter_dtype_and_quantization(base_dir: Path) -> None:
     name = str(base_dir)
     plain = base_fingerprint(load_base(ModelSpec(name)))
     wrapped = get_peft_model(load_base(ModelSpec(name)), lora_config(LoraSpec(r=4)))
@@ -202,7 +202,7 @@ def test_fingerprint_sees_the_base_through_adapter_dtype_and_quantisation(base_d
     assert same_base(four_bit, plain)
 
 
-def test_fingerprint_tells_models_apart(base_dir: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_distinguishes_models(base_dir: Path, tmp_path: Path) -> None:
     plain = base_fingerprint(load_base(ModelSpec(str(base_dir))))
     other_seed = base_fingerprint(load_base(ModelSpec(str(save_tiny(tmp_path / "a", "qwen3", seed=9)))))
     untied = base_fingerprint(load_base(ModelSpec(str(save_tiny(tmp_path / "b", "qwen3", tied=False)))))
@@ -234,7 +234,7 @@ def test_attached_adapter_gives_the_saved_models_logits(base_dir: Path, tmp_path
     assert {name.split(".")[-3] for name, w in trainable.named_parameters() if w.requires_grad} == {"lora_A", "lora_B"}
 
 
-def test_record_says_how_the_base_was_loaded(base_dir: Path, tmp_path: Path) -> None:
+def test_the_record_holds_how_the_base_was_loaded(base_dir: Path, tmp_path: Path) -> None:
     plain = _adapter(base_dir, tmp_path / "plain", dtype="bfloat16")
     assert adapter_base(plain) == ModelSpec(str(base_dir), dtype="bfloat16")
     four_bit = _adapter(base_dir, tmp_path / "four_bit", load_in_4bit=True, double_quant=False)
@@ -243,7 +243,7 @@ def test_record_says_how_the_base_was_loaded(base_dir: Path, tmp_path: Path) -> 
     )
 
 
-def test_adapter_of_another_base_is_refused_naming_both(base_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_rejected_naming_both(base_dir: Path, tmp_path: Path) -> None:
     adapter = _adapter(base_dir, tmp_path / "adapter")
     other = save_tiny(tmp_path / "other", "qwen3", seed=5)
     with pytest.raises(ModelError) as caught:
@@ -252,7 +252,7 @@ def test_adapter_of_another_base_is_refused_naming_both(base_dir: Path, tmp_path
     assert str(other) in str(caught.value)
 
 
-def test_foreign_adapter_is_checked_by_name_and_shape(base_dir: Path, tmp_path: Path, caplog) -> None:
+def test_an_adapter_without_record_is_checked_by_name_and_shape(base_dir: Path, tmp_path: Path, caplog) -> None:
     adapter = _adapter(base_dir, tmp_path / "adapter")
     (adapter / "mel_lite.json").unlink()
     attach_adapter(load_base(ModelSpec(str(base_dir))), adapter)
@@ -265,11 +265,11 @@ def test_foreign_adapter_is_checked_by_name_and_shape(base_dir: Path, tmp_path: 
     with pytest.raises(ModelError, match="does not fit"):
         attach_adapter(load_base(ModelSpec(str(wider))), adapter)
     shallower = save_tiny(tmp_path / "shallower", "qwen3", layers=1)
-    with pytest.raises(ModelError, match="no place for"):
+    with pytest.raises(ModelError, match="no layer for"):
         attach_adapter(load_base(ModelSpec(str(shallower))), adapter)
 
 
-def test_damaged_adapters_are_refused(base_dir: Path, tmp_path: Path) -> None:
+def test_damaged_adapters_are_rejected(base_dir: Path, tmp_path: Path) -> None:
     adapter = _adapter(base_dir, tmp_path / "adapter")
     weights = load_file(adapter / "adapter_model.safetensors")
 
@@ -280,8 +280,8 @@ def test_damaged_adapters_are_refused(base_dir: Path, tmp_path: Path) -> None:
 
     first = sorted(weights)[0]
     cases = {
-        "lacks": changed("lacking", {k: v for k, v in weights.items() if k != first}),
-        "no place for": changed("extra", weights | {first.replace("layers.0", "layers.7"): weights[first].clone()}),
+        "is missing": changed("missing", {k: v for k, v in weights.items() if k != first}),
+        "no layer for": changed("extra", weights | {first.replace("layers.0", "layers.7"): weights[first].clone()}),
         "does not fit": changed(
             "rank", {k: v[:2].clone() if "lora_A" in k else v[:, :2].clone() for k, v in weights.items()}
         ),
@@ -315,7 +315,7 @@ def test_adapted_head_can_be_used_but_not_trained(tmp_path: Path) -> None:
 # --- 4-bit -----------------------------------------------------------------------------------------------------------
 
 
-def test_four_bit_quantises_the_linear_layers_only(base_dir: Path) -> None:
+def test_four_bit_quantizes_only_the_linear_layers(base_dir: Path) -> None:
     model = load_base(ModelSpec(str(base_dir), load_in_4bit=True))
     kinds = {type(model.model.layers[0].mlp.up_proj).__name__, type(model.lm_head).__name__}
     assert kinds == {"Linear4bit", "Linear"}
@@ -323,12 +323,14 @@ def test_four_bit_quantises_the_linear_layers_only(base_dir: Path) -> None:
     with torch.no_grad():
         full = load_base(ModelSpec(str(base_dir)))(IDS_BT).logits
         error = (model(IDS_BT).logits - full).norm() / full.norm()
-    assert 0.001 < error < 0.5  # quantised, and still the same model
+    assert 0.001 < error < 0.5  # quantized, and still the same model
 
 
-def test_generating_does_not_cost_a_four_bit_model_its_gradients(base_dir: Path) -> None:
-    """On AVX512-BF16 machines bitsandbytes repacks weights in evaluation mode for a kernel without a backward pass;
-    without `keep_four_bit_layout` only the last layers' LoRA weights get a gradient after that."""
+def test_a_four_bit_model_has_gradients_after_generation(base_dir: Path) -> None:
+    """On AVX512-BF16 machines, bitsandbytes repacks weights in evaluation mode for a kernel without a backward pass.
+
+    Without `keep_four_bit_layout`, only the LoRA weights of the last layers would get a gradient afterwards.
+    """
     model = get_peft_model(load_base(ModelSpec(str(base_dir), load_in_4bit=True)), lora_config(LoraSpec(r=4)))
     set_lora(model, 0.1)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
     build(tmp_path, **common).train()
     save_tiny(tmp_path / "other", seed=5)
     other = build(tmp_path, model=tiny_model(tmp_path / "other"), **{**common, "max_steps": 2})
-    with pytest.raises(ModelError, match="on another base it is noise"):
+    with pytest.raises(ModelError, match="on another base it is meaningless"):
         other.train(resume_from_checkpoint=True)
 
 

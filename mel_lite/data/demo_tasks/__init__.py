@@ -1,4 +1,4 @@
-"""Small arithmetic tasks the warm-started demo model answers right now and then: `train.jsonl` and `test.jsonl`."""
+"""Small arithmetic tasks that the warm-started demo model solves sometimes: `train.jsonl` and `test.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 SPLITS = ("train", "test")
 INSTRUCTION = "Keep a running total, one step per line, and finish with `Answer: <number>`."
-"""What stands behind every question."""
+"""Text after every question."""
 
 
 def path(split: str) -> Path:
-    """The packaged file of a split, `train` or `test`; written by `python -m mel_lite.data.demo_tasks.make`."""
+    """Return the packaged file of a split, `train` or `test`. `python -m mel_lite.data.demo_tasks.make` writes it."""
     return Path(__file__).with_name(f"{split}.jsonl")

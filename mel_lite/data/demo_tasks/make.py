@@ -1,6 +1,6 @@
 """Write the demo tasks: `python -m mel_lite.data.demo_tasks.make [folder]`. Needs the `gym` extra.
 
-The output has the same bytes every time. No expression occurs twice, so no test question is a training question.
+The output is deterministic, byte for byte. No expression occurs twice, so no test question is a training question.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POOL = 4_000
 
 
 def rows(task: str, config: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The first `count` generated tasks with different expressions. Raises: ValueError when the family has fewer."""
+    """Return the first `count` generated tasks with different expressions. Raises: ValueError if there are fewer."""
     import reasoning_gym
 
     seen: dict[str, dict[str, Any]] = {}
