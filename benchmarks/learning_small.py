@@ -37,7 +37,7 @@ from transformers import (
 from demo_warmup.examples import make_examples, test_expressions
 from demo_warmup.problems import draw_problem
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates
-from mel_lite.warmup.examples import Example, tokenise
+from mel_lite.warmup.examples import Example, tokenize
 from mel_lite.warmup.train import in_batches
 
 SEED = 20261123
@@ -177,7 +177,7 @@ class StopAt(TrainerCallback):
 def train(model: Any, tokenizer: Any, made: Sequence[dict[str, Any]], folder: Path, stage: Stage) -> int:
     """One pass over the examples, or up to `stage.stop_at`: the NLL of their completions. Returns: steps taken."""
     pairs = [Example(each["prompt"], each["completion"]) for each in made]
-    rows, _ = tokenise(pairs, tokenizer, max_length_tokens=512, turn_end=tokenizer.eos_token_id)
+    rows, _ = tokenize(pairs, tokenizer, max_length_tokens=512, turn_end=tokenizer.eos_token_id)
     args = TrainingArguments(
         str(folder), num_train_epochs=1, logging_steps=50, save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", seed=SEED,

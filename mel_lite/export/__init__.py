@@ -1,1 +1,1 @@
-"""Write trained adapters as merged models, checked for fidelity."""
+"""Export trained adapters as adapter folders, merged models or GGUF files, checked for fidelity."""

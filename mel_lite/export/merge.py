@@ -1,8 +1,8 @@
-"""From a trained adapter to something to serve: a clean adapter folder, or a merged 16-bit model that was checked.
+"""Export a trained adapter for serving: as a clean adapter folder, a checked 16-bit merged model, or a GGUF file.
 
-A merge is only as good as its rounding. The update is added in float32 to the base as the adapter saw it in training
-(for a 4-bit base: its de-quantised weights), rounded once, written, loaded again and compared with the adapter model;
-the figures are saved beside the weights. Nothing appears under the target's name before that.
+Rounding limits the quality of a merge. The update is added in float32 to the base weights that the adapter saw in
+training (the dequantized weights of a 4-bit base) and rounded once. The written model is loaded again and compared with
+the adapter model, and the figures are saved next to the weights. The target folder does not exist before that.
 """
 
 from __future__ import annotations
@@ -62,18 +62,19 @@ def export(
     dtype: str = "auto",
     allow_untrained: bool = False,
 ) -> ExportReport:
-    """Write the adapter of a run, checkpoint or adapter folder to `out_dir` in another form.
+    """Export the adapter of a run, checkpoint or adapter folder to `out_dir`.
 
     Args:
-        format: `adapter` (PEFT's files alone), `merged-16bit` (a plain model; checked against the adapter model), or
-            `f16`, `q8_0`, `q4_k_m`: that model as a GGUF file of the type, written by llama.cpp's tools.
-        base: where to find the base, when not where the adapter says. How it is loaded (dtype, 4-bit) is always what
-            the adapter was trained with, as far as that was recorded.
-        dtype: of the merged weights. `auto` is the base checkpoint's own 16-bit type; float16 for a float32 checkpoint
-            whose weights fit its range (on the demo model its rounding costs 60 times less KL than bfloat16's).
-        allow_untrained: export an adapter whose LoRA-B is still zero, so that it changes nothing.
-    Raises: ExportError when `out_dir` is in use, the adapter is untrained or not finite, or disk space is short;
-        ModelError when adapter and base do not fit; ConfigError for an unknown format or dtype.
+        format: `adapter` (only PEFT's files), `merged-16bit` (a plain model, compared with the adapter model), or
+            `f16`, `q8_0`, `q4_k_m` (the merged model as a GGUF file of this type, written by llama.cpp's tools).
+        base: location of the base if it differs from the recorded one. The way it is loaded (dtype, 4-bit) is always
+            that of training, as far as it was recorded.
+        dtype: dtype of the merged weights. `auto` is the base checkpoint's own 16-bit type, or float16 for a float32
+            checkpoint whose weights fit its range (on the demo model, the KL of its rounding is 60 times smaller than
+            that of bfloat16).
+        allow_untrained: export an adapter whose LoRA-B is still zero, which does not change the base.
+    Raises: ExportError when `out_dir` is in use, the adapter is untrained or not finite, or there is not enough disk
+        space; ModelError when adapter and base do not match; ConfigError for an unknown format or dtype.
     """
     check_choice("format", format, FORMATS)
     check_choice("dtype", dtype, DTYPES)
@@ -126,8 +127,8 @@ def _check_adapter_weights(adapter_dir: Path, *, allow_untrained: bool) -> None:
     changes = any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora_embedding_B" in name)
     if not changes and not allow_untrained:
         raise ExportError(
-            f"adapter {adapter_dir} has learnt nothing: every LoRA-B is zero, so it does not change the base. Look at "
-            "the run's reward and funnel for why; allow_untrained (--allow-untrained) exports it all the same."
+            f"adapter {adapter_dir} has learned nothing: every LoRA-B is zero, so it does not change the base. Look "
+            "for the cause in the run's reward and funnel; allow_untrained (--allow-untrained) exports it anyway."
         )
 
 
@@ -138,7 +139,10 @@ def _check_target(out_dir: Path) -> None:
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, gone afterwards unless renamed; leftovers of dead processes are swept."""
+    """Create a hidden folder next to the target, and delete it afterwards unless it was renamed.
+
+    Also deletes such folders of processes that have died.
+    """
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out_dir.parent.glob(f".{out_dir.name}.*.partial"):
@@ -191,7 +195,7 @@ def _export_merged(adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelS
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     except OSError as error:
-        raise ExportError(f"cannot write the merged model beside {out_dir}: {error}.") from error
+        raise ExportError(f"cannot write the merged model next to {out_dir}: {error}.") from error
     del merged
 
     reloaded = _exact_on_cpu(load_base(ModelSpec(str(staging), dtype=dtype)))
@@ -205,7 +209,7 @@ def _export_merged(adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelS
 def _export_gguf(
     adapter_dir: Path, out_dir: Path, staging: Path, spec: ModelSpec, kind: str, tools: Tools
 ) -> ExportReport:
-    """A merged model, checked as ever, then handed to llama.cpp; the figures are those of the merged model."""
+    """Merge and check as for `merged-16bit`, then convert with llama.cpp. The figures describe the merged model."""
     merged = staging / "merged-16bit"
     merged.mkdir()
     report = _export_merged(adapter_dir, out_dir, merged, spec, "auto")
@@ -216,15 +220,15 @@ def _export_gguf(
 
 
 def _exact_on_cpu(model: PreTrainedModel) -> PreTrainedModel:
-    """On a CPU, compute in float32 (the weights stay the 16-bit values): 16-bit arithmetic is slow and noisy there.
+    """On a CPU, compute in float32 with the same 16-bit weight values: 16-bit arithmetic is slow and noisy there.
 
-    Where the host has no memory for all of them in float32, one layer at a time has.
+    If the host has not enough memory for all weights in float32, convert one layer at a time.
     """
     if model.device.type != "cpu" or getattr(model, "is_quantized", False):
         return model
-    held_bytes = sum(weight.nbytes for weight in model.parameters())
-    wanted_bytes = 4 * sum(weight.numel() for weight in model.parameters()) - held_bytes
-    return model.float() if wanted_bytes < _free_host_bytes() else _float_while_used(model)
+    present_bytes = sum(weight.nbytes for weight in model.parameters())
+    extra_bytes = 4 * sum(weight.numel() for weight in model.parameters()) - present_bytes
+    return model.float() if extra_bytes < _free_host_bytes() else _float_while_used(model)
 
 
 def _free_host_bytes() -> int:
@@ -232,7 +236,7 @@ def _free_host_bytes() -> int:
 
 
 def _float_while_used(model: PreTrainedModel) -> PreTrainedModel:
-    """Widen the weights of each layer to float32 for as long as it computes. Slower; the values are the same."""
+    """Convert the weights of each layer to float32 while it computes. This is slower but gives the same values."""
     dtypes = {
         layer: weight.dtype
         for layer in model.modules()
@@ -261,17 +265,17 @@ def _check_space(spec: ModelSpec, folder: Path) -> None:
     if (free_bytes := shutil.disk_usage(folder).free) < needed_bytes:
         raise ExportError(
             f"the merged model needs {needed_bytes / 1e9:.1f} GB, but {folder.parent} has {free_bytes / 1e9:.1f} GB "
-            "free. Free some, or name a folder on another disk (--output)."
+            "free. Free some space, or name a folder on another disk (--output)."
         )
 
 
 def merge(adapter_dir: Path, spec: ModelSpec, dtype: str = "auto") -> PreTrainedModel:
-    """The base with the adapter's update in its weights: round_16bit(float32(W) + float32(update)), once per weight.
+    """Merge the adapter's update into the base: round_16bit(float32(W) + float32(update)), once per weight.
 
-    W are the weights the adapter saw in training: loaded in the dtype of then, and through 4 bits and back where they
-    were quantised. Layer by layer, so that the peak is one layer in float32 above the 16-bit model.
+    W are the weights that the adapter saw in training: loaded in the same dtype, and quantized and dequantized if they
+    were in 4 bits. Works layer by layer, so that the peak memory is one float32 layer above the 16-bit model.
 
-    Raises: ExportError when a weight leaves the range of `dtype`.
+    Raises: ExportError when a weight exceeds the range of `dtype`.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -291,7 +295,7 @@ def merge(adapter_dir: Path, spec: ModelSpec, dtype: str = "auto") -> PreTrained
         warnings.filterwarnings("ignore", "All adapters are already merged")
         merged = model.merge_and_unload(safe_merge=True).to(target)
     if not all(bool(torch.isfinite(weight).all()) for weight in merged.parameters()):
-        raise ExportError(f"a merged weight leaves the range of {dtype} ({target}). Set dtype to bfloat16.")
+        raise ExportError(f"a merged weight exceeds the range of {dtype} ({target}). Set dtype to bfloat16.")
     return merged
 
 
@@ -308,7 +312,7 @@ def _merged_dtype(base: PreTrainedModel, spec: ModelSpec, dtype: str) -> torch.d
 
 
 def _untie_adapted_head(base: PreTrainedModel) -> None:
-    """Give a tied head its own copy when the embedding or the head is adapted: the update belongs to one of them."""
+    """Give a tied head its own copy if the embedding or the head is adapted: the update belongs to only one of them."""
     import torch
 
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -332,7 +336,7 @@ def _greedy(model: Any, prompts: list[tuple[int, ...]], tokenizer: Any) -> list[
 
 
 def _next_token_logps(model: Any, sequences: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Per sequence, the log-probabilities (T, V) in nats of what follows each of its T tokens: float32, on the CPU."""
+    """Compute next-token log-probs in nats after each of the T tokens of a sequence: (T, V) each, float32, on CPU."""
     import torch
 
     with torch.no_grad():
@@ -343,7 +347,7 @@ def _next_token_logps(model: Any, sequences: list[tuple[int, ...]]) -> list[torc
 
 
 def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], greedy_equal: list[bool]) -> Fidelity:
-    """KL(expected || found) per token and top-1 agreement; each a list of log-probabilities (T, V) in nats."""
+    """Compute KL(expected || found) per token and top-1 agreement from lists of log-probs (T, V) in nats."""
     import torch
 
     pairs = list(zip(expected, found, strict=True))

@@ -1,4 +1,4 @@
-"""What an export did, and how faithful it is: the figures, as a table, a file and a model card."""
+"""Report of an export: its fidelity figures as a table, a JSON file and a model card."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ TOP1_LIMIT = 0.995
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How a merged model compares with the adapter model on the check prompts and the adapter model's own answers."""
+    """Comparison of a merged model with the adapter model, on the check prompts and the adapter model's own answers."""
 
     tokens: int
     mean_kl_nats: float
     """Mean over tokens of KL(adapter || merged) of the next-token distributions, in nats per token, >= 0."""
     max_kl_nats: float
     top1_agreement: float
-    """Share of tokens after which both put the same token first."""
+    """Share of positions at which both models rank the same next token first, in [0, 1]."""
     greedy_equal: tuple[bool, ...]
-    """Per check prompt: whether both write the same greedy answer."""
+    """True for each check prompt for which both models give the same greedy answer."""
 
     @property
     def is_faithful(self) -> bool:
-        """True when mean KL and top-1 agreement are within the limits; NaN never is."""
+        """True if mean KL and top-1 agreement are within the limits. NaN is not."""
         return self.mean_kl_nats <= MEAN_KL_LIMIT_NATS and self.top1_agreement >= TOP1_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was exported, and how faithful it is."""
+    """Exported files and their fidelity."""
 
     path: Path
     format: str
     adapter: Path
     base: ModelSpec
-    """The base and how it was loaded in training."""
+    """Base model and how it was loaded in training."""
     dtype: str | None
-    """Of the merged weights; None for `adapter`."""
+    """Dtype of the merged weights; None for `adapter`."""
     fidelity: Fidelity | None
     """None for `adapter`, which is a copy."""
 
     def to_json(self) -> str:
-        """All figures as a JSON object."""
+        """Return all figures as a JSON object."""
         values = asdict(self) | {"path": self.path.name, "adapter": self.adapter.name}
         values["limits"] = {"mean_kl_nats": MEAN_KL_LIMIT_NATS, "top1_agreement": TOP1_LIMIT}
         return json.dumps(values, indent=1)
 
     def as_table(self) -> Table:
-        """The figures as a rich table."""
+        """Return the figures as a rich table."""
         from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"export: {self.format}", show_header=False)
         table.add_row("folder", escape(str(self.path)))
-        quantised = f", {self.base.quant_type} 4-bit" if self.base.load_in_4bit else ""
-        table.add_row("base in training", f"{escape(self.base.name)} ({self.base.dtype}{quantised})")
+        quantization = f", {self.base.quant_type} 4-bit" if self.base.load_in_4bit else ""
+        table.add_row("base in training", f"{escape(self.base.name)} ({self.base.dtype}{quantization})")
         if self.fidelity is None:
             return table
         found = self.fidelity
@@ -82,14 +82,14 @@ class ExportReport:
 
 
 def card(report: ExportReport) -> str:
-    """A model card that says what this is and how it was checked."""
+    """Write a model card with the origin of the model and the figures of its check."""
     name = report.base.name
     hub_base = [f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
     library = "peft" if report.format == "adapter" else "transformers"
     front = ["---", f"library_name: {library}", *hub_base, "tags: [mel-lite, mel, grpo]", "---"]
     body = ["# Trained with MEL-Lite", ""]
     if report.fidelity is None:
-        body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as {RECORD} says.")
+        body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as given in {RECORD}.")
     else:
         body.append(
             f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter "
@@ -97,5 +97,5 @@ def card(report: ExportReport) -> str:
             f"top token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
         )
         if report.format in GGUF_TYPES:
-            body.append(f"Then written as {report.format} by llama.cpp, which the figures do not include.")
+            body.append(f"Then converted to {report.format} by llama.cpp; the figures do not cover this step.")
     return "\n".join([*front, "", *body, ""])

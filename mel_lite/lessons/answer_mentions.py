@@ -1,8 +1,8 @@
-"""Where a text mentions a reference answer, and whether the mention states it as the result.
+"""Find mentions of a reference answer in a text, and decide if a mention states it as the result.
 
-Numbers are found however they are written. An answer too short to be telling (one digit, one letter, an everyday word),
-or one that the question itself mentions, counts only in a context that puts it forward: "= 7", "the answer is B".
-Every pass is linear: patterns that look around a mention see a window of fixed size.
+Numbers are found in any notation. An answer that is too short to be specific (one digit, one letter, an everyday word),
+or that the question itself mentions, counts only in a context that presents it as the result: "= 7", "the answer is B".
+Every pass is linear: patterns around a mention see a window of fixed size.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ _NUMBER = re.compile(
 )
 _SIGN = re.compile(r"(?:-|\bminus |\bnegative )$", re.I)
 _MINUEND = re.compile(r"(?:[\w)\]}]|(?:[\d)\]}]|\b[A-Za-z])[ ])$")
-"""What makes the sign after it a subtraction: something right before it, or a number or variable and a blank."""
+"""Matches text that makes the following sign a subtraction: adjacent text, or a number or variable and a blank."""
 _PERCENT = re.compile(r"\s?(?:\\?%|per ?cent\b)", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A number where it stands in a text."""
+    """Number in a text, with its position."""
 
     start: int
     end: int
     number: extract.Number
     form: str
-    """The way it is written, separators aside: `1234`, `3/4`, `75%`."""
+    """Notation without separators: `1234`, `3/4`, `75%`."""
     decimals: int
     spelled: bool
 
     def means(self, gold: extract.Number) -> bool:
-        """True for the same number, as percent or share too, or for a decimal of 3 places or more that rounds it."""
+        """Return True for the same number, also as percent or share, or its rounding to 3 or more decimals."""
         if self.number.percent != gold.percent:
             share, other = (self.number, gold) if self.number.percent else (gold, self.number)
             return share.value == other.value or (share.value / 100 == other.value and other.value.denominator != 1)
@@ -66,7 +66,7 @@ class Mention:
 
 
 def numbers_in(text: str) -> Iterator[Mention]:
-    """Every number in a folded text: digits with separators, decimals, fractions, LaTeX, percent, or spelled out."""
+    """Yield every number in a folded text: digits with separators, decimals, fractions, LaTeX, percent, spelled out."""
     for match in _NUMBER.finditer(text):
         value = _value_of(match)
         if value is None:
@@ -119,20 +119,20 @@ _MAX_PATTERN_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Gold:
-    """The reference answer in the form it is looked for."""
+    """Reference answer, prepared for the search."""
 
     text: str
     kind: str
     """`number`, `letter`, `everyday` (a common word) or `text`."""
     needs_context: bool
-    """True when a bare mention says nothing."""
+    """True if a mention counts only in a context that states it as the result."""
     number: extract.Number | None = None
     pattern: re.Pattern[str] | None = None
-    """Finds the answer as text, whatever the blanks; None for a number, or an answer too long to be searched for."""
+    """Matches the answer as text with any white space; None for a number, or an answer too long to search for."""
 
 
 def read_gold(answer: str, question: str) -> Gold | None:
-    """The answer to look for in folded texts; None for an empty one."""
+    """Prepare an answer for the search in folded texts. Returns None for an empty one."""
     text = _WRAPPERS.sub("", fold(answer)).strip().rstrip(".")
     while text.startswith("{") and text.endswith("}") and "}" not in text[:-1]:
         text = text[1:-1].strip()
@@ -162,7 +162,10 @@ def read_gold(answer: str, question: str) -> Gold | None:
 
 
 def fold(text: str) -> str:
-    """`text` with the digits, letters, blanks and minus signs of other alphabets in ASCII, character for character."""
+    """Convert digits, letters, blanks and minus signs of other alphabets to ASCII, character by character.
+
+    The result has the same length, so positions are the same in both texts.
+    """
 
     def one(char: str) -> str:
         if char.isascii():
@@ -178,14 +181,14 @@ def fold(text: str) -> str:
     return text if text.isascii() else "".join(map(one, text))
 
 
-# ---- where an answer counts as stated --------------------------------------------------------------------------------
+# ---- contexts in which an answer counts as stated --------------------------------------------------------------------
 
 _LINK = (
     r"(?:[\s:=,(~$*\"'`\u2248-]|\\[(\[]|\b(?:is|was|be|been|being|are|as|to|of|equals?|equal|should|must|will|would|have|"
     r"comes?|came|turns?|out|exactly|just|simply|only|actually|therefore|thus|then|indeed|finally|becomes?|namely|about|"
     r"approximately|option|choice|letter|number|value|integer|the|a|an|that|it|in fact)\b)*$"
 )
-"""Words and signs that may stand between a verb or noun and the value it speaks of."""
+"""Matches words and signs that may occur between a verb or noun and its value."""
 _RESULT = (
     r"\b(?:(?:ans(?:wers?)?|results?|solution|totals?|sum|product|value|output|outcome|conclusion|count|quotient|difference|"
     r"remainder)\b|(?:correct|right)(?: (?:option|choice|one))?\s*:|correct (?:option|choice|one)\b)"
@@ -240,7 +243,7 @@ _IDIOM = re.compile(
 
 
 def is_label(text: str, start: int, end: int) -> bool:
-    """True for a number at [start, end) that names something: "step 12", "12th", a list marker, "base 10"."""
+    """Return True for a number at [start, end) that is a label: "step 12", "12th", a list marker, "base 10"."""
     line = text[:start].rpartition("\n")[2]
     after = text[end : end + 3]
     if not line.strip(" \t#*-(>") and re.match(r"\d{1,2}[.):](?:\s|\*|$)", text[start : end + 2]):
@@ -250,10 +253,10 @@ def is_label(text: str, start: int, end: int) -> bool:
 
 
 def is_stated(text: str, start: int, end: int, kind: str, question: str) -> bool:
-    """True when what stands at [start, end) is put forward as a result, in words the question does not use itself.
+    """Return True when the mention at [start, end) is presented as a result, in words other than the question's.
 
-    `kind`: `digits`, `spelled`, `unit` and `spelled unit` (0 or 1), `letter`, `everyday` or `text`; the commoner the
-    mention, the more it takes.
+    Args: `kind`, one of `digits`, `spelled`, `unit` and `spelled unit` (0 or 1), `letter`, `everyday` or `text`. Common
+        kinds of mentions need a stronger context.
     """
     before = re.split(r"[.;!?](?=\s)|\n", text[max(0, start - 64) : start])[-1]
     after = text[end : end + 40]
@@ -268,15 +271,15 @@ def is_stated(text: str, start: int, end: int, kind: str, question: str) -> bool
     weak = bool(_WEAK.search(before))
     conditional = bool(_CONDITION.search(before))
     if kind.endswith("unit"):
-        # "Probabilities sum to 1", "if the divisor is 0" and "it made zero checks" are no answers.
-        said = (strong is not None and bool(_NAMED.search(strong[0]))) or (weak and not conditional)
-        return after_says or (said and (closes or kind == "unit"))
+        # "Probabilities sum to 1", "if the divisor is 0" and "it made zero checks" do not state an answer.
+        stated = (strong is not None and bool(_NAMED.search(strong[0]))) or (weak and not conditional)
+        return after_says or (stated and (closes or kind == "unit"))
     if kind == "digits":
         is_count = conditional and re.match(r"\s+[a-z]{3}", after) is not None  # "if there are 5 apples"
         return after_says or strong is not None or (weak and not is_count)
     if kind == "spelled":
-        said = strong is not None or (weak and not conditional)
-        return after_says or (said and (closes or not _ONLY_BEING.search(before)))
+        stated = strong is not None or (weak and not conditional)
+        return after_says or (stated and (closes or not _ONLY_BEING.search(before)))
     if kind == "letter":
         return (strong is not None or weak or after_says) and (closes or after_says)
     if kind == "everyday":

@@ -1,8 +1,8 @@
-"""The leak guard: does a meta-experience give this problem's answer away?
+"""Leak guard: detect meta-experiences that state the answer of their problem.
 
-A replay that copies the answer out of its notes proves nothing, and training on such notes teaches to guess. Every part
-is searched for the answer as text, as a number and as an equivalent expression, for final-answer markup with a value in
-it, and for long copied spans of the right solution.
+A replay that copies the answer from its notes validates nothing, and training on such notes teaches the model to guess.
+Every part is searched for the answer as text, as a number and as an equivalent expression, for final-answer markup with
+a value in it, and for long spans copied from the right solution.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from mel_lite.types import LeakPolicy, LeakReport, MetaExperience
 
 REDACTED = "[...]"
 COPIED_WORDS = 12
+"""Length in words from which a span that occurs in the right solution counts as copied."""
 COPIED_CHARS = 50
-"""Characters other than blanks; with them about 60."""
+"""The same length in characters without white space (about 60 with it)."""
 _QUOTED_WORDS = 6
-"""So many words in a row that the question has too are a quotation of the question."""
+"""Length in words from which a span that occurs in the question counts as a quotation of the question."""
 _MIN_PART_WORDS = 3
 _REDACT_ROUNDS = 3
 _MAX_FINDINGS = 200
@@ -49,11 +50,12 @@ def check_leak(
     policy: str,
     raw_text: str | None = None,
 ) -> LeakReport:
-    """Whether M states the answer, and M without the offending spans where the policy is `redact`.
+    """Search M for the answer. With the policy `redact`, also remove the leaking spans.
 
-    Args: `raw_text`, the analysis as sampled: leaks outside its parsed parts count too, since it may be trained on.
-    Returns: `reasons`, one sentence per finding; `redacted`, the mended M, or None when it leaks still, has a part
-    left without words, or the policy is `reject`. The policy `off` finds nothing. Raises: ConfigError for another one.
+    Args: `raw_text`, the analysis as sampled: leaks outside its parsed parts also count, since it may be trained on.
+    Returns: `reasons`, one sentence per finding; `redacted`, M without the leaking spans, or None if it still leaks, a
+        part has no words left, or the policy is `reject`. The policy `off` finds nothing.
+    Raises: ConfigError for an unknown policy.
     """
     check_choice("leak_policy", policy, LeakPolicy)
     if policy == LeakPolicy.OFF:
@@ -67,10 +69,10 @@ def check_leak(
         reasons = [_sentence(found, "the analysis around its parts", raw_text) for found in guard.findings(raw_text)]
     if not reasons or policy == LeakPolicy.REJECT:
         return LeakReport(tuple(reasons))
-    mended = {name: guard.redact(text) for name, text in parts.items()}
-    if any(text is None for text in mended.values()):
+    redacted = {name: guard.redact(text) for name, text in parts.items()}
+    if any(text is None for text in redacted.values()):
         return LeakReport(tuple(reasons))
-    return LeakReport(tuple(reasons), MetaExperience(**{name: text or "" for name, text in mended.items()}))
+    return LeakReport(tuple(reasons), MetaExperience(**{name: text or "" for name, text in redacted.items()}))
 
 
 def _sentence(finding: _Finding, where: str, text: str) -> str:
@@ -79,19 +81,19 @@ def _sentence(finding: _Finding, where: str, text: str) -> str:
 
 
 class _Guard:
-    """The rules for one problem."""
+    """Leak rules for one problem."""
 
     def __init__(self, answer: str | None, right_text: str, question: str) -> None:
         self._question = fold(question)
-        self._asked = {number.form for number in numbers_in(self._question)}
+        self._question_numbers = {number.form for number in numbers_in(self._question)}
         self._gold = read_gold(answer, self._question) if answer else None
         sources = [right_text]
         if answer and self._gold and self._gold.kind == "text" and self._gold.pattern is None:
-            sources.append(answer)  # too long to be searched for as a whole
+            sources.append(answer)  # too long to search for as a whole
         self._copies = _Copies([fold(source) for source in sources], self._question)
 
     def findings(self, text: str) -> list[_Finding]:
-        """What leaks in `text`, in the order it stands there; of overlapping findings the first rule's."""
+        """Return the leaks in `text` by position. Of overlapping findings, that of the first rule is kept."""
         folded = fold(text)
         found: list[_Finding] = []
         for rule in (self._markup, self._answer, self._expressions, self._copied):
@@ -101,7 +103,7 @@ class _Guard:
         return sorted(found, key=lambda finding: finding.start)
 
     def redact(self, text: str) -> str | None:
-        """`text` with `[...]` for what leaks; None when that does not make it clean, or leaves next to nothing."""
+        """Replace leaks in `text` by `[...]`. Returns None when leaks or too few words remain."""
         for _ in range(_REDACT_ROUNDS):
             found = self.findings(text)
             if not found:
@@ -118,7 +120,7 @@ class _Guard:
                 yield _Finding("final-answer markup", start, end)
 
     def _is_value(self, content: str) -> bool:
-        """True for what can be an answer, not a word that stands for one, as in `\\boxed{answer}`."""
+        """Return True for text that can be an answer, unlike the placeholder in `\\boxed{answer}`."""
         content = content.strip(" \t$*`\"'()").rstrip(".,;:!?")
         if self._gold is not None and _squash(content) == _squash(self._gold.text):
             return True
@@ -139,17 +141,17 @@ class _Guard:
 
     def _numbers(self, text: str, gold: Gold) -> Iterator[_Finding]:
         assert gold.number is not None
-        for said in numbers_in(text):
-            if not said.means(gold.number) or is_label(text, said.start, said.end):
+        for mention in numbers_in(text):
+            if not mention.means(gold.number) or is_label(text, mention.start, mention.end):
                 continue
-            if said.form == "100%" and not gold.number.percent:
+            if mention.form == "100%" and not gold.number.percent:
                 continue  # "be 100% sure"
-            kind = "spelled" if said.spelled else "digits"
-            if said.number.value in (0, 1):
-                kind = "spelled unit" if said.spelled else "unit"
-            bare_counts = not gold.needs_context and said.form not in self._asked
-            if bare_counts or is_stated(text, said.start, said.end, kind, self._question):
-                yield _Finding("the answer as a number", said.start, said.end)
+            kind = "spelled" if mention.spelled else "digits"
+            if mention.number.value in (0, 1):
+                kind = "spelled unit" if mention.spelled else "unit"
+            bare_counts = not gold.needs_context and mention.form not in self._question_numbers
+            if bare_counts or is_stated(text, mention.start, mention.end, kind, self._question):
+                yield _Finding("the answer as a number", mention.start, mention.end)
 
     def _expressions(self, text: str) -> Iterator[_Finding]:
         gold = self._gold
@@ -164,7 +166,7 @@ class _Guard:
         for start, end in islice(_expressions(text), _MAX_EXPRESSIONS):
             expression = _latex(text[start:end])
             if gold.number is not None and re.fullmatch(r"[\d.,]+", expression):
-                continue  # a number the rule for numbers lets by
+                continue  # a number, which the rule for numbers has allowed
             if not _is_safe(expression) or _squash(expression) in question:
                 continue
             stated = not gold.needs_context or is_stated(text, start, end, "text", self._question)
@@ -195,7 +197,7 @@ _NOT_A_VALUE = re.compile(
 
 
 def _marked(text: str) -> Iterator[tuple[int, int, str]]:
-    """Start, end and content of what stands in final-answer markup; of a phrase like "the answer is" only the value."""
+    """Yield start, end and content of final-answer markup. For a phrase like "the answer is", only of its value."""
     for match in _BOX.finditer(text):
         depth = 1
         for end in range(match.end(), min(len(text), match.end() + 200)):
@@ -232,7 +234,7 @@ _OPERATOR_NAMES = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/"})
 
 
 def _expressions(text: str) -> Iterator[tuple[int, int]]:
-    """Where formulas and sums of more than one term stand; of an equation, each side."""
+    """Yield start and end of formulas and of sums with more than one term; of an equation, of each side."""
     for match in _EXPRESSION.finditer(text):
         start, end = match.span(match.lastindex or 0)
         at = start
@@ -247,16 +249,17 @@ def _expressions(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _latex(expression: str) -> str:
-    """`expression` with one sign for each operator, and roots as LaTeX writes them."""
+    """Rewrite `expression` with one sign per operator, and roots in LaTeX."""
     text = re.sub(r"\\(?:times|cdot)\b", "*", re.sub(r"\\div\b", "/", expression)).translate(_OPERATOR_NAMES)
     text = re.sub(r"(?:\u221a|(?<!\\)\bsqrt)\s?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", text)
     return text.replace("\u03c0", "\\pi ")
 
 
 def _is_safe(expression: str) -> bool:
-    """True for an expression that a computer algebra system is done with at once.
+    """Return True for an expression that a computer algebra system evaluates immediately.
 
-    No factorials, towers, large powers or long numbers; powers of sums stay below 7; letters are single variables.
+    It has no factorials, power towers, large powers or long numbers. Powers of sums are below 7, and letters are
+    single variables.
     """
     if not 0 < len(expression) <= _MAX_EXPRESSION_CHARS or not re.fullmatch(
         r"[\w\s\\{}()+\-*/^.,|\u00d7\u00b7\u00f7\u221a]+", expression
@@ -277,10 +280,13 @@ def _is_safe(expression: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _equivalent(gold: str, expression: str) -> bool:
-    """True when math-verify calls the two equal. Both are safe, so its alarms (no use off the main thread) are off."""
+    """Return True if math-verify finds both equal.
+
+    Both are safe expressions, so math-verify's timeouts, which work only in the main thread, are off.
+    """
     try:
         return bool(_math_verify().verify(_parsed(gold), _parsed(expression), timeout_seconds=None))
-    except Exception:  # whatever a parser raises on half a formula: it proves nothing
+    except Exception:  # an incomplete formula may raise anything and is no evidence of a leak
         return False
 
 
@@ -304,7 +310,7 @@ _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[^\w\s]")
 
 
 class _Copies:
-    """Finds long spans of the sources in a text, blanks and case aside; what the question has too is no copy."""
+    """Finds long spans of the sources in a text, ignoring white space and case, except for spans of the question."""
 
     def __init__(self, sources: list[str], question: str) -> None:
         self._windows: set[tuple[str, ...]] = set()
@@ -315,11 +321,11 @@ class _Copies:
             self._windows.update(zip(*(words[i:] for i in range(COPIED_WORDS)), strict=False))
             joined = "".join(tokens)
             self._chars.update(joined[i : i + COPIED_CHARS] for i in range(len(joined) - COPIED_CHARS + 1))
-        asked = [match[0].lower() for match in _TOKEN.finditer(question) if match[0].isalnum()]
-        self._quoted = set(zip(*(asked[i:] for i in range(_QUOTED_WORDS)), strict=False))
+        words = [match[0].lower() for match in _TOKEN.finditer(question) if match[0].isalnum()]
+        self._quoted = set(zip(*(words[i:] for i in range(_QUOTED_WORDS)), strict=False))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Start and end of each copied span, longest possible, in order."""
+        """Yield start and end of each maximal copied span, in order."""
         matches = list(_TOKEN.finditer(text))
         for segment in self._unquoted(matches):
             copied = self._copied(segment)
@@ -333,7 +339,7 @@ class _Copies:
                 start = end + 1
 
     def _unquoted(self, matches: list[re.Match[str]]) -> Iterator[list[re.Match[str]]]:
-        """The tokens in runs between quotations of the question."""
+        """Yield the runs of tokens between quotations of the question."""
         words = [(i, match[0].lower()) for i, match in enumerate(matches) if match[0].isalnum()]
         quoted = bytearray(len(matches))
         for window in zip(*(words[i:] for i in range(_QUOTED_WORDS)), strict=False):
@@ -350,12 +356,12 @@ class _Copies:
         yield run
 
     def _copied(self, segment: list[re.Match[str]]) -> bytearray:
-        """For each token of a run, 1 where it lies in a copied window of words or of characters."""
+        """Return 1 for each token of a run that is in a copied window of words or characters, else 0."""
         copied = bytearray(len(segment))
         words = [(i, match[0].lower()) for i, match in enumerate(segment) if match[0].isalnum()]
         for window in zip(*(words[i:] for i in range(COPIED_WORDS)), strict=False):
             first, last = window[0][0], window[-1][0]
-            # Twelve single letters of a formula are no twelve words.
+            # Twelve single letters of a formula do not count as twelve words.
             if (
                 tuple(word for _, word in window) in self._windows
                 and sum(len(word) for _, word in window) >= 2 * COPIED_WORDS

@@ -1,8 +1,8 @@
-"""The run's SQLite file: every meta-experience, kept or not, with all that led to it and came of it.
+"""Experience store: a SQLite file per run with every meta-experience, kept or dropped, its inputs and its results.
 
-One process writes (the trainer, one transaction per step); any number may read at the same time (WAL). Text is data:
-it is bound as a parameter, never put into SQL. NUL characters and lone surrogates, which SQLite tools and Parquet
-cannot carry, are stored as U+FFFD.
+One process writes (the trainer, one transaction per step); any number of processes may read at the same time (WAL).
+Text is always bound as a parameter, never formatted into SQL. NUL characters and lone surrogates, which SQLite tools
+and Parquet cannot represent, are stored as U+FFFD.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FILE_NAME = "experiences.sqlite"
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 30.0
 
-# Without AUTOINCREMENT, SQLite numbers a new row max(id) + 1: after `truncate_after` a resumed run gives its rows the
-# ids that the uninterrupted run gave.
+# Without AUTOINCREMENT, SQLite gives a new row the id max(id) + 1. So after `truncate_after`, a resumed run assigns the
+# same ids as the uninterrupted run.
 SCHEMA = """
 CREATE TABLE experiences (
     id INTEGER PRIMARY KEY, step INTEGER NOT NULL,
@@ -54,7 +54,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class ExperienceRow:
-    """One row of the store."""
+    """Row of the store."""
 
     id: int
     """Position in the run, from 1, without gaps."""
@@ -69,12 +69,12 @@ class ExperienceRow:
     pair_index: int
     common_prefix_tokens: int
     analysis: str
-    """M as the policy wrote it, before parsing and redaction."""
+    """Analysis as sampled from the policy, before parsing and redaction."""
     analysis_tokens: int
     bifurcation: str | None
     critique: str | None
     heuristic: str | None
-    """The parsed parts as they were replayed: where `redacted`, without the spans that leaked."""
+    """Parsed parts as used in the replay; without the leaking spans if `redacted`."""
     status: Status
     reason: str
     leak_reasons: tuple[str, ...]
@@ -83,15 +83,15 @@ class ExperienceRow:
     replay_texts: tuple[str, ...]
     control_verdicts: tuple[Verdict, ...]
     uplift: float | None
-    """Solved rate with M minus without, in [-1, 1]; None where no control was run."""
+    """Solved rate with M minus solved rate without, in [-1, 1]; None if no control was run."""
     nll_written: float | None
     """Mean -log pi in nats per token when M was sampled."""
     nll_before: float | None
     nll_after: float | None
-    """The same, scored by the trainer before and after the update of this step; None where it was not trained on."""
+    """The same, scored by the trainer before and after the update of this step; None if it was not trained on."""
     trained_tokens: int
     written_at: str
-    """UTC, ISO 8601."""
+    """Time of writing, UTC, ISO 8601."""
 
 
 COLUMNS = tuple(field.name for field in fields(ExperienceRow))
@@ -100,14 +100,14 @@ Ids = list[int]
 
 
 class ExperienceStore:
-    """The experience store of one run.
+    """Experience store of one run.
 
     Raises: StoreError, from every method, when the file is missing (read-only), not a store, of another schema
     version, locked by another writer for longer than `BUSY_TIMEOUT_S`, or cannot be written.
     """
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
-        """Open the file, or make it where there is none and `read_only` is False."""
+        """Open the file. Create it if it is missing and `read_only` is False."""
         self.path = Path(path)
         self.read_only = read_only
         with self._errors():
@@ -122,26 +122,26 @@ class ExperienceStore:
     def _connect(self) -> sqlite3.Connection:
         if self.read_only and not self.path.is_file():
             raise StoreError(
-                f"experience store {self.path}: there is no such file. It is written by `mel-lite train --output-dir "
-                f"{self.path.parent}`; pass the folder of a run that has reached its first step."
+                f"experience store {self.path}: there is no such file. `mel-lite train --output-dir "
+                f"{self.path.parent}` writes it; pass the folder of a run that has reached its first step."
             )
         uri = self.path.resolve().as_uri()
         if not self.read_only:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         else:
-            # A reader of a WAL file makes files beside it, which read-only media refuse. Nobody writes there.
+            # A reader of a WAL file creates files next to it, which read-only media reject. There is no writer there.
             log = Path(f"{self.path}-wal")
             frozen = not os.access(self.path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
             uri += "?mode=ro&immutable=1" if frozen else "?mode=ro"
         db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        db.execute("PRAGMA trusted_schema = OFF")  # a file may come from anyone: its views and triggers run no function
+        db.execute("PRAGMA trusted_schema = OFF")  # untrusted file: its views and triggers may not call functions
         db.create_function("fold", 1, str.casefold, deterministic=True)
         return db
 
     def _open_schema(self) -> None:
         if not self.read_only:
             self._db.execute("PRAGMA journal_mode = WAL")
-            # One commit per step: the cost of an fsync is nothing, and a checkpoint may rely on the rows before it.
+            # With one commit per step, fsync costs little, and a checkpoint can rely on the earlier rows.
             self._db.execute("PRAGMA synchronous = FULL")
             with self._transaction():
                 if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
@@ -150,7 +150,7 @@ class ExperienceStore:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version != SCHEMA_VERSION:
             raise StoreError(
-                f"experience store {self.path}: its schema version is {version}, this release of mel-lite reads "
+                f"experience store {self.path}: its schema version is {version}, but this release of mel-lite reads "
                 f"{SCHEMA_VERSION}. Use the release that wrote it, or another output folder."
             )
 
@@ -160,13 +160,13 @@ class ExperienceStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
-                f"experience store {self.path}: {error}. Check that it is a file mel-lite wrote, that no other run "
-                "writes to this folder, and that the disk has room."
+                f"experience store {self.path}: {error}. Check that mel-lite wrote this file, that no other run "
+                "writes to this folder, and that the disk has free space."
             ) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing, also when the process is killed inside."""
+        """Commit all statements of the block or none, even if the process is killed inside."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -176,7 +176,7 @@ class ExperienceStore:
         self._db.execute("COMMIT")
 
     def add(self, experiences: Sequence[Experience]) -> Ids:
-        """Append rows in one transaction. Returns: their ids, in the order given."""
+        """Append rows in one transaction. Returns: their ids, in order."""
         written_at = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [_record(experience) | {"written_at": written_at} for experience in experiences]
         names = [name for name in COLUMNS if name not in ("id", "nll_before", "nll_after", "trained_tokens")]
@@ -187,15 +187,18 @@ class ExperienceStore:
     def set_nll(
         self, ids: Sequence[int], *, before: Sequence[float] | None = None, after: Sequence[float] | None = None
     ) -> None:
-        """Note each row's mean NLL in nats per token before and/or after the update; not finite = unknown.
+        """Set each row's mean NLL in nats per token before and/or after the update. Non-finite values become NULL.
 
-        Raises: StoreError for an id that is not in the store; then no row is changed. `set_trained` likewise.
+        Raises: StoreError for an id that is not in the store; then no row is changed.
         """
         given = {"nll_before": before, "nll_after": after}
         self._update(ids, {name: [_finite(x) for x in values] for name, values in given.items() if values is not None})
 
     def set_trained(self, ids: Sequence[int], tokens: Sequence[int]) -> None:
-        """Note how many tokens of each row entered the NLL term."""
+        """Set the number of tokens of each row that entered the NLL term.
+
+        Raises: StoreError for an id that is not in the store; then no row is changed.
+        """
         self._update(ids, {"trained_tokens": [int(n) for n in tokens]})
 
     def _update(self, ids: Sequence[int], columns: dict[str, Sequence[float | int | None]]) -> None:
@@ -207,33 +210,33 @@ class ExperienceStore:
                         raise self._no_such_row(id_)
 
     def truncate_after(self, id_: int) -> int:
-        """Delete the rows after `id_` (0 = all), as a resumed run will write them again. Returns: how many there were.
+        """Delete the rows after `id_` (0 = all), which a resumed run writes again. Returns: the number of deleted rows.
 
-        Raises: StoreError when the store ends before `id_`: rows the checkpoint relies on are gone.
+        Raises: StoreError when the store ends before `id_`, so that rows of the checkpoint are missing.
         """
         last = self.last_id()
         if id_ > last:
             raise StoreError(
                 f"experience store {self.path}: the checkpoint was saved after experience {id_}, but the store ends at "
-                f"{last}. Put back the store of that run, or start a new run in another output folder."
+                f"{last}. Restore the store of that run, or start a new run in another output folder."
             )
         with self._errors(), self._transaction():
             return self._db.execute("DELETE FROM experiences WHERE id > ?", (id_,)).rowcount
 
     def last_id(self) -> int:
-        """Id of the newest row; 0 when there is none."""
+        """Return the id of the newest row, or 0 when there is none."""
         with self._errors():
             return int(self._db.execute("SELECT coalesce(max(id), 0) FROM experiences").fetchone()[0])
 
     def get(self, id_: int) -> ExperienceRow:
-        """The row with this id. Raises: StoreError when there is none."""
+        """Return the row with this id. Raises: StoreError when there is none."""
         found = self._select("WHERE id = ?", (id_,))
         if not found:
             raise self._no_such_row(id_)
         return found[0]
 
     def list(self, *, status: Status | str | None = None, step: int | None = None, limit: int | None = None) -> Rows:
-        """The newest `limit` rows (all by default) of that status and step, oldest first."""
+        """Return the newest `limit` rows (default: all) with this status and step, oldest first."""
         where, values = "WHERE true", []
         for column, value in (("status", None if status is None else Status(status).value), ("step", step)):
             if value is not None:
@@ -242,24 +245,24 @@ class ExperienceStore:
         return self._newest(where, values, limit)
 
     def search(self, text: str, *, limit: int | None = None) -> Rows:
-        """The newest `limit` rows, oldest first, in which every word of `text` occurs; case does not matter.
+        """Return the newest `limit` rows, oldest first, that contain every word of `text`, ignoring case.
 
-        Words are looked for in prompt, answer, analysis and its parts, and the reason it was dropped. A word is any
-        run of characters without blanks: nothing in `text` has a special meaning. A scan, which takes about 0.2 s per
-        10,000 rows: an index would double the file and not find parts of words.
+        Searches prompt, answer, analysis, its parts, and the reason for dropping it. A word is any run of characters
+        without white space; `text` has no special syntax. This is a full scan of about 0.2 s per 10,000 rows: an index
+        would double the file and would not find parts of words.
         """
         words = _clean(text).casefold().split()
         where = "WHERE true" + f" AND instr(fold({_SEARCHED}), ?) > 0" * len(words)
         return self._newest(where, words, limit)
 
     def funnel(self) -> dict[Status, int]:
-        """Number of rows by status, each status named, in the order of the funnel."""
+        """Return the number of rows for every status, in the order of the funnel."""
         with self._errors():
             counts = dict(self._db.execute("SELECT status, count(*) FROM experiences GROUP BY status"))
         return {status: counts.get(status.value, 0) for status in Status}
 
     def digest(self) -> str:
-        """SHA-256 of all rows but for when they were written: equal for an uninterrupted and a resumed run."""
+        """Return the SHA-256 of all rows without `written_at`. It is equal for an uninterrupted and a resumed run."""
         names = ", ".join(name for name in COLUMNS if name != "written_at")
         sha = hashlib.sha256()
         with self._errors():
@@ -268,14 +271,14 @@ class ExperienceStore:
         return sha.hexdigest()
 
     def export(self, path: str | Path, *, status: Status | str | None = None) -> int:
-        """Write the rows to a .jsonl or .parquet file, replacing it whole. Returns: how many.
+        """Write the rows to a .jsonl or .parquet file, replaced atomically. Returns: the number of rows.
 
         In Parquet, where a column has one type, `prompt` is JSON text. Raises: StoreError for another suffix.
         """
         path = Path(path)
         if path.suffix not in (".jsonl", ".parquet"):
             raise StoreError(
-                f"export path {path}: its suffix {path.suffix!r} names no format this store can write; use .jsonl or "
+                f"export path {path}: the store cannot write files with the suffix {path.suffix!r}; use .jsonl or "
                 ".parquet."
             )
         rows = [asdict(row) for row in self.list(status=status)]
@@ -305,7 +308,7 @@ class ExperienceStore:
         return StoreError(f"experience store {self.path}: there is no experience {id_}; {has}.")
 
     def close(self) -> None:
-        """Close the file. May be called twice."""
+        """Close the file. Safe to repeat."""
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -318,7 +321,7 @@ class ExperienceStore:
 
 
 def _clean(value: Any) -> Any:
-    """`value` with what cannot be stored in its texts, however deep, replaced by U+FFFD."""
+    """Replace characters that cannot be stored by U+FFFD, in all nested texts of `value`."""
     if isinstance(value, str):
         return _UNSTORABLE.sub("\ufffd", value)
     if isinstance(value, dict):
@@ -331,7 +334,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _record(experience: Experience) -> dict[str, Any]:
-    """Column -> SQLite value of one experience."""
+    """Return the SQLite value of each column of an experience."""
     analysis, leak, replay = experience.analysis, experience.leak, experience.replay
     pair = analysis.pair
     parsed = leak.redacted if leak and leak.redacted else experience.parsed
@@ -366,7 +369,7 @@ def _record(experience: Experience) -> dict[str, Any]:
 
 
 def _row(values: Sequence[Any]) -> ExperienceRow:
-    """The inverse of `_record`, for the values of `COLUMNS`."""
+    """Convert the values of `COLUMNS` back to a row; the inverse of `_record`."""
     row = dict(zip(COLUMNS, values, strict=True))
     for column in _JSON_COLUMNS:
         row[column] = json.loads(row[column])

@@ -90,7 +90,7 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
     if spec.r < 1 or spec.alpha <= 0 or not 0 <= spec.dropout < 1:
         raise ConfigError(
             f"r={spec.r}, alpha={spec.alpha}, dropout={spec.dropout}: r must be at least 1, alpha positive "
-            "and dropout in [0, 1). Set them so."
+            "and dropout in [0, 1). Correct these values."
         )
     return LoraConfig(
         task_type="CAUSAL_LM",

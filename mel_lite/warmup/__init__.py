@@ -1,1 +1,1 @@
-"""Supervised warm start on formatted examples, before RL."""
+"""Supervised fine-tuning on formatted examples before RL."""

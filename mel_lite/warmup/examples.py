@@ -1,4 +1,4 @@
-"""The examples a warm-up trains on: read from JSONL, checked row by row, and turned into tokens."""
+"""Read and check the examples of a warm-up from JSONL, and tokenize them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the completion to learn for it."""
+    """Prompt and the completion to learn for it."""
 
     prompt: Prompt
     completion: str
 
 
 def load_examples(file: Path) -> list[Example]:
-    """Read a JSONL file of `{"prompt": text or messages, "completion": text}`; other columns are ignored.
+    """Read a JSONL file of `{"prompt": text or messages, "completion": text}`. Other columns are ignored.
 
-    Raises: DataError for a file that cannot be read or is empty, and for a malformed row, with file, row and column.
+    Raises: DataError for a file that cannot be read or is empty, and for a malformed row, with file, line and column.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -47,7 +47,7 @@ def _read_row(line: str, where: str) -> Example:
         raise DataError(f"{where}: a {type(row).__name__}, not an object with `prompt` and `completion`.")
     for column in ("prompt", "completion"):
         if column not in row:
-            raise DataError(f"{where}: column {column!r} is missing; there is {', '.join(map(repr, row)) or 'none'}.")
+            raise DataError(f"{where}: column {column!r} is missing; it has {', '.join(map(repr, row)) or 'none'}.")
     return Example(_read_prompt(row["prompt"], where), _read_completion(row["completion"], where))
 
 
@@ -70,7 +70,7 @@ def _read_prompt(prompt: Any, where: str) -> Prompt:
                 f"one of {', '.join(ROLES)}."
             )
     if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}, column 'prompt': ends with the assistant's turn. Put that into `completion`.")
+        raise DataError(f"{where}, column 'prompt': ends with an assistant turn. Move it to `completion`.")
     return [{"role": message["role"], "content": message["content"]} for message in prompt]
 
 
@@ -79,7 +79,7 @@ def _read_completion(completion: Any, where: str) -> str:
         if completion[0].get("role") == "assistant":  # TRL's conversational form
             completion = completion[0].get("content")
     if not isinstance(completion, str) or not completion.strip():
-        raise DataError(f"{where}, column 'completion': {_short(completion)} is not text to learn. Give some.")
+        raise DataError(f"{where}, column 'completion': {_short(completion)} is not text to learn. Give a text.")
     return completion
 
 
@@ -88,13 +88,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def tokenise(
+def tokenize(
     examples: Sequence[Example], tokenizer: Any, *, max_length_tokens: int, turn_end: int | None = None
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Rows of `input_ids` and `labels` (-100 on the prompt), and how many examples were too long and left out.
+    """Tokenize examples into `input_ids` and `labels` (-100 on the prompt).
 
-    The prompt's ids are those a rollout of it would start from. A conversation's completion ends with `turn_end`, plain
-    text with the end-of-sequence id. Raises: DataError when every example is too long.
+    The prompt's ids equal those that a rollout starts from. The completion of a conversation ends with `turn_end`, the
+    completion of plain text with the end-of-sequence id.
+
+    Returns: the rows, and the number of examples that were too long and are left out.
+    Raises: DataError when every example is too long.
     """
     rows, lengths = [], []
     for example in examples:
@@ -108,9 +111,9 @@ def tokenise(
     if not rows:
         raise DataError(
             f"None of the {len(examples)} examples fits {max_length_tokens} tokens; the shortest has {min(lengths)}. "
-            "Shorten them, or raise max_length_tokens if the model's context allows."
+            "Shorten them, or raise max_length_tokens if the model's context allows it."
         )
     return rows, len(examples) - len(rows)
 
 
-__all__ = ["Example", "load_examples", "tokenise"]
+__all__ = ["Example", "load_examples", "tokenize"]

@@ -1,7 +1,7 @@
-"""Warm-up: supervised fine-tuning on formatted examples, so that rollouts and analyses have their form before RL.
+"""Warm-up: supervised fine-tuning on formatted examples, so that rollouts and analyses have the right format before RL.
 
-TRL's SFTTrainer does the training; the loss is on the completions only. The result is a LoRA adapter that
-`mel-lite train --adapter DIR` goes on from.
+TRL's SFTTrainer does the training, with the loss on the completions only. The result is a LoRA adapter that
+`mel-lite train --adapter DIR` starts from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, 
 from mel_lite.training.packing import Block
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.verify.judge import AnswerJudge
-from mel_lite.warmup.examples import load_examples, tokenise
+from mel_lite.warmup.examples import load_examples, tokenize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,13 +31,13 @@ _LOG_EVERY = 5
 
 @dataclass(frozen=True, slots=True)
 class WarmupOptions:
-    """How the warm-up trains."""
+    """Training options of the warm-up."""
 
     epochs: float = 1.0
     max_steps: int = -1
-    """Optimiser steps; -1 = what `epochs` takes."""
+    """Optimizer steps; -1 = as many as `epochs` needs."""
     batch_size: int = 8
-    """Examples per optimiser step."""
+    """Examples per optimizer step."""
     micro_batch_size: int | None = None
     """Examples per forward pass; None = `batch_size`."""
     learning_rate: float = 2e-4
@@ -46,34 +46,34 @@ class WarmupOptions:
     max_length_tokens: int | None = None
     """Longest example, prompt and completion together; None = the model's context. Longer ones are skipped."""
     save_steps: int | None = None
-    """Also keep the adapter every so many steps, in `checkpoint-N`; None = only at the end."""
+    """Interval in steps for saving the adapter in `checkpoint-N` as well; None = save only at the end."""
     seed: int = 42
 
     def __post_init__(self) -> None:
         if self.micro < 1 or self.batch_size < 1 or self.batch_size % self.micro:
             raise ConfigError(
-                f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1 and "
-                "the first a multiple of the second. Set them so."
+                f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1, and "
+                "batch_size a multiple of micro_batch_size. Change one of them."
             )
         if not self.learning_rate > 0 or self.epochs <= 0 or self.max_steps == 0:
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, epochs={self.epochs}, max_steps={self.max_steps}: nothing would "
-                "be learnt. Give positive values (max_steps=-1 leaves it to epochs)."
+                "be learned. Give positive values (with max_steps=-1, epochs decides)."
             )
 
     @property
     def micro(self) -> int:
-        """Examples per forward pass."""
+        """Number of examples per forward pass."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
 
 @dataclass(frozen=True, slots=True)
 class WarmupEval:
-    """Tasks to measure the model on before and after; fields as `mel_lite.evaluate.evaluate` takes them."""
+    """Tasks to evaluate the model on before and after; fields as in `mel_lite.evaluate.evaluate`."""
 
     dataset: str
     verifier: str | None = None
-    """None = the one recommended for the dataset."""
+    """None = the recommended verifier of the dataset."""
     limit: int | None = None
     k: int = 8
     temperature: float = 0.6
@@ -82,24 +82,24 @@ class WarmupEval:
 
 @dataclass(frozen=True, slots=True)
 class WarmupResult:
-    """What a warm-up left."""
+    """Result of a warm-up."""
 
     adapter: Path
     examples: int
     skipped_long: int
-    """Examples left out because prompt and completion do not fit the context together."""
+    """Examples left out because prompt and completion together exceed the context."""
     trained_tokens: int
-    """Completion tokens of the examples, once through."""
+    """Completion tokens in one pass over the examples."""
     steps: int
     final_loss_nats: float
     """Mean loss per completion token over the last logged steps."""
     took_s: float
-    """Training alone, without the evaluations."""
+    """Duration of training without the evaluations, in seconds."""
     before: EvalResult | None = None
     after: EvalResult | None = None
 
     def summary(self) -> str:
-        """What was trained and where it is, in two lines."""
+        """Describe the training and the adapter's path in two lines."""
         return (
             f"{self.steps} steps on {self.examples} examples ({self.trained_tokens} tokens to learn, "
             f"{self.skipped_long} too long) in {self.took_s:.0f} s, last loss {self.final_loss_nats:.3f} nats/token\n"
@@ -118,17 +118,18 @@ def warmup(
     evaluation: WarmupEval | None = None,
     console: Console | None = None,
 ) -> WarmupResult:
-    """Fine-tune a LoRA adapter on examples and save it in `output_dir`; measure it before and after if asked to.
+    """Fine-tune a LoRA adapter on examples and save it in `output_dir`. Evaluate it before and after if requested.
 
     Args:
         lora: the adapter to train; None = `LoraSpec()`, or the shape of `adapter`.
-        adapter: go on training this one.
-    Raises: ConfigError for an `output_dir` in use or `lora` together with `adapter`; DataError for examples and tasks
-        that cannot be used; ModelError for a model or adapter that cannot.
+        adapter: an adapter to continue training.
+        evaluation: the tasks to evaluate on; None = no evaluation.
+    Raises: ConfigError when `output_dir` is not empty or `lora` is given together with `adapter`; DataError for
+        examples and tasks that cannot be used; ModelError for a model or adapter that cannot be used.
     """
     options = options or WarmupOptions()
     if lora is not None and adapter is not None:
-        raise ConfigError("lora and adapter together: an adapter brings its own shape. Give one of them.")
+        raise ConfigError("lora and adapter together: an adapter has its own shape. Give only one of them.")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={str(output_dir)!r} is not empty. Give a new folder; nothing is overwritten.")
     examples = load_examples(examples_file)
@@ -136,7 +137,7 @@ def warmup(
     base = load_base(model)
     install_scoring_head(base)
     room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
-    rows, skipped = tokenise(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
+    rows, skipped = tokenize(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
     if skipped:
         _say(console, f"{skipped} of {len(examples)} examples left out: longer than {room_tokens} tokens.")
     stops = eos_ids(base, tokenizer)
@@ -163,7 +164,7 @@ def warmup(
 
 
 def save(model: Any, folder: Path, *, revision: str | None = None) -> None:
-    """Write a PEFT adapter and the record of its base, so that `attach_adapter` takes it back."""
+    """Save a PEFT adapter with the record of its base, as `attach_adapter` expects it."""
     model.save_pretrained(folder)
     write_fingerprint(folder, model, revision=revision)
 
@@ -179,7 +180,7 @@ def _adapted(base: Any, lora: LoraSpec | None, adapter: Path | None) -> Any:
 def _measure(
     model: Any, tokenizer: Any, stops: tuple[int, ...], tasks: WarmupEval | None, *, seed: int
 ) -> Callable[[str, Console | None], EvalResult | None]:
-    """A function that evaluates the model as it is; the tasks are loaded now, so that mistakes show before training."""
+    """Return a function that evaluates the current model. Tasks are loaded now, so that errors come before training."""
     if tasks is None:
         return lambda name, console: None
     from mel_lite.engines.hf import HFEngine
@@ -232,10 +233,10 @@ def _train(
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=options.warmup_steps,
-        max_length=None,  # what is too long was left out whole
-        train_sampling_strategy="sequential",  # the rows come in order
+        max_length=None,  # no truncation: examples that are too long were left out
+        train_sampling_strategy="sequential",  # the rows are already ordered
         gradient_checkpointing=not on_cpu,
-        bf16=False,  # the base was loaded in its own dtype; LoRA weights stay as PEFT made them
+        bf16=False,  # the base keeps the dtype it was loaded in, and LoRA weights the one PEFT gave them
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         logging_steps=_LOG_EVERY,
@@ -260,23 +261,23 @@ def _train(
 
 
 def in_batches(rows: Sequence[dict[str, list[int]]], size: int, seed: int) -> list[dict[str, list[int]]]:
-    """The rows with neighbours of similar length in each batch of `size`, and the batches shuffled.
+    """Order rows so that each batch of `size` holds rows of similar length, with the batches shuffled.
 
-    Sorting within large blocks, as transformers' `group_by_length` does, would train on long examples for a while and
-    then on short ones for a while: each kind unlearns the other.
+    Sorting within large blocks, as transformers' `group_by_length` does, would alternate long phases of long and of
+    short examples, and the model would forget one kind while it trains on the other.
     """
     rng = random.Random(seed)
     shuffled = rng.sample(rows, len(rows))
     shuffled.sort(key=lambda row: len(row["input_ids"]))
     batches = [shuffled[i : i + size] for i in range(0, len(rows), size)]
     rng.shuffle(batches)
-    # A short batch anywhere but at the end would shift the ones after it.
+    # The incomplete batch must be the last one: elsewhere it would shift the boundaries of later batches.
     batches.sort(key=lambda batch: len(batch) < size)
     return [row for batch in batches for row in batch]
 
 
 def _trainer_class() -> type:
-    """TRL's SFTTrainer with its loss, the token-averaged NLL of the completions, through our operator.
+    """Return TRL's SFTTrainer with its loss, the mean NLL per completion token, computed by our operator.
 
     TRL 1.15's own fused head is a Triton kernel, which needs a GPU.
     """
@@ -291,14 +292,14 @@ def _trainer_class() -> type:
             tokens = len(scores.logp_N) if num_items_in_batch is None else num_items_in_batch
             loss = -scores.logp_N.sum() / tokens
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # DDP averages what is to be summed
+                loss = loss * self.accelerator.num_processes  # DDP averages the gradients, but they must be summed
             return (loss, scores) if return_outputs else loss
 
     return CompletionTrainer
 
 
 def _progress(console: Console | None) -> Any:
-    """A callback that prints loss, learning rate and time left every few steps."""
+    """Return a callback that prints loss and remaining time every few steps."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):

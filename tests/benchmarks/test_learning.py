@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from demo_warmup.examples import make_examples
-from mel_lite.warmup.examples import Example, tokenise
+from mel_lite.warmup.examples import Example, tokenize
 from scripted import ScriptedEngine
 from trainers import sums, tiny_model
 
@@ -106,7 +106,7 @@ def test_the_small_model_is_made_and_asked_what_it_was_not_shown(study: Any, tmp
     assert analyse["prompt"][0]["content"] == small.TEMPLATES["analysis_system"]
     assert "Incorrect:" in analyse["prompt"][1]["content"] and "running total" not in analyse["prompt"][1]["content"]
     fresh, trained = small.make_model(made.tokenizer), made.load()
-    rows, _ = tokenise(
+    rows, _ = tokenize(
         [Example(e["prompt"], e["completion"]) for e in shown[:16]], made.tokenizer, max_length_tokens=512, turn_end=2
     )
     losses = []

@@ -1,7 +1,7 @@
-"""GGUF export: llama.cpp's tools are called as they are documented; what they write loads back in transformers.
+"""GGUF export: llama.cpp's tools are called as documented, and their output loads back in transformers.
 
-llama.cpp itself is not here. A stand-in takes its command line and writes a real GGUF file of the merged model with the
-`gguf` package, so the file, its tensors and its logits are checked; the conversion itself is llama.cpp's to test.
+llama.cpp itself is replaced by a fake with the same command line, which writes a real GGUF file of the merged model
+with the `gguf` package. So the file, its tensors and its logits are checked, but not llama.cpp's own conversion.
 """
 
 from __future__ import annotations
@@ -76,32 +76,32 @@ for name, weight in load_file(asked.model / "model.safetensors").items():
         writer.add_tensor(out + ".weight", values.astype(np.float16))
 writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
 """
-QUANTISER = '#!/bin/sh\ntest "$3" = Q4_K_M || exit 1\ncp "$1" "$2"\n'
+QUANTIZER = '#!/bin/sh\ntest "$3" = Q4_K_M || exit 1\ncp "$1" "$2"\n'
 IDS_BT = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100, 110, 120]])
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with a trained adapter of a tiny Llama."""
+    """Folder with a trained adapter of a tiny Llama."""
     base = save_tiny(tmp_path / "base", "llama", tied=True)
     return make_adapter(ModelSpec(str(base)), tmp_path / "adapter")
 
 
 @pytest.fixture
 def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout whose programs are the stand-ins."""
+    """Checkout of llama.cpp with the fake programs."""
     folder = tmp_path / "llama.cpp"
     (folder / "build" / "bin").mkdir(parents=True)
     (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    quantiser = folder / "build" / "bin" / "llama-quantize"
-    quantiser.write_text(QUANTISER)
-    quantiser.chmod(quantiser.stat().st_mode | stat.S_IXUSR)
+    quantizer = folder / "build" / "bin" / "llama-quantize"
+    quantizer.write_text(QUANTIZER)
+    quantizer.chmod(quantizer.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("LLAMA_CPP", str(folder))
     return folder
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f16", 2e-3), ("q8_0", 0.15), ("q4_k_m", 2e-3)])
-def test_what_is_written_loads_back_with_the_models_logits(
+def test_the_file_loads_back_with_the_logits_of_the_model(
     run: Path, llama_cpp: Path, tmp_path: Path, kind: str, tolerance: float
 ) -> None:
     report = export(run, tmp_path / "out", format=kind)
@@ -109,7 +109,7 @@ def test_what_is_written_loads_back_with_the_models_logits(
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["README.md", f"base-{kind}.gguf", "export_report.json"]
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["format"] == kind
-    assert f"written as {kind} by llama.cpp" in (tmp_path / "out" / "README.md").read_text()
+    assert f"converted to {kind} by llama.cpp" in (tmp_path / "out" / "README.md").read_text()
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=names[1], dtype=torch.float32)
     export(run, tmp_path / "merged")
@@ -122,7 +122,7 @@ def test_what_is_written_loads_back_with_the_models_logits(
 
 
 @pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_without_llama_cpp_the_commands_are_named_and_nothing_is_written(
+def test_without_llama_cpp_the_error_has_the_commands_and_nothing_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.delenv("LLAMA_CPP", raising=False)
@@ -135,7 +135,7 @@ def test_without_llama_cpp_the_commands_are_named_and_nothing_is_written(
     assert ("cmake --build" in said) == (kind == "q4_k_m") and not (tmp_path / "out").exists()
 
 
-def test_what_the_converter_says_is_passed_on(run: Path, llama_cpp: Path, tmp_path: Path) -> None:
+def test_the_error_has_the_message_of_the_converter(run: Path, llama_cpp: Path, tmp_path: Path) -> None:
     (llama_cpp / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model Foo is not supported')")
     with pytest.raises(
         ExportError, match=r"exit code 1: Model Foo is not supported\nThe command was: .*--outtype q8_0"
@@ -147,9 +147,7 @@ def test_what_the_converter_says_is_passed_on(run: Path, llama_cpp: Path, tmp_pa
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_recipe_may_ask_for_it_and_is_checked_before_it_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_with_gguf_is_checked_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = resolve(preset="cpu", overrides=[("export.format", "q8_0")])
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(ExportError, match="convert_hf_to_gguf.py"):

@@ -1,4 +1,4 @@
-"""A merged model is the adapter model, rounded once; nothing half-done is ever visible."""
+"""A merged model equals the adapter model, rounded once. An unfinished export is never visible."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def adapter_model(adapter_dir: Path) -> Any:
 
 
 def plain(folder: Path) -> Any:
-    """As a user without MEL-Lite loads it."""
+    """Load a model like a user without MEL-Lite."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -76,7 +76,7 @@ def test_merged_model_is_the_adapter_model(tmp_path: Path, kind: str, tied: bool
     report = export(adapter, tmp_path / "merged")
     assert report.dtype == ("bfloat16" if stored == "bfloat16" else "float16")  # the checkpoint's own 16-bit type
     merged, original = plain(tmp_path / "merged"), load_base(base)
-    assert mean_kl(adapter_model(adapter), original) > 0.05  # the update is not small
+    assert mean_kl(adapter_model(adapter), original) > 0.05  # the update is large
     assert mean_kl(adapter_model(adapter), merged) < (1e-3 if stored == "bfloat16" else 1e-4)
     stored_names = load_file(tmp_path / "merged" / "model.safetensors")
     assert ("lm_head.weight" in stored_names) is not tied
@@ -84,7 +84,7 @@ def test_merged_model_is_the_adapter_model(tmp_path: Path, kind: str, tied: bool
     fidelity = report.fidelity
     assert fidelity is not None
     assert fidelity.tokens >= 200
-    assert fidelity.is_faithful or stored == "bfloat16"  # a random model has more near-ties than 8 bits can keep apart
+    assert fidelity.is_faithful or stored == "bfloat16"  # 8 bits cannot separate all near-ties of a random model
     assert len(fidelity.greedy_equal) == len(CHECK_PROMPTS)
 
 
@@ -92,7 +92,7 @@ def test_merged_model_is_the_adapter_model(tmp_path: Path, kind: str, tied: bool
 def test_a_host_without_memory_for_float32_computes_the_same(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layer by layer, to the bit; what is held stays in 16 bits."""
+    """Layer by layer, with bit-identical results. The weights in memory stay in 16 bits."""
     spec = ModelSpec(str(save_tiny(tmp_path / "base", kind, tied=kind == "llama", dtype="bfloat16")), dtype="bfloat16")
     whole = _exact_on_cpu(load_base(spec))
     assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
@@ -124,7 +124,7 @@ def test_merged_weights_follow_the_variant(base_dir: Path, tmp_path: Path, varia
 def test_each_weight_is_rounded_once(
     base_dir: Path, tmp_path: Path, rslora: bool, scaling: float, trained_in: str
 ) -> None:
-    """trl#3466: an update added in bfloat16 loses most of itself; here the sum is float32 even over a bfloat16 base."""
+    """trl#3466: an update added in bfloat16 is mostly lost. Here the sum is float32 even with a bfloat16 base."""
     spec = ModelSpec(str(base_dir), dtype=trained_in)
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=rslora)
     adapter = make_adapter(spec, tmp_path / "adapter", config, scale=1e-3)
@@ -138,7 +138,7 @@ def test_each_weight_is_rounded_once(
 
 
 def test_four_bit_base_is_merged_as_the_adapter_saw_it(base_dir: Path, tmp_path: Path) -> None:
-    """unsloth-zoo#810: an update learnt on de-quantised weights does not fit the original ones."""
+    """unsloth-zoo#810: an update learned on dequantized weights does not fit the original ones."""
     four_bit = ModelSpec(str(base_dir), load_in_4bit=True)
     adapter = make_adapter(four_bit, tmp_path / "adapter", scale=0.02)
     report = export(adapter, tmp_path / "merged")
@@ -155,7 +155,7 @@ def test_four_bit_base_is_merged_as_the_adapter_saw_it(base_dir: Path, tmp_path:
 
 
 def test_reported_figures_are_the_measured_ones(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """Recomputed in float64 from the folders alone, on the same tokens: prompts and the adapter model's answers."""
+    """Recomputes the figures in float64 from the folders, on the same tokens: prompts and the adapter's answers."""
     report = export(adapter_dir, tmp_path / "merged", dtype="bfloat16")
     fidelity = report.fidelity
     assert fidelity is not None
@@ -185,9 +185,7 @@ def test_reported_figures_are_the_measured_ones(base_dir: Path, adapter_dir: Pat
     assert (saved["dtype"], saved["format"], saved["base"]["dtype"]) == ("bfloat16", "merged-16bit", "float32")
 
 
-def test_a_lossy_merge_is_reported_as_such(
-    base_dir: Path, adapter_dir: Path, tmp_path: Path, caplog, monkeypatch
-) -> None:
+def test_a_lossy_merge_is_reported(base_dir: Path, adapter_dir: Path, tmp_path: Path, caplog, monkeypatch) -> None:
     real = export_module.merge
 
     def spoiled(*args: Any) -> Any:
@@ -210,7 +208,7 @@ def test_a_lossy_merge_is_reported_as_such(
     assert "differs: serve the adapter" in text
 
 
-def test_adapted_tied_embedding_leaves_the_head_alone(base_dir: Path, tmp_path: Path) -> None:
+def test_an_adapted_tied_embedding_does_not_change_the_head(base_dir: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
     model = get_peft_model(load_base(ModelSpec(str(base_dir))), config)
     with torch.no_grad():
@@ -225,7 +223,9 @@ def test_adapted_tied_embedding_leaves_the_head_alone(base_dir: Path, tmp_path: 
     assert not torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
 
 
-def test_tokenizer_and_stop_tokens_go_with_the_model(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_stop_tokens_are_exported_with_the_model(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
     adapter = shutil.copytree(adapter_dir, tmp_path / "adapter")
     tokenizer = load_tokenizer(ModelSpec(str(base_dir)))
     tokenizer.chat_template = "changed for training {{ messages[0]['content'] }}"
@@ -279,24 +279,24 @@ def test_a_moved_base_is_loaded_as_it_was_in_training(base_dir: Path, tmp_path: 
     assert report.base.name == str(tmp_path / "second")
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def nothing_left(folder: Path, expected: set[str]) -> bool:
     return {path.name for path in folder.iterdir()} == expected
 
 
-def test_untrained_adapter_is_refused_unless_allowed(base_dir: Path, tmp_path: Path) -> None:
+def test_untrained_adapter_is_rejected_unless_allowed(base_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(ModelSpec(str(base_dir)), tmp_path / "adapter", scale=0.0)
     for format in ("adapter", "merged-16bit"):
-        with pytest.raises(ExportError, match="learnt nothing"):
+        with pytest.raises(ExportError, match="learned nothing"):
             export(adapter, tmp_path / "out", format=format)
     assert nothing_left(tmp_path, {"adapter"})
     export(adapter, tmp_path / "out", allow_untrained=True)
     assert mean_kl(load_base(ModelSpec(str(base_dir))), plain(tmp_path / "out")) < 1e-4
 
 
-def test_adapter_with_nan_is_refused(adapter_dir: Path, tmp_path: Path) -> None:
+def test_adapter_with_nan_is_rejected(adapter_dir: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(adapter_dir, tmp_path / "adapter")
     weights = load_file(adapter / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] = float("nan")
@@ -320,7 +320,7 @@ def test_existing_output_is_not_touched(adapter_dir: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("options", "message"), [({"format": "gguf"}, "gguf"), ({"dtype": "float32"}, "float32")])
-def test_unknown_format_and_dtype_are_refused(adapter_dir: Path, tmp_path: Path, options: dict, message: str) -> None:
+def test_unknown_format_and_dtype_are_rejected(adapter_dir: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         export(adapter_dir, tmp_path / "out", **options)
 
@@ -353,7 +353,7 @@ def test_an_interrupted_export_is_never_visible(adapter_dir: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_killed_export_is_never_visible_and_is_cleared_away(adapter_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_export_is_never_visible_and_is_deleted(adapter_dir: Path, tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; import mel_lite.export.merge as e\n"
         "e._compare = lambda *a: os._exit(9)\n"
@@ -365,7 +365,7 @@ def test_a_killed_export_is_never_visible_and_is_cleared_away(adapter_dir: Path,
     (remains,) = tmp_path.iterdir()
     assert remains.name.endswith(".partial")
     assert (remains / "model.safetensors").is_file()
-    alive = tmp_path / f".out.{os.getppid()}.partial"  # another export, still at work
+    alive = tmp_path / f".out.{os.getppid()}.partial"  # another export, still running
     alive.mkdir()
     export(adapter_dir, target, format="adapter")
     assert nothing_left(tmp_path, {"out", alive.name})
@@ -383,7 +383,7 @@ def test_demo_model_merges_faithfully(tmp_path: Path) -> None:
     assert report.dtype == "float16"
     assert fidelity.mean_kl_nats < 1e-4
     assert fidelity.top1_agreement >= 0.995
-    assert sum(fidelity.greedy_equal) >= 7  # a near-tie may fall the other way
+    assert sum(fidelity.greedy_equal) >= 7  # a near-tie may be decided differently
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     chat = [{"role": "user", "content": "What is 3 + 4? Answer with the number only."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,6 +1,6 @@
-"""F25: an export killed at every one of its file operations, and read back by a process that knows nothing of MEL-Lite.
+"""F25: an export killed at each of its file operations, and an export read by a process without MEL-Lite.
 
-Fidelity, tied heads, 4-bit bases and existing folders: tests/export/test_merge.py. Nothing is merged into 4-bit
+tests/export/test_merge.py tests fidelity, tied heads, 4-bit bases and existing folders. Nothing is merged into 4-bit
 weights: `merged-16bit` is the only merged format, and a 4-bit base is merged as the adapter saw it.
 """
 
@@ -41,7 +41,7 @@ def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(adapter_dir: Path, target: Path, form: str, kill_at: int | None) -> tuple[int, int]:
-    """Export in a process of its own; its exit code, and how many file operations in `target`'s place it came to."""
+    """Export in a separate process. Return its exit code and the number of its file operations next to `target`."""
     count = FORK.Value("i", 0)
 
     def child() -> None:
@@ -65,15 +65,15 @@ def exported(adapter_dir: Path, target: Path, form: str, kill_at: int | None) ->
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    # The report says how long it took.
+    # The report holds the duration, which differs.
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "export_report.json"}
 
 
 @pytest.mark.parametrize("form", ["merged-16bit", "adapter"])
 def test_a_half_export_is_never_visible(adapter_dir: Path, tmp_path: Path, form: str) -> None:
-    """Whenever it is killed, there is no folder of that name, or the whole one; the next export clears the rest away.
+    """Kill the export at a dozen of its operations, including the first and the last.
 
-    At a dozen of its operations, the first and the last among them.
+    Each time there is no folder of that name, or the complete one, and the next export deletes what was left.
     """
     whole = tmp_path / "whole" / "out"
     whole.parent.mkdir()
@@ -96,7 +96,7 @@ def test_a_half_export_is_never_visible(adapter_dir: Path, tmp_path: Path, form:
         assert all(name.startswith(".") for name in left), left
         export(adapter_dir, place / "out", format=form)
         assert files(place / "out") == expected
-        assert [path.name for path in place.iterdir()] == ["out"], "what was left is cleared away"
+        assert [path.name for path in place.iterdir()] == ["out"], "the partial folder is deleted"
     assert seen_partial >= 3
 
 

@@ -53,7 +53,7 @@ def tiny_config(
 def save_tiny(
     folder: Path, kind: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **config: int
 ) -> Path:
-    """Write a random model and tokenizer. Weights are scaled up: as initialized, distributions would be near-uniform."""
+    """Write a random model and tokenizer. Weights are scaled up, since initial distributions are nearly uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, **config), dtype=torch.float32)
     with torch.no_grad():

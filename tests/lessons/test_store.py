@@ -242,7 +242,7 @@ def test_exports_hold_what_the_store_holds(store: ExperienceStore, tmp_path: Pat
 
 def test_export_refuses_other_formats_and_keeps_the_old_file(store: ExperienceStore, tmp_path: Path) -> None:
     store.add([experience()])
-    with pytest.raises(StoreError, match=r"suffix '.csv' names no format .* use .jsonl or .parquet"):
+    with pytest.raises(StoreError, match=r"suffix '.csv'; use .jsonl or .parquet"):
         store.export(tmp_path / "rows.csv")
     with pytest.raises(StoreError, match=r"cannot be written"):
         store.export(tmp_path / "missing" / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""Warm-up: the demo's examples are true and fit MEL's prompts, and training on examples gives a usable adapter."""
+"""Warm-up: the demo's examples are correct and match MEL's prompts, and training on them gives a usable adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mel_lite.models.demo import DEMO_ADAPTER
 from mel_lite.models.load import ModelSpec, load_base, load_tokenizer
 from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from mel_lite.verify.verifiers import get_verifier
-from mel_lite.warmup.examples import Example, load_examples, tokenise
+from mel_lite.warmup.examples import Example, load_examples, tokenize
 from mel_lite.warmup.train import WarmupEval, WarmupOptions, in_batches, warmup
 from tiny_models import save_tiny, tiny_tokenizer
 
@@ -55,7 +55,7 @@ def expression_in(text: str) -> str:
 
 
 def value_of(expression: str) -> int:
-    """By a route of its own: signed terms added up."""
+    """Compute the value independently, as a sum of signed terms."""
     return sum(int(term.replace(" ", "")) for term in re.findall(r"[-+]? ?\d+", expression))
 
 
@@ -90,7 +90,7 @@ def test_every_solution_is_right_line_by_line(examples: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("kind", [*SLIPS, LAST_LINE])
-def test_slips_change_the_answer_where_they_say(kind: str) -> None:
+def test_slips_change_the_answer_at_the_given_step(kind: str) -> None:
     rng = random.Random(0)
     seen = 0
     while seen < 20:
@@ -137,7 +137,7 @@ def test_analyses_parse_and_do_not_leak(examples: list[dict[str, Any]]) -> None:
         assert re.search(r"\bI (?:see|understand)\b", parsed.critique)
 
 
-def test_analyses_name_the_step_at_which_the_solutions_part(examples: list[dict[str, Any]]) -> None:
+def test_analyses_name_the_step_at_which_the_solutions_diverge(examples: list[dict[str, Any]]) -> None:
     named = 0
     for example in of_kind(examples, "analyse"):
         user = example["prompt"][-1]["content"]
@@ -205,13 +205,13 @@ def test_examples_render_to_the_tokens_of_a_mel_step(examples: list[dict[str, An
     [
         ("{", r"rows\.jsonl, line 2: not JSON"),
         ("[1]", "line 2: a list, not an object"),
-        ('{"prompt": "x"}', r"line 2: column 'completion' is missing; there is 'prompt'"),
+        ('{"prompt": "x"}', r"line 2: column 'completion' is missing; it has 'prompt'"),
         ('{"prompt": "", "completion": "y"}', "line 2, column 'prompt': empty"),
         ('{"prompt": 3, "completion": "y"}', "line 2, column 'prompt': 3 is neither text nor a list"),
         ('{"prompt": [], "completion": "y"}', "line 2, column 'prompt'"),
         ('{"prompt": [{"role": "user"}], "completion": "y"}', "column 'prompt': message 1 is .*`content`"),
         ('{"prompt": [{"role": "robot", "content": "a"}], "completion": "y"}', "message 1 has the role 'robot'"),
-        ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y"}', "ends with the assistant's turn"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y"}', "ends with an assistant turn"),
         ('{"prompt": "x", "completion": "  "}', "line 2, column 'completion': '  ' is not text"),
         ('{"prompt": "x", "completion": null}', "line 2, column 'completion': None is not text"),
     ],
@@ -238,28 +238,28 @@ def test_trl_conversational_completions_are_read(tmp_path: Path) -> None:
     assert load_examples(tmp_path / "rows.jsonl") == [Example(prompt, "four")]
 
 
-def test_only_the_completion_is_learnt_and_it_ends_the_turn() -> None:
+def test_only_the_completion_is_learned_and_it_ends_the_turn() -> None:
     tokenizer = tiny_tokenizer()
     chat = Example([{"role": "user", "content": "2 + 2?"}], "four")
-    (row,), skipped = tokenise([chat], tokenizer, max_length_tokens=200, turn_end=2)
+    (row,), skipped = tokenize([chat], tokenizer, max_length_tokens=200, turn_end=2)
     prompt_ids = list(render(chat.prompt, tokenizer))
     assert row["input_ids"][: len(prompt_ids)] == prompt_ids
     assert row["labels"][: len(prompt_ids)] == [-100] * len(prompt_ids)
-    learnt = row["labels"][len(prompt_ids) :]
-    assert learnt == row["input_ids"][len(prompt_ids) :] and learnt[-1] == 2
-    assert tokenizer.decode(learnt[:-1]) == "four" and skipped == 0
+    learned = row["labels"][len(prompt_ids) :]
+    assert learned == row["input_ids"][len(prompt_ids) :] and learned[-1] == 2
+    assert tokenizer.decode(learned[:-1]) == "four" and skipped == 0
 
 
 def test_long_examples_are_left_out_whole() -> None:
     tokenizer = tiny_tokenizer()
     short, long = Example("a", "b"), Example("a" * 50, "b")  # 3 and 52 tokens
-    rows, skipped = tokenise([long, short], tokenizer, max_length_tokens=3)
+    rows, skipped = tokenize([long, short], tokenizer, max_length_tokens=3)
     assert [len(row["input_ids"]) for row in rows] == [3] and skipped == 1
     with pytest.raises(DataError, match="None of the 2 examples fits 2 tokens; the shortest has 3"):
-        tokenise([long, short], tokenizer, max_length_tokens=2)
+        tokenize([long, short], tokenizer, max_length_tokens=2)
 
 
-def test_batches_hold_rows_of_similar_length_and_lose_none() -> None:
+def test_batches_hold_rows_of_similar_length_and_all_rows() -> None:
     rows = [
         {"input_ids": [i] * length, "labels": []} for i, length in enumerate([10, 50, 11, 52, 12, 51, 90, 91, 92, 9])
     ]
@@ -284,7 +284,7 @@ def test_impossible_options(options: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
-    """A tiny model warmed up on two examples, one of which does not fit its 512 tokens; with its result and file."""
+    """Warm up a tiny model on two examples, one of which exceeds its 512 tokens. Return folder, result and file."""
     folder = tmp_path_factory.mktemp("warmup")
     save_tiny(folder / "base")
     rows = [
@@ -306,8 +306,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
 
 
 def nll_nats(model: Any, tokenizer: Any, file: Path) -> float:
-    """Mean NLL per completion token of the first example, by the plain logits."""
-    rows, _ = tokenise(load_examples(file)[:1], tokenizer, max_length_tokens=512, turn_end=2)
+    """Compute the mean NLL per completion token of the first example from plain logits."""
+    rows, _ = tokenize(load_examples(file)[:1], tokenizer, max_length_tokens=512, turn_end=2)
     ids, labels = (torch.tensor([rows[0][name]]) for name in ("input_ids", "labels"))
     with torch.no_grad():
         return float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], ignore_index=-100))
@@ -320,8 +320,8 @@ def test_warmup_learns_the_example_and_measures_it(trained: tuple[Path, Any, Pat
     spec = ModelSpec(str(folder / "base"))
     tokenizer = load_tokenizer(spec)
     untrained = nll_nats(load_base(spec), tokenizer, file)
-    learnt = nll_nats(attach_adapter(load_base(spec), result.adapter), tokenizer, file)
-    assert learnt < 0.1 < 1.0 < untrained
+    learned = nll_nats(attach_adapter(load_base(spec), result.adapter), tokenizer, file)
+    assert learned < 0.1 < 1.0 < untrained
     assert result.before.pass_at_1.value == 0.0 and result.after.pass_at_1.value == 1.0
 
 
@@ -334,7 +334,7 @@ def test_warmup_loss_is_the_mean_over_completion_tokens(trained: tuple[Path, Any
     assert math.isclose(result.final_loss_nats, expected, rel_tol=1e-3)
 
 
-def test_training_goes_on_from_the_adapter(trained: tuple[Path, Any, Path], tmp_path: Path) -> None:
+def test_training_continues_from_the_adapter(trained: tuple[Path, Any, Path], tmp_path: Path) -> None:
     folder, result, file = trained
     spec = ModelSpec(str(folder / "base"))
     assert json.loads((result.adapter / RECORD).read_text())["base"]["name"] == spec.name
@@ -346,11 +346,13 @@ def test_training_goes_on_from_the_adapter(trained: tuple[Path, Any, Path], tmp_
         adapter=result.adapter,
         options=WarmupOptions(max_steps=10, batch_size=1, learning_rate=1e-3),
     )
-    assert again.final_loss_nats < 0.1  # it started where the first one ended
+    assert again.final_loss_nats < 0.1  # it started where the first warm-up ended
     assert nll_nats(attach_adapter(load_base(spec), again.adapter), load_tokenizer(spec), file) < 0.1
 
 
-def test_nothing_is_overwritten_and_contradictions_are_refused(trained: tuple[Path, Any, Path], tmp_path: Path) -> None:
+def test_nothing_is_overwritten_and_contradictions_are_rejected(
+    trained: tuple[Path, Any, Path], tmp_path: Path
+) -> None:
     folder, result, file = trained
     spec = ModelSpec(str(folder / "base"))
     before = (result.adapter / WEIGHTS).read_bytes()
@@ -364,7 +366,7 @@ def test_nothing_is_overwritten_and_contradictions_are_refused(trained: tuple[Pa
 # ---- the shipped adapter ---------------------------------------------------------------------------------------------
 
 
-def test_shipped_adapter_is_what_the_recipe_says() -> None:
+def test_the_shipped_adapter_matches_its_recipe() -> None:
     weights = load_file(DEMO_ADAPTER / WEIGHTS)
     assert (DEMO_ADAPTER / WEIGHTS).stat().st_size <= 6_000_000
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
