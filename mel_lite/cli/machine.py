@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from mel_lite.files import nearest_existing_folder
+
 COMPILED_CACHE = "unsloth_compiled_cache"
 
 
@@ -94,18 +96,12 @@ def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
         model_bytes=_model_bytes(model),
         model_cached=_is_cached(model),
         run_folder=run_folder,
-        run_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
+        run_free_bytes=shutil.disk_usage(nearest_existing_folder(run_folder)).free,
         hub_cache=hub_cache,
-        hub_free_bytes=shutil.disk_usage(_existing(hub_cache)).free,
-        hub_writable=os.access(_existing(hub_cache), os.W_OK),
+        hub_free_bytes=shutil.disk_usage(nearest_existing_folder(hub_cache)).free,
+        hub_writable=os.access(nearest_existing_folder(hub_cache), os.W_OK),
         offline=bool(constants.HF_HUB_OFFLINE),
     )
-
-
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest parent that is there."""
-    path = path.absolute()
-    return path if path.is_dir() else _existing(path.parent)
 
 
 def _installed(name: str) -> str | None:

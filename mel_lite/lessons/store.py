@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mel_lite.errors import StoreError
+from mel_lite.files import replacing
 from mel_lite.types import Experience, Prompt, Status, Verdict
 
 FILE_NAME = "experiences.sqlite"
@@ -282,14 +283,11 @@ class ExperienceStore:
                 ".parquet."
             )
         rows = [asdict(row) for row in self.list(status=status)]
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(staged, rows)
-            os.replace(staged, path)
+            with replacing(path) as staged:
+                (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(staged, rows)
         except OSError as error:
             raise StoreError(f"export path {path}: cannot be written ({error}); choose another folder.") from error
-        finally:
-            staged.unlink(missing_ok=True)
         return len(rows)
 
     def _newest(self, where: str, values: Sequence[object], limit: int | None) -> Rows:

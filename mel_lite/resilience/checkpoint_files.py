@@ -7,16 +7,15 @@ visible in one rename, so a folder named `checkpoint-N` that has a manifest is c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import CheckpointError
+from mel_lite.files import flush, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +41,16 @@ def commit(staged: Path, run_dir: Path, state: dict[str, Any]) -> Path:
     """
     _write_json(staged / STATE, state)
     files = sorted(p for p in staged.rglob("*") if p.is_file())
-    _write_json(staged / MANIFEST, {str(p.relative_to(staged)): _sha256(p) for p in files})
+    _write_json(staged / MANIFEST, {str(p.relative_to(staged)): sha256_of(p) for p in files})
     for path in [*files, staged / MANIFEST, staged]:
-        _flush(path)
+        flush(path)
     final = run_dir / staged.name
     replaced = run_dir / f"{STAGING}-replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     staged.rename(final)
-    _flush(run_dir)
+    flush(run_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(staged.parent, ignore_errors=True)
     return final
@@ -78,7 +77,7 @@ def problem(checkpoint: Path) -> str | None:
             return f"{name} leads out of the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} differs from what was saved"
     return None
 
@@ -155,18 +154,3 @@ def rotate(run_dir: Path, *, keep: int | None, best: str | None) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder to flush it
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

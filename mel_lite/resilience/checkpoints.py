@@ -16,6 +16,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from mel_lite.errors import CheckpointError, DiskFullError
+from mel_lite.files import nearest_existing_folder
 from mel_lite.models.adapters import RECORD, check_base, write_fingerprint
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.resume_checks import check_inputs, inputs
@@ -223,10 +224,7 @@ class AtomicCheckpoints:
         weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         kept = self.args.save_total_limit or 1
         needed_bytes = BYTES_PER_WEIGHT * weights * (kept + 1)
-        folder = Path(self.args.output_dir)
-        while not folder.exists():
-            folder = folder.parent
-        free_bytes = shutil.disk_usage(folder).free
+        free_bytes = shutil.disk_usage(nearest_existing_folder(Path(self.args.output_dir))).free
         if free_bytes < needed_bytes:
             logger.warning(
                 "The disk of %s has %.1f GB free, but %s checkpoints of %.1f GB may be on it. Free space, or lower "

@@ -27,6 +27,7 @@ from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export.gguf import GGUF_TYPES, find_tools
+from mel_lite.files import atomic_write_text
 from mel_lite.lessons.prompts import load_templates, render
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
@@ -158,7 +159,7 @@ def train(
             console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
         trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
         if leads and not resume:
-            _write_config(recipe, folder)
+            atomic_write_text(folder / "config.yaml", recipe.as_yaml())  # without it a run cannot be resumed
         elif leads:
             trainer.add_callback(_OnceAccepted(recipe, folder))
         if gauge is not None:
@@ -201,13 +202,6 @@ def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, a
         display.close()
 
 
-def _write_config(recipe: Recipe, folder: Path) -> None:
-    """The old file or the new one, never half of one: without it a run cannot be resumed."""
-    part = folder / ".config.yaml"
-    part.write_text(recipe.as_yaml())
-    part.replace(folder / "config.yaml")
-
-
 class _EvaluatedBefore(TrainerCallback):
     """Measures the model before its first step. A resumed run reads what it measured then."""
 
@@ -227,7 +221,7 @@ class _OnceAccepted(TrainerCallback):
         self._recipe, self._folder = recipe, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _write_config(self._recipe, self._folder)
+        atomic_write_text(self._folder / "config.yaml", self._recipe.as_yaml())
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:

