@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ModelError
+from mel_lite.memory.blocks import blocks_of
 from mel_lite.models.load import DEMO
 
 MIB, GIB = 2**20, 2**30
@@ -29,8 +30,6 @@ SAMPLER_BYTES = 30
 float32 and float64, their exponentials and running sums."""
 LOAD_WORKERS = 4
 """16-bit tensors on the GPU at once while transformers quantises a checkpoint."""
-MAX_PADDING_SHARE = 0.2
-"""Of `mel_lite.training.packing`: rows share a block as long as no more than this share of it is padding."""
 PREFIX_TOKENS = 320
 """Allowance for the instructions and the chat template around a replay prompt."""
 
@@ -257,19 +256,6 @@ def layer_backward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: in
     """
     per_token = element_bytes * (2 * shape.intermediate + shape.hidden) + casts * 4 * shape.intermediate
     return saved_layer_bytes(shape, rows, tokens, element_bytes, casts=casts) + rows * tokens * per_token
-
-
-def blocks_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(rows, tokens) of the padded blocks that `mel_lite.training.packing.pack` makes of rows of these lengths."""
-    groups: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        if groups:
-            area = groups[-1][0] * (len(groups[-1]) + 1)
-            if area - sum(groups[-1]) - length <= MAX_PADDING_SHARE * area:
-                groups[-1].append(length)
-                continue
-        groups.append([length])
-    return [(len(group), group[0]) for group in groups]
 
 
 def update_bytes(

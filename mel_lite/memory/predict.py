@@ -8,6 +8,7 @@ from typing import Any
 
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
+from mel_lite.memory.blocks import blocks_of
 from mel_lite.memory.formulas import CONTEXT_BYTES
 from mel_lite.memory.workload import Part, Workload
 
@@ -113,7 +114,7 @@ def _update(load: Workload, part: Part) -> dict[str, int]:
     )
     parameters = sum(load.lora)
     # Autograd sums a weight's gradients of several blocks before it adds them to the rest.
-    in_flight = 2 if len(formulas.blocks_of(part.lengths)) > 1 else 1
+    in_flight = 2 if len(blocks_of(part.lengths)) > 1 else 1
     # Autocast keeps a 16-bit copy of an adapter in another dtype. The gradient meter keeps a float32 sum for each loss
     # term, beside the gradient it adds.
     copies = 2 * parameters if load.fp16 or not load.four_bit else 0

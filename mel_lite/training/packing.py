@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mel_lite.memory.blocks import group_lengths
+
 IGNORE = -100
 """Target of a position whose log-probability nobody asked for."""
-
-MAX_PADDING_SHARE = 0.2
-"""A block is closed when more than this share of it would be padding: an extra launch is cheaper than the waste."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +65,8 @@ class Packed:
 def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> Packed:
     """Group rows by length into right-padded blocks.
 
-    Longest first within a temperature. A block takes rows until padding would exceed MAX_PADDING_SHARE of it, or B*T
-    would exceed `max_tokens` (a single longer row still gets a block of its own). Rows with nothing scored are left
-    out, but for the shortest when there is no other: every rank needs a forward, or gradients could not be averaged.
+    Longest first within a temperature, by the rule of `group_lengths`. Rows with nothing scored are left out, but for
+    the shortest when there is no other: every rank needs a forward, or gradients could not be averaged.
     """
     groups = _groups(rows, max_tokens)
     blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
@@ -103,23 +101,11 @@ def area_tokens(rows: Sequence[Row], group: Sequence[int]) -> int:
 def _groups(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
     wanted = [i for i, row in enumerate(rows) if row.scored_tokens]
     wanted = wanted or sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[:1]
-    order = sorted(wanted, key=lambda i: (rows[i].temperature, -len(rows[i].ids)))
     groups: list[list[int]] = []
-    for i in order:
-        row = rows[i]
-        same = groups and rows[groups[-1][0]].temperature == row.temperature
-        if same and _fits([len(rows[j].ids) for j in groups[-1]], len(row.ids), max_tokens):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    for temperature in sorted({rows[i].temperature for i in wanted}):
+        same = [i for i in wanted if rows[i].temperature == temperature]
+        groups += [[same[j] for j in group] for group in group_lengths([len(rows[i].ids) for i in same], max_tokens)]
     return groups
-
-
-def _fits(lengths: list[int], length: int, max_tokens: int | None) -> bool:
-    area = lengths[0] * (len(lengths) + 1)
-    if max_tokens is not None and area > max_tokens:
-        return False
-    return area - sum(lengths) - length <= MAX_PADDING_SHARE * area
 
 
 def _block(rows: Sequence[Row], pad_id: int) -> Block:

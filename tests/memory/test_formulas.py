@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ModelError
 from mel_lite.memory import formulas
+from mel_lite.memory.blocks import blocks_of
 from mel_lite.models.load import ModelSpec, load_base
-from mel_lite.training import packing
 from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from tiny_models import save_tiny, tiny_config
@@ -128,15 +127,6 @@ def test_the_cache_takes_what_a_real_one_takes() -> None:
     assert formulas.kv_cache_bytes(formulas.shape_of(made.to_dict()), 3 * 7) == held
 
 
-def test_blocks_are_those_of_packing() -> None:
-    assert formulas.MAX_PADDING_SHARE == packing.MAX_PADDING_SHARE
-    draw = random.Random(3)
-    for _ in range(50):
-        lengths = [draw.randint(2, 400) for _ in range(draw.randint(1, 12))]
-        blocks = pack([Row(torch.ones(n, dtype=torch.long), 1) for n in lengths], pad_id=0).blocks
-        assert formulas.blocks_of(lengths) == [tuple(block.input_ids_BT.shape) for block in blocks]
-
-
 def cpu_scratch_bytes(shape: formulas.Shape, scored_tokens: int) -> int:
     """Of the log-prob operator on a CPU in bfloat16: logits and exponentials, accumulators, one tile of weights."""
     rows, columns = min(1024, scored_tokens), min(2048, shape.vocab)
@@ -184,7 +174,7 @@ def test_an_update_peaks_where_predicted(
 
     with torch.no_grad(), LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
         score(model, packed)
-    block = max(formulas.blocks_of(lengths), key=lambda block: block[0] * block[1])
+    block = max(blocks_of(lengths), key=lambda block: block[0] * block[1])
     assert formulas.scoring_bytes(shape, block, sum(scored), **options) == pytest.approx(live.peak_bytes, rel=0.10)
 
 

@@ -1,0 +1,33 @@
+"""Rule by which rows of many lengths share padded blocks. Training packs by it, and the memory plan counts by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_PADDING_SHARE = 0.2
+"""A block is closed when more than this share of it would be padding: an extra launch is cheaper than the waste."""
+
+
+def group_lengths(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+    """Return the row numbers of each block, longest row first; rows of equal length keep their order.
+
+    A block is as wide as its longest row. It takes rows until padding would exceed MAX_PADDING_SHARE of it, or rows
+    times width would exceed `max_tokens`; a single longer row still gets a block of its own.
+    """
+    groups: list[list[int]] = []
+    filled_tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        area = lengths[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
+        padding = area - filled_tokens - lengths[i]
+        if groups and (max_tokens is None or area <= max_tokens) and padding <= MAX_PADDING_SHARE * area:
+            groups[-1].append(i)
+            filled_tokens += lengths[i]
+        else:
+            groups.append([i])
+            filled_tokens = lengths[i]
+    return groups
+
+
+def blocks_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (rows, width in tokens) of the blocks that rows of these lengths are packed into."""
+    return [(len(group), lengths[group[0]]) for group in group_lengths(lengths)]
