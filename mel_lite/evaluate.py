@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.lessons.prompts import render
+from mel_lite.models.chat import render
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.types import Finish, Group, Verdict
 from mel_lite.verify.judge import AnswerJudge, Judge, answer_column

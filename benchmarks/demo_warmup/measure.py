@@ -27,8 +27,9 @@ from mel_lite.evaluate import bootstrap_interval
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
-from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, render
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates
 from mel_lite.models.adapters import attach_adapter
+from mel_lite.models.chat import render
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.text import printable

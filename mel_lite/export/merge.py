@@ -26,8 +26,8 @@ from mel_lite.errors import ExportError, check_choice
 from mel_lite.export.gguf import GGUF_TYPES, Tools, find_tools, write_gguf
 from mel_lite.export.report import REPORT, ExportReport, Fidelity, card
 from mel_lite.files import publish_dir
-from mel_lite.lessons.prompts import render
 from mel_lite.models.adapters import RECORD, WEIGHTS, adapter_base, attach_adapter, find_adapter
+from mel_lite.models.chat import render
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_config, load_tokenizer
 from mel_lite.recipe import MergedDtype
 

@@ -19,7 +19,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.imports import load_object
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import question_prompt
-from mel_lite.models.chat import neutralise
+from mel_lite.models.chat import neutralize
 from mel_lite.types import Experience, Finish, Group, Lesson, LessonShare, Rollout, Status, Verdict
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _canonical(row_id: int, experience: Experience, tokenizer: Any) -> Lesson:
     redacted = experience.leak.redacted if experience.leak else None
     parsed = redacted or experience.parsed
     assert parsed is not None, "a kept meta-experience was parsed"
-    text = neutralise(parsed.as_text(), tokenizer)
+    text = neutralize(parsed.as_text(), tokenizer)
     sampled = str(tokenizer.decode(list(analysis.analysis_ids), skip_special_tokens=True))
     prefill = analysis.text.removesuffix(sampled)
     overlap = next((n for n in range(min(len(prefill), len(text)), 0, -1) if prefill.endswith(text[:n])), 0)

@@ -1,7 +1,7 @@
-"""The prompts of MEL (analysis, replay, control) as token ids.
+"""Prompts of the lesson stages (analysis, replay, control) as token ids.
 
-Whatever a model or a dataset wrote is data here: it is put in by one pass of plain text replacement, and the control
-tokens of the tokenizer are broken up in it, so that it can neither fill a placeholder nor open or close a chat turn.
+Text from a model or a dataset is inserted in one pass of plain replacement, with the tokenizer's control tokens broken
+up. It therefore cannot fill a placeholder, or open or close a chat turn.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.errors import ConfigError, DataError, ModelError
-from mel_lite.models.chat import neutralise, safe_turns
+from mel_lite.errors import ConfigError, DataError
+from mel_lite.models.chat import neutralize, question_text, render
 from mel_lite.text import suggest
-from mel_lite.types import Group, Message, Pair, Prompt
+from mel_lite.types import Group, Pair, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE_PARTING_TOKENS = 48
-"""Tokens up to the point of parting that are never trimmed."""
+"""Tokens before the point where the two solutions part that are never trimmed."""
 REST_TOKENS = 96
-"""Tokens after that point, and as many at the end (the final answer), that are never trimmed."""
+"""Tokens after that point that are never trimmed, and the same number at the end (the final answer)."""
 _TRIM_ROUNDS = 8
 
 _ANALYSIS_SYSTEM = (
@@ -77,21 +77,21 @@ Take them in as your experience. Then reason for yourself, in full, and answer.
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """The texts around what model and dataset wrote; `{name}` marks where that goes."""
+    """Instructions around the text of the model and the dataset; `{name}` marks where that text is inserted."""
 
     version: str = "1"
-    """Names these texts in the store."""
+    """Identifies these texts in the store."""
     analysis_system: str = _ANALYSIS_SYSTEM
     analysis_user: str = _ANALYSIS_USER
-    """I: `{question}`, `{wrong}`, `{right}`."""
+    """Instruction I of the method, with `{question}`, `{wrong}` and `{right}`."""
     analysis_prefill: str = "## Bifurcation\n"
-    """How every analysis begins: part of the context, not sampled and not trained on."""
+    """Beginning of every analysis: part of the context, not sampled and not trained on."""
     replay_user: str = _REPLAY_USER
-    """The last user turn of a replay: `{experience}`, `{question}`."""
+    """Last user turn of a replay, with `{experience}` and `{question}`."""
     trimmed_shared: str = "[... {count} tokens that both solutions share are left out ...]"
-    """Stands for what was cut out of the common prefix."""
+    """Replaces what was cut out of the common prefix."""
     trimmed_rest: str = "[... {count} tokens are left out ...]"
-    """Stands for what was cut out after the point of parting."""
+    """Replaces what was cut out after the point where the solutions part."""
 
 
 DEFAULT_TEMPLATES = Templates()
@@ -105,14 +105,16 @@ _PLACEHOLDERS: dict[str, tuple[str, ...]] = {
 
 
 class PromptTooLong(Exception):
-    """C_retro cannot be made to fit: the message says how many tokens there are and how many may be."""
+    """Raised when C_retro cannot be trimmed enough; the message has its token count and the limit."""
 
 
 def load_templates(path: str | None) -> Templates:
-    """The default templates with the fields of a YAML file in place of theirs; None gives the defaults.
+    """Load templates: the defaults, with the fields that a YAML file sets replaced. None returns the defaults.
 
-    A file that sets no `version` gets `custom-<hash of the texts>`. Raises: ConfigError for a file that cannot be
-    read, an unknown field, a value that is not text, and a placeholder that is missing or unknown.
+    Without a `version` in the file, the version is `custom-<hash of the texts>`.
+
+    Raises: ConfigError for a file that cannot be read, an unknown field, a value that is not text, and a placeholder
+    that is missing or unknown.
     """
     if path is None:
         return DEFAULT_TEMPLATES
@@ -123,7 +125,7 @@ def load_templates(path: str | None) -> Templates:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"templates={path!r} cannot be read: {error}. Give a YAML file of texts.") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"templates={path!r} holds no fields. Write lines like `analysis_system: |` and the text.")
+        raise ConfigError(f"templates={path!r} has no fields. Write lines like `analysis_system: |` and the text.")
     known = [field.name for field in dataclasses.fields(Templates)]
     for name, value in loaded.items():
         if name not in known:
@@ -139,93 +141,25 @@ def load_templates(path: str | None) -> Templates:
 
 def _check_placeholders(path: str, name: str, text: str) -> None:
     expected = _PLACEHOLDERS.get(name, ())
-    # `\boxed{answer}` is LaTeX, not a placeholder: a letter stands before the brace.
+    # `\boxed{answer}` is LaTeX, not a placeholder: there is a letter before the brace.
     for found in re.findall(r"(?<![A-Za-z])\{([a-z_]+)\}", text):
         if found not in expected:
             hint = suggest(found, expected) or f" {name} takes no placeholders; remove the braces."
             raise ConfigError(f"templates={path!r}: {name} has the unknown placeholder {{{found}}}.{hint}")
     for wanted in expected:
         if "{" + wanted + "}" not in text:
-            raise ConfigError(f"templates={path!r}: {name} lacks the placeholder {{{wanted}}}. Put it in.")
+            raise ConfigError(f"templates={path!r}: {name} is missing the placeholder {{{wanted}}}. Add it.")
 
 
 def _fill(template: str, **values: str) -> str:
-    """Put `values` in for their placeholders in one pass, so that no value is searched for placeholders."""
+    """Replace the placeholders by `values` in one pass, so that values are not searched for placeholders."""
     return re.sub("|".join(r"\{" + name + r"\}" for name in values), lambda match: values[match[0][1:-1]], template)
-
-
-def render(
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prefill: str = "",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[int, ...]:
-    """Token ids of a prompt, up to where the model's turn begins, then `prefill`.
-
-    A conversation goes through the chat template with a generation prompt; special tokens spelled in its messages are
-    broken up. Plain text is tokenised as it is, with the begin-of-sequence token the tokenizer puts in front.
-    Raises: ModelError when a conversation meets a tokenizer without a usable chat template.
-    """
-    if isinstance(prompt, str):
-        return _plain_ids(prompt + prefill, tokenizer)
-    text = _chat_text(safe_turns(prompt, tokenizer), tokenizer, dict(chat_template_kwargs or {})) + prefill
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    ids = list(tokenizer(text)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
-        ids.pop()  # added by the tokenizer; it would end the prompt before the model's turn
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids.pop(0)  # the text brought its own
-    return tuple(ids)
-
-
-def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """The conversation as the model expects it; a system turn its template refuses or drops joins the user's."""
-    from jinja2.exceptions import TemplateError
-
-    if not (tokenizer.chat_template or kwargs.get("chat_template")):
-        raise ModelError(
-            "The prompts are conversations, but the tokenizer has no chat template. Take an instruction-tuned model, "
-            "give a chat template (`chat_template_path`), or make the prompts plain text, which base models take as is."
-        )
-
-    def apply(turns: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
-
-    systems = [message["content"].strip() for message in messages if message["role"] == "system"]
-    failure: TemplateError | None = None
-    for turns in [messages, _without_system(messages)] if systems else [messages]:
-        try:
-            text = apply(turns)
-        except TemplateError as error:
-            failure = error
-            continue
-        if turns is not messages or all(system in text for system in systems):
-            return text
-    raise ModelError(
-        f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order."
-    ) from failure
-
-
-def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with what the system says put in front of the first user turn."""
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    rest = [dict(message) for message in messages if message["role"] != "system"]
-    for message in rest:
-        if message["role"] == "user":
-            message["content"] = f"{system}\n\n{message['content']}"
-            return rest
-    return [{"role": "user", "content": system}, *rest]
 
 
 def question_prompt(
     group: Group, tokenizer: PreTrainedTokenizerBase, *, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """The prompt of the group's rollouts, which is also that of the control without M."""
+    """Return the prompt of the group's rollouts, which is also the prompt of the control without M."""
     return render(group.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs)
 
 
@@ -237,11 +171,11 @@ def replay_prompt(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """[x, M]: the group's prompt with M as the student's own notes in its last user turn; all else stays.
+    """Return [x, M]: the group's prompt with M as the model's own notes in its last user turn.
 
     Raises: DataError for a conversation without a user turn.
     """
-    notes = neutralise(experience_text.strip(), tokenizer)
+    notes = neutralize(experience_text.strip(), tokenizer)
     if isinstance(group.prompt, str):
         prompt: Prompt = _fill(templates.replay_user, experience=notes, question=group.prompt)
         return render(prompt, tokenizer)
@@ -261,19 +195,20 @@ def analysis_prompt(
     max_context_tokens: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """C_retro = [I, x, y+, y-] and the prefill, in at most `max_context_tokens` tokens.
+    """Return C_retro = [I, x, y+, y-] and the prefill, in at most `max_context_tokens` tokens.
 
-    Long solutions lose the middle of their common prefix first, then the middle of what comes after the point of
-    parting; the tokens around that point and the end of each solution always stay. A plain-text question gives a
-    plain-text prompt. Raises: PromptTooLong when all that may be cut is not enough.
+    Long solutions lose the middle of their common prefix first, then the middle of the rest. The tokens around the
+    point where they part and the end of each solution are always kept. A plain-text question gives a plain-text prompt.
+
+    Raises: PromptTooLong when cutting everything that may be cut is not enough.
     """
 
     def build(wrong: str, right: str) -> tuple[int, ...]:
         user = _fill(
             templates.analysis_user,
-            question=neutralise(_question_text(pair.group.prompt), tokenizer, special_only=True).strip(),
-            wrong=neutralise(wrong, tokenizer).strip(),
-            right=neutralise(right, tokenizer).strip(),
+            question=neutralize(question_text(pair.group.prompt), tokenizer, special_only=True).strip(),
+            wrong=neutralize(wrong, tokenizer).strip(),
+            right=neutralize(right, tokenizer).strip(),
         )
         if isinstance(pair.group.prompt, str):
             return render(f"{templates.analysis_system}\n\n{user}\n", tokenizer, prefill=templates.analysis_prefill)
@@ -287,7 +222,7 @@ def analysis_prompt(
     for _ in range(_TRIM_ROUNDS):
         if len(ids) <= max_context_tokens:
             return ids
-        # The markers cost tokens, and decoding pieces may retokenise by a few more or less: measured, then repeated.
+        # Markers cost tokens, and decoded pieces may tokenize to a few tokens more or less: build, measure, repeat.
         remove_tokens += len(ids) - max_context_tokens
         cuts = _plan_cuts(pair, remove_tokens)
         if cuts is None:
@@ -302,18 +237,11 @@ def analysis_prompt(
     )
 
 
-def _question_text(prompt: Prompt) -> str:
-    """What is asked, as text: the user's message, or every turn with its role when there are several."""
-    if isinstance(prompt, str):
-        return prompt
-    turns = [message for message in prompt if message["role"] != "system"] or prompt
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-
-
 def _plan_cuts(pair: Pair, remove_tokens: int) -> tuple[int, int, int] | None:
-    """Tokens to cut from the common prefix (saved twice), the rest of y- and the rest of y+; None if too few."""
+    """Return how many tokens to cut from the common prefix, the rest of y- and the rest of y+; None if too few can go.
+
+    A token cut from the common prefix counts twice, because both solutions show it.
+    """
     shared_room = max(0, pair.common_prefix_tokens - BEFORE_PARTING_TOKENS)
     untouchable = pair.common_prefix_tokens + 2 * REST_TOKENS
     wrong_room = max(0, len(pair.wrong.completion_ids) - untouchable)
@@ -334,7 +262,7 @@ def _trimmed(
     tokenizer: PreTrainedTokenizerBase,
     templates: Templates,
 ) -> str:
-    """A solution without `shared_cut` tokens before and `rest_cut` tokens after token `parting`, with markers."""
+    """Decode a solution with markers for `shared_cut` tokens cut before token `parting` and `rest_cut` cut after it."""
 
     def text(piece: Sequence[int]) -> str:
         # A cut may split a character into bytes that decode to U+FFFD.
@@ -363,8 +291,6 @@ __all__ = [
     "Templates",
     "analysis_prompt",
     "load_templates",
-    "neutralise",
     "question_prompt",
-    "render",
     "replay_prompt",
 ]

@@ -1,22 +1,126 @@
-"""Control tokens in text that a model or a dataset wrote: broken up, so that they open and close no chat turn."""
+"""Chat text: prompts as token ids for the model, and as text for people.
+
+`render` is the only code that turns a prompt into tokens: rollouts, replay and its control, analysis, evaluation and
+warm-up all call it, so that they see the same tokens for the same messages. Text from a dataset or a model cannot open
+or close a chat turn in it, because control tokens spelled in the text are broken up.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from mel_lite.errors import ModelError
+from mel_lite.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Turn = dict[str, Any]
 _BREAK_ROUNDS = 4
+_OTHER_SYSTEM_TEXT = "Does this template use the system turn?"
+"""Replaces a system turn to see if the rendered text changes."""
 
 
-def neutralise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: bool = False) -> str:
-    """Break up every control token spelled in `text` by a space after its first character.
+def render(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefill: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """Return the token ids of a prompt up to the start of the model's turn, followed by `prefill`.
+
+    A conversation goes through the chat template with a generation prompt. A system turn that the template rejects or
+    ignores is moved to the front of the first user turn; all other conversations give the tokens of TRL's GRPOTrainer.
+    Plain text gets the begin-of-sequence token if the tokenizer adds one and the text has none, and no end-of-sequence
+    token.
+
+    Raises: ModelError for a conversation when the tokenizer has no chat template or the template rejects it.
+    """
+    if isinstance(prompt, str):
+        return _plain_ids(prompt + prefill, tokenizer)
+    text = _chat_text(safe_turns(prompt, tokenizer), tokenizer, chat_template_kwargs or {}) + prefill
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+        ids.pop()  # added by the tokenizer; it would end the prompt before the model's turn
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids.pop(0)  # the text has its own
+    return tuple(ids)
+
+
+def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+    from jinja2.exceptions import TemplateError
+
+    if not (tokenizer.chat_template or kwargs.get("chat_template")):
+        raise ModelError(
+            "The prompts are conversations, but the tokenizer has no chat template. Take an instruction-tuned model, "
+            "give a chat template (`chat_template_path`), or make the prompts plain text, which base models take as is."
+        )
+
+    def apply(turns: list[Turn]) -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
+
+    systems = [i for i, turn in enumerate(turns) if turn.get("role") == "system"] if is_text(turns) else []
+    failure: TemplateError | None = None
+    try:
+        text = apply(turns)
+        if all(_is_used(turns, i, text, apply) for i in systems):
+            return text
+    except TemplateError as error:
+        failure = error
+    if systems:
+        try:
+            return apply(_without_system_turns(turns))
+        except TemplateError as error:
+            failure = error
+    raise ModelError(
+        f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order."
+    ) from failure
+
+
+def _is_used(turns: list[Turn], index: int, text: str, apply: Callable[[list[Turn]], str]) -> bool:
+    """Return True unless `text`, the rendered conversation, stays the same when system turn `index` says other words.
+
+    Searching `text` for the turn would not do: a template may interpret a system turn (`/no_think`) without printing
+    it, and the words of a turn that it ignores may also be elsewhere.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not turns[index]["content"].strip():
+        return True  # there is nothing to lose
+    changed = {**turns[index], "content": _OTHER_SYSTEM_TEXT}
+    try:
+        return apply([*turns[:index], changed, *turns[index + 1 :]]) != text
+    except TemplateError:
+        return True
+
+
+def _without_system_turns(turns: list[Turn]) -> list[Turn]:
+    """Return the conversation with the text of its system turns at the front of the first user turn."""
+    system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system" and turn["content"].strip())
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    for i, turn in enumerate(rest):
+        if turn["role"] == "user":
+            content = f"{system}\n\n{turn['content']}" if system else turn["content"]
+            return [*rest[:i], {**turn, "content": content}, *rest[i + 1 :]]
+    return [{"role": "user", "content": system}, *rest]
+
+
+# ---- control tokens in text ----
+
+
+def neutralize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: bool = False) -> str:
+    """Break up every control token spelled in `text` with a space after its first character.
 
     Control tokens are the tokenizer's special tokens and, unless `special_only`, its other added tokens that look like
-    markup (`<think>`, `[TOOL]`); added runs of blanks are text. Afterwards the text holds none of them.
+    markup (`<think>`, `[TOOL]`). Added runs of blanks are ordinary text.
     """
     control = set(tokenizer.all_special_tokens)
     for added in tokenizer.added_tokens_decoder.values():
@@ -27,18 +131,50 @@ def neutralise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
     if not control:
         return text
     pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
-    for _ in range(_BREAK_ROUNDS):  # what is broken up may spell another token
+    for _ in range(_BREAK_ROUNDS):  # breaking up one token may spell another
         text, found = pattern.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         if not found:
             break
     return text
 
 
-def safe_turns(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A conversation whose text spells no special token; content that is not text (images) stays."""
+neutralise = neutralize  # for lessons/parsing.py, until it imports the new name
+
+
+def safe_turns(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    """Return the conversation with the special tokens in its text broken up; content that is not text is kept."""
     return [
-        {**turn, "content": neutralise(turn["content"], tokenizer, special_only=True)}
+        {**turn, "content": neutralize(turn["content"], tokenizer, special_only=True)}
         if isinstance(turn.get("content"), str)
         else dict(turn)
         for turn in messages
     ]
+
+
+# ---- prompts as text ----
+
+
+def is_text(prompt: Any) -> bool:
+    """Return True for plain text and for a conversation whose turns all have text as content."""
+    return isinstance(prompt, str) or all(isinstance(turn.get("content"), str) for turn in prompt)
+
+
+def question_text(prompt: Prompt) -> str:
+    """Return the question for a reader: the user's turn, or every turn with its role if there are several.
+
+    System turns are left out unless there are no others.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return all that the policy was shown: the text of every turn, system turns included, without roles."""
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
+__all__ = ["is_text", "neutralise", "neutralize", "prompt_text", "question_text", "render", "safe_turns"]

@@ -28,11 +28,12 @@ from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, M
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export.gguf import GGUF_TYPES, find_tools
 from mel_lite.files import atomic_write_text
-from mel_lite.lessons.prompts import load_templates, render
+from mel_lite.lessons.prompts import load_templates
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
 from mel_lite.models.adapters import lora_config
+from mel_lite.models.chat import render
 from mel_lite.models.load import context_length, load_config, load_tokenizer
 from mel_lite.recipe import Recipe, build_args, resolve
 from mel_lite.resilience import checkpoint_files

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import DataError
-from mel_lite.lessons.prompts import render
+from mel_lite.models.chat import render
 from mel_lite.types import Prompt
 
 ROLES = ("system", "user", "assistant")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
-from mel_lite.errors import ConfigError, DataError, ModelError
+from chat_templates import QUESTION, SYSTEM, TEMPLATES, tokenizer_with
+from mel_lite.errors import ConfigError, DataError
 from mel_lite.lessons.prompts import (
     BEFORE_PARTING_TOKENS,
     DEFAULT_TEMPLATES,
@@ -21,23 +21,10 @@ from mel_lite.lessons.prompts import (
     analysis_prompt,
     load_templates,
     question_prompt,
-    render,
     replay_prompt,
 )
-from mel_lite.models.chat import neutralise
 from mel_lite.types import Group, Pair, Prompt, Rollout, Verdict
-from tiny_models import CHAT_TEMPLATE, SPECIAL, tiny_tokenizer
-
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-DROPS_SYSTEM = CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'system'")
-
-
-def tokenizer_with(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level: one token per ASCII character, so that token counts are character counts."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
+from tiny_models import SPECIAL
 
 TOKENIZER = tokenizer_with()
 CHAT = [{"role": "user", "content": "What is 2+3?"}]
@@ -143,73 +130,30 @@ def test_values_are_not_searched_for_placeholders():
     assert TOKENIZER.decode(replay_prompt(group, "{question}", TOKENIZER, DEFAULT_TEMPLATES)).count("{question}") == 1
 
 
-# ---- tokenizers
+# ---- chat templates
 
 
-@pytest.mark.parametrize("template", [NO_SYSTEM + CHAT_TEMPLATE, DROPS_SYSTEM], ids=["refuses", "drops"])
-def test_a_system_turn_the_template_does_not_take_joins_the_users(template):
-    prompt = [{"role": "system", "content": "Be brief."}, *CHAT]
-    ids = render(prompt, tokenizer_with(template))
-    assert TOKENIZER.decode(ids) == ("<|im_start|>user\nBe brief.\n\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n")
-    assert (
-        analysis_text(pair_of("5", "6"), tokenizer=tokenizer_with(template)).count(DEFAULT_TEMPLATES.analysis_system)
-        == 1
-    )
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_lesson_prompts_keep_every_system_turn(kind):
+    tokenizer = tokenizer_with(TEMPLATES[kind].source)
+    group = Group([{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}], "h", ())
+    control = TOKENIZER.decode(question_prompt(group, tokenizer))
+    assert control == TEMPLATES[kind].expected
+    replay = TOKENIZER.decode(replay_prompt(group, "M", tokenizer, DEFAULT_TEMPLATES))
+    asked = DEFAULT_TEMPLATES.replay_user.replace("{experience}", "M").replace("{question}", QUESTION)
+    assert replay == control.replace(QUESTION, asked)
 
 
-def test_a_conversation_needs_a_chat_template():
-    with pytest.raises(ModelError, match=r"no chat template.*chat_template_path"):
-        render(CHAT, tokenizer_with(None))
-
-
-def test_a_template_that_rejects_the_conversation_is_named():
-    tokenizer = tokenizer_with("{{ raise_exception('roles must alternate') }}")
-    for prompt in (CHAT, [{"role": "system", "content": "s"}, *CHAT]):
-        with pytest.raises(ModelError, match="rejects the conversation: roles must alternate"):
-            render(prompt, tokenizer)
-
-
-def test_chat_template_kwargs_reach_the_template():
-    tokenizer = tokenizer_with(CHAT_TEMPLATE + "{% if think is false %}<think></think>{% endif %}")
-    assert TOKENIZER.decode(render(CHAT, tokenizer, chat_template_kwargs={"think": False})).endswith("</think>")
-    assert "think" not in TOKENIZER.decode(render(CHAT, tokenizer))
-
-
-def tokenizer_that_adds(single: str) -> PreTrainedTokenizerFast:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tokenizer_with(None)
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
-    )
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("single", "text", "ids"),
-    [
-        ("$A", "ab", []),
-        ("<|im_start|> $A", "ab", [1]),
-        ("<|im_start|> $A", "<|im_start|>ab", [1]),
-        ("<|im_start|> $A <|im_end|>", "ab", [1]),
-    ],
-    ids=["none", "begin", "begin already there", "end is taken off"],
-)
-def test_plain_text_begins_once_and_does_not_end(single, text, ids):
-    assert list(render(text, tokenizer_that_adds(single))) == ids + list(TOKENIZER("ab")["input_ids"])
+@pytest.mark.parametrize("kind", ["rejects", "drops"])
+def test_the_analysis_instruction_is_folded_like_any_system_turn(kind):
+    text = analysis_text(pair_of("5", "6"), tokenizer=tokenizer_with(TEMPLATES[kind].source))
+    assert text.startswith(f"<|im_start|>user\n{DEFAULT_TEMPLATES.analysis_system}\n\nQuestion:\nWhat is 2+3?\n")
+    assert text.count(DEFAULT_TEMPLATES.analysis_system) == 1
 
 
 # ---- nothing forges a turn
 
 FORGERY = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "im_end", "<", "a", " ", "\n"]), max_size=12).map("".join)
-
-
-@given(FORGERY)
-def test_no_control_token_survives(text):
-    safe = neutralise(text, TOKENIZER)
-    assert special_ids(TOKENIZER(safe)["input_ids"]) == []
-    assert safe.replace(" ", "") == text.replace(" ", "")
 
 
 @given(FORGERY, FORGERY, FORGERY, FORGERY)
@@ -229,22 +173,6 @@ def test_prompts_hold_the_special_ids_of_harmless_ones(question, right, wrong, n
         ]
 
     assert prompts(question, right, wrong, notes) == prompts("q", "r", "w", "n")
-
-
-def test_markup_is_broken_up_in_model_text_and_kept_in_questions():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<think>", "    ", "because"])
-    assert neutralise("<think>    because", tokenizer) == "< think>    because"
-    assert neutralise("<think> <|im_end|>", tokenizer, special_only=True) == "<think> < |im_end|>"
-    assert "<think>" in tokenizer.decode(render([{"role": "user", "content": "Use <think>."}], tokenizer))
-
-
-def test_breaking_up_one_token_does_not_make_another():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[x]", "[ x]", "  ", "a "]})
-    assert neutralise("1[x]2", tokenizer) == "1[  x]2"
-    assert neutralise("two  blanks", tokenizer) == "two  blanks"
-    assert neutralise("a b", tokenizer).replace(" ", "") == "ab", "ends even where it cannot succeed"
 
 
 # ---- trimming
@@ -353,12 +281,12 @@ def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path):
     ("text", "message"),
     [
         ("analysis_usr: x", r"unknown field 'analysis_usr'\. Did you mean 'analysis_user'\?"),
-        ("replay_user: '{question}'", r"replay_user lacks the placeholder \{experience\}"),
+        ("replay_user: '{question}'", r"replay_user is missing the placeholder \{experience\}"),
         ("replay_user: '{question} {experience} {notes}'", r"replay_user has the unknown placeholder \{notes\}"),
         ("analysis_user: '{question} {rigth} {wrong}'", r"unknown placeholder \{rigth\}\. Did you mean 'right'\?"),
         ("analysis_system: 'You are {name}.'", r"analysis_system takes no placeholders"),
         ("analysis_prefill: 3", r"analysis_prefill is 3, not text"),
-        ("- a", "holds no fields"),
+        ("- a", "has no fields"),
         ("a: [", "cannot be read"),
     ],
 )

@@ -26,8 +26,9 @@ from mel_lite.data import demo_tasks
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import parse_analysis
-from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, analysis_prompt, render, replay_prompt
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, analysis_prompt, replay_prompt
 from mel_lite.models.adapters import RECORD, WEIGHTS, LoraSpec, attach_adapter
+from mel_lite.models.chat import render
 from mel_lite.models.demo import DEMO_ADAPTER
 from mel_lite.models.load import ModelSpec, load_base, load_tokenizer
 from mel_lite.types import Finish, Group, Pair, Rollout, Verdict

@@ -1,0 +1,178 @@
+"""Prompts as tokens: every kind of chat template, plain text, control tokens in text, and prompts as text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat_templates import QUESTION, SYSTEM, TEMPLATES, tokenizer_that_adds, tokenizer_with
+from mel_lite.errors import ModelError
+from mel_lite.models.chat import is_text, neutralize, prompt_text, question_text, render, safe_turns
+from tiny_models import CHAT_TEMPLATE, SPECIAL, tiny_tokenizer
+
+TOKENIZER = tokenizer_with()
+CHAT = [{"role": "user", "content": QUESTION}]
+WITH_SYSTEM = [{"role": "system", "content": SYSTEM}, *CHAT]
+UNFOLDED = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def rendered(prompt, template: str = CHAT_TEMPLATE, **options) -> str:
+    return TOKENIZER.decode(render(prompt, tokenizer_with(template), **options))
+
+
+# ---- conversations
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_no_system_turn_is_lost(kind):
+    template = TEMPLATES[kind]
+    assert rendered(WITH_SYSTEM, template.source) == template.expected
+    assert rendered(WITH_SYSTEM, template.source, prefill="So") == f"{template.expected}So"
+
+
+@pytest.mark.parametrize("kind", [kind for kind, template in TEMPLATES.items() if template.uses_system])
+def test_templates_that_use_the_system_turn_render_it_themselves(kind):
+    tokenizer = tokenizer_with(TEMPLATES[kind].source)
+    for system in (SYSTEM, "Say brief things.\n\n  Twice. ", "brief", ""):
+        prompt = [{"role": "system", "content": system}, *CHAT]
+        expected = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)["input_ids"]
+        assert list(render(prompt, tokenizer)) == expected
+
+
+@pytest.mark.parametrize("kind", ["rejects", "drops"])
+def test_where_a_folded_system_turn_goes(kind):
+    source = TEMPLATES[kind].source
+    later = [{"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure?"}]
+    text = rendered([*WITH_SYSTEM, *later], source)
+    assert text == TEMPLATES[kind].expected + (
+        "5<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    ), "the first user turn, not the last"
+    assert rendered([{"role": "system", "content": " "}, *CHAT], source) == UNFOLDED, "nothing to fold"
+    alone = rendered([{"role": "system", "content": SYSTEM}], source)
+    assert alone == f"<|im_start|>user\n{SYSTEM}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_several_dropped_system_turns_are_folded_in_order():
+    prompt = [*WITH_SYSTEM, {"role": "system", "content": "In English."}]
+    text = rendered(prompt, TEMPLATES["drops"].source)
+    assert text.startswith(f"<|im_start|>user\n{SYSTEM}\n\nIn English.\n\n{QUESTION}<|im_end|>")
+
+
+def test_a_dropped_system_turn_is_folded_although_its_words_are_elsewhere_in_the_prompt():
+    prompt = [{"role": "system", "content": "user"}, *CHAT]
+    assert rendered(prompt, TEMPLATES["drops"].source) == UNFOLDED.replace("user\n", "user\nuser\n\n")
+
+
+def test_a_conversation_needs_a_chat_template():
+    with pytest.raises(ModelError, match=r"no chat template.*chat_template_path"):
+        render(CHAT, tokenizer_with(None))
+    assert TOKENIZER.decode(
+        render(CHAT, tokenizer_with(None), chat_template_kwargs={"chat_template": CHAT_TEMPLATE})
+    ) == (UNFOLDED)
+
+
+def test_a_template_that_rejects_the_conversation_is_named():
+    tokenizer = tokenizer_with("{{ raise_exception('roles must alternate') }}")
+    for prompt in (CHAT, WITH_SYSTEM):
+        with pytest.raises(ModelError, match="rejects the conversation: roles must alternate"):
+            render(prompt, tokenizer)
+
+
+def test_chat_template_kwargs_reach_the_template():
+    source = CHAT_TEMPLATE + "{% if think is false %}<think></think>{% endif %}"
+    assert rendered(CHAT, source, chat_template_kwargs={"think": False}) == f"{UNFOLDED}<think></think>"
+    assert rendered(CHAT, source) == UNFOLDED
+
+
+def test_content_that_is_not_text_is_left_to_the_template():
+    source = CHAT_TEMPLATE.replace("m['content']", "m['content'][0]['text']")
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in WITH_SYSTEM]
+    assert not is_text(parts) and is_text(WITH_SYSTEM) and is_text(QUESTION)
+    assert rendered(parts, source) == rendered(WITH_SYSTEM)
+    pictures = [{"role": "user", "content": [{"type": "image"}]}]
+    assert not is_text(pictures) and safe_turns(pictures, TOKENIZER) == pictures
+    assert not is_text([{"role": "assistant", "content": None}])
+
+
+# ---- plain text
+
+
+@pytest.mark.parametrize(
+    ("single", "text", "ids"),
+    [
+        ("$A", "ab", []),
+        ("<|im_start|> $A", "ab", [1]),
+        ("<|im_start|> $A", "<|im_start|>ab", [1]),
+        ("<|im_start|> $A <|im_end|>", "ab", [1]),
+    ],
+    ids=["none", "begin", "begin already there", "end is taken off"],
+)
+def test_plain_text_begins_once_and_does_not_end(single, text, ids):
+    assert list(render(text, tokenizer_that_adds(single))) == ids + list(TOKENIZER("ab")["input_ids"])
+
+
+# ---- control tokens in text
+
+FORGERY = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "im_end", "<", "a", " ", "\n"]), max_size=12).map("".join)
+
+
+def special_ids(ids) -> list[int]:
+    return [i for i in ids if i < len(SPECIAL)]
+
+
+@given(FORGERY)
+def test_no_control_token_survives(text):
+    safe = neutralize(text, TOKENIZER)
+    assert special_ids(TOKENIZER(safe)["input_ids"]) == []
+    assert safe.replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@given(system=FORGERY, question=FORGERY)
+def test_turns_cannot_be_forged_in_any_template(kind, system, question):
+    tokenizer = tokenizer_with(TEMPLATES[kind].source)
+    forged, honest = (
+        render([{"role": "system", "content": s}, {"role": "user", "content": q}], tokenizer)
+        for s, q in ((f"brief {system}", question), ("brief", "q"))
+    )
+    assert special_ids(forged) == special_ids(honest)
+
+
+def test_markup_is_broken_up_in_model_text_and_kept_in_questions():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "    ", "because"])
+    assert neutralize("<think>    because", tokenizer) == "< think>    because"
+    assert neutralize("<think> <|im_end|>", tokenizer, special_only=True) == "<think> < |im_end|>"
+    assert "<think>" in tokenizer.decode(render([{"role": "user", "content": "Use <think>."}], tokenizer))
+
+
+def test_breaking_up_one_token_does_not_make_another():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[x]", "[ x]", "  ", "a "]})
+    assert neutralize("1[x]2", tokenizer) == "1[  x]2"
+    assert neutralize("two  blanks", tokenizer) == "two  blanks"
+    assert neutralize("a b", tokenizer).replace(" ", "") == "ab", "ends even where it cannot succeed"
+
+
+# ---- prompts as text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "everything"),
+    [
+        ("Q: 2+3?", "Q: 2+3?", "Q: 2+3?"),
+        (CHAT, QUESTION, QUESTION),
+        (WITH_SYSTEM, QUESTION, f"{SYSTEM}\n{QUESTION}"),
+        ([WITH_SYSTEM[0]], SYSTEM, SYSTEM),
+        (
+            [*WITH_SYSTEM, {"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure?"}],
+            f"User: {QUESTION}\n\nAssistant: 5\n\nUser: Sure?",
+            f"{SYSTEM}\n{QUESTION}\n5\nSure?",
+        ),
+    ],
+    ids=["plain", "one turn", "system turn", "system turn alone", "dialogue"],
+)
+def test_prompts_as_text(prompt, question, everything):
+    assert question_text(prompt) == question
+    assert prompt_text(prompt) == everything
