@@ -13,7 +13,7 @@ import torch
 
 from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
-from mel_lite.models.chat import safe_turns
+from mel_lite.models.chat import is_text, render, safe_turns
 from mel_lite.seeds import prompt_hash
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import Finish, Group, LessonShare, Rollout, Verdict
@@ -100,9 +100,16 @@ class JudgedRewards:
         return rewards_per_func
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Tokenize like TRL, after breaking up special tokens in the text, so that no row can inject a chat turn."""
-        safe = [prompt if isinstance(prompt, str) else safe_turns(prompt, self._tokenizer) for prompt in prompts]
-        return super()._tokenize_prompts(safe)  # type: ignore[misc]
+        """Tokenize text prompts with `render`, like evaluation and replay; leave tools and images to TRL.
+
+        A row of the dataset cannot open or close a chat turn on either path.
+        """
+        trainer: Any = self
+        if trainer._is_vlm or trainer.tools or not all(is_text(prompt) for prompt in prompts):
+            safe = [prompt if isinstance(prompt, str) else safe_turns(prompt, self._tokenizer) for prompt in prompts]
+            return super()._tokenize_prompts(safe)  # type: ignore[misc]
+        kwargs = trainer.chat_template_kwargs
+        return [list(render(p, self._tokenizer, chat_template_kwargs=kwargs)) for p in prompts], None, {}
 
     def _verifier_reward(self, completions: Any, **columns: Any) -> list[float | None]:
         """Return the default reward: 1 for right, 0 for wrong, None (no reward, no gradient) for abstain."""
