@@ -20,6 +20,7 @@ from mel_lite.data import demo_tasks
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import parse_analysis
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates
+from mel_lite.models.chat import prompt_text
 from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
@@ -72,10 +73,9 @@ def _clean_analysis(problem: Problem, slip: Slip, right_text: str, rng: random.R
     for _ in range(20):
         text = _analysis(problem, slip, rng)
         parsed = parse_analysis(text, finish=Finish.STOP)
-        prompt_text = problem.question[-1]["content"]
-        answer = str(problem.answer)
+        question, answer = prompt_text(problem.question), str(problem.answer)
         if not check_leak(
-            parsed, answer=answer, right_text=right_text, prompt_text=prompt_text, policy="reject", raw_text=text
+            parsed, answer=answer, right_text=right_text, prompt_text=question, policy="reject", raw_text=text
         ).leaks:
             return text, parsed
     raise LookupError(f"every wording for {problem.expression} gives {problem.answer} away")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from mel_lite.lessons.store import ExperienceRow
 from mel_lite.memory.formulas import GIB
+from mel_lite.models.chat import question_text
 from mel_lite.resilience.worst_step import PhasePeak
 from mel_lite.text import printable
 from mel_lite.types import Status
@@ -33,11 +34,6 @@ def plain(text: str | None, limit: int | None = None) -> Text:
 def one_line(text: str | None, limit: int) -> Text:
     """The same on a single line."""
     return plain(" ".join((text or "").split()), limit)
-
-
-def prompt_text(prompt: Any) -> str:
-    """The last user turn of a prompt, or the plain prompt."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 class LiveDisplay(TrainerCallback):
@@ -127,7 +123,7 @@ def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
 def sample_panel(row: ExperienceRow) -> RenderableType:
     """One meta-experience with the rollouts it came from."""
     parts: list[RenderableType] = [
-        _labelled("question", one_line(prompt_text(row.prompt), 300)),
+        _labelled("question", one_line(question_text(row.prompt), 300)),
         _labelled("wrong", one_line(row.wrong_text, 300), "red"),
         _labelled("right", one_line(row.right_text, 300), "green"),
     ]
@@ -158,7 +154,9 @@ def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
     for row in rows:
         status = Text(row.status, style=STATUS_STYLE[row.status])
         lesson = row.heuristic if row.status is Status.KEPT else row.reason
-        table.add_row(str(row.id), str(row.step), status, one_line(prompt_text(row.prompt), 60), one_line(lesson, 110))
+        table.add_row(
+            str(row.id), str(row.step), status, one_line(question_text(row.prompt), 60), one_line(lesson, 110)
+        )
     return table
 
 
@@ -183,7 +181,7 @@ def store_line(counts: Mapping[Status, int]) -> Text:
 def experience_page(row: ExperienceRow) -> RenderableType:
     """One meta-experience whole."""
     sections = [
-        ("question", prompt_text(row.prompt)),
+        ("question", question_text(row.prompt)),
         ("reference answer", row.answer),
         (f"wrong (rollout {row.wrong_index})", row.wrong_text),
         (f"right (rollout {row.right_index}), {row.common_prefix_tokens} tokens in common", row.right_text),
