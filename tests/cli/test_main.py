@@ -13,7 +13,7 @@ import typer.main
 from click import Context
 
 import mel_lite
-from command_line import mel_lite_command
+from command_line import cold_mel_lite_command, mel_lite_command
 from mel_lite.cli.main import app
 from mel_lite.lessons.store import ExperienceStore
 
@@ -40,7 +40,7 @@ def test_the_surface_is_frozen() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    done = mel_lite_command("--help")
+    done = cold_mel_lite_command("--help")
     assert done.returncode == 0 and "train" in done.stdout
     heavy = ("torch", "trl", "transformers", "datasets")
     code = f"import mel_lite.cli.main, sys; print([m for m in {heavy} if m in sys.modules])"
@@ -49,7 +49,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_version() -> None:
-    assert mel_lite_command("--version").stdout.strip() == f"mel-lite {mel_lite.__version__}"
+    assert cold_mel_lite_command("--version").stdout.strip() == f"mel-lite {mel_lite.__version__}"
 
 
 @pytest.mark.parametrize(

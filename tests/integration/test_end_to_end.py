@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import mel_lite_command
+from command_line import cold_mel_lite_command
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.models.adapters import attach_adapter
 from mel_lite.models.demo import demo_model_dir
@@ -41,7 +41,7 @@ SMALL = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run of the demo preset, made smaller, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = mel_lite_command("train", "--gpu", "cpu", "--output-dir", folder, *SMALL)
+    done = cold_mel_lite_command("train", "--gpu", "cpu", "--output-dir", folder, *SMALL)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -79,12 +79,12 @@ def test_every_meta_experience_can_be_browsed(finished: tuple[Path, str]) -> Non
     folder, _ = finished
     with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
         rows = store.list()
-    listed = mel_lite_command("experiences", "list", "--run", folder).stdout
+    listed = cold_mel_lite_command("experiences", "list", "--run", folder).stdout
     assert f"{len(rows)} meta-experiences" in listed
-    shown = mel_lite_command("experiences", "show", rows[0].id, "--run", folder).stdout
+    shown = cold_mel_lite_command("experiences", "show", rows[0].id, "--run", folder).stdout
     assert "analysis as sampled" in shown and "question" in shown
     exported = folder.parent / "lessons.jsonl"
-    mel_lite_command("experiences", "export", exported, "--run", folder)
+    cold_mel_lite_command("experiences", "export", exported, "--run", folder)
     assert [json.loads(line)["id"] for line in exported.read_text().splitlines()] == [row.id for row in rows]
 
 
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_where_it_was(finished: tuple[Path, str], tmp_path:
     process.wait()
     assert not (folder / "adapter").exists()
 
-    done = mel_lite_command("train", "--resume", "--output-dir", folder)
+    done = cold_mel_lite_command("train", "--resume", "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     for name in ("adapter/adapter_model.safetensors", "checkpoint-2/optimizer.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpu_limit import cpu_limit
 from leak_cases import CLEAN, CORPUS, check, check_case
 from mel_lite.errors import ConfigError
 from mel_lite.lessons.answer_mentions import fold, numbers_in, read_gold
@@ -194,11 +194,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("answer", ["7", "x^2+1", "\\sqrt{2}", "B"])
-def test_hostile_text_is_done_with_at_once(name, answer):
+def test_hostile_text_takes_no_quadratic_time(name, answer):
     check("warm up $1+1$", answer=answer)
-    start_s = time.perf_counter()
-    report = check(HOSTILE[name], answer=answer, right=HOSTILE[name][:2_000])
-    assert time.perf_counter() - start_s < 3
+    with cpu_limit(4):
+        report = check(HOSTILE[name], answer=answer, right=HOSTILE[name][:2_000])
     assert isinstance(report.reasons, tuple) and len(report.reasons) < 40_000
 
 
