@@ -21,7 +21,7 @@ from mel_lite import signals
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.resilience import checkpoint_files
-from mel_lite.verify.pool import VerifyPool
+from mel_lite.verify.pool import PoolStats, VerifyPool
 from tiny_models import tiny_config
 from trainers import assert_learnt, build, run_state, step_log
 
@@ -47,9 +47,7 @@ def test_a_signal_commits_a_checkpoint_in_every_phase(
     start_s = time.monotonic()
     run.send(signum)
     assert run.wait() == code, run.output()
-    took_s = time.monotonic() - start_s
-    record_property("signal_to_exit_s", took_s)
-    assert took_s < 5, "the promise is 25 s for real phases; these are 0.25 s long"
+    record_property("signal_to_exit_s", time.monotonic() - start_s)
     newest = checkpoint_files.committed(folder / "run")[-1]
     assert newest.name == "checkpoint-2" and checkpoint_files.problem(newest) is None
     assert "saving a checkpoint, then stopping" in run.output()
@@ -65,11 +63,10 @@ def test_a_second_signal_ends_it_at_once(runs: Farm, folder: Path, common: dict[
     run.wait_for("backward", 1, timeout_s=60)  # a phase that is not cut short
     run.send(signal.SIGTERM)
     time.sleep(0.1)
-    start_s = time.monotonic()
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    assert time.monotonic() - start_s < 0.4
     assert "stopped at once" in run.output()
+    assert (folder / "phases.txt").read_text().endswith("phase backward 1\n"), "no phase came after it"
     assert [path.name for path in checkpoint_files.committed(folder / "run")] == ["checkpoint-1"]
     assert checkpoint_files.problem(folder / "run" / "checkpoint-1") is None
 
@@ -127,36 +124,43 @@ def test_a_signal_is_heard_within_a_micro_batch(tmp_path: Path, where: str, chec
     assert_learnt(resumed)
 
 
-def _in(seconds: float, signum: int) -> None:
-    main = threading.main_thread().ident
-    assert main is not None
-    threading.Timer(seconds, signal.pthread_kill, [main, signum]).start()
-
-
 def test_generation_stops_within_a_token() -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(tiny_config())
     model.config.max_position_embeddings = 100_000
+    passes = [0]
+
+    def ask(*_: Any) -> None:
+        passes[0] += 1
+        if passes[0] == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.register_forward_hook(ask)
     engine = HFEngine(model, eos_ids=[319], pad_id=0)
     requests = [Request((5, 6, 7), seed) for seed in range(4)]
-    _in(0.5, signal.SIGTERM)
-    start_s = time.monotonic()
     with signals.deferred(), pytest.raises(signals.Interrupted) as stop:
         engine.generate(requests, Sampling(50_000))
-    assert stop.value.signum == signal.SIGTERM and time.monotonic() - start_s < 2
+    assert stop.value.signum == signal.SIGTERM and passes == [20]
     assert model.training, "the model is as it was before"
 
 
+SLOW_RULE = """
+import os, signal, time
+def rule(completion, answer):
+    if completion:
+        os.kill(int(completion), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
 def test_verification_stops_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "slow_rule.py").write_text("import time\ndef rule(completion, answer):\n    time.sleep(60)\n")
+    (tmp_path / "slow_rule.py").write_text(SLOW_RULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     with VerifyPool("slow_rule:rule", deadline_s=50) as pool:
-        _in(2, signal.SIGINT)
-        start_s = time.monotonic()
         with signals.deferred(), pytest.raises(signals.Interrupted):
-            pool.verify([("a", "b", {})] * 4)
-        assert time.monotonic() - start_s < 4
+            pool.verify([(str(os.getpid()), "b", {}), *[("", "b", {})] * 3])
+        assert pool.stats == PoolStats(), "no answer was waited for"
 
 
 def test_handlers_are_put_back_and_other_threads_left_alone() -> None:
