@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from import_orders import REPORT
 from mel_lite.errors import ConfigError
 from mel_lite.trl_compat import check_trl_version
+from warm_process import run_warm
 
 REBIND = """
     import trl, trl.trainer, trl.trainer.grpo_trainer, trl.trainer.grpo_config
@@ -31,8 +30,7 @@ REBIND = """
 
 
 def _report(*parts: str) -> dict[str, object]:
-    code = "\n".join(textwrap.dedent(part) for part in parts)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = run_warm("\n".join(textwrap.dedent(part) for part in parts))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
