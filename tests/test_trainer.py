@@ -335,31 +335,35 @@ def test_the_scoring_head_leaves_other_calls_alone(tmp_path: Path) -> None:
     assert "input_ids" in inspect.signature(model.forward).parameters
 
 
-def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="train_dataset is empty"):
-        build(tmp_path, train_dataset=Dataset.from_list([]))
-    with pytest.raises(DataError, match="needs a reference answer"):
-        build(tmp_path, train_dataset=sums().remove_columns("answer"))
-    for option in (
-        {"use_vllm": True},
-        {"generation_kwargs": {"stop_strings": ["x"]}},
-        {"cache_implementation": "static"},
-    ):
-        with pytest.raises(ConfigError, match=f"{next(iter(option))}=.*from one engine"):
-            build(tmp_path, **option)
-    with pytest.raises(ConfigError, match="use_reentrant"):
-        build(tmp_path, grad_norm_every=1, gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="at least 2 generations"):
-        build(tmp_path, num_generations=1)
-    with pytest.raises(ConfigError, match="exceeds the context of 8192 tokens"):
-        build(tmp_path, max_context_tokens=9000)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"train_dataset": Dataset.from_list([])}, DataError, "train_dataset is empty"),
+        ({"train_dataset": sums().remove_columns("answer")}, DataError, "needs a reference answer"),
+        ({"use_vllm": True}, ConfigError, "use_vllm=.*from one engine"),
+        ({"generation_kwargs": {"stop_strings": ["x"]}}, ConfigError, "generation_kwargs=.*from one engine"),
+        ({"cache_implementation": "static"}, ConfigError, "cache_implementation=.*from one engine"),
+        (
+            {"grad_norm_every": 1, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            ConfigError,
+            "use_reentrant",
+        ),
+        ({"num_generations": 1}, ValueError, "at least 2 generations"),
+        ({"max_context_tokens": 9000}, ConfigError, "exceeds the context of 8192 tokens"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_refused_before_training(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build(tmp_path, **options)
+
+
+def test_a_config_of_trls_is_refused(tmp_path: Path) -> None:
+    model, args = tiny_model(tmp_path / "base"), GRPOConfig(str(tmp_path / "x"), use_cpu=True, bf16=False)
     with pytest.raises(ConfigError, match="needs a MELConfig"):
-        MELTrainer(
-            tiny_model(tmp_path / "base"),
-            args=GRPOConfig(str(tmp_path / "x"), use_cpu=True, bf16=False),
-            train_dataset=sums(),
-            processing_class=tiny_tokenizer(),
-        )
+        MELTrainer(model, args=args, train_dataset=sums(), processing_class=tiny_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_clock_that_goes_backwards_changes_nothing_but_dates(tmp_path: Path, m
     clock = PhaseClock()
     with clock("rollout"):
         time.sleep(0.01)
-    assert 0.01 <= clock.drain()["time/rollout_s"] < 5
+    assert 0.01 <= clock.drain()["time/rollout_s"] < 3600
     trainer = build(tmp_path, max_steps=2)
     trainer.train()
     assert_learnt(trainer)

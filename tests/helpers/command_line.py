@@ -19,4 +19,4 @@ def mel_lite_command(*arguments: object, cwd: Path | None = None) -> subprocess.
 def cold_mel_lite_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command from the shell's point of view: nothing is loaded before it starts."""
     command = [str(COMMAND), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=900, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=1800, check=False)

@@ -40,7 +40,8 @@ def test_the_common_prefix_is_the_longest_shared_one(a, b):
 
 
 def test_longest_prefix_takes_the_latest_point_of_parting():
-    assert chosen([MIXED]) == [(0, 3, 3)]
+    (pair,) = select_pairs([MIXED], per_group=1, strategy="longest_prefix", run_seed=0, step=0)
+    assert pair == Pair(MIXED, MIXED.rollouts[0], MIXED.rollouts[3], 3, 0)
     assert chosen([MIXED], per_group=2) == [(0, 3, 3), (2, 3, 2)]
 
 
@@ -106,8 +107,3 @@ def test_a_count_that_cannot_be_is_refused(per_group):
 def test_an_unknown_strategy_is_refused_even_without_groups():
     with pytest.raises(ConfigError, match=r"pair_strategy='longest' is not one of .*Did you mean 'longest_prefix'\?"):
         chosen([], strategy="longest")
-
-
-def test_the_pair_is_the_noun_of_types():
-    (pair,) = select_pairs([MIXED], per_group=1, strategy="longest_prefix", run_seed=0, step=0)
-    assert pair == Pair(MIXED, MIXED.rollouts[0], MIXED.rollouts[3], 3, 0)
