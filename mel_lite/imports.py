@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from typing import Any
 
 from mel_lite.errors import MelLiteError
+from mel_lite.text import did_you_mean
 
 
 def load_object(path: str, *, field: str, error: type[MelLiteError]) -> Any:
@@ -32,8 +32,7 @@ def load_object(path: str, *, field: str, error: type[MelLiteError]) -> Any:
         sys.path.reverse()
     for part in attribute.split("."):
         if not hasattr(target, part):
-            close = difflib.get_close_matches(part, dir(target), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise error(f"{field} = {path!r}: {module_name!r} has no {attribute!r}.{hint}")
+            near = did_you_mean(part, dir(target))
+            raise error(f"{field} = {path!r}: {module_name!r} has no {attribute!r}.{near}")
         target = getattr(target, part)
     return target

@@ -53,31 +53,24 @@ class PhaseClock:
         return metrics
 
 
-class MeteredEngine:
-    """An engine that counts what it generates. A run compares algorithms at equal generated tokens."""
+class MeteredEngine(Engine):
+    """Counts what an engine generates, so that runs can be compared at equal generated tokens."""
 
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
-        self.name = engine.name
-        self.own_kernels = bool(getattr(engine, "own_kernels", False))
-        self.context_tokens: int | None = getattr(engine, "context_tokens", None)
-        """Longest sequence it takes; None = the model's own bound."""
+        self.name, self.own_kernels, self.context_tokens = engine.name, engine.own_kernels, engine.context_tokens
+        self.share, self.max_num_seqs = engine.share, engine.max_num_seqs
         self.unmetered = engine
-        self._engine = engine
         self._clock = clock
         self.total_generated_tokens = 0
 
     def wake(self) -> None:
-        self._engine.wake()
+        self.unmetered.wake()
 
     def sleep(self) -> None:
-        self._engine.sleep()
+        self.unmetered.sleep()
 
     def limit_cache(self, tokens: int) -> bool:
-        """Have the engine hold fewer tokens at once; False when it cannot."""
-        limit = getattr(self._engine, "limit_cache", None)
-        if limit is not None:
-            limit(tokens)
-        return limit is not None
+        return self.unmetered.limit_cache(tokens)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         signals.poll()
@@ -96,27 +89,27 @@ class MeteredEngine:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """While open, tokens do not count: they are not training's."""
-        noted = self._clock.generated_tokens, self.total_generated_tokens
+        """While open, generated tokens do not count as training's."""
+        before = self._clock.generated_tokens, self.total_generated_tokens
         try:
             yield
         finally:
-            self._clock.generated_tokens, self.total_generated_tokens = noted
+            self._clock.generated_tokens, self.total_generated_tokens = before
 
     def _with_one_restart(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Seeds belong to the requests, so what is sampled after a restart is what the failed call would have."""
+        """Sample, restarting the engine after one failure; the requests' seeds give the same completions again."""
         try:
-            return self._engine.generate(requests, sampling)
+            return self.unmetered.generate(requests, sampling)
         except EngineError:
-            raise  # it knows that trying again is of no use
+            raise  # the engine reports that a retry cannot help
         except Exception as error:
             logger.warning("Engine %s failed (%s: %s). Restarting it.", self.name, type(error).__name__, error)
         try:
-            self._engine.sleep()
-            self._engine.wake()  # with the adapter as it is now
-            return self._engine.generate(requests, sampling)
+            self.unmetered.sleep()
+            self.unmetered.wake()  # with the current adapter
+            return self.unmetered.generate(requests, sampling)
         except Exception as error:
             raise EngineError(
                 f"engine {self.name!r} failed twice on {len(requests)} requests ({type(error).__name__}: {error}). See "
-                "its own log; for want of memory lower max_completion_length or analysis_max_tokens."
+                "its own log; if memory is short, lower max_completion_length or analysis_max_tokens."
             ) from error

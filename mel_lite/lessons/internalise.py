@@ -20,6 +20,7 @@ from mel_lite.imports import load_object
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import question_prompt
 from mel_lite.models.chat import neutralize
+from mel_lite.text import did_you_mean
 from mel_lite.types import Experience, Finish, Group, Lesson, LessonShare, Rollout, Status, Verdict
 
 if TYPE_CHECKING:
@@ -182,8 +183,9 @@ def get_internalisation(name: str) -> Internalisation:
         return INTERNALISATIONS[name]()
     if ":" not in name and "." not in name:
         raise ConfigError(
-            f"internalisation={name!r} is not one of {', '.join(INTERNALISATIONS)}. Set internalisation to one of "
-            "them, or to a dotted path such as 'my_module:MyInternalisation'."
+            f"internalisation={name!r} is not one of {', '.join(INTERNALISATIONS)}."
+            f"{did_you_mean(name, INTERNALISATIONS)} Set internalisation to one of them, or to a dotted path such as "
+            "'my_module:MyInternalisation'."
         )
     found = load_object(name, field="internalisation", error=ConfigError)
     if not (isinstance(found, type) and issubclass(found, Internalisation)):

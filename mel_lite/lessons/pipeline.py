@@ -13,6 +13,7 @@ from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import ParseFailure, parse_analysis
 from mel_lite.lessons.replay import is_kept, replay
+from mel_lite.models.chat import prompt_text
 from mel_lite.types import Analysis, Experience, LeakReport, MetaExperience, Pair, Status
 
 
@@ -67,12 +68,11 @@ def _check(analysis: Analysis, context: LessonContext, step: int) -> CheckedAnal
     except ParseFailure as failure:
         return Experience(step, analysis, Status.UNPARSED, str(failure))
     group = analysis.pair.group
-    question = group.prompt if isinstance(group.prompt, str) else "\n".join(m["content"] for m in group.prompt)
     leak = check_leak(
         parsed,
         answer=group.answer,
         right_text=analysis.pair.right.text,
-        prompt_text=question,
+        prompt_text=prompt_text(group.prompt),
         policy=context.leak_policy,
         raw_text=analysis.text if context.trains_whole_analysis else None,
     )

@@ -138,9 +138,6 @@ def neutralize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
     return text
 
 
-neutralise = neutralize  # for lessons/parsing.py, until it imports the new name
-
-
 def safe_turns(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
     """Return the conversation with the special tokens in its text broken up; content that is not text is kept."""
     return [
@@ -177,4 +174,4 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
-__all__ = ["is_text", "neutralise", "neutralize", "prompt_text", "question_text", "render", "safe_turns"]
+__all__ = ["is_text", "neutralize", "prompt_text", "question_text", "render", "safe_turns"]

@@ -28,6 +28,7 @@ from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, M
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export.gguf import GGUF_TYPES, find_tools
 from mel_lite.files import atomic_write_text
+from mel_lite.lessons.internalise import get_internalisation
 from mel_lite.lessons.prompts import load_templates
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
@@ -112,7 +113,8 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
-    if recipe.export.format in GGUF_TYPES:
+    get_internalisation(args.internalisation)
+    if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
     return args
 

@@ -20,18 +20,16 @@ which may run for hours: call it through `mel_lite.verify.pool.VerifyPool`, whic
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from mel_lite.errors import VerifierError
+from mel_lite.imports import load_object
 from mel_lite.text import did_you_mean
 from mel_lite.types import Verdict
 from mel_lite.verify import extract, gym
@@ -216,32 +214,10 @@ def get_verifier(name: str) -> Verifier:
             f"verifier = {name!r} is not known.{did_you_mean(name, BUILT_IN)} Built in: {', '.join(BUILT_IN)}; "
             "your own: a dotted path such as 'my_package.my_module:my_function'."
         )
-    return _wrap(name, _import(name))
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    here = os.getcwd()  # not on the path of an installed console script
-    sys.path.append(here)
-    try:
-        target: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise VerifierError(
-            f"verifier = {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
-            "The file must be importable from the folder you start in (a notebook cell is not: save it as a .py file)."
-        ) from error
-    finally:
-        sys.path.reverse()
-        sys.path.remove(here)
-        sys.path.reverse()
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            near = did_you_mean(part, dir(target))
-            raise VerifierError(f"verifier = {name!r}: {module_name!r} has no {attribute!r}.{near}")
-        target = getattr(target, part)
-    if not callable(target):
-        raise VerifierError(f"verifier = {name!r} is a {type(target).__name__}, not a function.")
-    return target
+    function = load_object(name, field="verifier", error=VerifierError)
+    if not callable(function):
+        raise VerifierError(f"verifier = {name!r} is a {type(function).__name__}, not a function.")
+    return _wrap(name, function)
 
 
 def _wrap(name: str, function: Callable[..., Any]) -> Verifier:
