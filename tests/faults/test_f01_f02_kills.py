@@ -1,7 +1,7 @@
 """F1, F2: SIGKILL at every file operation of a save, and at random times of a run.
 
-Every kill is of a real process. What must hold after each: nothing that is committed is damaged or lost, and the run
-that goes on ends in the state of the one that nothing happened to.
+Each kill hits a real process. After each, no committed checkpoint is damaged or lost, and the resumed run ends in the
+same state as the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ Reference = tuple[dict[str, str], list[dict[str, Any]]]
 
 
 def damaged(run: Path) -> list[str]:
-    """What is wrong with the committed checkpoints of a run."""
+    """Return the problems of the committed checkpoints of a run."""
     return [
         f"{path}: {trouble}" for path in checkpoint_files.committed(run) if (trouble := checkpoint_files.problem(path))
     ]
 
 
 def newest(run: Path) -> int:
-    """Step of the newest committed checkpoint, 0 without any."""
+    """Return the step of the newest committed checkpoint, or 0 when there is none."""
     saved = checkpoint_files.committed(run)
     return int(saved[-1].name.split("-")[1]) if saved else 0
 
 
 def clear(run: Path) -> None:
-    """As `mel-lite train --resume` does where no checkpoint was committed."""
+    """Restart like `mel-lite train --resume` without a committed checkpoint."""
     for leftover in run.glob("*"):
         if leftover.is_file():
             leftover.unlink()
 
 
 def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str, Any]) -> None:
-    """Resume the run to its end, and compare everything."""
+    """Resume the run to its end, and compare its whole state."""
     state, log = reference
     resume = bool(checkpoint_files.committed(folder / "run"))
     if not resume:
@@ -55,11 +55,11 @@ def finishes_as(reference: Reference, runs: Farm, folder: Path, common: dict[str
     assert json.loads((folder / "state.json").read_text()) == state
     assert step_log(folder / "run") == log, "each step is in metrics.jsonl once, as in the reference"
     left = [path.name for path in (folder / "run").iterdir() if path.name.startswith(checkpoint_files.STAGING)]
-    assert left == [], "what the interrupted save left is swept"
+    assert left == [], "leftovers of the interrupted save are deleted"
 
 
 def save_events(runs: Farm, folder: Path, common: dict[str, Any]) -> list[str]:
-    """The file operations of the save after step 3, which also rotates the oldest of two kept checkpoints away."""
+    """Return the file operations of the save after step 3, which also deletes the oldest of two kept checkpoints."""
     assert runs.run(folder, **common, kill_in_save=3) == 0, (folder / "output.txt").read_text()
     events: list[str] = json.loads((folder / "events.json").read_text())
     assert sum("os.rename" in event for event in events) >= 2, "the commit and the rotation"
@@ -74,7 +74,7 @@ def kill_in_save(runs: Farm, folder: Path, reference: Reference, common: dict[st
 
 
 def test_killed_around_the_commit(runs: Farm, reference: Reference, folder: Path, common: dict[str, Any]) -> None:
-    """At the rename that commits and the one that rotates; the slow test has all file operations."""
+    """Kills at the rename that commits and the one that rotates. The slow test covers all file operations."""
     events = save_events(runs, folder / "counted", common)
     renames = [i + 1 for i, event in enumerate(events) if event.startswith("os.rename")]
     for event in (renames[-2], renames[-1]):
@@ -95,9 +95,9 @@ def test_killed_at_every_file_operation_of_a_save(
 def kill_at_random(
     runs: Farm, reference: Reference, folder: Path, common: dict[str, Any], kills: int, seed: int
 ) -> Counter[str]:
-    """Kill and resume one run after another at random times, `kills` times in all; counts of what was seen.
+    """Kill and resume runs at random times, `kills` times in total. Returns: counts.
 
-    Times are spread over what a run has left to do, so that resumed ones are hit as often as new ones.
+    Times are spread over the remaining work of a run, so that resumed runs are hit as often as new ones.
     """
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def kill_at_random(
             with suppress(ProcessLookupError):
                 os.kill(run.pid, signal.SIGKILL)
             status = run.wait()
-            seen["kills"] += status != 0  # else it was done before it could be hit
+            seen["kills"] += status != 0  # else it finished before the kill
             seen["resumes"] += resume and status != 0
             seen["checkpoints"] += len(checkpoint_files.committed(target / "run"))
             seen["corrupt_checkpoints"] += len(damaged(target / "run"))

@@ -1,6 +1,6 @@
 """F3, F10: resuming at every boundary between phases, and across epochs of odd size. Other options: test_f09_*.py.
 
-Exactness after a kill: test_f01_f02_kills.py; after a signal in every phase: test_f08_signals.py.
+test_f01_f02_kills.py compares states after a kill, test_f08_signals.py after a signal in every phase.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PHASES = ("after rollout", "after verification", "after replay", "mid accumulati
 
 
 class PowerCut(RuntimeError):
-    """What ends the run there."""
+    """Error that ends a run at a boundary."""
 
 
 def cut(trainer: Any, phase: str) -> None:
@@ -74,7 +74,7 @@ def test_a_run_cut_at_a_boundary_is_redone_the_same(tmp_path: Path, whole: Any, 
 
 
 def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) -> None:
-    """7 prompts, 2 a step: 3 steps an epoch and one prompt left over; the run is cut in the second epoch."""
+    """7 prompts, 2 per step: 3 steps per epoch and one prompt left over. The run is cut in the second epoch."""
     options = COMMON | {"train_dataset": sums(7), "max_steps": 6, "per_device_train_batch_size": 8,
                         "gradient_accumulation_steps": 1}  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) ->
 
 
 def test_a_16_bit_adapter_stays_16_bit_when_a_run_is_resumed(tmp_path: Path) -> None:
-    """TRL keeps the adapter of a 4-bit base in bfloat16; PEFT loads it back in float32, which is another run."""
+    """TRL keeps the adapter of a 4-bit base in bfloat16, but PEFT loads it in float32, which would change the run."""
     base = save_tiny(tmp_path / "base")
 
     def run(folder: str, steps: int) -> Any:

@@ -1,6 +1,6 @@
-"""F4, F5, F7: damaged checkpoints are set aside, all damaged is exit 3, and rotation never takes the wrong one.
+"""F4, F5, F7: damaged checkpoints are skipped, exit code 3 if all are damaged, and rotation deletes the right ones.
 
-The kinds of damage one by one: tests/resilience/test_checkpoint_files.py.
+tests/resilience/test_checkpoint_files.py tests each kind of damage.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_every_file_of_a_real_checkpoint_is_guarded(finished: Any, tmp_path: Pat
         assert (run / "checkpoint-3.corrupt" / name).read_bytes() == bytes(content), "set aside, not deleted"
 
 
-def test_the_run_goes_on_from_the_one_before(finished: Any, tmp_path: Path) -> None:
+def test_the_run_resumes_from_the_previous_checkpoint(finished: Any, tmp_path: Path) -> None:
     folder, state = finished
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copytree(folder / "base", tmp_path / "base")
@@ -98,7 +98,7 @@ STEPS = st.lists(st.integers(1, 20_000), min_size=1, max_size=8, unique=True)
 def test_rotation_keeps_the_newest_and_the_best(
     tmp_path: Path, steps: list[int], limit: int, best: int, seed: int
 ) -> None:
-    """By step number, whatever the times on disk say."""
+    """Rotation goes by step number, not by modification time."""
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     steps = sorted(steps)
@@ -114,11 +114,11 @@ def test_rotation_keeps_the_newest_and_the_best(
     assert len(left) == min(len(steps), max(limit, len({steps[-1], best_step})))
     others = [step for step in left if step not in (steps[-1], best_step)]
     gone = set(steps) - set(left)
-    assert all(step > max(gone, default=0) for step in others), "the oldest go first"
+    assert all(step > max(gone, default=0) for step in others), "the oldest are deleted first"
 
 
 def test_nothing_is_deleted_before_the_new_one_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one checkpoint to keep: the old one is there, whole, at every moment until the rename."""
+    """With one checkpoint to keep, the complete old one exists until the rename."""
     trainer = build(tmp_path, **COMMON | {"max_steps": 2, "save_total_limit": 1})
     run, seen = tmp_path / "run", []
     original = checkpoint_files.commit

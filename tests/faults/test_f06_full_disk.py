@@ -49,8 +49,8 @@ def test_the_run_stops_with_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
     assert run_state(resumed) == run_state(whole)
 
 
-def test_the_words_of_each_library_are_known(tmp_path: Path) -> None:
-    """Real refusals: of the kernel, through Python and through safetensors' own writer."""
+def test_full_disk_errors_of_each_library_are_recognized(tmp_path: Path) -> None:
+    """Real errors of the kernel, through Python and through safetensors' own writer."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     with pytest.raises(OSError) as refused:
@@ -64,7 +64,7 @@ def test_the_words_of_each_library_are_known(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs POSIX limits")
 def test_a_write_the_kernel_cuts_short_leaves_no_half_state(tmp_path: Path) -> None:
-    """The nearest real thing to a full disk without root: no file may grow beyond 4 kB."""
+    """The closest substitute for a full disk without root: no file may grow beyond 4 kB."""
     import signal
 
     import torch
@@ -83,7 +83,7 @@ def test_a_write_the_kernel_cuts_short_leaves_no_half_state(tmp_path: Path) -> N
     assert checkpoint_files.committed(tmp_path) == []
 
 
-def test_little_space_is_said_at_the_start(
+def test_low_disk_space_is_reported_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usage = shutil.disk_usage(tmp_path)

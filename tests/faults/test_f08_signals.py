@@ -1,6 +1,6 @@
 """F8: SIGTERM and SIGINT in every phase commit a checkpoint and end the run; a second signal ends it at once.
 
-Compilation does not apply: nothing of a step is compiled by default, and a kernel's first launch is inside `forward`.
+Compilation does not matter: by default no part of a step is compiled, and a kernel's first launch is inside `forward`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_a_signal_commits_a_checkpoint_in_every_phase(
     phase: str,
     record_property: Any,
 ) -> None:
-    """In step 3, of which nothing was saved by plan; the run that goes on is the uninterrupted one."""
+    """The signal comes in step 3, for which no save is scheduled. The resumed run equals the uninterrupted one."""
     number = PHASES.index(phase)
     signum, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[number % 2]
     planned = common | {"save_steps": 2 if phase == "save" else 4}
@@ -60,7 +60,7 @@ def test_a_signal_commits_a_checkpoint_in_every_phase(
 
 def test_a_second_signal_ends_it_at_once(runs: Farm, folder: Path, common: dict[str, Any]) -> None:
     run = runs.start(folder, **common, slow_s=0.7)
-    run.wait_for("backward", 1, timeout_s=60)  # a phase that is not cut short
+    run.wait_for("backward", 1, timeout_s=60)  # a phase without polling
     run.send(signal.SIGTERM)
     time.sleep(0.1)
     run.send(signal.SIGTERM)
@@ -82,8 +82,8 @@ def test_before_the_first_step_there_is_nothing_to_save(runs: Farm, folder: Path
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "gradient checkpointing"])
-def test_a_signal_is_heard_within_a_micro_batch(tmp_path: Path, where: str, checkpointed: bool) -> None:
-    """It comes in the first decoder layer of the forward pass, or as the backward pass begins: that pass ends early."""
+def test_a_signal_is_handled_within_a_micro_batch(tmp_path: Path, where: str, checkpointed: bool) -> None:
+    """The signal comes in the first decoder layer of the forward pass, or as the backward pass begins, and ends it."""
     trainer = build(tmp_path, max_steps=3, algorithm="grpo", gradient_checkpointing=checkpointed)
     layers = trainer.model.get_base_model().model.layers
     asked, reached = [0], {"forward": 0, "backward": 0}
@@ -113,7 +113,7 @@ def test_a_signal_is_heard_within_a_micro_batch(tmp_path: Path, where: str, chec
     with pytest.raises(SystemExit) as stop:
         trainer.train()
     assert stop.value.code == 143 and asked == [1]
-    assert reached == {"forward": 0, "backward": 0}, "the pass went on to its end"
+    assert reached == {"forward": 0, "backward": 0}, "the pass ran to its end"
     assert [path.name for path in checkpoint_files.committed(tmp_path / "run")] == ["checkpoint-1"]
     resumed = build(tmp_path, max_steps=3, algorithm="grpo", gradient_checkpointing=checkpointed)
     resumed.train(resume_from_checkpoint=True)
@@ -163,7 +163,7 @@ def test_verification_stops_before_its_deadline(tmp_path: Path, monkeypatch: pyt
         assert pool.stats == PoolStats(), "no answer was waited for"
 
 
-def test_handlers_are_put_back_and_other_threads_left_alone() -> None:
+def test_handlers_are_restored_and_other_threads_not_affected() -> None:
     before = [signal.getsignal(signum) for signum in signals.SIGNALS]
     with signals.deferred():
         assert [signal.getsignal(signum) for signum in signals.SIGNALS] != before
@@ -194,11 +194,11 @@ def test_several_processes_are_asked_not_unwound() -> None:
     with signals.deferred(alone=False):
         os.kill(os.getpid(), signal.SIGINT)
         signals.poll()
-        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, right after the terminal's
+        os.kill(os.getpid(), signal.SIGTERM)  # from the launcher, right after the terminal's
         assert signals.pending() == signal.SIGINT
 
 
-def test_what_a_program_sees() -> None:
+def test_the_exception_for_a_calling_program() -> None:
     assert isinstance(signals.Interrupted(signal.SIGINT).as_exit("x"), KeyboardInterrupt)
     stop = signals.Interrupted(signal.SIGTERM).as_exit("x")
     assert isinstance(stop, SystemExit) and stop.code == 143

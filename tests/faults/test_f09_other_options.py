@@ -1,4 +1,4 @@
-"""F9: resuming with other options or inputs: another split of the same batch is the same run, all else is refused."""
+"""F9: resuming with other options or inputs: only another split of the same batch is accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps"
 
 
 class LastGradient(TrainerCallback):
-    """The whole gradient of the last update."""
+    """Records the whole gradient of the last update."""
 
     def __init__(self) -> None:
         self.gradient: torch.Tensor = torch.zeros(0)
@@ -40,7 +40,7 @@ def split(rows: int, accumulated: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The uninterrupted run in one micro-batch of 8, with every one of its checkpoints."""
+    """Uninterrupted run with one micro-batch of 8, and all its checkpoints."""
     folder, last = tmp_path_factory.mktemp("whole"), LastGradient()
     trainer = build(folder, **split(8, 1), callbacks=[last])
     trainer.train()
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def begun(whole: Any, folder: Path, *, steps: int = 2) -> None:
-    """A copy of that run as it was after so many steps."""
+    """Copy the run as it was after the given number of steps."""
     shutil.copytree(whole[0] / "base", folder / "base")
     shutil.copytree(whole[0] / "run", folder / "run")
     for saved in checkpoint_files.committed(folder / "run")[steps:]:
@@ -81,18 +81,18 @@ def recipe(**train: Any) -> Any:
     return resolve(preset="cpu", overrides=[(f"train.{name}", value) for name, value in train.items()])
 
 
-def test_which_options_are_another_run() -> None:
+def test_options_that_change_a_run() -> None:
     began = recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2)
     same = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=4)
     assert changes(began, began) == [] and changes(began, same) == []
-    assert changes(recipe(learning_rate=1e-5), recipe(learning_rate="1e-5")) == [], "as a command line has it"
+    assert changes(recipe(learning_rate=1e-5), recipe(learning_rate="1e-5")) == [], "as given on a command line"
     assert [str(change) for change in changes(recipe(learning_rate=1e-5), recipe(learning_rate="2e-5"))] == [
         "train.learning_rate: 1e-05 -> '2e-5'"
     ]
     assert changes(began, recipe(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=99)) == []
     other = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert [str(change) for change in changes(began, other)] == ["train.per_device_train_batch_size: 8 -> 4"]
-    # Same update, but twice as many sampled before it.
+    # The same update, but twice as many completions sampled before it.
     ahead = recipe(per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8)
     assert {change.key for change in changes(began, ahead)} == {
         "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.steps_per_generation",
@@ -104,7 +104,7 @@ def test_which_options_are_another_run() -> None:
         ]
         assert len(changes(*pair)) == 2, f"{option}={value}: the loss depends on the split"
     other_engine = resolve(preset="cpu", overrides=[("model.engine", "hf"), ("model.gpu_memory_utilization", 0.4)])
-    assert changes(resolve(preset="cpu"), other_engine) == [], "a run whose engine failed may go on with another"
+    assert changes(resolve(preset="cpu"), other_engine) == [], "a run whose engine failed may resume with another"
     model = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x"), ("eval.k", 2)])
     assert [str(change) for change in changes(resolve(preset="cpu"), model)] == [
         "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1",
@@ -119,7 +119,7 @@ The rest would be another run. Either leave it as it was, or change it all the s
 --allow-change train.learning_rate, or begin a new run with --adapter and another --output-dir."""
 
 
-def test_the_refusal_names_each_field_with_both_values(tmp_path: Path) -> None:
+def test_the_error_names_each_field_with_both_values(tmp_path: Path) -> None:
     began = recipe(learning_rate=1e-5)
     (tmp_path / "config.yaml").write_text(began.as_yaml())
     asked = resolve(preset="cpu", overrides=[("train.learning_rate", 2e-5), ("lora.r", 4)])
@@ -128,7 +128,7 @@ def test_the_refusal_names_each_field_with_both_values(tmp_path: Path) -> None:
     assert str(refused.value) == REFUSAL.format(folder=tmp_path)
 
 
-def test_a_named_change_is_let_through_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_allowed_change_is_accepted_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "config.yaml").write_text(recipe(learning_rate=1e-5).as_yaml())
     asked = recipe(learning_rate=2e-5)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
@@ -220,8 +220,8 @@ def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: A
     assert set(INPUTS) == set(trainer._inputs)
 
 
-def test_a_checkpoint_of_before_is_taken_as_it_is(tmp_path: Path, whole: Any) -> None:
-    """One that notes no inputs, as plain TRL's."""
+def test_a_checkpoint_of_an_older_version_is_accepted(tmp_path: Path, whole: Any) -> None:
+    """A checkpoint without recorded inputs, like plain TRL's."""
     begun(whole, tmp_path)
     newest = checkpoint_files.committed(tmp_path / "run")[-1]
     state = json.loads((newest / checkpoint_files.STATE).read_text())

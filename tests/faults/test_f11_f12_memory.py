@@ -1,6 +1,6 @@
 """F11, F12: out of memory in a micro-batch and in generation. The error is raised where torch raises it.
 
-A real allocator's limit needs a GPU; here a forward of more than so many tokens at once fails.
+A real allocator's limit needs a GPU. Here a forward with more than a given number of tokens fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"max_steps": 2, "optim": "sgd", "gradient_accumulatio
 
 
 def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
-    """Make forwards with gradient of more than `tokens` tokens run out of memory; the sizes that were tried."""
+    """Make forwards with gradient and more than `tokens` tokens run out of memory. Returns: the sizes tried."""
     backbone = trainer.model.get_base_model().model
     original, tried = backbone.forward, []
 
@@ -41,9 +41,9 @@ def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
 
         def fails_once(loss: torch.Tensor, **kwargs: Any) -> None:
             tried.append(1 if loss.grad_fn is not None else 0)
-            if sum(tried) == 2 and tried[-1]:  # the second of two micro-batches, with half of the gradient there
+            if sum(tried) == 2 and tried[-1]:  # the second of two micro-batches, with half of the gradient accumulated
                 p = next(p for p in trainer.model.parameters() if p.requires_grad)
-                p.grad += 1.0  # a backward that stops half-way leaves something behind
+                p.grad += 1.0  # an incomplete backward leaves partial gradients
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             backward(loss, **kwargs)
 
@@ -68,12 +68,12 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
         trainer.train()
     assert "Set max_micro_batch_tokens=" in caplog.text
     assert trainer.budget_tokens is not None and whole.budget_tokens is None
-    assert len(steps) == 2, "one update per step, as without"
+    assert len(steps) == 2, "one update per step, as without the error"
     expected, got = trainable(whole), trainable(trainer)
     for name, weight in expected.items():
         # SGD: the weights differ by learning rate x gradient, so this compares gradients.
         assert (got[name] - weight).norm() <= 1e-6 * max(1.0, float(weight.norm())), name
-    assert len(trainer._engine._engine.calls) == len(whole._engine._engine.calls), "nothing is sampled anew"
+    assert len(trainer._engine._engine.calls) == len(whole._engine._engine.calls), "nothing is sampled again"
     assert [row["mel/trained_tokens"] for row in step_log(tmp_path / "run")] == [
         row["mel/trained_tokens"] for row in step_log(tmp_path / "whole")
     ]
@@ -81,18 +81,18 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
         assert tried[0] == largest and all(size < largest for size in tried[1:]), "the next ones are smaller, too"
     measured = [row.get("mel/grad_norm_policy") for row in step_log(tmp_path / "run")]
     reference = [row["mel/grad_norm_policy"] for row in step_log(tmp_path / "whole")]
-    assert measured == [None, pytest.approx(reference[1], rel=1e-3)], "a norm of half of a step is none"
+    assert measured == [None, pytest.approx(reference[1], rel=1e-3)], "half of a step has no norm"
     assert_learnt(trainer)
 
 
-def test_what_fits_in_no_piece_is_the_error_it_was(tmp_path: Path) -> None:
-    """`mel-lite train` turns it into advice and exit code 6; every level is tried once."""
+def test_a_row_that_does_not_fit_raises_the_original_error(tmp_path: Path) -> None:
+    """`mel-lite train` converts it to advice and exit code 6. Every size is tried once."""
     trainer = build(tmp_path, algorithm="grpo", **OPTIONS)
     tried = limit(trainer, 10)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
-    assert len(set(tried)) >= 3 and tried == sorted(tried, reverse=True), "every level is tried once"
-    assert trainer.budget_tokens == tried[-1], "which is one row"
+    assert len(set(tried)) >= 3 and tried == sorted(tried, reverse=True), "every size is tried once"
+    assert trainer.budget_tokens == tried[-1], "one row"
 
 
 def test_generation_halves_its_batch_and_samples_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class States(TrainerCallback):
-    """H(S) after every step."""
+    """Records H(S) after every step."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -32,7 +32,7 @@ class States(TrainerCallback):
 
 
 def poison(trainer: Any, where: str, steps: set[int]) -> None:
-    """Put one value that is not finite into the computation of the given steps (0 is the first)."""
+    """Put one non-finite value into the computation of the given steps (0 is the first)."""
     original = trainer._compute_loss
 
     def compute_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -87,7 +87,7 @@ def poison(trainer: Any, where: str, steps: set[int]) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "logits", "stale log-probs", "lesson"])
-def test_the_step_is_skipped_and_its_batch_written_down(
+def test_the_step_is_skipped_and_its_batch_recorded(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = States()
@@ -98,7 +98,7 @@ def test_the_step_is_skipped_and_its_batch_written_down(
         trainer.train()
     first, skipped, third, _ = states.seen
     assert skipped == first, "H(S) is as before the step"
-    assert all(third[part] != first[part] for part in third), "and the run goes on"
+    assert all(third[part] != first[part] for part in third), "the run continues"
     assert_learnt(trainer)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert trainer.nonfinite.skipped_steps == 1 and caplog.text.count("Step 2 was skipped") == 1
@@ -120,7 +120,7 @@ def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tmp_path:
     poison(trainer, "loss", {2, 3, 4})
     with pytest.raises(DivergedError, match="3 steps in a row were not finite at step 5") as error:
         trainer.train()
-    # The steps in between were saved, too, with the weights of step 2.
+    # The skipped steps were also saved, with the weights of step 2.
     assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in str(error.value)
     assert error.value.exit_code == 5
     saved = [load_file(tmp_path / "run" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (2, 4)]

@@ -1,9 +1,8 @@
 """F14, F15, F20, F21, F22: spikes, missing rewards, a dead engine, a wrong adapter, a sampler that is not the policy.
 
-An engine whose process dies: test_f20_engine_process.py. F21 and F22 as stated are about an engine with a copy of the
-weights. The transformers engine samples from the very model that is trained, so no adapter can be stale or applied
-twice; what remains is tested: that an engine whose log-probs are not the trainer's is told apart by the numbers, at the
-tolerance such an engine must keep.
+test_f20_engine_process.py tests an engine whose process dies. F21 and F22 concern an engine with a copy of the weights.
+The transformers engine samples from the model that is trained, so no adapter can be stale or applied twice. These tests
+check that log-probs other than the trainer's are detected, at the tolerance that such an engine must meet.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from trainers import LORA, assert_learnt, build, run_state, step_log, tiny_model
 # ---- F14 ----
 
 
-def test_a_spike_is_clipped_told_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spike_is_clipped_reported_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path, algorithm="grpo", max_steps=WINDOW + 2, max_grad_norm=0.5, learning_rate=1e-4)
     original = trainer._compute_loss
     norms: list[float] = []
@@ -45,7 +44,7 @@ def test_a_spike_is_clipped_told_and_in_the_log(tmp_path: Path, caplog: pytest.L
     trainer.add_callback(Norms())
 
     def spiked(model: Any, inputs: Any) -> torch.Tensor:
-        # Of the same size at each step, but for one: a policy gradient is zero where all answers are right.
+        # The same size at each step but one, unlike a policy gradient, which is zero when all answers are right.
         size = sum((p**2).sum() for n, p in model.named_parameters() if "lora_A" in n)
         return original(model, inputs) * 0 + size * (50 if trainer.state.global_step == WINDOW else 1)
 
@@ -74,9 +73,9 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("rewards", "advantages"),
     [
-        # One group of four; TRL divides by the sample standard deviation plus 1e-4. Worked out by hand.
+        # One group of four. TRL divides by the sample standard deviation plus 1e-4. Computed by hand.
         ([1, 1, 0, 0], [0.8659, 0.8659, -0.8659, -0.8659]),
-        ([1, 0, 0, None], [1.1545, -0.5773, -0.5773, 0]),  # mean 1/3, std 0.5774 of those that have one
+        ([1, 0, 0, None], [1.1545, -0.5773, -0.5773, 0]),  # mean 1/3, std 0.5774 of the rewards that are not missing
         ([1, 0, None, None], [0.7070, -0.7070, 0, 0]),
         ([1, None, None, None], [0, 0, 0, 0]),
         ([None, None, None, None], [0, 0, 0, 0]),
@@ -109,7 +108,7 @@ def test_a_reward_function_that_raises_is_not_hidden(tmp_path: Path) -> None:
 
 
 class Fails(ScriptedEngine):
-    """Raises in the middle of a batch, at some of its calls."""
+    """Engine that raises in the middle of a batch at some calls."""
 
     def __init__(self, *at: int) -> None:
         super().__init__(tiny_tokenizer())
@@ -171,7 +170,7 @@ def test_truncated_sampling_is_refused_where_it_biases_the_gradient(options: dic
     assert f"Leave {name} unset" in str(error.value)
 
 
-def test_sampling_is_free_where_the_loss_does_not_ask_who_sampled() -> None:
+def test_sampling_is_not_restricted_if_the_loss_ignores_the_sampler() -> None:
     assert MELConfig("out", use_cpu=True, bf16=False, algorithm="rft", top_p=0.9).top_p == 0.9
     whole = MELConfig("out", use_cpu=True, bf16=False, top_p=1.0, top_k=0, min_p=None, temperature=0.7)
     assert whole.temperature == 0.7
@@ -179,7 +178,7 @@ def test_sampling_is_free_where_the_loss_does_not_ask_who_sampled() -> None:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_temperature_of_sampling_is_that_of_scoring(tmp_path: Path, temperature: float) -> None:
-    """The engine's log-probs of a real step against the trainer's, token by token."""
+    """Compares the engine's log-probs of a real step with the trainer's, token by token."""
     model = tiny_model(tmp_path / "base")
     engine = HFEngine(model, eos_ids=[2], pad_id=0)
     trainer = build(

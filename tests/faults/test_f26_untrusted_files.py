@@ -1,7 +1,7 @@
-"""F26: files somebody else may have written. Only safetensors and JSON are loaded; a pickle is never opened.
+"""F26: untrusted files. Only safetensors and JSON are loaded; a pickle is never opened.
 
-Zip-slip does not apply: MEL-Lite unpacks no archive. The nearest thing, a name in a manifest that leads out of the
-checkpoint folder, is tested here. `auto_map` and pickled base models: tests/models/test_load.py.
+Zip slip does not apply, since MEL-Lite unpacks no archive. The closest case, a name in a manifest that leads out of the
+checkpoint folder, is tested here. tests/models/test_load.py tests `auto_map` and pickled base models.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BANNED_CALLS = {
 
 
 def dangers(source: str) -> Iterator[str]:
-    """Everything in a source file that could run code from data."""
+    """Return everything in a source file that could run code from data."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -82,12 +82,12 @@ def test_no_source_file_can_run_code_from_data(path: Path) -> None:
         "np.load(x, allow_pickle=True)",
     ],
 )
-def test_the_search_has_teeth(source: str) -> None:
+def test_the_search_finds_such_code(source: str) -> None:
     assert list(dangers(source))
 
 
 class Canary:
-    """Unpickled, makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -97,7 +97,7 @@ class Canary:
 
 
 def unpickled(events: list[str] | None = None) -> list[str]:
-    """Names that were looked up by any unpickler in this process since the first call."""
+    """Return the names that any unpickler in this process has looked up since the first call."""
     if not hasattr(unpickled, "seen"):
         seen: list[str] = []
         unpickled.seen = seen  # type: ignore[attr-defined]
@@ -136,10 +136,10 @@ def test_a_run_writes_no_pickle_and_reads_none(tmp_path: Path) -> None:
     assert canary.exists() and unpickled() != before, "the canary and the hook work"
 
 
-def test_a_checkpoint_of_plain_trl_goes_on_with_a_fresh_optimiser(
+def test_a_checkpoint_of_plain_trl_resumes_with_a_new_optimizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has pickled states only: the weights are taken, the pickles left alone, and the user is told."""
+    """It has only pickled states: the weights are loaded, the pickles ignored, and a warning is logged."""
     common = {"save_strategy": "steps", "save_steps": 1}
     first = build(tmp_path, max_steps=1, **common)
     first.train()
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_plain_trl_goes_on_with_a_fresh_optimiser(
         resumed._load_optimizer_and_scheduler(str(theirs))
         resumed._load_scaler(str(theirs))
         resumed._load_rng_state(str(theirs))
-    assert digest(trainable(resumed)) == digest(trainable(first)), "the weights were taken"
+    assert digest(trainable(resumed)) == digest(trainable(first)), "the weights were loaded"
     assert not resumed.optimizer.state_dict()["state"]
     assert "are pickles and are not loaded" in caplog.text and "optimizer.pt" in caplog.text
     assert not canary.exists()
@@ -212,8 +212,8 @@ WRONG: dict[str, list[str]] = {
 }
 
 
-def test_states_of_a_wrong_shape_are_refused_in_words(tmp_path: Path) -> None:
-    """Well-formed JSON that says something else, under a manifest that fits it."""
+def test_states_of_a_wrong_structure_are_rejected_with_a_message(tmp_path: Path) -> None:
+    """Well-formed JSON of the wrong structure, with a matching manifest."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     build(tmp_path, max_steps=1, **options).train()
     whole = tmp_path / "whole"
@@ -240,7 +240,7 @@ def test_states_of_a_wrong_shape_are_refused_in_words(tmp_path: Path) -> None:
                     trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_store_of_anyone_runs_no_function(tmp_path: Path) -> None:
+def test_an_untrusted_store_cannot_call_functions(tmp_path: Path) -> None:
     with ExperienceStore(tmp_path / "experiences.sqlite") as store:
         assert store._db.execute("PRAGMA trusted_schema").fetchone() == (0,)
     with ExperienceStore(tmp_path / "experiences.sqlite", read_only=True) as store:

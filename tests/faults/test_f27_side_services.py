@@ -1,4 +1,4 @@
-"""F27: a tracker that raises or hangs, a full disk for logs, a closed terminal: training goes on, with one warning."""
+"""F27: a tracker that raises or hangs, a full disk for logs, a closed terminal: training continues with one warning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 class Tracker(TensorBoardCallback):
-    """A tracker as transformers knows them, that does what it is told."""
+    """Tracker callback of transformers with a configurable fault."""
 
     def __init__(self, *, fails: tuple[str, ...] = (), hangs: bool = False, late_s: float = 0) -> None:
         self.fails, self.late_s = fails, late_s
@@ -131,7 +131,7 @@ def test_a_service_that_only_fails_is_left_alone() -> None:
 def test_a_full_disk_for_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Lines wait for the disk, and none is left half written."""
+    """Lines are kept until the disk accepts them, and no line is half written."""
     original, calls = metrics.MetricsWriter._write, []
 
     def full_for_two(writer: Any, text: str) -> None:
@@ -149,7 +149,7 @@ def test_a_full_disk_for_metrics(
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """On a real full device: Linux has one that refuses every byte."""
+    """Uses a real full device: Linux's /dev/full rejects every byte."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -166,7 +166,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_tables_and_uploads_that_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The folder of completion tables is gone, as on a disk that was unmounted."""
+    """The folder of completion tables is missing, as on an unmounted disk."""
     trainer = build(tmp_path, max_steps=STEPS, log_completions=True)
     folder = tmp_path / "run" / "completions"
     folder.rmdir()

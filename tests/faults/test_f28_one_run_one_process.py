@@ -74,9 +74,9 @@ NOBODY = 65534
 
 
 def test_a_read_only_folder_is_an_early_error() -> None:
-    """Root may write anywhere, so as root the test is somebody else for a moment."""
+    """Root may write anywhere, so as root the test switches to another user."""
     is_root = os.geteuid() == 0
-    with tempfile.TemporaryDirectory() as place:  # not tmp_path, whose parents nobody else may enter
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, whose parents other users cannot access
         Path(place).chmod(0o555)
         try:
             if is_root:

@@ -1,4 +1,4 @@
-"""Figures of docs/reliability.md that belong to no single fault: cost of a save, the demo, the leak guard's corpus."""
+"""Figures of docs/reliability.md not tied to a single fault: cost of a save, the demo, the leak guard's corpus."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_commits_of_100_mb(tmp_path: Path, record_property: Any) -> None:
 
 
 def demo_trainer(folder: Path) -> Any:
-    """The trainer of `mel-lite train --gpu cpu`: the real model, engine, tasks and batch."""
+    """Build the trainer of `mel-lite train --gpu cpu`: the real model, engine, tasks and batch."""
     recipe = resolve(preset="cpu")
     args = run.check(recipe, folder)
     tokenizer = load_tokenizer(recipe.model)
@@ -57,8 +57,8 @@ def demo_trainer(folder: Path) -> Any:
 def test_the_demo_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     """One real step, its save, and SIGTERM one second into the sampling of the next.
 
-    A save is everything: weights, moments, random state, hashes, flush, rename. In whichever phase a signal comes, it
-    is heard at the next poll, so the longest time between two polls plus a save is the longest time to the exit.
+    A save includes weights, moments, random state, hashes, flush and rename. A signal in any phase is handled at the
+    next poll, so the longest time to the exit is the longest time between two polls plus a save.
     """
     trainer = demo_trainer(tmp_path)
     save, generate, poll = trainer._save_checkpoint, trainer.engine.generate, signals.poll

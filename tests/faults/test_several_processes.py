@@ -1,4 +1,4 @@
-"""F8 and F13 on two processes: what happens to one of them is decided by both, alike."""
+"""F8 and F13 on two processes: a fault of one rank leads to the same decision on both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "fault_ranks.py"
     [
         ("nan on one", "0 4 1", ["checkpoint-4"]),
         ("nan three times", "5 3 3", []),
-        # The signal comes in the third step's forward; both hear of it at the next micro-batch.
+        # The signal comes in the third step's forward; both ranks handle it at the next micro-batch.
         ("signal to one", "143 3 0", ["checkpoint-3"]),
     ],
 )
@@ -46,6 +46,6 @@ def test_both_take_the_same_decision(tmp_path: Path, fault: str, end: str, saved
         assert checkpoint_files.problem(path) is None
         assert {"rng_state_0.json", "rng_state_1.json"} <= {p.name for p in path.iterdir()}
     if "nan" in fault:
-        # The process whose loss was NaN has the batch; the other's is as good as any.
+        # The rank whose loss was NaN records the batch; the other rank's batch has no fault.
         dumped = [path.parent.name for path in (tmp_path / "run" / BAD_STEPS).glob("step-2-*/batch.json")]
         assert dumped == ["step-2-process-1"]

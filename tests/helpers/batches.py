@@ -1,4 +1,4 @@
-"""TRL micro-batches of made-up tokens."""
+"""TRL micro-batches of random tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 
 
 def micro_batch(seed: int = 0) -> dict[str, Any]:
-    """A TRL micro-batch of 4 rows: left-padded prompts, right-padded completions, stale old log-probs."""
+    """Return a TRL micro-batch of 4 rows: left-padded prompts, right-padded completions, stale old log-probs."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(rows: int, width: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Meta-experiences that tests of the store, the parser and the pipeline share."""
+"""Meta-experiences for tests of the store, the parser and the pipeline."""
 
 from __future__ import annotations
 

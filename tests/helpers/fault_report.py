@@ -1,7 +1,7 @@
 """Write the tables of docs/reliability.md from JUnit files:
 `python fault_report.py faults.xml [more.xml] docs/reliability.md`.
 
-Everything between the two markers is replaced; a fault whose tests did not all pass is shown as such.
+Replaces everything between the two markers, and marks faults whose tests did not all pass.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ NUMBERS: tuple[tuple[str, str, str, str], ...] = (
 
 
 def read(junits: list[Path]) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """Outcomes by test ("faults/test_x::test_y"), and the largest value of every recorded property."""
+    """Read outcomes by test ("faults/test_x::test_y") and the largest value of every recorded property."""
     outcomes: defaultdict[str, list[str]] = defaultdict(list)
     numbers: dict[str, float] = {}
     for case in (case for junit in junits for case in ET.parse(junit).iter("testcase")):

@@ -1,9 +1,9 @@
-"""Runs in processes of their own, to be hit by signals: a small server forks one per request.
+"""Runs in separate processes, for tests with signals: a small server forks one per request.
 
-The server imports torch once; a run then starts in a tenth of a second instead of five. `python fault_runs.py` reads
-one JSON request per line: {"folder": ..., "options": {...}}, with `options` as `build` takes them and beside those
-    resume           go on from the newest checkpoint
-    slow_s           make every phase that long, in small pieces as real ones are (tokens, verdicts)
+The server imports torch once, so a run starts in 0.1 s instead of 5 s. `python fault_runs.py` reads one JSON request
+per line: {"folder": ..., "options": {...}}, with the `options` of `build` and in addition
+    resume           resume from the newest checkpoint
+    slow_s           make every phase this long, in small pieces like real ones (tokens, verdicts)
     kill_at_event    SIGKILL the process at that file operation (1 is the first) of ...
     kill_in_save     ... the save of this step
 It answers with the pid of the run, then with its exit status. A run writes `phase NAME STEP` lines to `phases.txt` and
@@ -29,7 +29,7 @@ CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "o
 
 
 class Farm:
-    """The test's side: one run at a time."""
+    """Client of the server in the test process: one run at a time."""
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
@@ -51,7 +51,7 @@ class Farm:
         return Run(folder, int(self.answer()), self)
 
     def run(self, folder: Path, **options: Any) -> int:
-        """Run to the end; the exit status, negative for a signal."""
+        """Run to the end. Returns: the exit status, negative for a signal."""
         return self.start(folder, **options).wait()
 
     def answer(self) -> str:
@@ -66,13 +66,13 @@ class Farm:
 
 
 class Run:
-    """A run under way."""
+    """Run in progress."""
 
     def __init__(self, folder: Path, pid: int, farm: Farm) -> None:
         self.folder, self.pid, self._farm = folder, pid, farm
 
     def wait_for(self, phase: str, step: int, timeout_s: float = 30) -> None:
-        """Until the run has entered a phase of a step."""
+        """Wait until the run has entered a phase of a step."""
         give_up_s = time.monotonic() + timeout_s
         while f"phase {phase} {step}\n" not in self._phases():
             assert time.monotonic() < give_up_s, f"no {phase} {step} in:\n{self._phases()}\n{self.output()}"
@@ -93,7 +93,7 @@ class Run:
         return path.read_text() if path.exists() else ""
 
 
-# ---- the server's side ----
+# ---- server ----
 
 
 def serve() -> None:
@@ -153,7 +153,7 @@ def train(folder: Path, options: dict[str, Any]) -> None:
 
 
 def slow_down(trainer: Any, slow_s: float, say: Any) -> None:
-    """Announce every phase and stretch it; where the real one polls for signals, so does this."""
+    """Report every phase and extend it. Phases that poll for signals also poll while extended."""
     from mel_lite import signals
 
     def stretch(owner: Any, name: str, phase: Any, *, polls: bool) -> None:
@@ -193,7 +193,7 @@ def slow_down(trainer: Any, slow_s: float, say: Any) -> None:
 
 
 def watch_save(trainer: Any, step: int, event: int | None, folder: Path) -> None:
-    """Count the file operations of one save into `events.json`; die at the one numbered `event`."""
+    """Write the file operations of one save to `events.json`. Kill the process at the operation number `event`."""
     seen: list[str] = []
     is_open = False
 

@@ -1,4 +1,4 @@
-"""A script that reports which TRL classes MELTrainer and MELConfig are built on."""
+"""Script that reports the TRL base classes of MELTrainer and MELConfig."""
 
 REPORT = """
     import inspect, json

@@ -1,4 +1,4 @@
-"""The labelled corpus of leaks, and the guard applied to one case."""
+"""Labelled corpus of leaks, and a function that applies the guard to one case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak of live tensor bytes, counted operator by operator: what an allocator without any overhead would need."""
+"""Peak of live tensor bytes, counted per operator: the memory an allocator without overhead would need."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages of all tensors made inside the context while they live; works on fake tensors, too.
+    """Counts the live storages of all tensors created inside the context. It also works on fake tensors.
 
-    Temporaries inside one operator are not seen, nor tensors that existed before.
+    It does not count temporaries inside one operator, or tensors that existed before.
     """
 
     def __init__(self, before: Any = ()) -> None:

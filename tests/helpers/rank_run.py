@@ -14,7 +14,7 @@ from trainers import assert_learnt, build, trainable
 
 
 class DieAfter(TrainerCallback):
-    """This process is gone at once after the given step, as when the kernel kills it."""
+    """Exits this process immediately after the given step, as if the kernel had killed it."""
 
     def __init__(self, step: int) -> None:
         self._step = step

@@ -1,4 +1,4 @@
-"""A MELTrainer on a tiny random model with a scripted policy, the way a user would build one."""
+"""MELTrainer on a tiny random model with a scripted policy, built like a user would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 def sums(n: int = 24) -> Dataset:
-    """Conversational addition tasks."""
+    """Return `n` conversational addition tasks."""
     pairs = [(3 + i % 7, 2 + i % 5 + i // 7) for i in range(n)]
     return Dataset.from_list(
         [
@@ -32,14 +32,14 @@ def sums(n: int = 24) -> Dataset:
 
 
 def tiny_model(folder: Path, **config: Any) -> Any:
-    """A fresh copy each time: the trainer writes the tokenizer's special ids into the config it is given."""
+    """Load a new copy each time, since the trainer writes the tokenizer's special ids into the model's config."""
     if not folder.exists():
         save_tiny(folder, **config)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: Any) -> MELTrainer:
-    """The trainer of most tests: 2 prompts x 4 completions a step, LoRA, 4-token context trimmed to the tiny model."""
+    """Build the trainer of most tests: 2 prompts x 4 completions per step, LoRA, on a tiny model."""
     base = tmp_path / "base"
     defaults: dict[str, Any] = {
         "output_dir": str(options.pop("output_dir", tmp_path / "run")),
@@ -52,7 +52,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
         "max_completion_length": 16,
         "analysis_max_tokens": 600,
         "max_steps": 2,
-        "probe_max_diff": None,  # a scripted engine is no policy
+        "probe_max_diff": None,  # the scripted engine does not sample from the model
         "save_strategy": "no",
         "logging_steps": 1,
         "learning_rate": 1e-2,
@@ -89,17 +89,17 @@ def judged_rollouts(trainer: MELTrainer) -> list[tuple[Group, Rollout]]:
 
 
 def even_ids(completion_ids: Any, **_: Any) -> list[float]:
-    """A reward that differs within a group of a random model, so that there is something to learn."""
+    """Reward the share of even ids, which differs within a group of a random model, so that there are advantages."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def trainable(trainer: MELTrainer) -> dict[str, torch.Tensor]:
-    """Copies of the trained weights by name."""
+    """Return copies of the trained weights by name."""
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names and bytes."""
+    """Return the SHA-256 over names and bytes."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode())
@@ -108,13 +108,13 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def assert_learnt(trainer: MELTrainer) -> None:
-    """Something was learnt: LoRA-B, which starts at zero, is no longer zero."""
+    """Check that training changed the adapter: LoRA-B, which starts at zero, is no longer zero."""
     norm = sum(p.detach().abs().sum().item() for n, p in trainer.model.named_parameters() if "lora_B" in n)
     assert norm > 0, "LoRA-B is still zero"
 
 
 def run_state(trainer: MELTrainer) -> dict[str, str]:
-    """Hash of everything a run carries: weights, optimiser moments, scheduler, experiences."""
+    """Hash the whole state of a run: weights, optimizer moments, scheduler, experiences."""
     moments = {
         f"{i}.{key}": value
         for i, state in trainer.optimizer.state_dict()["state"].items()
@@ -131,7 +131,7 @@ def run_state(trainer: MELTrainer) -> dict[str, str]:
 
 
 def step_log(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run's steps without what a clock measured."""
+    """Return the metrics of a run's steps without times."""
     timed = ("time", "_s", "runtime", "_per_second")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
