@@ -63,7 +63,7 @@ def load_unsloth(spec: ModelSpec, lora: LoraSpec, *, vllm: bool, max_seq_length:
             "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS, spec.max_num_seqs or 0),
         }
         if spec.max_num_seqs is not None:
-            # Unsloth takes 256 for its default and replaces it by a number of its own.
+            # Unsloth replaces 256, its default, by its own choice.
             options["max_num_seqs"] = 255 if spec.max_num_seqs == 256 else spec.max_num_seqs
     with model_errors(spec.name), _engine_errors(vllm):
         model, _ = fast.from_pretrained(

@@ -93,7 +93,7 @@ def test_a_phase_is_submitted_at_once_sorted_by_prompt_with_its_seeds(model: Any
     asked = [Request((20, 21, 5 + i % 2, 30 + i), seed=100 + i) for i in range(6)]
     done = engine.generate(asked, Sampling(4, temperature=0.5, top_p=0.9, top_k=7, min_p=None))
     (call,) = llm.calls
-    assert call.prompts == sorted(r.prompt_ids for r in asked), "prompts that share a prefix are neighbours"
+    assert call.prompts == sorted(r.prompt_ids for r in asked), "prompts with a common prefix are adjacent"
     assert {p.seed: ids for p, ids in zip(call.params, call.prompts, strict=True)} == {
         r.seed: r.prompt_ids for r in asked
     }

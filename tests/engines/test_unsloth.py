@@ -140,8 +140,8 @@ def test_a_run_from_recipe_to_merged_model(place: Path, whole: str) -> None:
     assert list(probed) == [1, 2] and 0 < max(probed.values()) < 1e-4
     assert rows[1]["mel/probe_adapter"] == pytest.approx(1, abs=1e-2)
     assert all(row["grad_norm"] > 0 for row in rows)
-    learnt = {n: w for n, w in weights(place / "whole" / "adapter").items() if "lora_B" in n}
-    assert learnt and all(bool(w.any()) for w in learnt.values())
+    learned = {n: w for n, w in weights(place / "whole" / "adapter").items() if "lora_B" in n}
+    assert learned and all(bool(w.any()) for w in learned.values())
     record = json.loads((place / "whole" / "adapter" / "mel_lite.json").read_text())
     assert record["base"]["load_in_4bit"] and record["base"]["dtype"] == "float32"
     assert "merged vs adapter  │ faithful" in whole and (place / "whole" / "merged-16bit" / "config.json").is_file()

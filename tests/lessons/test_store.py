@@ -269,7 +269,7 @@ def test_files_that_are_no_store_are_named(tmp_path: Path) -> None:
     ExperienceStore(newer).close()
     sqlite3.connect(newer, isolation_level=None).execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"schema version is 2, this release of mel-lite reads 1"):
+        with pytest.raises(StoreError, match=r"schema version is 2, but this release of mel-lite reads 1"):
             ExperienceStore(newer, read_only=read_only)
 
     foreign = tmp_path / "foreign.sqlite"
