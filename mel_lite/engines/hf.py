@@ -18,6 +18,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from mel_lite import signals
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import EngineError
+from mel_lite.models.modes import evaluating
 from mel_lite.types import Finish
 
 
@@ -228,17 +229,6 @@ class _SeededSampler(LogitsProcessor):
             choice_B = choice_B.clamp(max=scores_BV.shape[-1] - 1)
         self.logprobs.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, choice_B[:, None], 0.0)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout and gradient checkpointing off inside the block, then restore the training flag."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

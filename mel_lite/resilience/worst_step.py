@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback
 
 from mel_lite.engines.base import Request, Sampling
-from mel_lite.engines.hf import evaluating
 from mel_lite.engines.vllm import VLLMEngine, WakeError
 from mel_lite.errors import ConfigError
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.workload import Part, Workload
+from mel_lite.models.modes import evaluating
 from mel_lite.resilience.memory_gauge import Gauge
 from mel_lite.resilience.state_files import rng_state, set_rng_state
 from mel_lite.training.packing import pack

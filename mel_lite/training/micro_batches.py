@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mel_lite import signals
-from mel_lite.engines.hf import evaluating
+from mel_lite.models.modes import evaluating
 from mel_lite.training.metrics import GradientMeter
 from mel_lite.training.packing import Row, deal, pack, pad_rows, rows_of_batch
 from mel_lite.training.scoring import score
