@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.models.chat import render
-from mel_lite.seeds import prompt_hash, seed_for
+from mel_lite.seeds import seed_for
 from mel_lite.types import Finish, Group, Verdict
-from mel_lite.verify.judge import AnswerJudge, Judge, answer_column
+from mel_lite.verify.judge import AnswerJudge, Judge, answer_column, group_of
 
 if TYPE_CHECKING:
     import datasets
@@ -167,7 +167,9 @@ def evaluate(
     """
     samples = k if samples is None else samples
     _check(k, samples, temperature, bootstrap, limit)
-    questions = _questions(tasks if limit is None else tasks.select(range(min(limit, len(tasks)))))
+    tasks = tasks if limit is None else tasks.select(range(min(limit, len(tasks))))
+    column = answer_column(tasks.column_names)
+    questions = [group_of(row, column) for row in tasks]
     prompts = [render(g.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs) for g in questions]
     room_tokens = math.inf if context_tokens is None else context_tokens - max_new_tokens
     fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room_tokens]
@@ -212,20 +214,6 @@ def _check(k: int, samples: int, temperature: float, bootstrap: int, limit: int 
     for name, value in (("bootstrap", bootstrap), ("limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1.")
-
-
-def _questions(tasks: datasets.Dataset) -> list[Group]:
-    column = answer_column(tasks.column_names)
-    return [
-        Group(
-            row["prompt"],
-            prompt_hash(row["prompt"]),
-            (),
-            None if column is None or row[column] is None else str(row[column]),
-            {name: value for name, value in row.items() if name not in ("prompt", column)},
-        )
-        for row in tasks
-    ]
 
 
 def _answer(

@@ -261,7 +261,7 @@ def is_stated(text: str, start: int, end: int, kind: str, question: str) -> bool
     before = re.split(r"[.;!?](?=\s)|\n", text[max(0, start - 64) : start])[-1]
     after = text[end : end + 40]
     quoted = " ".join(before.split()[-2:]) + text[start:end]
-    if len(quoted) > end - start + 2 and _squash(quoted) in _squash(question):
+    if len(quoted) > end - start + 2 and squash(quoted) in squash(question):
         return False
     if kind not in ("letter", "everyday", "text") and (_OPERAND.match(after) or _COUNTED.match(after)):
         return False
@@ -287,8 +287,9 @@ def is_stated(text: str, start: int, end: int, kind: str, question: str) -> bool
     return after_says or strong is not None or weak
 
 
-def _squash(text: str) -> str:
+def squash(text: str) -> str:
+    """Return `text` in lower case without white space."""
     return "".join(text.lower().split())
 
 
-__all__ = ["Gold", "Mention", "fold", "is_label", "is_stated", "numbers_in", "read_gold"]
+__all__ = ["Gold", "Mention", "fold", "is_label", "is_stated", "numbers_in", "read_gold", "squash"]

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 from mel_lite.errors import check_choice
-from mel_lite.lessons.answer_mentions import Gold, fold, is_label, is_stated, numbers_in, read_gold
+from mel_lite.lessons.answer_mentions import Gold, fold, is_label, is_stated, numbers_in, read_gold, squash
 from mel_lite.text import shorten
 from mel_lite.types import LeakPolicy, LeakReport, MetaExperience
 
@@ -122,7 +122,7 @@ class _Guard:
     def _is_value(self, content: str) -> bool:
         """Return True for text that can be an answer, unlike the placeholder in `\\boxed{answer}`."""
         content = content.strip(" \t$*`\"'()").rstrip(".,;:!?")
-        if self._gold is not None and _squash(content) == _squash(self._gold.text):
+        if self._gold is not None and squash(content) == squash(self._gold.text):
             return True
         return bool(
             re.search(r"\d", content) or re.fullmatch(r"[A-Z]", content) or _LATEX_VALUE.search(content)
@@ -162,12 +162,12 @@ class _Guard:
         formula = _latex(formula)
         if not _is_safe(formula):
             return
-        question = _squash(_latex(self._question))
+        question = squash(_latex(self._question))
         for start, end in islice(_expressions(text), _MAX_EXPRESSIONS):
             expression = _latex(text[start:end])
             if gold.number is not None and re.fullmatch(r"[\d.,]+", expression):
                 continue  # a number, which the rule for numbers has allowed
-            if not _is_safe(expression) or _squash(expression) in question:
+            if not _is_safe(expression) or squash(expression) in question:
                 continue
             stated = not gold.needs_context or is_stated(text, start, end, "text", self._question)
             if stated and _equivalent(formula, expression):
@@ -378,10 +378,6 @@ class _Copies:
                     last += 1
                 copied[first : last + 1] = b"\1" * (last + 1 - first)
         return copied
-
-
-def _squash(text: str) -> str:
-    return "".join(text.lower().split())
 
 
 __all__ = ["REDACTED", "check_leak"]

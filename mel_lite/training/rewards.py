@@ -14,10 +14,9 @@ import torch
 from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.models.chat import is_text, render, safe_turns
-from mel_lite.seeds import prompt_hash
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import Finish, Group, LessonShare, Rollout, Verdict
-from mel_lite.verify.judge import Judge, RewardJudge, completion_text
+from mel_lite.verify.judge import Judge, RewardJudge, completion_text, group_of
 
 VERDICT_COLUMN = "mel_verdict"
 """Column by which the default reward function receives the verdicts."""
@@ -74,7 +73,7 @@ class JudgedRewards:
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         self.stop_together()  # type: ignore[attr-defined]  # all ranks are here, with their rollouts sampled
-        groups = [self._group_of(example) for example in inputs]
+        groups = [group_of(example, self.answer_column) for example in inputs]
         texts = [completion_text(c) for c in completions]
         judge = self.judge
         verdicts: list[Verdict] = []
@@ -165,10 +164,3 @@ class JudgedRewards:
             self._pending_extra_logs, self._pending_metrics = pending
         first = self.accelerator.process_index * len(texts)
         return self._weighted(rewards_per_func)[first : first + len(texts)].tolist()
-
-    def _group_of(self, example: dict[str, Any]) -> Group:
-        """Return the question of a dataset row, without rollouts."""
-        columns = {k: v for k, v in example.items() if k not in ("prompt", self.answer_column)}
-        answer = None if self.answer_column is None else example.get(self.answer_column)
-        answer = None if answer is None else str(answer)
-        return Group(example["prompt"], prompt_hash(example["prompt"]), (), answer, columns)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mel_lite.data.tasks import ANSWER_COLUMNS
+from mel_lite.seeds import prompt_hash
 from mel_lite.types import Group, Verdict
 from mel_lite.verify.pool import VerifyPool
 
@@ -16,6 +17,16 @@ Judge = Callable[[Sequence[Group], Sequence[str]], list[Verdict]]
 def answer_column(columns: Sequence[str]) -> str | None:
     """Return the dataset column that holds the reference answer, by its usual names. None when there is none."""
     return next((name for name in ANSWER_COLUMNS if name in columns), None)
+
+
+def group_of(row: Mapping[str, Any], answer_column: str | None) -> Group:
+    """Return the question of a dataset row as a Group without rollouts.
+
+    `answer` is the text of `answer_column`, None where it has none; `columns` are all others but `prompt`.
+    """
+    answer = None if answer_column is None else row.get(answer_column)
+    columns = {name: value for name, value in row.items() if name not in ("prompt", answer_column)}
+    return Group(row["prompt"], prompt_hash(row["prompt"]), (), None if answer is None else str(answer), columns)
 
 
 class AnswerJudge:
