@@ -48,10 +48,11 @@ faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/re
 	$(BIN)/python -m pytest -m "not gpu" -k "not on_thousands" -o junit_family=xunit1 --junitxml=build/faults.xml $(FAULTS) $(ARGS) \
 	    ; status=$$?; $(BIN)/python tests/helpers/fault_report.py build/faults.xml docs/reliability.md && exit $$status
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, mypy and deptry
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mel_lite -p kernels
+	$(BIN)/deptry mel_lite kernels configs
 
 format: venv  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,7 @@ def demo_model_dir(*, quiet: bool = False) -> Path:
 
 
 def _make(target: Path, *, quiet: bool) -> None:
-    from filelock import FileLock  # comes with torch and huggingface_hub
+    from filelock import FileLock
 
     with FileLock(target.with_name(target.name + ".lock")):
         if target.is_dir():  # another process created it while this one waited
