@@ -1,19 +1,19 @@
-"""Exact log-probabilities of a language-model head without ever holding its logits.
+"""Exact log-probabilities of a language-model head, computed without holding its logits.
 
     from mel_lite.kernels import fused_logprobs
     logp_N, entropy_N, lse_N = fused_logprobs(hidden_NH, weight_VH, target_N, temperature=0.8)
 
-One pass over the head gives, for every row, the log-probability of its target, the entropy, the log-normaliser and
-u = d logp / d hidden; the backward pass only scales u. This package knows nothing of the trainer and works alone with
-torch (and Triton on a GPU).
+One pass over the head gives, for every row, the log-probability of its target, the entropy, the log-normalizer and
+u = d logp / d hidden. The backward pass only scales u. This package imports nothing from MEL-Lite and works with torch
+alone (and Triton on a GPU).
 """
 
 from __future__ import annotations
 
 if __name__ == "kernels":
-    # The repository root is on sys.path, and a library (transformers, bitsandbytes) asks for Hugging Face's package of
-    # this name. It gets that one; or, where it is not installed, a module without anything, which it takes for absent.
-    # An ImportError would be worse: transformers 5.17 does not survive it.
+    # The repository root is on sys.path, and a library (transformers, bitsandbytes) imports Hugging Face's package of
+    # this name. Load that package, or return an empty module if it is not installed: the library then treats it as
+    # absent. transformers 5.17 does not handle an ImportError here.
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec

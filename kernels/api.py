@@ -1,4 +1,4 @@
-"""The public log-prob operators, and the one backward pass they share.
+"""Public log-prob operators and their backward pass.
 
 N rows, K rows that are computed, V vocabulary, H hidden size.
 """
@@ -33,27 +33,27 @@ def fused_logprobs(
     impl: Impl = "auto",
     keep_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each row's target, entropy and log-normaliser, without holding the (N, V) logits.
+    """Compute the log-probability of each row's target, the entropy and the log-normalizer, without (N, V) logits.
 
     With z = cap(logit_scale (hidden @ weight.T + bias)) / temperature and cap(x) = softcap tanh(x / softcap):
 
         lse_i = log sum_j exp(z_ij)      logp_i = z_i,target - lse_i      entropy_i = - sum_j p_ij log p_ij
 
     Args:
-        hidden_NH: float32, bfloat16 or float16 (float64 is for tests), any strides. Autocast is off inside.
-        weight_VH: the head, of hidden's dtype. It gets a gradient only from `impl="reference"`.
+        hidden_NH: float32, bfloat16 or float16 (float64 is for tests), any strides. Autocast is disabled inside.
+        weight_VH: weight of the head, same dtype as hidden. It gets a gradient only with `impl="reference"`.
         target_N: int64 or int32 token ids in [0, V), or -100 for a row that is not scored.
         temperature, logit_scale, softcap: finite and above 0; `softcap=None` means no cap.
-        bias_V: the head's bias, any float dtype.
-        compute_u: keep u = d logp / d hidden for the backward pass. False, for scoring, costs half, gives the same
-            three results to the bit, and a log-probability without gradient.
-        impl: "torch" and "triton" are for a frozen head; "reference" also trains weight and bias. "auto" takes
-            "reference" when weight or bias requires grad, else "triton" on a GPU that runs it, else "torch".
+        bias_V: bias of the head, any float dtype.
+        compute_u: keep u = d logp / d hidden for the backward pass. False is for scoring: half the cost, the same
+            three results to the bit, and no gradient.
+        impl: "torch" and "triton" require a frozen head; "reference" also trains weight and bias. "auto" selects
+            "reference" if weight or bias requires grad, else "triton" on a GPU that runs it, else "torch".
         keep_N: bool; a row where it is False is not computed, exactly as if its target were -100.
 
     Returns: (logp_N, entropy_N, lse_N) in nats, float32 (float64 for float64 inputs); 0 in rows not computed. logp is
         differentiable in hidden (once); rows not computed get a zero gradient. Entropy and lse are detached.
-    Raises: TypeError or ValueError naming the argument, its value and what was expected.
+    Raises: TypeError or ValueError with the argument, its value and the expected one.
     Source: docs/kernels.md, "The identity".
     """
     transform = check_transform(temperature, logit_scale, softcap)
@@ -88,10 +88,10 @@ def reference_logprobs(
     entropy_grad: bool = False,
     keep_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_logprobs(impl="reference")`, whose entropy has a gradient where `entropy_grad` asks for it.
+    """Compute `fused_logprobs(impl="reference")`; with `entropy_grad` the entropy has a gradient, too.
 
-    For an entropy bonus in the loss: u alone does not carry the entropy's gradient. Arguments, results and errors are
-    those of `fused_logprobs`; hidden, weight and bias get gradients.
+    Use it for an entropy bonus in the loss: u does not contain the gradient of the entropy. Arguments, results and
+    errors are those of `fused_logprobs`; hidden, weight and bias get gradients.
     """
     transform = check_transform(temperature, logit_scale, softcap)
     check_head(hidden_NH, weight_VH, target_N, bias_V)
@@ -116,7 +116,7 @@ def _reference(
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Forward: everything, u included. Backward: d loss / d hidden_i = (d loss / d logp_i) u_i."""
+    """Operator for a frozen head. Forward computes u, too; backward: d loss / d hidden_i = (d loss / d logp_i) u_i."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Which implementation runs where, and the conditions it runs under. N rows, V vocabulary, H hidden size."""
+"""Choice of the implementation, and the conditions it runs under. N rows, V vocabulary, H hidden size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def choose_impl(impl: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, training: bool) -> str:
-    """The implementation that runs: the same for a scoring and a training pass, so that they agree to the bit.
+    """Return the implementation to run: the same for scoring and training, so that they agree to the bit.
 
-    Raises: ValueError where the one asked for cannot be exact, or cannot run.
+    Raises: ValueError if the requested one would not be exact, or cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}: expected one of {', '.join(IMPLS)}")
@@ -54,8 +54,8 @@ def run_frozen(
     *,
     want_u: bool,
 ) -> Scored:
-    """`tiles.frozen_head` with the steps and tiles of an implementation."""
-    # float16 cannot hold small components of u; bfloat16 has float32's range.
+    """Run `tiles.frozen_head` with the steps and tiles of an implementation."""
+    # Small components of u underflow in float16; bfloat16 has the range of float32.
     u_dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
     steps, tiling = make_steps(impl, hidden_NH.dtype, hidden_NH.device, hidden_NH.shape[1], transform)
     with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
@@ -68,19 +68,19 @@ def run_frozen(
 def make_steps(
     impl: str, dtype: torch.dtype, device: torch.device, width: int, transform: LogitTransform
 ) -> tuple[Steps, Tiling]:
-    """The elementwise half of the tile loop, and the size of its tiles; neither depends on what varies by call."""
+    """Return the elementwise part of the tile loop, and the tile size; neither depends on the rows of a call."""
     if impl == "torch":
         return TorchSteps(dtype, device, transform), CPU_TILING if device.type == "cpu" else GPU_TILING
     from .triton_steps import MAX_BLOCK, TritonSteps, gpu_tiling
 
-    if device.type == "cpu":  # the interpreter: small blocks, few launches
+    if device.type == "cpu":  # Triton's interpreter: small blocks, few launches
         return TritonSteps(dtype, device, transform), Tiling(64, MAX_BLOCK)
     return TritonSteps(dtype, device, transform), gpu_tiling(device, width)
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Autocast off: it would round the operands of float32 products to 16 bits."""
+    """Disable autocast, which would round the operands of float32 products to 16 bits."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return
@@ -90,13 +90,13 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """One RuntimeWarning per text and process."""
+    """Emit a RuntimeWarning, once per text and process."""
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 @functools.cache
 def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | None) -> str | None:
-    """Why the Triton kernels cannot run for this dtype and device; None where they can. Decided once per process."""
+    """Return why the Triton kernels cannot run for this dtype and device, or None. Decided once per process."""
     if dtype == torch.float64:
         return "float64 is for tests and has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
@@ -106,7 +106,7 @@ def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | Non
     if device_type == "cpu":
         if not interpreted():
             return "the tensors are on the CPU"
-        return "the interpreter cannot do bfloat16" if dtype == torch.bfloat16 else None
+        return "the interpreter does not support bfloat16" if dtype == torch.bfloat16 else None
     if device_type != "cuda" or torch.version.hip is not None:
         return f"no Triton path was tested on this device ({device_type})"
     capability = torch.cuda.get_device_capability(device_index)
@@ -116,7 +116,7 @@ def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | Non
 
 
 def _trial_run(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compile and run the kernels on a few rows; a broken compiler or driver is found here, not in training."""
+    """Compile and run the kernels on a few rows, to detect a broken compiler or driver before training."""
     hidden_NH = torch.linspace(-1, 1, 4 * 64, device=device).mul(9).sin().view(4, 64).to(dtype)
     weight_VH = torch.linspace(-1, 1, 96 * 64, device=device).mul(99).sin().view(96, 64).to(dtype)
     results = []
@@ -126,7 +126,7 @@ def _trial_run(dtype: torch.dtype, device: torch.device) -> str | None:
                 impl, hidden_NH, weight_VH, torch.arange(4, device=device), None, LogitTransform(), want_u=True
             )
             results.append(torch.cat([part.flatten().float() for part in scored if part is not None]))
-    except Exception as error:  # the compiler, the driver and a missing C compiler each raise their own
+    except Exception as error:  # compiler, driver and a missing C compiler raise different types
         return f"a trial run failed: {type(error).__name__}: {error}"
     worst = float((results[0] - results[1]).abs().max())
     return None if worst < 1e-2 else f"a trial run differs from torch by {worst:.2g}"

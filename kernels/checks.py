@@ -1,4 +1,4 @@
-"""What the operators accept, checked once for all implementations. N rows, V vocabulary, H hidden size."""
+"""Argument checks shared by all implementations. N rows, V vocabulary, H hidden size."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """The value itself, once it is a dense tensor of as many dimensions as `shape` has letters and of a known dtype."""
+    """Return the value if it is a dense tensor of one of the dtypes, with one dimension per letter of `shape`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor of shape ({', '.join(shape)})")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        hint = " (a quantised head? dequantise its weight first)" if name == "weight_VH" else ""
+        hint = " (if the head is quantized, dequantize its weight first)" if name == "weight_VH" else ""
         raise TypeError(f"{name} is {str(value.dtype).removeprefix('torch.')}: expected one of {allowed}{hint}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
@@ -30,7 +30,7 @@ def check_tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dt
 
 
 def check_like(name: str, value: Tensor, size: int, size_of: str, device: torch.device) -> None:
-    """A vector must have the length of the matrix it belongs to, and live where that lives."""
+    """Check that a vector has as many entries as `size_of` says, and is on the same device."""
     if value.shape[0] != size:
         raise ValueError(f"{name} has {value.shape[0]} entries: expected {size}, as many as {size_of}")
     if value.device != device:
@@ -47,7 +47,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_transform(temperature: object, logit_scale: object, softcap: object) -> LogitTransform:
-    """The three numbers between product and softmax, each finite and above zero."""
+    """Return the transform between product and softmax, if its three numbers are finite and above 0."""
     return LogitTransform(
         temperature=check_number("temperature", temperature),
         logit_scale=check_number("logit_scale", logit_scale),
@@ -56,7 +56,7 @@ def check_transform(temperature: object, logit_scale: object, softcap: object) -
 
 
 def check_head(hidden_NH: object, weight_VH: object, target_N: object, bias_V: object) -> None:
-    """Shapes, dtypes and devices that fit together; the values of the targets are checked in `rows.py`."""
+    """Check that shapes, dtypes and devices match; `rows.py` checks the values of the targets."""
     hidden = check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
     weight = check_tensor("weight_VH", weight_VH, "VH", FLOATS)
     target = check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))

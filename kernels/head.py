@@ -1,6 +1,6 @@
-"""What stands between a model's last hidden state and its logits, and whether the fused operator may stand in for it.
+"""From a model's last hidden state to its logits: the transform in the config, and heads that cannot be fused.
 
-Reads configs and modules by name; imports no model code. N rows, V vocabulary, H hidden size.
+Reads configs and modules by name and imports no model code. N rows, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .rows import live_rows, spread, take
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; Muse
-_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)  # Granite and its kin divide by it
+_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)  # Granite and its relatives divide by it
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """Arguments of `fused_logprobs` that belong to a model rather than to a training run."""
+    """Arguments of `fused_logprobs` that depend on the model, not on the training run."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
 
 def head_spec(model: Any) -> HeadSpec:
-    """Logit scale and softcap of a causal language model (or of its config), by the names its config gives them.
+    """Read logit scale and softcap from the config of a causal language model (or from a config itself).
 
-    `check_head_spec` tells whether that was the whole story.
+    `check_head_spec` checks that the model applies no other transform.
 
     Raises: TypeError or ValueError for a value that is not a number above 0.
     """
@@ -53,9 +53,9 @@ def head_spec(model: Any) -> HeadSpec:
 
 
 def why_not_fused(head: Any) -> str | None:
-    """Why hidden @ weight.T + bias is not what this head computes, or not all it trains; None where it is.
+    """Return why this head does not compute or train exactly hidden @ weight.T + bias, or None if it does.
 
-    LoRA or another wrapper around it, a quantised or sharded weight, hooks, or a class of its own.
+    Reasons are LoRA or another wrapper, a quantized or sharded weight, hooks, or a custom class.
     """
     if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
         return f"it is wrapped by an adapter ({type(head).__name__})"
@@ -63,10 +63,10 @@ def why_not_fused(head: Any) -> str | None:
     if not isinstance(weight, Tensor):
         return f"it has no weight tensor ({type(head).__name__})"
     if weight.dtype not in FLOATS or type(weight) not in (Tensor, nn.Parameter):
-        return f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
+        return f"its weight is quantized or sharded ({type(weight).__name__}, {weight.dtype})"
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return f"it is a {type(head).__name__}, not an nn.Linear"
-    # accelerate replaces `forward` to move tensors; only an offloading one changes what the weight is.
+    # accelerate replaces `forward` to move tensors; only offloading changes the weight.
     offload = getattr(getattr(head, "_hf_hook", None), "offload", None)
     if offload or ("forward" in vars(head) and offload is None):
         return "its forward is replaced (offloaded, or patched)"
@@ -87,13 +87,13 @@ def head_logprobs(
     impl: Impl = "auto",
     keep_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_logprobs` for a head module: fused where that is exact, else by calling the module on blocks of rows.
+    """Compute `fused_logprobs` for a head module: fused where that is exact, else by calling it on blocks of rows.
 
-    The second way is exact for any head (LoRA with its dropout, quantised, hooked), trains what the head trains, is
-    slower, and is announced by one warning. A plain head that is trained takes the reference path in silence.
+    The second path is exact for any head (LoRA with its dropout, quantized, hooked) and trains what the head trains. It
+    is slower, and warns once. A plain head that is trained uses the reference path without a warning.
 
-    Returns: (logp_N, entropy_N, lse_N); the entropy has a gradient where `entropy_grad` asks for it.
-    Raises: ValueError when `impl` is "triton" or "torch" and the head cannot be fused; else as `fused_logprobs`.
+    Returns: (logp_N, entropy_N, lse_N); with `entropy_grad` the entropy has a gradient.
+    Raises: ValueError if `impl` is "triton" or "torch" and the head cannot be fused; otherwise as `fused_logprobs`.
     """
     problem = why_not_fused(head)
     options: dict[str, Any] = {"temperature": temperature, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
@@ -104,7 +104,7 @@ def head_logprobs(
         return fused_logprobs(hidden_NH, head.weight, target_N, compute_u=compute_u, impl=impl, **options)
     if impl in ("triton", "torch"):
         raise ValueError(f'impl is {impl!r} but this head cannot be fused: {problem}; expected "auto" or "reference"')
-    warn_once(f"log-probabilities take the slower reference path, because of the model's head: {problem}")
+    warn_once(f"log-probabilities use the slower reference path, because of the model's head: {problem}")
     transform = check_transform(**options)
     check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
     check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
@@ -121,9 +121,9 @@ def head_logprobs(
 def check_head_spec(model: Any, spec: HeadSpec, token_ids: list[int] | None = None) -> None:
     """Compare a model's own log-probabilities on a few tokens with those of its last hidden state under `spec`.
 
-    Catches what no config says: a logit transform of its own, a hidden state scaled or normalised before the head.
+    Detects what no config contains: a custom logit transform, a hidden state scaled or normalized before the head.
 
-    Raises: ValueError with the largest difference, where it is more than rounding explains.
+    Raises: ValueError with the largest difference, if it is larger than rounding explains.
     """
     head = model.get_output_embeddings()
     ids_1T = torch.tensor([token_ids or list(range(1, 9))], device=head.weight.device)

@@ -1,4 +1,4 @@
-"""Log-probability and entropy in differentiable torch: exact, slower, with gradients for whatever the head trains.
+"""Log-probability and entropy in differentiable torch: exact, slower, with gradients for everything the head trains.
 
 N rows, R rows of a block, V vocabulary, H hidden size.
 """
@@ -16,18 +16,18 @@ from .gemm import accumulate_dtype
 from .transform import LogitTransform
 
 BLOCK_BYTES = 128 * 2**20
-"""Float32 logits of one block of rows; autograd holds a few copies of them while it works on that block."""
+"""Bytes of float32 logits in one block of rows; autograd holds a few copies of them during that block."""
 
 FLOOR = -1e30
-"""Stands for -inf in a logit: exp gives 0, and differences and their gradients stay finite."""
+"""Replacement for a logit of -inf: exp gives 0, and differences and their gradients stay finite."""
 
 Head = Callable[[Tensor], Tensor]
 
 
 def weight_head(weight_VH: Tensor, bias_V: Tensor | None) -> Head:
-    """hidden -> hidden @ weight.T + bias in float32.
+    """Return the function hidden -> hidden @ weight.T + bias in float32.
 
-    Converted once, so that the head's gradient is summed over the blocks in float32 and rounded once.
+    The weight is converted once, so that its gradient is summed over the blocks in float32 and rounded once.
     """
     wide = accumulate_dtype(weight_VH.dtype)
     weight_VH, bias_V = weight_VH.to(wide), None if bias_V is None else bias_V.to(wide)
@@ -43,10 +43,12 @@ def reference_head(
     *,
     keep_rng: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy and log-normaliser of every row, all three attached to the graph; every target must be a token.
+    """Compute logp, entropy and log-normalizer of every row, all attached to the graph; every target must be a token.
 
-    Blocks of rows are recomputed in the backward pass, so no more than one block of logits exists at a time.
-    `keep_rng`: the head draws random numbers (dropout) and must draw the same ones when recomputed.
+    Blocks of rows are recomputed in the backward pass, so at most one block of logits exists at a time.
+
+    Args:
+        keep_rng: restore the random state for the recomputation, for a head with dropout.
     """
     wide = accumulate_dtype(hidden_NH.dtype)
     block = max(1, BLOCK_BYTES // (vocab * wide.itemsize))
@@ -73,7 +75,7 @@ def _block(head: Head, hidden_RH: Tensor, target_R: Tensor, transform: LogitTran
     # Without the target in the sum, 1 - p_t keeps its digits when p_t is close to 1.
     others_RV = z_RV.scatter(1, target_R1, FLOOR)
     m_R1 = others_RV.detach().amax(1, keepdim=True)
-    # Differences first: the rounding of a log-normaliser of 1000 would be an error of the probabilities.
+    # Subtract first: the rounding of a log-normalizer of 1000 would be an error of the probabilities.
     others_RV = others_RV - m_R1
     log_s_R = torch.logsumexp(others_RV, 1)
     odds_R = (z_RV.gather(1, target_R1) - m_R1)[:, 0] - log_s_R

@@ -1,4 +1,4 @@
-"""Which rows are computed, and getting them out of and back into the batch. N rows, K rows computed, H hidden size."""
+"""Selection of the computed rows, and their return to the batch. N rows, K rows computed, H hidden size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ IGNORE = -100
 
 
 def live_rows(target_N: Tensor, vocab: int, keep_N: Tensor | None) -> Tensor | None:
-    """Indices of the rows to compute, ascending; None when that is every row.
+    """Return the indices of the rows to compute, ascending, or None for all rows.
 
-    A row is computed when its target is not -100 and `keep_N`, where given, is true. Reads two counters from the
-    device, once per call, however many rows there are.
+    A row is computed if its target is not -100 and `keep_N`, where given, is true. Reads two counters from the device
+    per call, for any number of rows.
 
     Raises: ValueError for a target outside [0, vocab) in a row to compute.
     """
@@ -38,21 +38,21 @@ def live_rows(target_N: Tensor, vocab: int, keep_N: Tensor | None) -> Tensor | N
 
 
 def take(value_N: Tensor, index_K: Tensor | None) -> Tensor:
-    """The computed rows of a tensor; the tensor itself when that is all of them."""
+    """Return the computed rows of a tensor; the tensor itself if that is all of them."""
     return value_N if index_K is None else value_N.index_select(0, index_K)
 
 
 def spread(value_K: Tensor, index_K: Tensor | None, rows: int) -> Tensor:
-    """Put computed rows back in their places, zero elsewhere."""
+    """Return the computed rows at their positions in the batch, and zeros in the other rows."""
     if index_K is None:
         return value_K
     return value_K.new_zeros(rows, *value_K.shape[1:]).index_copy(0, index_K, value_K)
 
 
 def scale_rows(u_KH: Tensor, grad_N: Tensor, index_K: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad_i u_i in float32, rounded once to `dtype`; zero rows where nothing was computed.
+    """Compute grad_i u_i in float32, rounded once to `dtype`, with zeros in rows that were not computed.
 
-    u is left as it is: a retained graph may come back for it.
+    u is not modified: a retained graph may need it again.
     """
     grad_K = take(grad_N, index_K)
     grad_KH = torch.mul(u_KH, grad_K[:, None], out=torch.empty_like(u_KH, dtype=dtype))

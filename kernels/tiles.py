@@ -1,19 +1,19 @@
-"""The tile loop: logits exist one tile at a time, and both matrix products go to the BLAS library.
+"""Tile loop: logits exist one tile at a time, and the BLAS library computes both matrix products.
 
-For a block of R rows, with o ranging over all tokens but the row's target t, z the logits in float32 and
+For a block of R rows, with o over all tokens except the row's target t, z the logits in float32 and
 slope_o = cap'(.) (1 without a softcap):
 
     m = max_o z_o      s = sum_o exp(z_o - m)      a = sum_o exp(z_o - m) (z_o - m)
     acc = sum_o exp(z_o - m) slope_o w_o
 
-are kept current tile by tile, as flash attention does (arXiv 2205.14135), here with the head's weight as both keys and
-values. With d = z_t - m - log s, the log-odds of the target, and gain = dz/d(h.w):
+are updated tile by tile, as in flash attention (arXiv 2205.14135), with the head's weight as both keys and values. With
+d = z_t - m - log s, the log-odds of the target, and gain = dz/d(h.w):
 
     logp    = log sigmoid(d)
     entropy = p_t (-logp) + (1 - p_t) (softplus(d) + log s - a / s)
     u       = (1 - p_t) gain (slope_t w_t - acc / s) = d logp / d h        where 1 - p_t = sigmoid(-d)
 
-The target never enters a sum it would have to be taken out of again, so nothing cancels however close p_t is to 1.
+The target is excluded from the sums and never subtracted from them, so nothing cancels, even for p_t close to 1.
 
 Letters: N rows, R rows of a block, T columns of a tile, V vocabulary, H hidden size.
 """
@@ -31,14 +31,14 @@ from .gemm import accumulate, accumulate_dtype, project
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Size of one tile of logits. Fixed per process and shape: another size rounds the sums differently."""
+    """Size of one tile of logits, fixed per process and shape: another size rounds the sums differently."""
 
     rows: int
     columns: int
 
 
 class Scored(NamedTuple):
-    """Per row, in nats. `u_NH` = d logp / d hidden, None where it was not asked for."""
+    """Results per row, in nats. `u_NH` = d logp / d hidden, None if it was not requested."""
 
     logp_N: Tensor
     entropy_N: Tensor
@@ -47,7 +47,7 @@ class Scored(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The sums above after the tiles seen so far, and the target's own logit."""
+    """Sums m, s and a over the tiles so far, and the logit of the target."""
 
     m_R: Tensor
     s_R: Tensor
@@ -56,7 +56,7 @@ class Running(NamedTuple):
 
 
 class Steps(Protocol):
-    """The elementwise work between the two products; one implementation in torch, one in Triton."""
+    """Elementwise work between the two products; implemented in torch and in Triton."""
 
     operand_dtype: torch.dtype
     """Dtype in which hidden, weight and p enter the products."""
@@ -70,10 +70,10 @@ class Steps(Protocol):
         run: Running,
         acc_RH: Tensor | None,
     ) -> Tensor:
-        """Take the products `z_RT` of tokens first, first + 1, ... into `run`, and rescale `acc_RH` to the new m.
+        """Add the products `z_RT` of tokens first, first + 1, ... to `run`, and rescale `acc_RH` to the new m.
 
-        Returns: p_RT = exp(z - m) slope, zero at the target, times a constant of the implementation. May overwrite
-        `z_RT`; undefined where `acc_RH` is None.
+        Returns: p_RT = exp(z - m) slope, zero at the target, times a constant of the implementation. It may overwrite
+        `z_RT`, and is undefined if `acc_RH` is None.
         """
         ...
 
@@ -93,18 +93,18 @@ class Steps(Protocol):
         weight_VH: Tensor,
         u_RH: Tensor,
     ) -> None:
-        """Write u, rounded once to its dtype; `u_RH` may be `acc_RH` itself, which is not needed after."""
+        """Write u, rounded once to its dtype; `u_RH` may be `acc_RH` itself, which is not used afterwards."""
         ...
 
 
 class _Scratch:
-    """Everything the loop needs beside inputs and results; reused by all blocks."""
+    """Temporary buffers of the loop, reused by all blocks."""
 
     def __init__(self, weight_VH: Tensor, steps: Steps, tiling: Tiling, rows: int, u_dtype: torch.dtype | None):
         wide, device = accumulate_dtype(weight_VH.dtype), weight_VH.device
         columns, width = min(tiling.columns, weight_VH.shape[0]), weight_VH.shape[1]
         rows = min(tiling.rows, rows)
-        # Whole cache lines per row keep the BLAS library on its fast kernels when the vocabulary is odd.
+        # Rows of whole cache lines keep the BLAS library on its fast kernels, even for an odd vocabulary size.
         self.tile_RT = torch.empty(rows, -(-columns // 64) * 64, dtype=wide, device=device)
         self.weight_TH: Tensor | None = None
         if weight_VH.dtype != steps.operand_dtype:
@@ -137,11 +137,11 @@ def frozen_head(
     tiling: Tiling,
     u_dtype: torch.dtype | None,
 ) -> Scored:
-    """Log-probability, entropy and log-normaliser of every row, and u in `u_dtype`; every target must be a token.
+    """Compute log-probability, entropy and log-normalizer of every row, and u in `u_dtype`; every target is a token.
 
-    Without u (`u_dtype=None`) the second product is left out and no other operation changes, so the results are the
-    same to the bit. Temporary memory is one tile, one block of accumulators and, where weights must be converted, one
-    tile of weight: it grows with neither N nor V.
+    Without u (`u_dtype=None`) the second product is skipped and no other operation changes, so the results are the
+    same to the bit. Temporary memory is one tile, one block of accumulators and, if weights must be converted, one
+    tile of weight. It does not depend on N or V.
     """
     rows, device, wide = len(hidden_NH), hidden_NH.device, accumulate_dtype(hidden_NH.dtype)
     logp_N, entropy_N, lse_N = (torch.empty(rows, dtype=wide, device=device) for _ in range(3))
@@ -169,7 +169,7 @@ def _sums(
     scratch: _Scratch,
     acc_RH: Tensor | None,
 ) -> Running:
-    """One block of rows against the whole vocabulary, a tile at a time."""
+    """Process one block of rows against the whole vocabulary, tile by tile."""
     hidden_RH, run = hidden_RH.to(steps.operand_dtype), scratch.running(len(target_R))
     for first in range(0, len(weight_VH), columns):
         tokens = slice(first, first + columns)

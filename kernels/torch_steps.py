@@ -1,4 +1,4 @@
-"""The elementwise half of the tile loop in plain torch: the production path on a CPU, the fallback elsewhere.
+"""Elementwise part of the tile loop in plain torch: the production path on a CPU, the fallback elsewhere.
 
 R rows of a block, T columns of a tile, V vocabulary, H hidden size.
 """
@@ -13,8 +13,8 @@ from .gemm import accumulate_dtype, has_half_products
 from .tiles import Running, Scored, Tiling
 from .transform import LogitTransform
 
-# 8 MiB of float32 logits and as much again for p stay in a CPU's last-level cache between the two products; 1024 rows
-# and 2048 columns are where the products reach full speed.
+# 8 MiB of float32 logits and the same for p stay in the last-level cache of a CPU between the two products. From 1024
+# rows and 2048 columns on, the products reach full speed.
 CPU_TILING = Tiling(rows=1024, columns=2048)
 GPU_TILING = Tiling(rows=1024, columns=8192)
 
@@ -25,7 +25,7 @@ class TorchSteps:
     def __init__(self, dtype: torch.dtype, device: torch.device, transform: LogitTransform):
         self.transform = transform
         self.operand_dtype = dtype if has_half_products(dtype, device) else accumulate_dtype(dtype)
-        # Lifts p, which is relative to the largest, away from float16's subnormals.
+        # Keeps p, which is relative to the largest probability, out of the subnormal range of float16.
         self.p_scale = 2.0**15 if self.operand_dtype == torch.float16 else 1.0
         self._p: Tensor | None = None
 
@@ -42,7 +42,7 @@ class TorchSteps:
         slope_RT = self._to_logits(z_RT, bias_T, want_slope=acc_RH is not None)
         self._take_out_target(z_RT, target_R, first, run)
         m_R = torch.maximum(run.m_R, z_RT.amax(1))
-        # Nothing but -inf so far: measure from a finite number, exp gives 0 all the same.
+        # If all logits so far are -inf, subtract a finite number instead; exp still gives 0.
         floor = torch.finfo(z_RT.dtype).min
         shift_R = run.m_R.clamp(min=floor) - m_R.clamp(min=floor)
         alpha_R = shift_R.exp()
@@ -68,7 +68,7 @@ class TorchSteps:
         others_R = torch.where(run.s_R == 0, 0.0, log_s_R - run.a_R / run.s_R)
         out.logp_N.copy_(logp_R)
         out.entropy_N.copy_(_times(p_R, -logp_R) + _times(q_R, others_R - logq_R))
-        # Two forms of one number; each is free of inf - inf where it is used.
+        # Two forms of the same number; neither computes inf - inf where it is used.
         out.lse_N.copy_(torch.where(odds_R >= 0, run.z_t_R - logp_R, run.m_R + log_s_R - logq_R))
         to_target_R = q_R * self.transform.gain
         to_others_R = to_target_R / (torch.where(run.s_R == 0, 1.0, run.s_R) * self.p_scale)
@@ -92,7 +92,7 @@ class TorchSteps:
             u_RH.copy_(acc_RH)
 
     def _to_logits(self, z_RT: Tensor, bias_T: Tensor | None, *, want_slope: bool) -> Tensor | None:
-        """Turn products into logits in place; the slope cap'(.) is returned where there is a softcap."""
+        """Turn products into logits in place, and return the slope cap'(.) if there is a softcap."""
         transform = self.transform
         if bias_T is not None:
             z_RT.add_(bias_T.to(z_RT.dtype))
@@ -107,7 +107,7 @@ class TorchSteps:
 
     @staticmethod
     def _take_out_target(z_RT: Tensor, target_R: Tensor, first: int, run: Running) -> None:
-        """Move the target's logit from the tile, where it is in this one, to `run`; -inf takes its place."""
+        """Move the target's logit to `run` if it is in this tile, and replace it with -inf."""
         local_R = target_R - first
         inside_R = (local_R >= 0) & (local_R < z_RT.shape[1])
         column_R1 = local_R.clamp(0, z_RT.shape[1] - 1).to(torch.int64)[:, None]
@@ -122,5 +122,5 @@ class TorchSteps:
 
 
 def _times(p_R: Tensor, value_R: Tensor) -> Tensor:
-    """p * value with 0 * inf = 0, the limit it has in an entropy."""
+    """Return p * value with 0 * inf = 0, the limit in an entropy."""
     return torch.where(p_R == 0, 0.0, p_R * value_R)

@@ -1,4 +1,4 @@
-"""From the product hidden @ weight to the logits the softmax sees."""
+"""Transform from the product hidden @ weight to the logits of the softmax."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class LogitTransform:
     """z = cap(logit_scale * (h.w + bias)) / temperature, with cap(x) = softcap * tanh(x / softcap).
 
-    Cohere and Granite scale their logits, Gemma caps them; for all other models z = (h.w + bias) / temperature.
+    Cohere and Granite scale their logits, Gemma caps them. For other models z = (h.w + bias) / temperature.
     """
 
     temperature: float = 1.0
@@ -18,10 +18,10 @@ class LogitTransform:
 
     @property
     def gain(self) -> float:
-        """dz/d(h.w) where nothing is capped."""
+        """Derivative dz/d(h.w) without the cap."""
         return self.logit_scale / self.temperature
 
     @property
     def cap(self) -> float:
-        """Largest |z| under the softcap; 0 without one."""
+        """Largest |z| with a softcap; 0 without one."""
         return 0.0 if self.softcap is None else self.softcap / self.temperature

@@ -1,7 +1,7 @@
-"""The Triton kernels of the tile loop: everything between the two matrix products. No tl.dot, so every card runs them.
+"""Triton kernels of the tile loop: everything between the two matrix products. No tl.dot, so every card runs them.
 
-One program per row (grid axis 0, the only one without a 65535 limit). Offsets that grow with rows are 64-bit. There
-is no log1p, expm1 or tanh in the language itself (libdevice has them, but not in the interpreter): they are below.
+One program per row (grid axis 0, the only one without a 65535 limit). Offsets that grow with rows are 64-bit. log1p and
+tanh are defined here, because the language has none and the interpreter does not support those of libdevice.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 
 FLOOR = tl.constexpr(-3.0e38)
-"""Stands for -inf wherever a difference with it is formed."""
+"""Replacement for -inf in differences."""
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1], exact where 1 + x rounds (Kahan)."""
+    """Return log(1 + x) for x in [0, 1], exact where 1 + x rounds (Kahan)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
 
 
 @triton.jit
 def _tanh(x):
-    """Taylor series up to |x| = 0.25, where the closed form would lose digits; relative error below 2e-7."""
+    """Return tanh(x) to a relative error of 2e-7: below |x| = 0.25, where the closed form loses digits, by a series."""
     x2 = x * x
     near_0 = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
     t = tl.exp(-2.0 * tl.abs(x))
@@ -56,10 +56,10 @@ def fold_kernel(
     WANT_P: tl.constexpr,
     P_SCALE: tl.constexpr,
 ):
-    """Take one tile of products into the running sums of `tiles.py`; leaves exp(z - m) slope P_SCALE in its place.
+    """Add one tile of products to the running sums of `tiles.py`, and replace it with exp(z - m) slope P_SCALE.
 
-    Reads each product once. `p_ptr` may be the same memory as `z_ptr` in a narrower dtype: a program owns its row, and
-    all of the row is in registers before anything is written.
+    Each product is read once. `p_ptr` may be the same memory as `z_ptr` in a narrower dtype: a program owns its row,
+    and holds the whole row in registers before it writes.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -93,7 +93,7 @@ def fold_kernel(
     tl.store(m_ptr + row, m_new)
     if WANT_P:
         if HAS_CAP:
-            # From d, not from tanh, which would hold another register per column; 0 at the target, where d is -inf.
+            # From d, because keeping tanh would need another register per column; 0 at the target, where d is -inf.
             t = (d + tl.maximum(m_new, FLOOR)) / cap
             e = tl.where(e == 0.0, 0.0, e * (1.0 - t * t))
         tl.debug_barrier()
@@ -122,7 +122,7 @@ def finish_kernel(
     HAS_CAP: tl.constexpr,
     P_SCALE: tl.constexpr,
 ):
-    """logp, entropy, lse and the two coefficients of u, from the finished sums."""
+    """Write logp, entropy, lse and the two coefficients of u, from the finished sums."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < rows
     m = tl.load(m_ptr + row, mask=live, other=0.0)
@@ -164,7 +164,7 @@ def direction_kernel(
     weight_stride_h,
     BLOCK_H: tl.constexpr,
 ):
-    """u = to_target w_t - to_others acc, rounded once; `u_ptr` may be `acc_ptr`."""
+    """Write u = to_target w_t - to_others acc, rounded once; `u_ptr` may be `acc_ptr`."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int64)
     to_target = tl.load(to_target_ptr + row)

@@ -1,4 +1,4 @@
-"""The elementwise half of the tile loop in Triton: each tile is read once and written once between the two products.
+"""Elementwise part of the tile loop in Triton: each tile is read once and written once between the two products.
 
 R rows of a block, T columns of a tile, V vocabulary, H hidden size.
 """
@@ -18,14 +18,17 @@ from .transform import LogitTransform
 from .triton_kernels import direction_kernel, finish_kernel, fold_kernel
 
 MAX_BLOCK = 16384
-"""Widest tile: a row of it still fits in the registers of one program."""
+"""Widest tile; one row of it still fits in the registers of one program."""
 BLOCK_H = 1024
+"""Hidden features per step of the loops over H."""
 FINISH_ROWS = 128
+"""Rows per program of `finish_kernel`."""
 TILE_BYTES = 160 * 2**20
+"""Largest tile of float32 logits."""
 
 
 def interpreted() -> bool:
-    """TRITON_INTERPRET=1: the kernels run on CPU tensors, slowly, for tests."""
+    """Return True if TRITON_INTERPRET=1 is set: the kernels then run on CPU tensors, slowly, for tests."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -36,7 +39,7 @@ class TritonSteps:
         self.transform = transform
         half_here = has_half_products(dtype, device) or (interpreted() and dtype == torch.float16)
         self.operand_dtype = dtype if half_here else torch.float32
-        # Lifts p, which is relative to the largest, away from float16's subnormals.
+        # Keeps p, which is relative to the largest probability, out of the subnormal range of float16.
         self.p_scale = 2.0**15 if self.operand_dtype == torch.float16 else 1.0
         self._has_cap = transform.softcap is not None
         self._inner = 0.0 if transform.softcap is None else transform.logit_scale / transform.softcap
@@ -50,7 +53,7 @@ class TritonSteps:
         run: Running,
         acc_RH: Tensor | None,
     ) -> Tensor:
-        """See `tiles.Steps.fold`; p takes the front of each row's own bytes."""
+        """See `tiles.Steps.fold`; p overwrites the first bytes of each row of `z_RT`."""
         rows, columns = z_RT.shape
         p_RT = z_RT.view(self.operand_dtype)[:, :columns]
         block = triton.next_power_of_2(columns)
@@ -91,7 +94,7 @@ class TritonSteps:
 
 
 def fold_options(block: int) -> dict[str, Any]:
-    """Launch options of `fold_kernel`: one warp per 1024 columns keeps a row in registers without spilling."""
+    """Return the launch options of `fold_kernel`: one warp per 1024 columns holds a row in registers, no spills."""
     return {"num_warps": min(16, max(1, block // 1024)), "num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -101,8 +104,11 @@ DIRECTION_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp
 
 @functools.cache
 def gpu_tiling(device: torch.device, width: int) -> Tiling:
-    """Rows so that the second product's output tiles (128 x 256) come close to one per multiprocessor; wide tiles
-    where the cache is too small to hold the accumulators between tiles."""
+    """Return the tile size for a GPU.
+
+    Rows: about one output tile (128 x 256) of the second product per multiprocessor. Columns: wide tiles if the cache
+    is too small to hold the accumulators between tiles. Never more than TILE_BYTES.
+    """
     properties = torch.cuda.get_device_properties(device)
     rows = 128 * min(64, max(8, properties.multi_processor_count // -(-width // 256)))
     columns = 8192 if properties.L2_cache_size >= 32 * 2**20 else MAX_BLOCK

@@ -13,6 +13,7 @@ from ..tiles import Scored
 from ..transform import LogitTransform
 
 BLOCK_BYTES = 256 * 2**20
+"""Bytes of float64 logits in one block of rows."""
 
 
 def true_head(

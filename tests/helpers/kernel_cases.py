@@ -1,4 +1,4 @@
-"""Inputs for the operator tests, with targets from improbable to certain, and error criteria for all implementations.
+"""Inputs for the operator tests, with rows from improbable to certain, and the error bounds of all implementations.
 
 N rows, V vocabulary, H hidden size.
 """
@@ -14,10 +14,10 @@ from mel_lite.kernels.tiles import Scored
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-"""True in processes started by `test_triton.py`, which run the real kernels on CPU tensors."""
+"""True in the runs that `test_triton.py` starts: the real kernels on CPU tensors."""
 
 BLOCK_ROWS = 64 if INTERPRETED else 1024
-"""Rows of one block on a CPU, for batches of more than one block."""
+"""Rows of one block on a CPU; more rows need several blocks."""
 
 FROZEN = ("torch", "triton") if DEVICE == "cuda" or INTERPRETED else ("torch",)
 IMPLS = (*FROZEN, "reference")
@@ -25,13 +25,13 @@ HALVES = [
     (impl, dtype)
     for impl in FROZEN
     for dtype in (torch.bfloat16, torch.float16)
-    if not (INTERPRETED and impl == "triton" and dtype == torch.bfloat16)  # the interpreter cannot do bfloat16
+    if not (INTERPRETED and impl == "triton" and dtype == torch.bfloat16)  # not supported by the interpreter
 ]
 DTYPES = [*((impl, torch.float32) for impl in FROZEN), *HALVES]
 
 
 def head_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (hidden_NH, weight_VH, target_N): logits about N(0, 3), target logits from -8 to 40 over the rows."""
+    """Return (hidden_NH, weight_VH, target_N): target logits from -8 to 40 over the rows, the others about N(0, 3)."""
     generator = torch.Generator().manual_seed(seed)
     weight_VH = torch.randn(vocab, width, generator=generator)
     target_N = torch.randint(vocab, (rows,), generator=generator)
@@ -44,7 +44,7 @@ def head_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: in
 
 
 def naive_head(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Scored:
-    """Compute like most training loops: logits in the model's dtype, log_softmax in float32, autograd."""
+    """Score like most training loops: logits in the model's dtype, log_softmax in float32, autograd."""
     hidden_NH = hidden_NH.detach().requires_grad_()
     z_NV = (hidden_NH @ weight_VH.T).float()
     log_p_NV = z_NV.log_softmax(1)
@@ -55,23 +55,23 @@ def naive_head(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Scored
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
-    """Return |found - truth| / |truth| in the Frobenius norm, or |found| if the truth is 0."""
+    """Return |found - truth| / |truth| in Frobenius norm, or |found| if the truth is 0."""
     scale = float(truth.double().norm())
     return float((found.double() - truth.double()).norm()) / (scale or 1.0)
 
 
 def worst(found: Tensor, truth: Tensor, floor: float = 0.0) -> float:
-    """Return the largest |found - truth| / max(|truth|, floor) over the rows; 0 if both are 0."""
+    """Return the largest |found - truth| / max(|truth|, floor) over the rows; 0 where both are 0."""
     scale_N = truth.double().abs().clamp(min=floor or 1e-300)
     return float(((found.double() - truth.double()).abs() / scale_N).max()) if len(truth) else 0.0
 
 
 def assert_exact(found: Scored, truth: Scored, *, u_bound: float = 1e-5, bound: float | None = None) -> None:
-    """Check that errors are at most those of a float32 logit.
+    """Assert that the errors are at most those of a float32 logit.
 
-    A logit z has an error of a few eps |z|, which is the relative error of logp and 1 - p in a row with a certain
-    target. Hence the bound for logp and u is 1e-5, and larger only if |z| is above 10. The entropy of such a row is
-    exact to 2e-7 nats.
+    A float32 logit z has an error of a few eps |z|. This is the relative error of logp and 1 - p in a row whose target
+    is certain. The bound of logp and u is therefore 1e-5, and larger only for |z| above 10. The entropy of such a row
+    is exact to 2e-7 nats.
     """
     if bound is None:
         reach = float(torch.cat([truth.lse_N.abs(), (truth.lse_N + truth.logp_N).abs()]).max())

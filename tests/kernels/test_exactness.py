@@ -1,4 +1,4 @@
-"""Against float64 truth: no result may be further from it than a stated bound, nor than the naive path is.
+"""Errors against float64: within a stated bound, and never larger than those of the naive path.
 
 N rows, V vocabulary, H hidden size.
 """
@@ -28,7 +28,7 @@ from mel_lite.kernels.bench.truth import true_head
 from mel_lite.kernels.tiles import Scored, Tiling, frozen_head
 from mel_lite.kernels.transform import LogitTransform
 
-# Every vocabulary and every width once or twice, large with small: whole heads in float64 would take 5 GB.
+# Each vocabulary and each width once or twice, large with small: full-size heads in float64 would take 5 GB.
 SHAPES = [
     (151936, 64), (151665, 63), (128256, 96), (49152, 576), (257, 4096), (257, 2560), (1000, 1536), (5003, 1024),
     (2049, 896), (257, 77), (2, 8), (1, 16),
@@ -36,7 +36,7 @@ SHAPES = [
 
 
 def score(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, **options: object) -> Scored:
-    """The public operator, with u read off its backward pass."""
+    """Call the public operator, and get u from its backward pass."""
     leaf_NH = hidden_NH.detach().requires_grad_()
     logp_N, entropy_N, lse_N = fused_logprobs(leaf_NH, weight_VH, target_N, **options)
     (u_NH,) = torch.autograd.grad(logp_N.sum(), leaf_NH)
@@ -57,7 +57,7 @@ def test_float32_matches_truth(vocab: int, width: int, impl: str) -> None:
 @pytest.mark.parametrize(("impl", "dtype"), HALVES, ids=str)
 @pytest.mark.parametrize(("vocab", "width"), SHAPES)
 def test_half_precision_is_never_worse_than_naive(vocab: int, width: int, impl: str, dtype: torch.dtype) -> None:
-    """Only the gradient's last rounding to the model's dtype is lost; naive loses the log-probability itself."""
+    """Only the last rounding of the gradient to the model's dtype is added; naive rounds the logits themselves."""
     inputs = case(12, vocab, width, dtype)
     truth, naive = true_head(*inputs), naive_head(*inputs)
     found = run_frozen(impl, *inputs, None, LogitTransform(), want_u=True)
@@ -70,7 +70,7 @@ def test_half_precision_is_never_worse_than_naive(vocab: int, width: int, impl: 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("stratum", ["rare", "mid", "confident", "certain"])
 def test_every_stratum_of_confidence(stratum: str, impl: str) -> None:
-    """Certain rows (1 - p down to 1e-15) are where a log-softmax gives 0 and a zero gradient."""
+    """For certain rows (1 - p down to 1e-15) a log-softmax gives 0 and a zero gradient."""
     inputs = case(200, 4096, 128, torch.float32)
     truth = true_head(*inputs)
     low, high = {"rare": (0, 0.1), "mid": (0.1, 0.9), "confident": (0.9, 1 - 1e-6), "certain": (1 - 1e-6, 2)}[stratum]
@@ -102,7 +102,7 @@ def test_transforms_and_bias(options: dict[str, float], impl: str, dtype: torch.
 
 
 def adversarial() -> dict[str, Tensor]:
-    """Logits (4, 700), the rows' targets being 0, 5, 300 and 699."""
+    """Return logits of shape (4, 700) by name; the targets of the rows are 0, 5, 300 and 699."""
     noise = torch.randn(4, 700, generator=torch.Generator().manual_seed(3))
     equal, tied, margins = torch.zeros(4, 700), torch.zeros(4, 700), noise.clone()
     tied[:, [5, 6, 699]] = 7.0
@@ -119,8 +119,8 @@ def adversarial() -> dict[str, Tensor]:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", list(adversarial()))
 def test_adversarial_logits(name: str, impl: str) -> None:
-    """The logits are exact here, so only their spread may cost digits, not where they lie. u may lose what a
-    difference of weights of that size loses."""
+    """The logits are exact here, so only their spread may cost digits, not their offset. u may lose as much as a
+    difference of weights of that size."""
     z_NV = adversarial()[name].to(DEVICE)
     eps = torch.finfo(torch.float32).eps
     bound, u_bound = max(1e-5, 2 * eps * float(z_NV.max() - z_NV.min())), max(1e-5, 8 * eps * float(z_NV.abs().max()))
@@ -151,7 +151,7 @@ def test_banned_tokens_have_no_probability(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_in_hidden_reaches_the_loss(impl: str) -> None:
-    """A guard downstream must see it; other rows are not touched by it."""
+    """A check downstream must see the NaN; other rows do not change."""
     hidden_NH, weight_VH, target_N = case(3, 300, 8, torch.float32)
     clean = score(hidden_NH, weight_VH, target_N, impl=impl)
     hidden_NH[1, 3] = torch.nan
@@ -173,7 +173,7 @@ def test_row_counts_around_a_block(rows: int, impl: str) -> None:
 @pytest.mark.parametrize(("impl", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("tiling", [(1, 90), (7, 16), (24, 33), (64, 1), (13, 4096)])
 def test_tile_sizes_change_nothing_but_rounding(tiling: tuple[int, int], impl: str, dtype: torch.dtype) -> None:
-    """Many tiles: the running maximum moves, and accumulators are rescaled. u is kept in float32 here."""
+    """With many tiles the running maximum changes and the accumulators are rescaled. u is kept in float32 here."""
     inputs = case(24 if tiling[1] > 1 else 3, 90, 16, dtype)
     steps, _ = make_steps(impl, dtype, inputs[0].device, 16, LogitTransform())
     found = frozen_head(*inputs, None, steps=steps, tiling=Tiling(*tiling), u_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Reading a model's head: real (tiny, random) models against their own log-probabilities. N rows, H hidden size."""
+"""Heads of tiny random models, compared with the models' own log-probabilities. N rows, H hidden size."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ FAMILIES: dict[str, tuple[PretrainedConfig, HeadSpec]] = {
 
 
 @pytest.fixture(autouse=True)
-def warn_again() -> None:
-    """Warnings come once per process; here, once per test."""
+def fresh_warnings() -> None:
+    """Emit warnings once per test instead of once per process."""
     backends.warn_once.cache_clear()
 
 
@@ -54,7 +54,7 @@ def tiny(family: str) -> Any:
     model = AutoModelForCausalLM.from_config(FAMILIES[family][0]).eval().requires_grad_(False)
     for weight in model.parameters():
         if weight.ndim > 1:
-            weight.mul_(8)  # spread the logits, so that caps and scales show
+            weight.mul_(8)  # larger logits, so that caps and scales have an effect
     return model
 
 
@@ -103,7 +103,7 @@ def saved_head() -> Any:
     return get_peft_model(tiny("llama"), config).get_base_model().lm_head
 
 
-def quantised_head() -> Any:
+def quantized_head() -> Any:
     import bitsandbytes as bnb
 
     head = bnb.nn.Linear4bit(32, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4")
@@ -131,7 +131,7 @@ class OwnHead(nn.Linear):
 REFUSED = {
     "lora": (lora_head, "wrapped by an adapter"),
     "modules_to_save": (saved_head, "wrapped by an adapter"),
-    "quantised": (quantised_head, "quantised or sharded"),
+    "quantized": (quantized_head, "quantized or sharded"),
     "hooked": (hooked_head, "it has hooks"),
     "patched": (patched_head, "its forward is replaced"),
     "own class": (lambda: OwnHead(32, 96).requires_grad_(False), "it is a OwnHead, not an nn.Linear"),
@@ -140,7 +140,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_heads_that_cannot_be_fused_take_the_reference(name: str) -> None:
-    """One warning, the head's own logits, gradients for all that the head trains; or an error when Triton is asked."""
+    """One warning, the head's own logits, gradients for everything the head trains; an error if Triton is requested."""
     make, reason = REFUSED[name]
     head, (hidden_NH, target_N) = make(), rows()
     assert reason in why_not_fused(head)
@@ -177,7 +177,7 @@ def test_dropout_in_the_head_is_the_same_when_recomputed() -> None:
 
 
 def test_plain_heads_are_fused_in_silence() -> None:
-    """Frozen, trained, and one that accelerate hooked only to move its inputs."""
+    """A frozen head, a trained one, and one that accelerate hooked only to move its inputs."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     head, (hidden_NH, target_N) = nn.Linear(32, 96).requires_grad_(False), rows()

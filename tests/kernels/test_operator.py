@@ -1,4 +1,4 @@
-"""The operator's contract: gradients, rows left out, dispatch, memory, and what it says to bad input.
+"""The operator's contract: gradients, skipped rows, dispatch, memory, and errors for bad input.
 
 N rows, V vocabulary, H hidden size.
 """
@@ -32,7 +32,7 @@ def gradient(loss: Tensor, of: Tensor, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize(("impl", "dtype"), DTYPES, ids=str)
 def test_scoring_equals_training_to_the_bit(impl: str, dtype: torch.dtype) -> None:
-    """Else the on-policy ratio would not be exactly 1. The rows fill more than one block."""
+    """The on-policy ratio is therefore exactly 1. The rows fill more than one block."""
     inputs = case(BLOCK_ROWS + 70, 3000, 24, dtype)
     training = fused_logprobs(*inputs, impl=impl, temperature=0.9)
     scoring = fused_logprobs(*inputs, impl=impl, temperature=0.9, compute_u=False)
@@ -70,13 +70,13 @@ def test_gradient_is_rounded_once_after_the_product_with_the_coefficient(impl: s
 
 @pytest.mark.parametrize("impl", FROZEN)
 def test_small_directions_survive_float16(impl: str) -> None:
-    """Confident rows have u around 1e-7, below float16's normal range, until a loss scale lifts their gradient."""
+    """Confident rows have u around 1e-7, below the normal range of float16, before a loss scale multiplies it."""
     hidden_NH, weight_VH, target_N = case(60, dtype=torch.float16)
     truth = true_head(hidden_NH, weight_VH, target_N)
     small = (truth.u_NH.norm(dim=1) > 1e-7) & (truth.u_NH.norm(dim=1) < 1e-5)
     assert int(small.sum()) >= 3
     logp_N, _, _ = fused_logprobs(hidden_NH, weight_VH, target_N, impl=impl)
-    scale = 65536.0  # a GradScaler's first
+    scale = 65536.0  # initial scale of a GradScaler
     grad_NH = gradient(logp_N.sum() * scale, hidden_NH)[small].double() / scale
     row_error = (grad_NH - truth.u_NH[small]).norm(dim=1) / truth.u_NH[small].norm(dim=1)
     assert float(row_error.max()) < 1e-3
@@ -85,7 +85,7 @@ def test_small_directions_survive_float16(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("how", ["target -100", "keep_N", "both"])
 def test_rows_left_out(how: str, impl: str) -> None:
-    """They get zeros and no gradient, even where they hold NaN; the others are as if alone."""
+    """Skipped rows get zeros and no gradient, even if they hold NaN; the other rows do not change."""
     hidden_NH, weight_VH, target_N = case()
     out = torch.zeros(30, dtype=torch.bool, device=DEVICE)
     out[[0, 3, 4, 17, 29]] = True
@@ -132,7 +132,7 @@ def test_any_strides_and_int32_targets(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FROZEN)
 def test_offsets_beyond_32_bits(impl: str) -> None:
-    """The third row of this weight starts 2^31 elements after the first; what lies between is never touched."""
+    """The third row of this weight starts 2^31 elements after the first; the memory between them is never touched."""
     storage = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE)
     weight_VH = storage.as_strided((3, 8), (2**30, 1))
     weight_VH.copy_(torch.linspace(-1, 1, 24).view(3, 8))
@@ -222,7 +222,7 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden_NH": torch.ones(12)}, ValueError, r"hidden_NH has shape \(12,\): expected 2 dimensions \(N, H\)"),
     ({"hidden_NH": torch.ones(3, 5)}, ValueError, r"weight_VH has shape \(7, 4\) and hidden_NH \(3, 5\)"),
     ({"hidden_NH": torch.ones(3, 4).half()}, TypeError, "weight_VH is float32 and hidden_NH float16: expected one"),
-    ({"weight_VH": torch.ones(7, 4, dtype=torch.uint8)}, TypeError, "weight_VH is uint8: .*quantised"),
+    ({"weight_VH": torch.ones(7, 4, dtype=torch.uint8)}, TypeError, "weight_VH is uint8: .*quantized"),
     ({"weight_VH": torch.ones(0, 4)}, ValueError, r"weight_VH has shape \(0, 4\): expected at least one token"),
     ({"weight_VH": torch.ones(7, 4, device="meta")}, ValueError, "weight_VH is on meta: expected"),
     ({"weight_VH": torch.ones(7, 4).to_sparse()}, TypeError, "weight_VH has layout torch.sparse_coo"),

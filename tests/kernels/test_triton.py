@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for cards that are not here."""
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for several architectures."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 ARCHITECTURES = compiled_kernels.ARCHITECTURES
 MAX_SHARED_BYTES = 99 * 1024
 OPERANDS = {75: ("fp16", "fp32")}
-"""No bfloat16 products before sm_80."""
+"""Operand dtypes of architectures without bfloat16 products."""
 
 
 def run_interpreted(expression: str, at_least: int) -> None:
-    """Run the operator's own tests on the Triton kernels; Triton must find the variable set when it is imported."""
+    """Run the operator tests on the Triton kernels, in a process where TRITON_INTERPRET is set before the import."""
     files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator")]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", expression, "-p", "no:cacheprovider", *files],
@@ -55,7 +55,7 @@ def check(usage: compiled_kernels.Usage) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("block", [8192, 16384])
 def test_tiles_fit_in_registers(architecture: int, block: int) -> None:
-    """Plain, with everything on, and ragged; whole tiles are read 16 bytes at a time."""
+    """Without options, with all of them, and for a ragged tile; whole tiles are read 16 bytes at a time."""
     for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
         plain = compiled_kernels.fold_usage(architecture, operand, block=block)
         check(plain)
@@ -72,8 +72,8 @@ def test_row_kernels_fit_in_registers(architecture: int) -> None:
         check(compiled_kernels.direction_usage(architecture, operand))
 
 
-def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks above can fail: on 2 warps, a row of 8192 columns does not fit."""
+def test_a_kernel_that_spills_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above can fail: with 2 warps, a row of 8192 columns does not fit in registers."""
     options = {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
     monkeypatch.setattr(compiled_kernels, "fold_options", lambda block: options)
     assert compiled_kernels.fold_usage(90, "fp16", block=8192).stack_bytes > 0
