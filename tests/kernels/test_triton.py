@@ -52,7 +52,9 @@ def check(usage: compiled_kernels.Usage) -> None:
     assert 0 < usage.registers <= 255
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [75, 90, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in (75, 90))]
+)
 @pytest.mark.parametrize("block", [8192, 16384])
 def test_tiles_fit_in_registers(architecture: int, block: int) -> None:
     """Without options, with all of them, and for a ragged tile; whole tiles are read 16 bytes at a time."""
