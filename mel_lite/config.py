@@ -24,11 +24,11 @@ else:
     GRPOConfig = released_grpo_config()
 
 _RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
-"""TRL's loss that is -advantage * log pi where the ratio is 1, on texts that were accepted whoever sampled them."""
+"""TRL options whose loss is -advantage * log pi at ratio 1, with no correction for the sampling policy."""
 _WHOLE: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)
 }  # fmt: skip
-"""Options of sampling, with the values that leave the policy's distribution whole; the first is the default."""
+"""Sampling options with the values that leave the policy's distribution whole; the first is the default."""
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -104,7 +104,7 @@ class MELConfig(GRPOConfig):
     )
     templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
     grad_norm_every: int = _option(
-        0, "Every N optimiser steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
+        0, "Every N optimizer steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
     )
     probe_max_diff: float | None = _option(
         0.05,
@@ -120,8 +120,8 @@ class MELConfig(GRPOConfig):
     )
     max_idle_steps: int = _option(
         50,
-        "Stop after so many optimiser steps in a row without anything to learn from (no completion has an advantage, "
-        "no meta-experience was kept); a warning comes after a fifth of them. 0 = go on all the same.",
+        "Stop after this many consecutive optimizer steps with nothing to learn from (no completion has an advantage, "
+        "no meta-experience was kept). A warning comes after a fifth of them. 0 = never stop.",
     )
 
     def __post_init__(self) -> None:
@@ -206,12 +206,12 @@ class MELConfig(GRPOConfig):
         ):
             if self.skip_zero_advantage and getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(
-                    f"skip_zero_advantage=True with {name}={getattr(self, name)}: {meaning} needs completions of "
-                    "advantage 0, too. Unset one of them."
+                    f"skip_zero_advantage=True with {name}={getattr(self, name)}: {meaning} also needs "
+                    "completions of advantage 0. Unset one of them."
                 )
 
     def _check_estimator(self) -> None:
-        """Refuse options that contradict `algorithm`, and set TRL's options that it stands for."""
+        """Refuse options that contradict `algorithm`, and set the TRL options that it implies."""
         if self.algorithm == Algorithm.MEL and self.meta_experience is False:
             raise ConfigError(
                 "meta_experience=False with algorithm='mel': mel is grpo with meta-experience. Set algorithm='grpo'."
@@ -224,7 +224,7 @@ class MELConfig(GRPOConfig):
         if self.algorithm == Algorithm.REINFORCE_PP and self.multi_objective_aggregation != "sum_then_normalize":
             raise ConfigError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} with algorithm='reinforce++', which "
-                "normalises the weighted sum of the rewards. Leave it unset."
+                "normalizes the weighted sum of the rewards. Leave it unset."
             )
         if self.algorithm != Algorithm.RFT:
             return

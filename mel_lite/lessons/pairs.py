@@ -1,4 +1,4 @@
-"""Which right and wrong completions of a question are laid side by side."""
+"""Select the right and wrong completions of a question that are compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL_PAIRS = -1
 
 
 def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading token ids that `a` and `b` share: max n with a[:n] == b[:n]."""
+    """Return the number of leading token ids that `a` and `b` share: max n with a[:n] == b[:n]."""
     for n, (id_a, id_b) in enumerate(zip(a, b, strict=False)):
         if id_a != id_b:
             return n
@@ -24,10 +24,10 @@ def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
 def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_seed: int, step: int) -> list[Pair]:
     """Choose up to `per_group` (right, wrong) pairs of every mixed group.
 
-    Strategies: `longest_prefix`, the latest point of parting first (the two differ in the fewest things); `random`;
-    `shortest`, the fewest tokens of both first (the cheapest context). Ties keep sampling order. A wrong completion
-    that was cut off at the token limit ranks after every finished one, since it may have been on its way to the answer.
-    Completions that are token for token the same are never paired: there is no point at which they part.
+    Strategies: `longest_prefix`, the latest divergence first (the two differ least); `random`; `shortest`, the fewest
+    tokens of both first (the cheapest context). Ties keep sampling order. A wrong completion that was cut off at the
+    token limit ranks after every finished one, since it might have become right. Completions with equal tokens are
+    never paired, since they do not diverge.
 
     Args: `per_group` at least 1, or -1 for all |Y+| x |Y-|; `groups` of all ranks in rank order, since `Pair.index` is
     the position in the returned list. Raises: ConfigError for a `per_group` or `strategy` that does not exist.
@@ -55,12 +55,12 @@ def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_
 
 
 def _ranking(strategy: str, group: Group, *, run_seed: int, step: int) -> Callable[[Pair], float]:
-    """The key that sorts a group's pairs, best first; the sort is stable, so ties stay in sampling order."""
+    """Return the key that sorts a group's pairs, best first; the sort is stable, so ties keep sampling order."""
     if strategy == PairStrategy.LONGEST_PREFIX:
         return lambda pair: -pair.common_prefix_tokens
     if strategy == PairStrategy.SHORTEST:
         return lambda pair: _tokens(pair.right) + _tokens(pair.wrong)
-    # The first rollout's index tells apart two groups of the same prompt in one step.
+    # The first rollout's index separates two groups of the same prompt in one step.
     seed = seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=group.rollouts[0].index, purpose="pair")
     draw = random.Random(seed)
     return lambda pair: draw.random()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 MAX_CHARS = 40_000
-"""Longest analysis that is read; a longer one is runaway."""
+"""Longest analysis that is read; a longer one has run away."""
 MIN_WORDS = 8
 """Fewest words of all parts together."""
 MIN_RULE_WORDS = 3
@@ -72,15 +72,17 @@ class _Heading:
     level: int
     """Number of #; 0 for a heading in bold, numbered or plain."""
     rest: str
-    """What follows the name on the same line."""
+    """Text after the name on the same line."""
 
 
 def parse_analysis(text: str, *, finish: Finish, instructions: str = DEFAULT_TEMPLATES.analysis_user) -> MetaExperience:
     """Read M = (s*, C, H) out of an analysis; a reflection becomes part of the critique C.
 
     Tolerates what small models do to headings (level, bold, numbers, colons, case, other names, order, JSON) and text
-    before the first and after the last part. Time is linear in `len(text)`. Raises: ParseFailure for an analysis that
-    is too long or too short, repeats itself or the `instructions`, lacks a part, or was cut off before its heuristics.
+    before the first and after the last part. Time is linear in `len(text)`.
+
+    Raises: ParseFailure for an analysis that is too long or too short, repeats itself or the `instructions`, has no
+    text for a part, or was cut off before its heuristics.
     """
     if len(text) > MAX_CHARS:
         raise ParseFailure(f"runaway: {len(text)} characters, at most {MAX_CHARS} are read")
@@ -99,8 +101,8 @@ def parse_analysis(text: str, *, finish: Finish, instructions: str = DEFAULT_TEM
     words = [_WORD.findall(part) for part in (parsed.bifurcation, parsed.critique, parsed.heuristic)]
     if sum(map(len, words)) < MIN_WORDS or len(words[2]) < MIN_RULE_WORDS:
         raise ParseFailure(f"too short: {sum(map(len, words))} words, {len(words[2])} of them heuristics")
-    for part, said in zip((_BIFURCATION, _CRITIQUE, _HEURISTIC), words, strict=True):
-        if (share := _echo(said, _WORD.findall(instructions))) > MAX_ECHO:
+    for part, part_words in zip((_BIFURCATION, _CRITIQUE, _HEURISTIC), words, strict=True):
+        if (share := _echo(part_words, _WORD.findall(instructions))) > MAX_ECHO:
             raise ParseFailure(f"repeats the instructions: {share:.0%} of the {part}")
     repeated = _repetition(text)
     if repeated:
@@ -109,7 +111,7 @@ def parse_analysis(text: str, *, finish: Finish, instructions: str = DEFAULT_TEM
 
 
 def _json_sections(text: str) -> dict[str, str]:
-    """The parts of a reply that is a JSON object; {} when it is none."""
+    """Return the parts of a reply that is a JSON object; {} for any other reply."""
     start, end = text.find("{"), text.rfind("}")
     sections: dict[str, str] = {}
     try:
@@ -123,7 +125,7 @@ def _json_sections(text: str) -> dict[str, str]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a JSON value, one line each."""
+    """Yield the texts in a JSON value, one line each."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield f"{key}: " + "\n".join(_leaves(inner))
@@ -135,7 +137,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _headed_sections(text: str) -> dict[str, str]:
-    """The parts of a reply by their headings; what follows the heuristics under a name seen before is dropped."""
+    """Return the parts of a reply by headings; drop what follows the heuristics under a name already seen."""
     lines = text.split("\n")
     headings = _ranked([heading for number, line in enumerate(lines) if (heading := _heading(number, line))])
     sections: dict[str, str] = {}
@@ -154,7 +156,7 @@ def _headed_sections(text: str) -> dict[str, str]:
 
 
 def _ranked(headings: list[_Heading]) -> list[_Heading]:
-    """Where headings of one rank (and above) name all parts, lesser ones only structure what stands inside a part.
+    """Demote lower headings to text when the headings of one rank and above already name all parts.
 
     So "**Root cause check:** if ..." stays a rule of the heuristics, and "### Insight" a piece of the critique.
     """
@@ -197,7 +199,7 @@ def _heading(number: int, line: str) -> _Heading | None:
 
 
 def _until_new_turn(body: str, part: str) -> str:
-    """The body up to a line that opens another chat turn or, after the heuristics, another problem."""
+    """Return the body up to a line that opens another chat turn or, after the heuristics, another problem."""
     opens = _NEW_PROBLEM if part == _HEURISTIC else _NEW_TURN
     lines = body.split("\n")
     for number, line in enumerate(lines):
@@ -211,36 +213,36 @@ def _joined(first: str, second: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without fences, rules, loose quotes and blanks around; '' when nothing but a placeholder is left."""
+    """Strip fences, rules, loose quotes and surrounding blanks; return '' when only a placeholder is left."""
     lines = [line.rstrip() for line in text.split("\n") if not _RULER.fullmatch(line)]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip().removesuffix(",").strip("\"'")
     return "" if _PLACEHOLDER.fullmatch(text[:200]) and len(text) <= 200 else text.strip()
 
 
-def _echo(said: list[str], told: list[str]) -> float:
-    """Share of the words `said` that stand in runs of 5 or more that were `told`, in [0, 1]."""
-    runs = set(zip(*([word.lower() for word in told[i:]] for i in range(5)), strict=False))
+def _echo(words: list[str], source: list[str]) -> float:
+    """Return the share of `words`, in [0, 1], that lie in runs of 5 or more that also occur in `source`."""
+    runs = set(zip(*([word.lower() for word in source[i:]] for i in range(5)), strict=False))
     echoed: set[int] = set()
-    for i in range(len(said) - 4):
-        if tuple(word.lower() for word in said[i : i + 5]) in runs:
+    for i in range(len(words) - 4):
+        if tuple(word.lower() for word in words[i : i + 5]) in runs:
             echoed.update(range(i, i + 5))
-    return len(echoed) / max(1, len(said))
+    return len(echoed) / max(1, len(words))
 
 
 def _repetition(text: str) -> str:
-    """What gives a loop away, or '': one word over and over, few distinct phrases, text that packs to nothing."""
+    """Return the evidence of a loop, or '': one word repeated, few distinct phrases, text that compresses too well."""
     words = [word.lower() for word in _WORD.findall(text)]
     run = 1
     for previous, word in pairwise(words):
         run = run + 1 if word == previous else 1
         if run >= 8:
-            return f"the word {word[:20]!r} stands {run} times in a row"
+            return f"the word {word[:20]!r} occurs {run} times in a row"
     phrases = list(zip(*(words[i:] for i in range(4)), strict=False))
     if len(phrases) >= 32 and len(set(phrases)) < 0.4 * len(phrases):
         return f"{len(set(phrases))} of {len(phrases)} four-word phrases are distinct"
     raw = text.encode(errors="replace")
     if len(raw) >= 400 and len(zlib.compress(raw)) < 0.12 * len(raw):
-        return f"{len(raw)} bytes pack into {len(zlib.compress(raw))}"
+        return f"{len(raw)} bytes compress to {len(zlib.compress(raw))}"
     return ""
 
 

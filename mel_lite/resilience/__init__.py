@@ -1,1 +1,1 @@
-"""What keeps a long run alive: checkpoints, resume, signals, non-finite updates, collapse."""
+"""Keep a long run alive: checkpoints, resume, signals, non-finite updates, collapse."""

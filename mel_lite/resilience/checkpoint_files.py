@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: staged, hashed, renamed.
+"""Checkpoint folders that are whole or absent: staged, hashed, renamed.
 
-A checkpoint is `checkpoint-N/` in TRL's and PEFT's layout plus two files of ours: `mel_state.json` (where the run
-stands) and `manifest.json` (SHA-256 of every file, written last). It is built in a hidden staging folder and becomes
+A checkpoint is `checkpoint-N/` in TRL's and PEFT's layout plus two files of ours: `mel_state.json` (the position of the
+run) and `manifest.json` (SHA-256 of every file, written last). It is built in a hidden staging folder and becomes
 visible in one rename, so a folder named `checkpoint-N` that has a manifest is complete.
 """
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def staging_folder(run_dir: Path) -> Path:
-    """An empty hidden folder to build a checkpoint in; what an interrupted save left there is removed."""
+    """Create an empty hidden folder to build a checkpoint in; remove what an interrupted save left there."""
     folder = run_dir / STAGING
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -34,10 +34,10 @@ def staging_folder(run_dir: Path) -> Path:
 
 
 def commit(staged: Path, run_dir: Path, state: dict[str, Any]) -> Path:
-    """Make a staged `checkpoint-N` folder visible in `run_dir`; returns its final path.
+    """Make a staged `checkpoint-N` folder visible in `run_dir`; return its final path.
 
     Writes `state` and the manifest, flushes every file to disk, then renames. A folder of the same name (the step was
-    redone after falling back to an older checkpoint) is replaced.
+    repeated after falling back to an older checkpoint) is replaced.
     """
     _write_json(staged / STATE, state)
     files = sorted(p for p in staged.rglob("*") if p.is_file())
@@ -57,13 +57,13 @@ def commit(staged: Path, run_dir: Path, state: dict[str, Any]) -> Path:
 
 
 def committed(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest step first, whole or not."""
+    """Return the checkpoint folders of a run, oldest step first, whole or not."""
     found = [(int(m[1]), p) for p in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in one sentence naming the file; None when every file is as it was written."""
+    """Return what is wrong with a checkpoint, naming the file; None when every file is unchanged since the save."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{manifest.name} is missing: the save was interrupted, or another program wrote this folder"
@@ -83,7 +83,7 @@ def problem(checkpoint: Path) -> str | None:
 
 
 def resolve(run_dir: Path, wanted: str | bool) -> Path:
-    """The checkpoint to resume from: the one named, or the newest whole one when `wanted` is True.
+    """Return the checkpoint to resume from: the one named, or the newest whole one when `wanted` is True.
 
     A damaged checkpoint is renamed to `<name>.corrupt`, with a warning, and the one before it is taken.
 
@@ -92,7 +92,7 @@ def resolve(run_dir: Path, wanted: str | bool) -> Path:
     if wanted is not True:
         path = Path(str(wanted))
         if not path.is_dir():
-            raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is no folder. Name a checkpoint-N folder.")
+            raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is no folder. Give a checkpoint-N folder.")
         if (path / MANIFEST).exists() and (trouble := problem(path)):
             raise CheckpointError(f"Checkpoint {path}: {trouble}. Resume from an earlier one, or from the newest whole "
                                   "one with --resume.")  # fmt: skip
@@ -119,9 +119,9 @@ def resolve(run_dir: Path, wanted: str | bool) -> Path:
 
 
 def set_aside_after(run_dir: Path, step: int) -> None:
-    """Rename checkpoints of later steps to `<name>.superseded`: the run goes on from `step` without them.
+    """Rename checkpoints of later steps to `<name>.superseded`, since the run continues from `step`.
 
-    Were they to stay, the next resume would take the newest of them, which is of a future that did not happen.
+    Otherwise the next resume would take the newest of them, which this run never reached.
     """
     for path in committed(run_dir):
         if int(path.name.split("-")[1]) > step:
@@ -131,7 +131,7 @@ def set_aside_after(run_dir: Path, step: int) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Our state of a checkpoint; empty for one written by plain TRL."""
+    """Return our state of a checkpoint; empty for one written by plain TRL."""
     path = checkpoint / STATE
     return json.loads(path.read_text()) if path.is_file() else {}
 

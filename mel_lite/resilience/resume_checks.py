@@ -1,7 +1,8 @@
-"""What a resumed run is held to: the options it was begun with, and the data and texts behind them.
+"""Hold a resumed run to the options, data and texts it was started with.
 
-Options are compared as recipes, before anything is loaded (`mel-lite train --resume`). What a name alone does not tell,
-such as the rows of a file, is noted in each checkpoint and compared when it is loaded, from Python, too.
+Options are compared as recipes, before anything is loaded (`mel-lite train --resume`). Inputs that a name alone does
+not identify, such as the rows of a file, are recorded in each checkpoint and compared when it is loaded, also from
+Python.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ FREE = (
     "verifier_workers", "verifier_deadline_s", "dataloader_num_workers", "max_cache_tokens", "max_micro_batch_tokens",
     "probe_max_diff",
 )  # fmt: skip
-"""Options of `train` that change nothing of what a resumed run has already done."""
+"""Options of `train` that do not affect the steps a resumed run has already done."""
 ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_num_seqs", "max_lora_rank", "max_seq_length")
-"""Options of `model` that say how it is sampled from: a run whose engine failed may go on with another one."""
+"""Options of `model` that choose the engine: a run whose engine failed may resume with another one."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
-"""Options of `train` that say how a batch is split; free as long as the batches stay the same."""
+"""Options of `train` that split a batch; free as long as the batches stay the same."""
 NEVER = (
     *(f"lora.{f.name}" for f in fields(SECTIONS["lora"]) if f.name not in ("dropout", "start_from")),
     "train.optim",
 )
-"""What the saved weights or moments would not fit: no one can allow a change of these. A base or warm start may have
-moved: another base is told by its weights."""
+"""Options whose change the saved weights or moments would not fit, so it cannot be allowed. The path of a base or warm
+start may change: another base is recognized by its weights."""
 INPUTS: dict[str, tuple[str, ...]] = {
     "dataset": ("data.",),
     "templates": ("train.templates",),
@@ -46,14 +47,14 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "dtype": ("model.dtype", "train.bf16", "train.fp16"),
     "batch": tuple(f"train.{name}" for name in SPLIT),
 }
-"""What a checkpoint notes beside the options, and the options that may change it when they may change."""
-MOST_ROWS = 20_000
-"""Rows of a dataset that are hashed; of a larger one as many, evenly spread."""
+"""Inputs that a checkpoint records in addition to the options, and the options whose allowed change covers them."""
+MAX_HASHED_ROWS = 20_000
+"""Rows of a dataset that are hashed; of a larger one, this many at even distances."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One option or input that is not what the run was begun with."""
+    """One option or input that differs from the start of the run."""
 
     key: str
     before: Any
@@ -64,7 +65,7 @@ class Change:
 
 
 def changes(began: Recipe, now: Recipe) -> list[Change]:
-    """What a resumed run may not change, but does. Another split of the same batches is no change."""
+    """Return the changed options that a resume does not allow. Another split of the same batches is no change."""
     before, after = yaml.safe_load(began.as_yaml()), yaml.safe_load(now.as_yaml())
     free = {*(f"train.{name}" for name in FREE), *(f"model.{name}" for name in ENGINE)}
     if _batches(began.train) == _batches(now.train) and _split_is_free(now.train):
@@ -79,7 +80,7 @@ def changes(began: Recipe, now: Recipe) -> list[Change]:
 
 
 def _number(value: Any) -> Any:
-    """A number that is written as text, as YAML reads 1e-5, as a number; anything else as it is."""
+    """Convert a number that YAML reads as text, like 1e-5; return anything else unchanged."""
     try:
         return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:
@@ -87,7 +88,7 @@ def _number(value: Any) -> Any:
 
 
 def _batches(train: Mapping[str, Any]) -> tuple[int, int]:
-    """Completions of one update and of one generation batch, per process; TRL's defaults where nothing is said."""
+    """Return the completions per update and per generation batch on one rank; TRL's defaults for unset options."""
     rows, accumulated = train.get("per_device_train_batch_size", 8), train.get("gradient_accumulation_steps", 1)
     return rows * accumulated, train.get("generation_batch_size") or rows * (
         train.get("steps_per_generation") or accumulated
@@ -95,12 +96,12 @@ def _batches(train: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _split_is_free(train: Mapping[str, Any]) -> bool:
-    """Whether the loss of a batch is the same however it is split: some of TRL's look at one micro-batch alone."""
+    """Return True when the loss does not depend on the split; some of TRL's use statistics of one micro-batch."""
     return train.get("loss_type") != "bnpo" and train.get("top_entropy_quantile", 1.0) == 1.0
 
 
 def check_changes(began: Recipe, now: Recipe, allowed: Sequence[str], *, known: Iterable[str], where: str) -> None:
-    """Let through the changes that are allowed, with a warning each.
+    """Accept the allowed changes, with a warning each.
 
     `known` are the names of all options of `train`. Raises: ConfigError for every other change, naming key, old and new
     value; and for a name in `allowed` that does not exist, or may never change.
@@ -112,31 +113,30 @@ def check_changes(began: Recipe, now: Recipe, allowed: Sequence[str], *, known: 
             raise ConfigError(f"--allow-change {name}: there is no such option or input.{suggest(name, names)}")
         if name in NEVER:
             raise ConfigError(
-                f"--allow-change {name}: the weights and moments that were saved would not fit. Begin a new run, with "
-                "--adapter and another --output-dir to go on from these weights."
+                f"--allow-change {name}: the saved weights and moments would not fit. Start a new run from "
+                "these weights, with --adapter and another --output-dir."
             )
     found = changes(began, now)
-    _settle(
-        found, [change for change in found if change.key not in allowed], f"--resume: the run in {where} was begun with"
-    )
+    refused = [change for change in found if change.key not in allowed]
+    _settle(found, refused, f"--resume: the run in {where} was started with")
 
 
-def _settle(found: Sequence[Change], refused: Sequence[Change], begun: str) -> None:
+def _settle(found: Sequence[Change], refused: Sequence[Change], started: str) -> None:
     for change in found:
         if change not in refused:
-            logger.warning("The resumed run goes on with another %s, as was allowed.", change)
+            logger.warning("The resumed run continues with another %s, as allowed.", change)
     if refused:
         listing = "\n".join(f"  {change}" for change in refused)
         forced = " ".join(f"--allow-change {change.key}" for change in refused if change.key not in NEVER)
-        ways = ["leave it as it was", *([f"change it all the same with {forced}"] if forced else [])]
+        ways = ["restore the old value", *([f"allow the change with {forced}"] if forced else [])]
         raise ConfigError(
-            f"{begun} something else:\n{listing}\nThe rest would be another run. Either {', or '.join(ways)}, or begin "
+            f"{started} other values:\n{listing}\nThe rest would be another run. Either {', or '.join(ways)}, or start "
             "a new run with --adapter and another --output-dir."
         )
 
 
 def inputs(trainer: Any) -> dict[str, str]:
-    """What a run reads beside its options, each in a few words that differ when it differs."""
+    """Return the inputs of a run beyond its options, each as a short text that changes with it."""
     args = trainer.args
     chat_template, templates = trainer._tokenizer.chat_template, trainer.lesson_context.templates
     dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
@@ -159,13 +159,13 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], allow
         change for change in found
         if change.key not in allowed and not any(key.startswith(INPUTS[change.key]) for key in allowed)
     ]  # fmt: skip
-    _settle(found, refused, "resume_from_checkpoint: the run was begun with")
+    _settle(found, refused, "resume_from_checkpoint: the run was started with")
 
 
 def _dataset(dataset: Any, columns: Sequence[str | None]) -> str:
     if not (hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")):
         return "streamed"
-    step = -(-len(dataset) // MOST_ROWS) or 1
+    step = -(-len(dataset) // MAX_HASHED_ROWS) or 1
     names = [name for name in columns if name in dataset.column_names]
     rows = dataset.select_columns(names).select(range(0, len(dataset), step))
     sha = hashlib.sha256()

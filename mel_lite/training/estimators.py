@@ -1,4 +1,4 @@
-"""The paper's other two estimators, as changes to the batch that TRL's loss is taken over.
+"""REINFORCE++ and RFT, as changes to the batch that TRL's loss is computed on.
 
 REINFORCE++ normalises advantages over the whole batch, without a baseline per question. RFT trains on right completions
 alone: TRL's `cispo` loss with ratio 1 is -advantage * log pi per token, so advantage 1 on right rows is their NLL.
@@ -15,11 +15,11 @@ from torch import Tensor
 from trl.trainer.utils import nanstd
 
 EPSILON = 1e-4
-"""Added to the standard deviation, as TRL does."""
+"""Added to the standard deviation, like in TRL."""
 
 
 def batch_advantages(reward_W: Tensor) -> Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) over all completions of all ranks; (W,), 0 where the reward is NaN.
+    """Return A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the completions of all ranks, (W,); 0 for NaN rewards.
 
     Equal rewards give zeros. Source: REINFORCE++, arXiv 2501.03262, without its KL in the reward (TRL's `beta` is a
     term of the loss).
@@ -28,13 +28,13 @@ def batch_advantages(reward_W: Tensor) -> Tensor:
 
 
 def only_right(batch: dict[str, Any], is_right_B: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The batch whose `cispo` loss is the NLL of right completions, averaged over all their tokens on all ranks.
+    """Return the batch whose `cispo` loss is the NLL of right completions, averaged over their tokens on all ranks.
 
     Wrong rows are masked as a whole, so that they are neither scored nor counted. Old log-probs are left out: the ratio
     is 1 however often the batch is used.
     """
     mask_BC = batch["completion_mask"] * is_right_B[:, None].to(batch["completion_mask"])
-    own_BC = mask_BC * batch["tool_mask"] if "tool_mask" in batch else mask_BC  # what tools answered is not learnt
+    own_BC = mask_BC * batch["tool_mask"] if "tool_mask" in batch else mask_BC  # tool output is not trained on
     tokens = gather(own_BC.sum().reshape(1)).sum()
     kept = {name: value for name, value in batch.items() if name != "old_per_token_logps"}
     return kept | {

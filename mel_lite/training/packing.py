@@ -1,4 +1,4 @@
-"""From token rows of many lengths to a few padded blocks, and back.
+"""Pack token rows of many lengths into a few padded blocks, and unpack values.
 
 Rollouts (short) and meta-experiences (long: two solutions in the prompt) share one forward. Padding all of them to the
 longest would multiply its cost, so rows are grouped by length and each group is padded to its own longest row.
@@ -17,18 +17,18 @@ import torch
 from mel_lite.memory.blocks import group_lengths
 
 IGNORE = -100
-"""Target of a position whose log-probability nobody asked for."""
+"""Target of a position that is not scored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of which the last `scored_tokens` ids want a log-probability given all ids before them."""
+    """One sequence whose last `scored_tokens` ids are scored given all ids before them."""
 
     ids: torch.Tensor
     """(tokens,) int64."""
     scored_tokens: int
     temperature: float = 1.0
-    """Of the distribution the log-probabilities are taken under."""
+    """Temperature of the distribution that scores the ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Blocks and the order in which their rows come."""
+    """Blocks, and the order of their rows."""
 
     blocks: tuple[Block, ...]
     order: tuple[int, ...]
     """Row number of each row, in block order; rows with nothing scored may be missing."""
     rows: int
-    """Rows there were."""
+    """Number of rows packed."""
     scored_tokens: tuple[int, ...]
     """Scored positions of each row, in block order; they sum to N."""
 
@@ -65,8 +65,8 @@ class Packed:
 def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> Packed:
     """Group rows by length into right-padded blocks.
 
-    Longest first within a temperature, by the rule of `group_lengths`. Rows with nothing scored are left out, but for
-    the shortest when there is no other: every rank needs a forward, or gradients could not be averaged.
+    Longest first within a temperature, by the rule of `group_lengths`. Rows with nothing scored are left out,
+    except the shortest when there is no other: every rank needs a forward so that gradients can be averaged.
     """
     groups = _groups(rows, max_tokens)
     blocks = tuple(_block([rows[i] for i in group], pad_id) for group in groups)
@@ -75,7 +75,7 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
 
 
 def deal(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
-    """Row numbers of parts whose blocks, as `pack` makes them of all rows and of a part alone, hold `max_tokens`.
+    """Return row numbers of parts whose blocks hold `max_tokens`; `pack` makes the same blocks of a part alone.
 
     The sum of B*T over the blocks of a part is at most `max_tokens`, but for a part of one longer row; None = one part.
     Rows with nothing scored are in no part, as they are in no block.
@@ -94,7 +94,7 @@ def deal(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
 
 
 def area_tokens(rows: Sequence[Row], group: Sequence[int]) -> int:
-    """B*T of one block of these rows, padding included."""
+    """Return B*T of one block of these rows, padding included."""
     return len(group) * max(len(rows[i].ids) for i in group)
 
 
@@ -116,7 +116,7 @@ def _block(rows: Sequence[Row], pad_id: int) -> Block:
     target_BT = torch.full_like(input_ids_BT, IGNORE)
     for b, row in enumerate(rows):
         tokens = len(row.ids)
-        # The first id of a sequence has nothing before it, so it cannot be scored.
+        # The first id of a sequence has no context, so it cannot be scored.
         assert 0 <= row.scored_tokens < tokens, (row.scored_tokens, tokens)
         input_ids_BT[b, :tokens] = row.ids
         attention_mask_BT[b, :tokens] = 1

@@ -1,4 +1,4 @@
-"""The scoring head: one forward of the model over blocks of rows, ending in the fused log-prob operator.
+"""Scoring head: one forward of the model over blocks of rows, ending in the fused log-prob operator.
 
 B rows of a block, T tokens, H hidden size, V vocabulary, N scored positions of all blocks in order.
 """
@@ -23,7 +23,7 @@ from mel_lite.training.packing import IGNORE, Block, Packed
 
 
 class Scores(NamedTuple):
-    """Per scored position, in block order, float32. The entropy carries a gradient only where it was asked for."""
+    """Per scored position, in block order, float32. The entropy carries a gradient only on request."""
 
     logp_N: torch.Tensor
     entropy_N: torch.Tensor
@@ -42,7 +42,7 @@ def install_scoring_head(model: Any) -> None:
     original_forward = model.forward
     try:
         spec = head_spec(model)
-        if not is_deepspeed_zero3_enabled():  # there the weights are elsewhere until the model is wrapped
+        if not is_deepspeed_zero3_enabled():  # weights are partitioned until the model is wrapped
             check_head_spec(model, spec)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{type(model).__name__}: {error}. Train it with TRL's GRPOTrainer instead.") from error
@@ -69,9 +69,9 @@ def install_scoring_head(model: Any) -> None:
 
 
 def _scored_hidden(model: Any, blocks: Sequence[Block], recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states that predict a scored id, and those ids: h_{t-1} predicts id t.
+    """Return the hidden states that predict a scored id, and those ids: h_{t-1} predicts id t.
 
-    `recompute`: keep no activations of a block but compute them again in the backward pass, one block at a time.
+    `recompute`: keep no activations of a block; compute them again in the backward, one block at a time.
     """
 
     def forward(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _score(
     hidden_NH, target_N = hidden_NH.to(device), target_N.to(device)
     if head.weight.dtype.is_floating_point:
         hidden_NH = hidden_NH.to(head.weight.dtype)
-    # The operator accumulates in float32 whatever it is given; autocast would round its products to 16 bits.
+    # The operator accumulates in float32; autocast would round its products to 16 bits.
     with maybe_gather_lm_head_ctx(head.weight, head.bias), _no_autocast(device.type):
         logp_N, entropy_N, _ = head_logprobs(
             head,
@@ -124,10 +124,10 @@ def _no_autocast(device: str) -> Any:
 def score(
     model: Any, packed: Packed, *, entropy_grad: bool = False, recompute: bool = False
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
+    """Return log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
 
-    Equals log softmax(z/T)[id] and the entropy of softmax(z/T), z being the logits of the model the head was installed
-    on and T the row's temperature. `recompute` trades time for memory: the activations of one block at a time.
+    Equals log softmax(z/T)[id] and the entropy of softmax(z/T), with z the model's logits and T the row's temperature.
+    `recompute` trades time for memory: the activations of one block at a time.
     """
     logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad, recompute=recompute)
     return packed.unpack(logp_N), packed.unpack(entropy_N)

@@ -112,11 +112,11 @@ def test_options_that_change_a_run() -> None:
 
 
 REFUSAL = """\
---resume: the run in {folder} was begun with something else:
+--resume: the run in {folder} was started with other values:
   lora.r: 8 -> 4
   train.learning_rate: 1e-05 -> 2e-05
-The rest would be another run. Either leave it as it was, or change it all the same with \
---allow-change train.learning_rate, or begin a new run with --adapter and another --output-dir."""
+The rest would be another run. Either restore the old value, or allow the change with \
+--allow-change train.learning_rate, or start a new run with --adapter and another --output-dir."""
 
 
 def test_the_error_names_each_field_with_both_values(tmp_path: Path) -> None:
