@@ -131,6 +131,26 @@ def results() -> str:
     return "\n".join([*lines, "", "; ".join(meanings) + "."])
 
 
+def line() -> str:
+    """GRPO and MEL as in the paper, in two sentences."""
+    found = runs()
+    samples = found[REFERENCE][0]["plan"]["samples"]
+    start, grpo, mel = (
+        figures(points, samples)["avg_at_k"]
+        for points in (
+            [found[REFERENCE][0]["points"][0]],
+            *([run["points"][-1] for run in sorted(found[arm], key=lambda r: r["seed"])] for arm in (REFERENCE, "mel")),
+        )
+    )
+    assert [run["seed"] for run in found[REFERENCE]] == [run["seed"] for run in found["mel"]]
+    value, low, high = (100 * figure for figure in interval(grpo - mel))
+    return (
+        f"Avg@{samples} goes from {start.mean():.1%} to {grpo.mean():.1%} with GRPO and to {mel.mean():.1%} with MEL "
+        f"as in the paper, over {len(grpo)} seeds. MEL ends {value:.1f} points [{low:.1f}, {high:.1f}] below plain "
+        "GRPO."
+    )
+
+
 def halfway() -> str:
     """Avg@k of every arm at each measurement, averaged over its runs: the curve as figures."""
     found = runs()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mel_lite.engines.choice import planned_engine
-from mel_lite.memory.formulas import CONTEXT_BYTES, GIB
-from mel_lite.memory.plan import BUDGETS, Plan, plan, shape_for
-from mel_lite.memory.workload import VLLMCard, workload
-from mel_lite.recipe import resolve
+from mel_lite.memory import CONTEXT_BYTES, GIB
+from mel_lite.planning import BUDGETS, Plan, plan, shape_for
+from mel_lite.presets import GPU_PRESETS, resolve
+from mel_lite.workload import VLLMCard, workload
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROWS: tuple[tuple[str, str | None], ...] = (
     ("12gb", None), ("16gb", None), ("24gb", None), ("24gb", "Qwen/Qwen3-14B-Base"), ("40gb", None), ("80gb", None),
 )  # fmt: skip
@@ -36,6 +38,27 @@ def shown() -> str:
     console.print(made.view())
     lines = (line.rstrip() for line in console.export_text().rstrip().splitlines())
     return "\n".join(["```text", *lines, "```"])
+
+
+def cards() -> str:
+    """Every preset: the cards it is made for, as its file names them, its model, and the predicted peaks."""
+    lines = [
+        "| `--gpu` | cards | model | predicted peak with Unsloth and vLLM | with transformers |",
+        "|---|---|---|---|---|",
+    ]
+    for gpu in dict.fromkeys(gpu for gpu, _ in ROWS):
+        vllm, size = planned(gpu, None, engine="auto")
+        alone, _ = planned(gpu, None, engine="hf")
+        name, _, dtype = size.partition(" (")
+        model = f"{name}, {dtype.rstrip(')') or '4-bit'}"
+        lines.append(f"| `{gpu}` | {_card_names(gpu)} | {model} | {_peak(vllm)} | {_peak(alone)} |")
+    return "\n".join(lines)
+
+
+def _card_names(gpu: str) -> str:
+    """Names of the cards from the first line of the preset: `# 24 GB: RTX 3090, L4. Qwen3-8B in 4 bits.`"""
+    first = (CONFIGS / f"{GPU_PRESETS[gpu]}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first.partition(": ")[2].partition(". ")[0]
 
 
 def what_fits() -> str:

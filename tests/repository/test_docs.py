@@ -31,7 +31,7 @@ def test_pages_quote_the_raw_results(tables: ModuleType, page: str) -> None:
 
 
 def test_a_changed_figure_is_noticed(tables: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
     changed = text.replace("MiB where full logits take", "MiB where  full logits take")
     assert changed != text and tables.filled(changed) == text
     with pytest.raises(KeyError):
