@@ -1,12 +1,21 @@
-"""Figures in the pages are those of the committed raw results, and of the planner."""
+"""Pages: figures are generated, links, files, commands and scripts are real."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer.main
+from click import Context
+
+from mel_lite.cli.main import app
+from tiny_models import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +45,124 @@ def test_a_changed_figure_is_noticed(tables: ModuleType) -> None:
     assert changed != text and tables.filled(changed) == text
     with pytest.raises(KeyError):
         tables.filled("<!-- figures nothing -->\n<!-- /figures -->")
+
+
+MARKDOWN = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", ".github/**/*.md", "mel_lite/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_code(text: str) -> str:
+    """The page without fenced blocks, whose brackets are no links."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_local_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^()\s]+)\)", without_code(path.read_text(encoding="utf-8"))):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        place, _, fragment = target.partition("#")
+        linked = (path.parent / place).resolve() if place else path
+        assert linked.exists(), f"{relative(path)}: {target}"
+        assert not fragment or fragment in anchors(linked), f"{relative(path)}: {target}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_named_files_exist(path: Path) -> None:
+    folders = "mel_lite|kernels|tests|benchmarks|docs|configs|requirements|notebooks"
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*[\w/])", text):
+        assert (ROOT / name).exists() or (path.parent / name).exists(), f"{relative(path)}: {name}"
+
+
+def commands() -> dict[str, set[str]]:
+    """Every command of `mel-lite` with its options."""
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, path: str) -> None:
+        parameters = command.get_params(Context(command))
+        found[path] = {name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+        for name, sub in getattr(command, "commands", {}).items():
+            walk(sub, f"{path} {name}")
+
+    walk(typer.main.get_command(app), "mel-lite")
+    return found
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_commands_in_pages_exist(path: Path) -> None:
+    known = commands()
+    text = path.read_text(encoding="utf-8")
+    for line in re.findall(r"(?:^|`|= |-m )mel[-_]lite ([^`\n#]+)", text, re.MULTILINE):
+        names = ["mel-lite"]
+        words = line.split()
+        while words and " ".join([*names, words[0]]) in known:
+            names.append(words.pop(0))
+        used = {word.partition("=")[0].rstrip(".,;:)") for word in words if word.startswith("--")}
+        assert len(names) > 1 or used, f"{relative(path)}: mel-lite {line} is no command"
+        assert used <= known[" ".join(names)], f"{relative(path)}: mel-lite {line}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_targets_of_make_in_pages_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets, f"{relative(path)}: {named - targets}"
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 130), ("CONTRIBUTING.md", 120)])
+def test_front_pages_stay_short(page: str, most: int) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_the_architecture_page_has_the_table_of_the_import_law() -> None:
+    tree = ast.parse((ROOT / "tests/repository/test_import_law.py").read_text(encoding="utf-8"))
+    (law,) = [node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "LAYERS"]
+    layers = [node.value for node in ast.walk(law) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert block.splitlines() == [" ".join(layer.split()) for layer in layers]
+
+
+@pytest.mark.slow
+def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is printed, but with a tiny model, short answers and no GPU."""
+    (script,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
+    tree = ast.parse(script)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) == "MELConfig":
+            smaller = dict(
+                use_cpu=True,
+                bf16=False,
+                max_steps=1,
+                max_completion_length=8,
+                analysis_max_tokens=64,
+                report_to="none",
+                seed=3,
+            )
+            call.keywords += [ast.keyword(name, ast.Constant(value)) for name, value in smaller.items()]
+        for keyword in call.keywords:
+            if keyword.arg == "model":
+                keyword.value = ast.Constant(str(save_tiny(tmp_path / "tiny", "qwen3")))
+    rows = [{"prompt": f"What is {a} + 1?", "answer": str(a + 1)} for a in range(8)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(tree), "README.md", "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 1 and trainer.args.with_meta_experience
+    assert {type(layer).__name__ for layer in trainer.model.modules()} >= {"LoraModel"}
+    assert (tmp_path / "runs/mine/metrics.jsonl").is_file()
