@@ -88,6 +88,12 @@ def text(completion, answer):
 def slow(completion, answer):
     time.sleep(0.3)
     return True
+
+def meet(completion, answer):
+    open(os.path.join(answer, completion + ".here"), "w").close()
+    while sum(name.endswith(".here") for name in os.listdir(answer)) < 3:
+        time.sleep(0.01)
+    return True
 """
 
 
@@ -142,7 +148,7 @@ def test_honest_answers_are_right_among_hostile_ones(pool: Callable[..., VerifyP
         if i < len(honest):
             items.append((*honest[i][:2], {}))
             expected.append((honest[i][0], {honest[i][2]}))
-    math = pool("math", deadline_s=3.0)
+    math = pool("math", deadline_s=1.5)
     verdicts = math.verify(items)
     judged = [(*want, verdict) for want, verdict in zip(expected, verdicts, strict=True)]
     assert [(name, verdict) for name, allowed, verdict in judged if verdict not in allowed] == []
@@ -171,7 +177,7 @@ def test_each_attack_costs_its_own_item_only(
     attack: str, counted: dict[str, int], rules: Path, pool: Callable[..., VerifyPool]
 ) -> None:
     before = children()
-    hostile = pool("rules_here:hostile", workers=1, deadline_s=1.0)
+    hostile = pool("rules_here:hostile", workers=1, deadline_s=0.5 if "timeouts" in counted else 10.0)
     verdicts = hostile.verify([("a", "a", {}), (attack, attack, {}), ("b", "b", {}), ("c", "d", {})])
     assert verdicts == ["right", "abstain", "right", "wrong"]
     assert hostile.stats == PoolStats(**({"calls": 4, "timeouts": 0, "errors": 0, "respawns": 0} | counted))
@@ -202,11 +208,8 @@ def test_workers_run_in_parallel_and_keep_the_order(rules: Path, pool: Callable[
     plain = pool("rules_here:plain", workers=3)
     items: Items = [(str(i), str(i - i % 3), {}) for i in range(60)]
     assert plain.verify(items) == ["right" if i % 3 == 0 else "wrong" for i in range(60)]
-    slow = pool("rules_here:slow", workers=3)
-    slow.verify([("", "", {})] * 3)
-    start_s = time.monotonic()
-    assert slow.verify([("", "", {})] * 6) == ["right"] * 6
-    assert time.monotonic() - start_s < 1.5  # sequential would take 1.8 s
+    meeting = pool("rules_here:meet", workers=3, deadline_s=30)
+    assert meeting.verify([(str(i), str(rules), {}) for i in range(3)]) == ["right"] * 3
 
 
 def test_worker_environment(rules: Path, pool: Callable[..., VerifyPool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,13 +317,12 @@ def test_an_interrupted_batch_leaves_a_usable_pool(rules: Path, pool: Callable[.
     main = threading.main_thread().ident
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore SIGINT
     threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
-    start_s = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             hostile.verify([("hang", "x", {}), ("a", "b", {})])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start_s < 5
+    assert hostile.stats.timeouts == 0
     assert hostile.verify([("b", "b", {}), ("a", "b", {})]) == ["right", "wrong"]
 
 

@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from answer_pairs import ATTACKS, PAIRS
+from cpu_limit import cpu_limit
 from mel_lite.errors import VerifierError
 from mel_lite.types import Verdict
 from mel_lite.verify import extract, gym
@@ -115,9 +115,8 @@ def test_text_verifiers_are_fast_on_a_megabyte(name: str) -> None:
         "{" * 1_000_000,
     ]
     for text in texts:
-        start_s = time.perf_counter()
-        assert verifier(text, gold) is Verdict.WRONG
-        assert time.perf_counter() - start_s < 2.0, (name, text[:30])
+        with cpu_limit(4):
+            assert verifier(text, gold) is Verdict.WRONG, text[:30]
 
 
 def test_math_rejects_a_final_answer_that_is_too_long() -> None:
