@@ -21,7 +21,7 @@ from mel_lite.models.chat import question_text, render
 from mel_lite.recipe import build_args, resolve
 from mel_lite.run.train import load_run_tasks
 from mel_lite.types import Group, Prompt, Verdict
-from mel_lite.warmup.examples import Example, tokenise
+from mel_lite.warmup.examples import Example, tokenize
 from scripted import ScriptedEngine
 from tiny_models import CHAT_TEMPLATE, save_tiny
 from trainers import assert_learnt, build, sums
@@ -95,7 +95,7 @@ def test_every_stage_sees_the_same_tokens(tmp_path: Path, case: str) -> None:
     evaluated = {request.prompt_ids for requests, _ in engine.calls for request in requests}
     assert evaluated == set(expected)
 
-    warmup_rows, _ = tokenise([Example(p, "5") for p in expected.values()], tokenizer, max_length_tokens=512)
+    warmup_rows, _ = tokenize([Example(p, "5") for p in expected.values()], tokenizer, max_length_tokens=512)
     learned = {tuple(row["input_ids"][: row["labels"].count(-100)]) for row in warmup_rows}
     assert learned == set(expected)
 

@@ -18,7 +18,7 @@ from mel_lite.models.attention import NAME, attention_for, register
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.recipe import resolve
 from mel_lite.run import finish
-from mel_lite.training.assemble import settle_weights
+from mel_lite.training.assemble import prepare_weights
 from tiny_models import save_tiny, tiny_config
 
 
@@ -107,7 +107,7 @@ def test_fp16_trains_a_float32_adapter(fp16: bool, dtype: torch.dtype) -> None:
         if weight.requires_grad:
             weight.data = weight.data.bfloat16()  # like TRL does with the adapter of a 4-bit base
     before = {name: weight.detach().clone() for name, weight in adapted.named_parameters()}
-    settle_weights(SimpleNamespace(model=adapted, args=SimpleNamespace(fp16=fp16)))
+    prepare_weights(SimpleNamespace(model=adapted, args=SimpleNamespace(fp16=fp16)))
     trained = {weight.dtype for weight in adapted.parameters() if weight.requires_grad}
     frozen = {weight.dtype for weight in adapted.parameters() if not weight.requires_grad}
     assert trained == {dtype} and frozen == {torch.float16}
