@@ -1,4 +1,4 @@
-"""Where rows come from: the packaged demo, files, generated tasks, the Hub. Each yields (row number, raw row)."""
+"""Open sources of rows: the packaged demo, files, generated tasks, the Hub. Each yields (row number, raw row)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mel_lite.text import did_you_mean, first_line
 Row = dict[str, Any]
 GYM_INSTRUCTION = "Give the final answer between <answer> and </answer>."
 GYM_SIZE = 500
-"""Rows of a generated task when neither the spec nor the limit says."""
+"""Number of rows of a generated task if neither the spec nor the limit sets it."""
 GYM_SPLIT_SEEDS = {"train": 0, "validation": 1_000_000_007, "test": 2_000_000_011}
-"""Added to the seed, so that splits differ. A family of few questions can still repeat some across splits."""
+"""Offsets of the seed, so that splits differ. Tasks with few questions can still repeat some across splits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class Source:
     name: str
     rows: Iterator[tuple[int, Row]]
     unit: str = "row"
-    """What a number counts: rows, or lines of a JSON Lines file."""
+    """Unit of the row numbers: `row`, or `line` of a JSON Lines file."""
 
 
 def open_source(spec: str, *, split: str | None, config: str | None, seed: int, limit: int | None) -> Source:
-    """Open the source `spec` names. Raises: DataError when there is no such source; later, for a row it cannot read."""
+    """Open the source that `spec` names.
+
+    Raises: DataError when there is no such source, and during iteration for a row that cannot be read.
+    """
     kind, _, rest = spec.partition(":")
     if kind == "demo":
         return _open_demo(spec, rest or split or "train")
@@ -57,7 +60,7 @@ def _open_file(path: Path, split: str | None) -> Source:
     if not path.is_file():
         raise DataError(f"dataset = {str(path)!r}: there is no such file (looked in {Path.cwd()}).")
     if split not in (None, "train"):
-        raise DataError(f"split = {split!r}: a file has no splits; put those rows into a file of their own.")
+        raise DataError(f"split = {split!r}: a file has no splits; put those rows into a separate file.")
     suffix = path.suffix.lower()
     return Source(path.name, _READERS[suffix](path), "line" if suffix == ".jsonl" else "row")
 
@@ -75,7 +78,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else content
     if not isinstance(content, list):
-        raise DataError(f"{path.name}: holds a {type(content).__name__}; a .json file is a list of objects.")
+        raise DataError(f"{path.name}: holds a {type(content).__name__}; a .json file must be a list of objects.")
     for number, value in enumerate(content, 1):
         yield number, _object(path, "row", number, value)
 
@@ -167,7 +170,7 @@ def _value(text: str) -> Any:
 
 
 def _open_hub(spec: str, hub_id: str, config: str | None, split: str) -> Source:
-    """Rows from the Hub, or from a folder laid out as on the Hub: `datasets` looks for the folder first."""
+    """Open a dataset of the Hub, or a folder in Hub layout: `datasets` looks for the folder first."""
     from datasets import load_dataset
 
     try:
@@ -175,14 +178,14 @@ def _open_hub(spec: str, hub_id: str, config: str | None, split: str) -> Source:
     except Exception as error:
         raise DataError(
             f"dataset = {spec!r}, split {split!r}: could not be loaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {first_line(error)}). Check the id and the network; for data of your own give "
+            f"({type(error).__name__}: {first_line(error)}). Check the id and the network; for your own data, give "
             f"a file ending in {', '.join(_READERS)}; 'demo' needs no network."
         ) from error
     return Source(spec, _arrow_rows(dataset))
 
 
 def _arrow_rows(dataset: Any) -> Iterator[tuple[int, Row]]:
-    """Rows as plain Python, a thousand at a time: several times faster than row by row."""
+    """Yield rows as plain Python objects, converted 1,000 at a time, which is several times faster than one by one."""
     number = 0
     for table in dataset.with_format("arrow").iter(1_000):
         for row in table.to_pylist():
