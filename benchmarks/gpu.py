@@ -1,19 +1,20 @@
-"""What a GPU says: a MEL step at full size under the memory of consumer cards, beside the prediction; and the engines.
+"""GPU measurements: a MEL step at full size within the memory of consumer cards, its prediction, and the engines.
 
-`python benchmarks/gpu.py OUT` measures, for --minutes at most, and writes OUT/gpu.json, one log per part, and a table:
+`python benchmarks/gpu.py OUT` measures for at most --minutes. It writes OUT/gpu.json and one log per part, and prints a
+table:
 
-    step-24gb    Qwen3-8B in 4 bits under the memory of a 24 GB card: peak and seconds of every phase at full length
-    step-16gb    the same for Qwen3-4B on 16 GB, and
-    step-12gb    for Qwen3-1.7B on 12 GB
-    vllm-24gb    the first once more with Unsloth and vLLM on the same weights, and
-    vllm-16gb    the second, and
-    vllm-12gb    the third
-    engines      what `gpu_engines.py` measures: Unsloth with bitsandbytes, and vLLM with shared weights
+    step-24gb    Qwen3-8B in 4 bits within the memory of a 24 GB card: peak and seconds of every phase at full length
+    step-16gb    the same for Qwen3-4B on 16 GB
+    step-12gb    the same for Qwen3-1.7B on 12 GB
+    vllm-24gb    like step-24gb, with Unsloth and vLLM on the same weights
+    vllm-16gb    like step-16gb, with Unsloth and vLLM
+    vllm-12gb    like step-12gb, with Unsloth and vLLM
+    engines      the checks of `gpu_engines.py`: Unsloth with bitsandbytes, and vLLM with shared weights
 
-Weights are random, of the sizes of the real models; nothing is downloaded. Each part runs in a process of its own: one
-that fails is written down and the others run. `--parts` chooses, `--minutes` bounds the whole; parts that OUT/gpu.json
-has from an earlier call stay in it. Where bitsandbytes is missing, weights stay in 16 bits, as the figures then say.
-`--dry-run` goes through it on a CPU with tiny sizes.
+Weights are random, with the sizes of the real models; nothing is downloaded. Each part runs in a process of its own. If
+one fails, its error is recorded and the others run. Parts that OUT/gpu.json has from an earlier call are kept. If
+bitsandbytes is missing, weights stay in 16 bits, and the figures say so. `--dry-run` runs everything on a CPU with tiny
+sizes.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ import torch
 
 STEPS = {f"{kind}-{gpu}": gpu for kind in ("step", "vllm") for gpu in ("24gb", "16gb", "12gb")}
 WEIGHTS = {"step-24gb": 6, "vllm-24gb": 5, "engines": 4, "step-16gb": 3, "vllm-16gb": 3, "step-12gb": 2, "vllm-12gb": 2}
-"""Parts in order, with their shares of the time."""
+"""Parts in order, with their relative shares of the time."""
 PARTS = tuple(WEIGHTS)
 QUICK_S = 240.0
-"""With less time than this, the engines take their short form."""
+"""With less time than this, the engines are measured with small sizes."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo", "vllm", "triton")
 GIB = 2**30
 
 
-# ---- the parent: parts in order, each in a process of its own -------------------------------------------------------
+# ---- parent process: parts in order, each in a process of its own ----------------------------------------------------
 
 
 def measure_all(out: Path, parts: list[str], minutes: float, dry_run: bool) -> dict[str, Any]:
-    """Run the parts within the time; every part's figures, or why there are none."""
+    """Run the parts within the time, and return the figures or the error of each part."""
     end_s = time.monotonic() + 60 * minutes
     found: dict[str, Any] = {"machine": machine(), "dry_run": dry_run, "parts": {}}
     if (file := out / "gpu.json").is_file():
@@ -55,7 +56,7 @@ def measure_all(out: Path, parts: list[str], minutes: float, dry_run: bool) -> d
         same = earlier["dry_run"] == dry_run and earlier["machine"].get("gpu") == found["machine"].get("gpu")
         found["parts"] = earlier["parts"] if same else {}
     for i, part in enumerate(parts):
-        # What parts before this one saved is shared, too.
+        # Time that earlier parts did not use is shared as well.
         seconds = (end_s - time.monotonic()) * WEIGHTS[part] / sum(WEIGHTS[name] for name in parts[i:])
         found["parts"][part] = run_part(out, part, seconds, dry_run)
         (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -63,15 +64,16 @@ def measure_all(out: Path, parts: list[str], minutes: float, dry_run: bool) -> d
 
 
 def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, Any]:
+    """Run one part in a process of its own, and return its figures or error."""
     if seconds < 20:
-        return {"error": "not run: the time was used up"}
+        return {"error": "not run: no time was left"}
     result, log = out / f"{part}.json", out / f"{part}.log"
     for old in (result, out / "gpu-engines.json"):
         old.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(out), "--part", part, "--seconds", f"{seconds - 10:.0f}"]
     start_s = time.monotonic()
     with log.open("w") as file:
-        # A session of its own, so that what it starts ends with it.
+        # A session of its own, so that its child processes end with it.
         process = subprocess.Popen(
             command + ["--dry-run"] * dry_run, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -81,7 +83,7 @@ def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, A
             code = 124
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    partial = out / "gpu-engines.json"  # which grows while the engines are measured
+    partial = out / "gpu-engines.json"  # written after each check
     for file in (result, partial) if part == "engines" else (result,):
         if file.is_file():
             found = json.loads(file.read_text())
@@ -95,7 +97,7 @@ def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, A
 
 
 def machine() -> dict[str, Any]:
-    """Versions, and the GPU."""
+    """Return the versions, and the facts of the GPU."""
 
     def version(name: str) -> str | None:
         try:
@@ -112,7 +114,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of all parts, for a terminal."""
+    """Format the figures of all parts for a terminal."""
     lines = []
     for part, figures in found["parts"].items():
         lines.append(f"{part}: {figures.get('model', '')} {figures.get('wall_s', 0):.0f} s")
@@ -131,13 +133,13 @@ def table(found: dict[str, Any]) -> str:
                 * row.get("lowered", False)
             )
         for check, stages in figures.get("checks", {}).items():
-            told = (f"{name} {'ok' if stage.get('ok') else 'FAILED'}" for name, stage in stages.items())
-            lines.append(f"    {check}: {', '.join(told)}")
+            outcomes = (f"{name} {'ok' if stage.get('ok') else 'FAILED'}" for name, stage in stages.items())
+            lines.append(f"    {check}: {', '.join(outcomes)}")
     return "\n".join(lines)
 
 
 def engines(out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
-    """What `gpu_engines.py` measures; it stands beside this file."""
+    """Return the report of `gpu_engines.py`, which is in the same folder."""
     measure = importlib.import_module("gpu_engines").measure
     return dict(measure(out, dry_run or seconds < QUICK_S))
 
@@ -145,25 +147,25 @@ def engines(out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for gpu.json and the logs")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=28.0, help="for all parts together")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument("--minutes", type=float, default=28.0, help="time limit for all parts together")
+    parser.add_argument("--dry-run", action="store_true", help="use tiny sizes, on a CPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=120.0, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    if asked.part is None:
-        found = measure_all(asked.out, asked.parts, asked.minutes, asked.dry_run)
-        (asked.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.part is None:
+        found = measure_all(options.out, options.parts, options.minutes, options.dry_run)
+        (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
         print(table(found))
         return
-    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
-    file = asked.out / f"{asked.part}.json"
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH excludes it
+    file = options.out / f"{options.part}.json"
     try:
-        if asked.part == "engines":
-            made = engines(asked.out, asked.seconds, asked.dry_run)
+        if options.part == "engines":
+            made = engines(options.out, options.seconds, options.dry_run)
         else:
-            made = importlib.import_module("gpu_step").step(asked.part, asked.out, asked.seconds, asked.dry_run)
+            made = importlib.import_module("gpu_step").step(options.part, options.out, options.seconds, options.dry_run)
     except BaseException as error:
         traceback.print_exc()
         made = (json.loads(file.read_text()) if file.is_file() else {}) | {"error": f"{type(error).__name__}: {error}"}

@@ -1,14 +1,15 @@
-"""Unsloth and vLLM on a real GPU: `python benchmarks/gpu_engines.py [--quick] [--out FOLDER]`.
+"""Check Unsloth and vLLM on a real GPU: `python benchmarks/gpu_engines.py [--quick] [--out FOLDER]`.
 
-Checks, each in a process of its own (importing unsloth patches a process for good, and a crash must not end the rest):
+The checks run in processes of their own, because unsloth patches its process permanently and a crash must not end the
+others:
 
 - `transformers`: the engine that runs everywhere, for comparison.
 - `unsloth`: 4-bit load, LoRA, forward and backward, generation, agreement of log-probs, merged export.
 - `vllm`: the same with vLLM on the trained weights; agreement before and after the adapter changes and after sleep and
-  wake, memory given up, tokens per second.
+  wake, freed memory, tokens per second.
 
-on SmolLM2-135M (the demo model) and on a Qwen3 with random weights. A stage that fails is recorded with its error, and
-the next one runs. Writes gpu-engines.json. Without a GPU, `unsloth` runs on Unsloth's CPU backend.
+The models are SmolLM2-135M (the demo model) and a Qwen3 with random weights. A stage that fails is recorded with its
+error, and the next one runs. Writes gpu-engines.json. Without a GPU, `unsloth` runs on Unsloth's CPU backend.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ TIMEOUT_S = {False: 1500, True: 420}
 CONTEXT_TOKENS = 2048
 RANK = 16
 LORA_B_SCALE = 0.02
-"""Standard deviation of the random LoRA-B that stands for a trained one."""
+"""Standard deviation of the random LoRA-B that simulates a trained one."""
 
 Stage = Callable[[], dict[str, Any]]
 
 
 def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
-    """Run every check on every model. Returns what is written to `out_dir`/gpu-engines.json.
+    """Run every check on every model, and return the report that is written to `out_dir`/gpu-engines.json.
 
     `{"environment": ..., "checks": {"<check> on <model>": {"<stage>": {"ok": bool, "seconds_s": float, ...}}}}`; a
     check whose process died has the stage `process`.
@@ -52,7 +53,7 @@ def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(), "quick": quick, "checks": {}}
     for model in MODELS:
         for check in CHECKS:
-            found = _apart(check, model, out_dir / "work" / f"{check}-{model}", quick)
+            found = _in_subprocess(check, model, out_dir / "work" / f"{check}-{model}", quick)
             report["checks"][f"{check} on {model}"] = found
             stages = ", ".join(f"{name} {'ok' if stage['ok'] else 'FAILED'}" for name, stage in found.items())
             print(f"{check} on {model}: {stages}", flush=True)
@@ -61,7 +62,7 @@ def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions the figures belong to."""
+    """Return GPU and package versions."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -78,8 +79,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _apart(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]:
-    """One check in a process of its own: its stages, or how the process ended."""
+def _in_subprocess(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]:
+    """Run one check in a process of its own; return its stages, and the error if the process died."""
     work.mkdir(parents=True, exist_ok=True)
     result = work / "stages.json"
     result.unlink(missing_ok=True)
@@ -105,14 +106,14 @@ def _apart(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]:
 
 
 class Stages:
-    """Runs stages and keeps what came of them on the disk, so that a crash loses none that was finished."""
+    """Runner of stages that writes each result to disk, so that a crash loses no finished stage."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.found: dict[str, Any] = {}
 
     def __call__(self, name: str, stage: Stage) -> bool:
-        """Whether it succeeded."""
+        """Run one stage, record its result, and return True if it succeeded."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start_s = time.monotonic()
@@ -130,7 +131,7 @@ class Stages:
 
 
 class Check:
-    """An engine over a 4-bit model with an adapter, and what is asked of it."""
+    """One engine over a 4-bit model with an adapter, and the stages of its check."""
 
     def __init__(self, check: str, folder: Path, work: Path, quick: bool) -> None:
         self.check, self.folder, self.work = check, folder, work
@@ -170,7 +171,7 @@ class Check:
         return torch.autocast("cuda", dtype=torch.bfloat16) if torch.cuda.is_available() else nullcontext()
 
     def forward_backward(self) -> dict[str, Any]:
-        """A gradient reaches every LoRA-B (LoRA-A has none while B is zero), and nothing but the adapter."""
+        """Check that a gradient reaches every LoRA-B (LoRA-A has none while B is zero) and only the adapter."""
         self.model.train()
         with self._autocast():
             logp_T = self._scored(self._rows(self._sample(4, 8)))
@@ -183,7 +184,7 @@ class Check:
         return {"lora_layers_with_gradient": layers}
 
     def agreement(self) -> dict[str, Any]:
-        """Engine and trainer on the same completions, and how much of the adapter the engine applies."""
+        """Compare engine and trainer on the same completions; measure how much of the adapter the engine applies."""
         from mel_lite.training.engine_probe import agreement
 
         done = self._sample(min(16, self.sequences), min(64, self.new_tokens))
@@ -199,7 +200,7 @@ class Check:
         return {"tokens": len(trainer_T), **{k: v if v == v else None for k, v in asdict(found).items()}}
 
     def agreement_after_an_update(self) -> dict[str, Any]:
-        """As above, after the adapter has changed: the first sign of one that is stale, ignored or applied twice."""
+        """Repeat `agreement` after a change of the adapter, to detect one that is stale, ignored or applied twice."""
         generator = torch.Generator().manual_seed(self.step)
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
@@ -212,7 +213,7 @@ class Check:
         return found
 
     def sleep_and_wake(self) -> dict[str, Any]:
-        """Memory that `sleep` gives back, and that the same seeds then draw the same tokens."""
+        """Measure the memory that `sleep` frees, and compare the tokens of equal seeds before and after."""
         before = [c.ids for _, c in self._sample(4, 16)]
         awake_bytes = self._device_used_bytes()
         self.engine.sleep()
@@ -224,7 +225,7 @@ class Check:
         return {"freed_bytes": awake_bytes - asleep_bytes, "wake_s": wake_s, "same_sequences_of_4": same}
 
     def speed(self) -> dict[str, Any]:
-        """Tokens per second with all sequences submitted at once."""
+        """Measure tokens per second with all sequences submitted at once."""
         self._sample(self.sequences, 4)  # warm-up
         start_s = time.monotonic()
         done = self._sample(self.sequences, self.new_tokens)
@@ -233,7 +234,7 @@ class Check:
         return {"sequences": len(done), "tokens": tokens, "tokens_per_s": tokens / elapsed_s}
 
     def export(self) -> dict[str, Any]:
-        """Our merged export of the adapter, on the CPU in a process of its own, with its own comparison."""
+        """Export the merged adapter on the CPU, in a process of its own, which compares it with the adapter model."""
         from mel_lite.models.adapters import write_fingerprint
 
         adapter, merged = self.work / "adapter", self.work / "merged-16bit"
@@ -278,7 +279,7 @@ class Check:
 
 
 def run_check(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]:
-    """All stages of one check, in this process; written to `work`/stages.json as they finish."""
+    """Run all stages of one check in this process; each is written to `work`/stages.json when it ends."""
     stages = Stages(work / "stages.json")
     subject = Check(check, folder_of(model, work, quick), work, quick)
     if not stages("load", subject.load):
@@ -292,7 +293,7 @@ def run_check(check: str, model: str, work: Path, quick: bool) -> dict[str, Any]
 
 
 def folder_of(model: str, work: Path, quick: bool) -> Path:
-    """A local model folder: the demo model, or a Qwen3 with random weights and one token per byte."""
+    """Return a local model folder: the demo model, or a Qwen3 with random weights and one token per byte."""
     if model == "smollm2":
         from mel_lite.models.demo import demo_model_dir
 
@@ -316,7 +317,7 @@ def folder_of(model: str, work: Path, quick: bool) -> Path:
     torch.manual_seed(0)
     random_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        random_model.model.norm.weight.mul_(8)  # as initialised it would be indifferent between all tokens
+        random_model.model.norm.weight.mul_(8)  # without it all tokens would be almost equally likely
     folder = work / "base"
     random_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -325,10 +326,10 @@ def folder_of(model: str, work: Path, quick: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see whether it runs at all")
-    parser.add_argument("--check", choices=CHECKS, help="only this one, in this process")
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="with --check")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, to check that it runs")
+    parser.add_argument("--check", choices=CHECKS, help="run only this check, in this process")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="model of --check")
     arguments = parser.parse_args()
     if arguments.check is None:
         measure(arguments.out, arguments.quick)

@@ -1,4 +1,4 @@
-"""One step of a preset at full size under its card's memory: peak and seconds of every phase, beside the prediction."""
+"""One step of a preset at full size within its card's memory: peak, seconds and prediction of every phase."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 PROBE_TOKENS = 24
-"""Sampled first, to know how many of the longest fit into the time."""
+"""Tokens sampled first, to estimate how many fit into the time."""
 TINY_STEP: dict[str, Any] = {
     "train.max_completion_length": 24, "train.analysis_max_tokens": 16, "train.max_context_tokens": 300,
     "data.max_prompt_tokens": 40, "train.max_micro_batch_tokens": 400, "train.max_cache_tokens": 500, "lora.r": 4,
@@ -24,11 +24,11 @@ TINY_STEP: dict[str, Any] = {
 
 
 class Finished(Exception):
-    """Ends `train` before its first step: everything is measured."""
+    """Raised to end `train` before its first step, when everything is measured."""
 
 
 def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
-    """Peak and seconds of every phase of one preset's step, under its card's memory."""
+    """Measure peak and seconds of every phase of one preset's step, within its card's memory."""
     from mel_lite.memory.formulas import CONTEXT_BYTES
     from mel_lite.memory.plan import BUDGETS, plan_for
     from mel_lite.memory.workload import VLLMCard
@@ -45,7 +45,7 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
         overrides.append(("model.engine", "unsloth" if part.startswith("vllm") else "hf"))
         try:
             importlib.import_module("bitsandbytes")
-        except Exception as error:  # whatever a broken installation raises is the finding
+        except Exception as error:  # a broken installation can raise anything; record it
             figures["without_4bit"] = f"{type(error).__name__}: {error}"
             overrides += [("model.load_in_4bit", False), ("train.optim", "adamw_torch")]
         recipe, made_plan, reason = plan_for(gpu, None, overrides, run_here=True)
@@ -54,11 +54,11 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
         figures |= {"choices": made_plan.choices, "fits": made_plan.fits, "load_in_4bit": recipe.model.load_in_4bit}
         if not made_plan.fits:
             return figures | {"error": made_plan.refusal()}
-        if torch.cuda.is_available() and not made_plan.engine.vllm:  # for PyTorch, vLLM's sleeping cache is held, too
+        if torch.cuda.is_available() and not made_plan.engine.vllm:  # PyTorch would count vLLM's sleeping cache
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, (BUDGETS[gpu] - CONTEXT_BYTES) / total))
         if part.startswith("vllm") and not made_plan.engine.vllm:
-            return figures | {"error": f"not vLLM, but {made_plan.engine.line}"}
+            return figures | {"error": f"the plan does not use vLLM: {made_plan.engine.line}"}
         free, total = torch.cuda.mem_get_info() if made_plan.engine.vllm else (0, 0)
         card = VLLMCard(total, free) if made_plan.engine.vllm else None
         Measurement(recipe, figures, out / f"{part}.json", end_s, card).run(folder / "run")
@@ -66,7 +66,7 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
 
 
 class Measurement:
-    """One process's step: what it measures goes to its file at once, so that a crash leaves what came before."""
+    """Measurement of one step; every figure is written to the file at once, so that a crash loses none."""
 
     def __init__(self, recipe: Any, figures: dict[str, Any], file: Path, end_s: float, vllm_on: Any = None) -> None:
         from mel_lite.memory.plan import shape_for
@@ -76,10 +76,10 @@ class Measurement:
         self.recipe, self.figures, self.file, self.end_s = recipe, figures, file, end_s
         self.load = workload(recipe, shape_for(recipe), vllm_on=vllm_on)
         self.trainer: Any = None
-        self.gauge = gauge_here()  # before a model takes anything
+        self.gauge = gauge_here()  # before a model is loaded
 
     def run(self, folder: Path) -> None:
-        """Load, train as far as the first step, and go through the phases there."""
+        """Load, start training, and measure the phases before the first step."""
         from datasets import Dataset
         from rich.console import Console
         from transformers import TrainerCallback
@@ -115,29 +115,30 @@ class Measurement:
             pass
 
     def phases(self) -> None:
-        """The update first, which is what plans are for; then scoring, the optimiser, and sampling as time allows."""
+        """Measure the update first, which plans must predict, then scoring, optimizer, and sampling as time allows."""
         from mel_lite.resilience.worst_step import as_started, worst_step
 
         self.load = as_started(self.load, self.trainer.engine.unmetered)
         trainer, load = self.trainer, self.load
         states = self.predicted("update").parts["optimiser states"]
         for name in ("update", "scoring"):
-            self.phase(name, lambda name=name: worst_step(trainer, load, Silent(), states_bytes=states, only=[name]))
-        # Most steps measure no gradients: what those take, and how fast they are.
+            self.phase(name, lambda name=name: worst_step(trainer, load, NullGauge(), states_bytes=states, only=[name]))
+        # Memory and speed of the steps that log no gradient norms, which are most steps.
         trainer.args.grad_norm_every = 0
         plain = replace(load, measures_gradients=False)
         self.phase(
             "update-plain",
-            lambda: worst_step(trainer, plain, Silent(), states_bytes=states, only=["update"]),
+            lambda: worst_step(trainer, plain, NullGauge(), states_bytes=states, only=["update"]),
             load=plain,
         )
-        self.phase("optimiser", self.optimise)
+        self.phase("optimiser", self.optimizer_step)
         names = list(load.sampled)
         for i, name in enumerate(names):
             self.sample(name, (self.end_s - time.monotonic()) / (len(names) - i))
         self.shares()
 
-    def optimise(self) -> None:
+    def optimizer_step(self) -> None:
+        """Take an optimizer step with constant gradients."""
         for weight in self.trainer.model.parameters():
             if weight.requires_grad:
                 weight.grad = torch.full_like(weight, 1e-4)
@@ -145,7 +146,7 @@ class Measurement:
         self.trainer.optimizer.zero_grad()
 
     def sample(self, name: str, seconds: float) -> None:
-        """One round at full length, or at what length the time allows; the prediction is then for that length."""
+        """Measure one round, as long as the time allows, and compare it with the prediction for that length."""
         from mel_lite.resilience.worst_step import worst_step
 
         if self.load.vllm is not None:
@@ -156,16 +157,16 @@ class Measurement:
         at_once, full = self.load.at_once(name), getattr(self.load, key)
 
         def cut(tokens: int) -> Any:
-            """The same number of sequences, prompts as they were."""
+            """Return the load with shorter completions, and the same sequences and prompts."""
             _, prompt, _ = self.load.sampled[name]
             shorter = replace(self.load, **{key: tokens}, max_cache_tokens=at_once * (prompt + tokens))
-            if name == "replay":  # whose prompt has an analysis in it
+            if name == "replay":  # its prompt contains an analysis
                 assert shorter.sampled[name][1] == prompt
             return shorter
 
         start_s = time.monotonic()
         try:
-            worst_step(self.trainer, cut(min(PROBE_TOKENS, full)), Silent(), only=[name])
+            worst_step(self.trainer, cut(min(PROBE_TOKENS, full)), NullGauge(), only=[name])
         except Exception as error:
             self.note({"name": name, "error": f"{type(error).__name__}: {error}"})
             return
@@ -173,12 +174,12 @@ class Measurement:
         tokens = min(full, max(PROBE_TOKENS, int(0.8 * seconds / per_token_s)))
         load = cut(tokens)
         self.phase(
-            name, lambda: worst_step(self.trainer, load, Silent(), only=[name]), load=load,
+            name, lambda: worst_step(self.trainer, load, NullGauge(), only=[name]), load=load,
             tokens=at_once * tokens, sequences=at_once, new_tokens=tokens, full_tokens=full,
         )  # fmt: skip
 
     def sample_all(self, name: str, seconds: float) -> None:
-        """All sequences of a phase, as vLLM gets them, beside the optimiser's states; as long as the time allows."""
+        """Measure all sequences of a phase at once, as with vLLM, with the optimizer states in memory."""
         from mel_lite.resilience.worst_step import sample_at_full_length
 
         sequences, _, full = self.load.sampled[name]
@@ -202,7 +203,7 @@ class Measurement:
         return next(phase for phase in predict(load or self.load) if phase.name == name)
 
     def phase(self, name: str, work: Any, *, load: Any = None, tokens: int | None = None, **facts: Any) -> None:
-        """Measure one phase; an error is a finding, too."""
+        """Measure one phase, and record its figures or its error."""
         gauge, expected = self.gauge, self.predicted(name.removesuffix("-plain"), load)
         if name.startswith("update"):
             tokens = sum(sum(part.lengths) for part in self.load.fullest_parts)
@@ -222,7 +223,7 @@ class Measurement:
         seconds_s = time.monotonic() - start_s
         row = {"name": name, "predicted_bytes": expected.bytes, "measured_bytes": gauge.peak_bytes()}
         row |= {"predicted_parts": expected.parts, "seconds_s": seconds_s, **facts}
-        if self.trainer is not None:  # both are lowered by what runs out of memory
+        if self.trainer is not None:  # both are lowered after running out of memory
             cached = getattr(self.trainer.engine.unmetered, "_max_cache_tokens", None)
             row |= {"budget_tokens": self.trainer.budget_tokens, "max_cache_tokens": cached}
             row["lowered"] = self.trainer.budget_tokens != self.load.max_micro_batch_tokens
@@ -236,7 +237,7 @@ class Measurement:
         self.file.write_text(json.dumps(self.figures, indent=1) + "\n")
 
     def shares(self) -> None:
-        """Share of each phase in a step of full length, from the measured speeds: an estimate, not a measurement."""
+        """Estimate the share of each phase in a step of full length, from the measured speeds."""
         load, whole = self.load, {}
         rows = {row["name"]: row for row in self.figures["phases"] if "tokens_per_s" in row}
         for name, (sequences, _, new_tokens) in load.sampled.items():
@@ -250,8 +251,8 @@ class Measurement:
             rows[name] |= {"step_s": seconds_s, "share": seconds_s / sum(whole.values())}
 
 
-class Silent:
-    """A gauge for `worst_step` where the caller measures."""
+class NullGauge:
+    """Gauge for `worst_step` that measures nothing, because the caller measures."""
 
     def start(self) -> None: ...
 

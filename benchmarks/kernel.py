@@ -1,8 +1,8 @@
-"""Measure the fused log-prob operator against its peers: `python benchmarks/kernel.py`, on a GPU or a CPU.
+"""Measure the fused log-prob operator against other implementations: `python benchmarks/kernel.py`, on a GPU or a CPU.
 
-Needs torch (and triton on a GPU); measures whichever of trl, unsloth_zoo, liger-kernel and cut-cross-entropy are there
-(`pip install --no-deps` of each is enough). Prints a table and writes every time to benchmarks/results/. With --model
-and --tasks it also measures on the hidden states of that model's own rollouts.
+Needs torch (and triton on a GPU). Also measures trl, unsloth_zoo, liger-kernel and cut-cross-entropy if they are
+installed (`pip install --no-deps` of each is enough). Prints a table and writes every time to benchmarks/results/. With
+--model and --tasks, a further shape uses the hidden states of that model's own rollouts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = 8192
 
 
 def real(model: str, tasks: Path, device: str) -> dict[Shape, Inputs]:
-    """8192 rows of a real model: its rollouts at temperature 1, repeated as often as it takes."""
+    """Return 8192 rows of a real model: its rollouts at temperature 1, repeated until there are enough."""
     states = rollout_states(model, read_prompts(tasks, 32), tokens=64, temperature=1.0, samples=4, device=device)
     hidden_NH, weight_VH, target_N = states
     again_N = torch.arange(ROWS, device=hidden_NH.device) % len(target_N)
@@ -32,13 +32,13 @@ def real(model: str, tasks: Path, device: str) -> dict[Shape, Inputs]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="times each is measured (default: 15 on a GPU, 3 on a CPU)")
-    parser.add_argument("--json", type=Path, help="where to write (default: benchmarks/results/kernel-DEVICE.json)")
-    parser.add_argument("--model", help="local model folder or hub id whose rollouts give one more shape")
-    parser.add_argument("--tasks", type=Path, help="JSONL of the questions it answers for that")
+    parser.add_argument("--rounds", type=int, help="times per contender (default: 15 on a GPU, 3 on a CPU)")
+    parser.add_argument("--json", type=Path, help="output file (default: benchmarks/results/kernel-DEVICE.json)")
+    parser.add_argument("--model", help="local model folder or Hub id; its rollouts give one more shape")
+    parser.add_argument("--tasks", type=Path, help="JSONL file with the questions for those rollouts")
     arguments = parser.parse_args()
     if (arguments.model is None) != (arguments.tasks is None):
-        parser.error("--model and --tasks go together")
+        parser.error("--model and --tasks must be given together")
     results = Path(__file__).parent / "results"
     run(
         arguments.device,

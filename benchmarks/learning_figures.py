@@ -1,4 +1,4 @@
-"""Tables of docs/learning.md from the runs in benchmarks/results/learning/: what every arm reached, and its lessons."""
+"""Tables of docs/learning.md from the runs in benchmarks/results/learning/: results and lessons of every arm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RUNS = Path(__file__).resolve().parent / "results" / "learning"
 RESAMPLES = 4000
 REFERENCE = "grpo"
 MAX_GRAD_NORM = 1.0
-"""The trainer's default, which all runs have."""
+"""Default of the trainer, used by all runs."""
 MEANINGS = {
     "grpo": "GRPO",
     "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
@@ -33,20 +33,20 @@ MEANINGS = {
 
 
 def runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
-    """Finished runs by arm, in the order of MEANINGS, seeds ascending."""
+    """Return the finished runs by arm, in the order of MEANINGS, with ascending seeds."""
     read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     return {arm: found for arm in MEANINGS if (found := [run for run in read if run["arm"] == arm])}
 
 
 def figures(points: Sequence[dict[str, Any]], samples: int) -> dict[str, np.ndarray]:
-    """Pass@1 (greedy), Avg@k and Pass@k with k = samples, of every run and prompt: (runs, prompts) each."""
+    """Return Pass@1 (greedy), Avg@k and Pass@k with k = samples, each of shape (runs, prompts)."""
     right_RP = np.array([point["samples_right"] for point in points])
     greedy_RP = np.array([point["greedy_right"] for point in points], dtype=float)
     return {"pass_at_1": greedy_RP, "avg_at_k": right_RP / samples, "pass_at_k": (right_RP > 0).astype(float)}
 
 
 def interval(values_RP: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile bootstrap interval; runs and prompts are both resampled, each on their own."""
+    """Return the mean and its 95 % percentile bootstrap interval; runs and prompts are resampled independently."""
     rng = np.random.default_rng(0)
     runs_count, prompts = values_RP.shape
     means = [
@@ -68,7 +68,7 @@ def _points(values_RP: np.ndarray) -> str:
 
 
 def setup() -> str:
-    """What all runs have in common."""
+    """Return the settings common to all runs."""
     first = next(iter(runs().values()))[0]
     plan, options = first["plan"], first["options"]
     batch = options["per_device_train_batch_size"]
@@ -81,7 +81,7 @@ def setup() -> str:
 
 
 def scan() -> str:
-    """Avg@k at the end of one run per learning rate and arm, on a seed that the study does not use."""
+    """Return Avg@k over one run per learning rate and arm, on a seed that the study does not use."""
     found = runs(RUNS / "scan")
     rates = sorted({run["options"]["learning_rate"] for group in found.values() for run in group})
     lines = ["| learning rate | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
@@ -96,13 +96,13 @@ def scan() -> str:
 
 
 def _share_at(run: dict[str, Any], step: int) -> float:
-    """Avg@k of a run after `step` optimiser steps, on the straight line between its measurements."""
+    """Return Avg@k of a run after `step` optimizer steps, interpolated linearly between its measurements."""
     shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1)
     return float(np.interp(step, [point["step"] for point in run["points"]], shares))
 
 
 def results() -> str:
-    """Before, and after every arm: the three figures, and Avg@k against GRPO seed by seed and prompt by prompt."""
+    """Return the three figures at the start and after every arm, and Avg@k against GRPO, paired by seed and prompt."""
     found = runs()
     samples = found[REFERENCE][0]["plan"]["samples"]
     reference = {run["seed"]: run for run in found[REFERENCE]}
@@ -152,7 +152,7 @@ def line() -> str:
 
 
 def halfway() -> str:
-    """Avg@k of every arm at each measurement, averaged over its runs: the curve as figures."""
+    """Return Avg@k of every arm at each measurement, averaged over its runs: the learning curve as a table."""
     found = runs()
     samples = found[REFERENCE][0]["plan"]["samples"]
     count = min(len(run["points"]) for group in found.values() for run in group)
@@ -169,7 +169,7 @@ def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def lessons() -> str:
-    """What happened to the lessons of every arm that writes them, over all its steps, and to its gradients."""
+    """Return lesson counts, NLL and gradient norms of every arm, over all its steps."""
     lines = [
         "| | mixed groups | lessons | parsed | kept | NLL before the update, nats | after | policy gradient, median "
         "norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
@@ -196,7 +196,7 @@ def lessons() -> str:
 
 
 def held_out_lessons() -> str:
-    """Lessons written about held-out tasks at the start and at the end, without training on them."""
+    """Return figures of lessons on held-out tasks, at the start and at the end, without training on them."""
     found = runs()
     lines = [
         "| | analyses | parsed | retention (one replay) | solved with the lesson | without | points at the slip |",

@@ -1,4 +1,4 @@
-"""Draws docs/learning.png from benchmarks/results/learning/ (needs matplotlib)."""
+"""Draw docs/learning.png from benchmarks/results/learning/ (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _curves(axis: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _smoothed(runs: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of a logged figure over all runs, in ten bins of generated tokens."""
+    """Return bin centers in thousands of tokens, and the mean of a logged figure over all runs, in ten bins."""
     pairs = np.array([(step["tokens"], step[name]) for run in runs for step in run["steps"] if name in step])
     edges = np.linspace(0, pairs[:, 0].max() + 1, 11)
     which = np.digitize(pairs[:, 0], edges)

@@ -1,12 +1,12 @@
-"""The small model of the learning study: a Llama of about two million weights, made from scratch on one CPU core.
+"""Small model of the learning study: a Llama with 701,312 weights, trained from scratch on one CPU core.
 
-`python benchmarks/learning_small.py FOLDER` draws examples from the packaged generator (`demo_warmup`: worked
-sums, analyses of two solutions, sums solved with notes in the prompt), trains a tokenizer and then the model on them,
-and stops while it still solves only about half of the tasks. FOLDER then holds a model as any other, the prompts
-(`templates.yaml`) and what was done (`recipe.json`). Same seeds, same machine: same model.
+`python benchmarks/learning_small.py FOLDER` draws examples from `demo_warmup` (worked sums, analyses of two solutions,
+sums solved with notes in the prompt). It trains a tokenizer and then the model on them, and stops while the model still
+solves only about half of the tasks. FOLDER then holds the model, the prompts (`templates.yaml`) and the settings
+(`recipe.json`). The same seeds on the same machine give the same model.
 
-The tokenizer keeps digits and line ends apart and merges the words between them freely, so that a line of a solution is
-about ten tokens and an analysis about forty: that is what makes a hundred optimiser steps take a minute.
+The tokenizer separates digits and line ends and merges the words between them freely. A line of a solution is about ten
+tokens and an analysis about forty, so a hundred optimizer steps take a minute.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ TEMPLATES: dict[str, str] = {
     "analysis_user": "{question}\n\nIncorrect:\n{wrong}\n\nCorrect:\n{right}",
     "replay_user": "{experience}\n\n{question}",
 }
-"""As short as they can be: a model from scratch needs no explanation, only a form it has seen."""
+"""Shortest possible prompts: a model trained from scratch needs no explanation, only a format it has seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pass of training from scratch."""
+    """One pass of training."""
 
     examples: dict[str, int]
-    """How many of each kind."""
+    """Number of examples of each kind."""
     learning_rate: float
-    """At its highest; a cosine falls to zero over all examples."""
+    """Peak; a cosine falls to zero over all examples."""
     stop_at: int
-    """Steps after which it ends, before that schedule does."""
+    """Step after which training stops, before the schedule ends."""
 
 
 STAGES = (
     Stage({"solve": 24_000, "chain": 0, "analyse": 5_000, "replay": 2_500}, 2e-3, 1050),
     Stage({"solve": 2_000, "analyse": 8_000, "replay": 2_500}, 1e-3, 400),
 )
-"""First arithmetic, stopped while a third of the tasks is solved; then mostly analyses and solving with notes."""
+"""First arithmetic, stopped when a third of the tasks is solved; then mostly analyses and solving with notes."""
 BATCH = 16
 VOCABULARY = 768
 SIZE: dict[str, Any] = {
@@ -91,7 +91,7 @@ def _question(expression: str) -> str:
 
 
 def shorter(example: dict[str, Any]) -> dict[str, Any]:
-    """The same example without the instruction that follows the question: all of its solutions obey it anyway."""
+    """Remove the instruction after the question from an example; all solutions follow it in any case."""
     prompt = [
         {**message, "content": re.sub(r"(What is [^?]*\?)[^\n]*", r"\1", message["content"])}
         for message in example["prompt"]
@@ -100,12 +100,12 @@ def shorter(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def held_out() -> frozenset[str]:
-    """The expressions of the test tasks, which no example and no training task uses."""
+    """Return the expressions of the test tasks, which no example and no training task uses."""
     return frozenset(row["expression"] for row in _draw("test", frozenset()))
 
 
 def tasks(split: str) -> datasets.Dataset:
-    """`train` or `test` tasks: `prompt` (a conversation) and `answer`."""
+    """Return the `train` or `test` tasks with the columns `prompt` (a conversation) and `answer`."""
     rows = _draw(split, frozenset() if split == "test" else held_out())
     return datasets.Dataset.from_list(
         [{"prompt": [{"role": "user", "content": _question(r["expression"])}], "answer": r["answer"]} for r in rows]
@@ -124,7 +124,7 @@ def _draw(split: str, forbidden: frozenset[str]) -> Iterator[dict[str, str]]:
 
 
 def examples(counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Warm-up examples whose question is none of the test tasks."""
+    """Return warm-up examples, without those whose question is a test task."""
     made = make_examples(counts, seed=SEED, templates=replace(DEFAULT_TEMPLATES, **TEMPLATES))
     asked = re.compile(r"What is ([^?]*)\?")
     forbidden = held_out() | test_expressions()
@@ -136,7 +136,7 @@ def examples(counts: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def make_tokenizer(texts: Sequence[dict[str, Any]], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the examples; a digit and a run of line ends are tokens of their own."""
+    """Train byte-level BPE on the examples; digits and runs of line ends are separate tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -158,14 +158,14 @@ def make_tokenizer(texts: Sequence[dict[str, Any]], vocabulary: int = VOCABULARY
 
 
 def make_model(tokenizer: Any, seed: int = SEED) -> LlamaForCausalLM:
-    """As initialised."""
+    """Return the model with random weights."""
     torch.manual_seed(seed)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZE, **ids))
 
 
 class StopAt(TrainerCallback):
-    """Ends training after `steps`, whatever the schedule says."""
+    """Callback that stops training after `steps`, before the schedule ends."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -175,7 +175,7 @@ class StopAt(TrainerCallback):
 
 
 def train(model: Any, tokenizer: Any, made: Sequence[dict[str, Any]], folder: Path, stage: Stage) -> int:
-    """One pass over the examples, or up to `stage.stop_at`: the NLL of their completions. Returns: steps taken."""
+    """Train on the NLL of the completions, for one pass or up to `stage.stop_at`. Returns: number of steps."""
     pairs = [Example(each["prompt"], each["completion"]) for each in made]
     rows, _ = tokenize(pairs, tokenizer, max_length_tokens=512, turn_end=tokenizer.eos_token_id)
     args = TrainingArguments(
@@ -192,7 +192,7 @@ def train(model: Any, tokenizer: Any, made: Sequence[dict[str, Any]], folder: Pa
 
 
 def of_second_stage(made: Sequence[dict[str, Any]], counts: dict[str, int]) -> list[dict[str, Any]]:
-    """So many of each kind, shuffled: the last solutions, and analyses and replays from the first on, again if few."""
+    """Return `counts` examples per kind, shuffled: the last solutions, the first analyses and replays (repeated)."""
     by_kind = {kind: [each for each in made if each["kind"] == kind] for kind in counts}
     picked = by_kind["solve"][-counts["solve"] :]
     for kind in ("analyse", "replay"):
@@ -203,7 +203,7 @@ def of_second_stage(made: Sequence[dict[str, Any]], counts: dict[str, int]) -> l
 
 
 def make(folder: Path, stages: tuple[Stage, Stage] = STAGES) -> Path:
-    """Examples, tokenizer, model and recipe into `folder`; returns it."""
+    """Write tokenizer, model, prompts and recipe to `folder`, and return it."""
     started_s = time.monotonic()
     made = examples(stages[0].examples)
     tokenizer = make_tokenizer(made)
@@ -224,7 +224,7 @@ def make(folder: Path, stages: tuple[Stage, Stage] = STAGES) -> Path:
 
 
 def templates() -> Templates:
-    """The prompts the model was made with."""
+    """Return the prompts that the model was trained with."""
     return replace(DEFAULT_TEMPLATES, **TEMPLATES)
 
 

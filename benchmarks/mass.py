@@ -1,8 +1,8 @@
-"""How much of the vocabulary carries the probability that the second product multiplies, on a real model's rollouts.
+"""Number of tokens that hold most of the probability mass in the second product, on rollouts of a real model.
 
-`python benchmarks/mass.py MODEL TASKS.jsonl`: samples answers to the tasks' prompts, and prints how many tokens of each
-row must be kept for u = d logp / d hidden to lose no more than a given share of the others' probability, with the error
-that makes. N rows, V vocabulary, H hidden size. The numbers are discussed in docs/kernels.md.
+`python benchmarks/mass.py MODEL TASKS.jsonl` samples answers to the tasks' prompts. It prints how many tokens per row
+must be kept so that u = d logp / d hidden loses at most a given share of the other tokens' probability, and the
+resulting error of u. N rows, V vocabulary, H hidden size. docs/kernels.md discusses the numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DROPPED = (1e-1, 1e-2, 1e-3, 1e-4)
 
 @torch.no_grad()
 def mass_curve(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, temperature: float) -> dict[str, Any]:
-    """Of the distribution over the tokens that are not the target, which is what u averages; figures of the docs."""
+    """Measure the distribution over the tokens that are not the target, which u averages; return the figures."""
     z_NV = hidden_NH @ weight_VH.T / temperature
     p_t_N = z_NV.softmax(1).gather(1, target_N[:, None])[:, 0]
     q_NV = z_NV.scatter(1, target_N[:, None], -torch.inf).softmax(1)

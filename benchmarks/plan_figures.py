@@ -1,4 +1,4 @@
-"""What the pages show of the memory plans: made by the planner itself, on any machine."""
+"""Memory plans for the pages, computed by the planner; independent of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 100
 
 
 def planned(gpu: str, model: str | None, *, engine: str) -> tuple[Plan, str]:
-    """The plan of a preset on its card, elsewhere than here, and its model for people."""
+    """Return the plan of a preset for its card, without looking at this machine, and a short name of its model."""
     options: list[tuple[str, Any]] = [("model.engine", engine)]
     recipe = resolve(preset=gpu, overrides=[*options, *([("model.name", model)] if model else [])])
     choice = planned_engine(recipe.model, recipe.lora, None)
@@ -32,7 +32,7 @@ def planned(gpu: str, model: str | None, *, engine: str) -> tuple[Plan, str]:
 
 
 def shown() -> str:
-    """`mel-lite plan --gpu 24gb`, as a terminal shows it."""
+    """Return the terminal output of `mel-lite plan --gpu 24gb`."""
     made, _ = planned("24gb", None, engine="auto")
     console = Console(width=WIDTH, file=io.StringIO(), record=True)
     console.print(made.view())
@@ -62,7 +62,7 @@ def _card_names(gpu: str) -> str:
 
 
 def what_fits() -> str:
-    """Every preset with both engines, and the largest model on 24 GB."""
+    """Return a table of every preset with both engines, and of the largest model on 24 GB."""
     lines = [
         "| card | model | completions | vLLM's share | its cache | predicted peak with vLLM | tokens at once | cache "
         "tokens | with transformers |",

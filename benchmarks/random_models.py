@@ -1,4 +1,4 @@
-"""Models with the sizes of real ones and random weights, made on the spot: for machines that cannot download any."""
+"""Models with the sizes of real ones and random weights, for machines without downloads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def random_weights(folder: Path, config: Any) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """One token per byte."""
+    """Return a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def byte_tokenizer() -> Any:
 
 
 def config_of(gpu: str, dry_run: bool) -> tuple[str, Any]:
-    """Name and config of the preset's model, from the planner's table of sizes."""
+    """Return name and config of the preset's model, from the planner's table of sizes."""
     from transformers import Qwen3Config
 
     from mel_lite.memory.formulas import known_shape

@@ -1,4 +1,4 @@
-"""Hidden states, head and sampled tokens of a real model's own rollouts, for the benchmarks.
+"""Hidden states, head and sampled tokens of a real model's rollouts, for the benchmarks.
 
 N rows, V vocabulary, H hidden size.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def read_prompts(tasks: Path, count: int) -> list[str]:
-    """The questions of the first `count` lines of a JSONL task file."""
+    """Return the questions in the first `count` lines of a JSONL task file."""
     lines = [json.loads(line) for line in tasks.read_text(encoding="utf-8").splitlines()[:count]]
     return [line.get("prompt") or line.get("question") or line["problem"] for line in lines]
 
@@ -22,7 +22,10 @@ def read_prompts(tasks: Path, count: int) -> list[str]:
 def rollout_states(
     folder: str, prompts: list[str], *, tokens: int, temperature: float, samples: int = 1, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden_NH, weight_VH, target_N) of `samples` answers per prompt, in float32; h predicts the token beside it."""
+    """Sample `samples` answers per prompt.
+
+    Returns: (hidden_NH, weight_VH, target_N) in float32; row i of hidden predicts target i.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

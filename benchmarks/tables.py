@@ -1,8 +1,7 @@
-"""Write the figures of benchmarks/results/*.json, and the planner's, into the pages that quote them:
-`python benchmarks/tables.py`.
+"""Write figures from benchmarks/results/*.json and from the planner into the pages: `python benchmarks/tables.py`.
 
-A page marks the place with `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a function below. `--check` writes
-nothing and fails where a page is not what the raw results give.
+A page marks the place with `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a key of FIGURES. With `--check`
+nothing is written, and the exit code is 1 if a page differs from the figures.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _spread_s(times_s: list[float]) -> str:
 
 
 def kernel_cpu() -> str:
-    """Every contender that ran: time, memory, errors, per shape."""
+    """Return time, memory and errors of every contender that ran, per shape."""
     report = _read("kernel-cpu")
     machine, versions = report["machine"], report["versions"]
     parts = [
@@ -61,7 +60,7 @@ def kernel_cpu() -> str:
 
 
 def kernel_cpu_line() -> str:
-    """The operator against naive log-softmax, in one sentence, on the first shape."""
+    """Compare the operator with naive log-softmax in one sentence, on the first shape."""
     report = _read("kernel-cpu")
     shape = report["shapes"][0]
     by_name = {result["name"]: result for result in shape["results"]}
@@ -75,7 +74,7 @@ def kernel_cpu_line() -> str:
 
 
 def mass() -> str:
-    """How few tokens carry the mass of the second product."""
+    """Return the number of tokens that hold the mass of the second product, and the errors of keeping fewer."""
     report = _read("mass")
     lines = [
         "| temperature | tokens kept | mass dropped, mean | rows losing over 1 % | error of u, all rows | median row "
@@ -118,7 +117,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The page with every marked place filled from the raw results. Raises: KeyError for an unknown name."""
+    """Fill every marked place of a page from the raw results. Raises: KeyError for an unknown name."""
     return MARK.sub(lambda match: f"{match[1]}{FIGURES[match['name']]()}\n{match[3]}", text)
 
 
@@ -135,7 +134,7 @@ def main() -> None:
                 (ROOT / page).write_text(new, encoding="utf-8")
     if check and stale:
         sys.exit(
-            f"not what benchmarks/results and the planner give: {', '.join(stale)}. Run python benchmarks/tables.py"
+            f"{', '.join(stale)}: not the figures of benchmarks/results or the planner; run python benchmarks/tables.py"
         )
 
 
