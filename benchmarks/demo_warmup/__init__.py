@@ -1,6 +1,6 @@
-"""The demo's warm-up: worked sums, slips made on purpose, analyses of them, and solving with such notes in the prompt.
+"""Warm-up examples of the demo: worked sums, analyses of deliberate slips, and solving with such notes in the prompt.
 
-Pure Python and seeded: `python -m demo_warmup examples.jsonl` writes the same bytes every time, until
-the leak guard, which chooses among wordings, changes. README.md beside the shipped adapter (`mel_lite/demo_adapter`)
-tells what was trained on such examples and what came of it.
+`PYTHONPATH=benchmarks python -m demo_warmup FILE.jsonl`, from the repository root, writes the same bytes every time.
+They change only with the leak guard, which selects among wordings. The README.md of the shipped adapter
+(`mel_lite/models/demo_adapter`) describes the training on these examples and its results.
 """

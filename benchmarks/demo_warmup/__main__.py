@@ -1,4 +1,4 @@
-"""`python -m demo_warmup FILE.jsonl` writes the examples of the shipped recipe."""
+"""Write the examples of the shipped recipe: `PYTHONPATH=benchmarks python -m demo_warmup FILE.jsonl`."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from demo_warmup.examples import write_examples
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m demo_warmup FILE.jsonl")
+        sys.exit("usage: PYTHONPATH=benchmarks python -m demo_warmup FILE.jsonl")
     print(f"{write_examples(Path(sys.argv[1]))} examples in {sys.argv[1]}")

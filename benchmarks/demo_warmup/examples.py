@@ -1,7 +1,7 @@
-"""The warm-up examples: solving, analysing a pair, and solving with notes in the prompt.
+"""Warm-up examples: solving, analyzing a pair, and solving with notes in the prompt.
 
-Each is `{"prompt": messages, "completion": text, "kind": ...}`, in the words of `mel_lite.lessons.prompts`, so that
-rendering one gives the very tokens a MEL step works on.
+Each is `{"prompt": messages, "completion": text, "kind": ...}` with the prompts of `mel_lite.lessons.prompts`, so that
+rendering it gives the tokens of a MEL step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from demo_warmup.phrases import GOES_ON, ONLY_ANSWER, PARTING, PARTING_AT_LAST, STOPS_EARLY, WORDINGS
+from demo_warmup.phrases import CONTINUES, ONLY_ANSWER, PARTING, PARTING_AT_LAST, STOPS_EARLY, WORDINGS
 from demo_warmup.problems import Problem, Slip, draw_problem, draw_slip, draw_style, write_solution
 from mel_lite.data import demo_tasks
 from mel_lite.lessons.leak_guard import check_leak
@@ -25,17 +25,17 @@ from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
 COUNTS = {"solve": 240, "chain": 120, "analyse": 320, "replay": 160}
-"""Examples of each kind in the shipped recipe."""
+"""Number of examples of each kind in the shipped recipe."""
 LONG = (7, 8, 9, 10)
-"""Terms of a long chain: more arithmetic per token of prompt than the tasks themselves."""
+"""Possible numbers of terms in a long chain, which has more arithmetic per prompt token than a task."""
 SAME_STYLE = 0.9
-"""Share of pairs written in one style: the trainer pairs solutions with the longest common beginning."""
+"""Share of pairs with one style for both solutions: the trainer pairs solutions with the longest common prefix."""
 FOREIGN_NOTES = 0.3
 """Share of replay examples whose notes come from another problem."""
 
 
 def _bifurcation(problem: Problem, slip: Slip, rng: random.Random) -> str:
-    """Where the two solutions part, in their own lines; the right line only where it is not the answer."""
+    """Describe where the two solutions diverge, and quote their lines; the right line only if it is not the answer."""
     right, wrong = problem.steps(), slip.steps
     at = next((n for n, (a, b) in enumerate(zip_longest(right, wrong)) if a != b), None)
     if at is None:
@@ -43,7 +43,7 @@ def _bifurcation(problem: Problem, slip: Slip, rng: random.Random) -> str:
     elif at >= len(wrong):
         wordings = STOPS_EARLY
     elif at >= len(right):
-        wordings = GOES_ON
+        wordings = CONTINUES
     else:
         wordings = PARTING_AT_LAST if at == len(right) - 1 else PARTING
     return rng.choice(wordings).format(
@@ -56,7 +56,7 @@ def _bifurcation(problem: Problem, slip: Slip, rng: random.Random) -> str:
 
 
 def _analysis(problem: Problem, slip: Slip, rng: random.Random) -> str:
-    """One wording of what the slip was, section by section; it may leak."""
+    """Write one analysis of the slip, section by section; it may leak the answer."""
     adds = problem.signs[slip.at - 1] > 0
     wording = WORDINGS[slip.kind]
     sections = {
@@ -69,7 +69,7 @@ def _analysis(problem: Problem, slip: Slip, rng: random.Random) -> str:
 
 
 def _clean_analysis(problem: Problem, slip: Slip, right_text: str, rng: random.Random) -> tuple[str, MetaExperience]:
-    """A wording that the leak guard passes. Raises: LookupError when there is none in 20."""
+    """Return an analysis that the leak guard accepts. Raises: LookupError if none of 20 is accepted."""
     for _ in range(20):
         text = _analysis(problem, slip, rng)
         parsed = parse_analysis(text, finish=Finish.STOP)
@@ -78,11 +78,11 @@ def _clean_analysis(problem: Problem, slip: Slip, right_text: str, rng: random.R
             parsed, answer=answer, right_text=right_text, prompt_text=question, policy="reject", raw_text=text
         ).leaks:
             return text, parsed
-    raise LookupError(f"every wording for {problem.expression} gives {problem.answer} away")
+    raise LookupError(f"every wording for {problem.expression} leaks the answer {problem.answer}")
 
 
 def _pair(rng: random.Random, unused: Iterator[Problem]) -> tuple[Problem, str, str, str, MetaExperience]:
-    """A problem, its right and a wrong solution, the analysis of the two, and what the analysis parses to."""
+    """Return a problem, its right and a wrong solution, the analysis of both, and the parsed analysis."""
     while True:
         problem = next(unused)
         slip = draw_slip(problem, rng)
@@ -98,21 +98,21 @@ def _pair(rng: random.Random, unused: Iterator[Problem]) -> tuple[Problem, str, 
 
 
 def solve(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
-    """A question and its right solution."""
+    """Make an example of a question and its right solution."""
     problem = next(unused)
     text = write_solution(problem.terms[0], problem.steps(), problem.answer, draw_style(rng))
     return {"prompt": problem.question, "completion": text, "kind": "solve"}
 
 
 def chain(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
-    """A longer question of the same form and its right solution, line by numbered line."""
+    """Make an example of a longer question of the same form and its right solution in numbered lines."""
     problem = draw_problem(rng, LONG)
     text = write_solution(problem.terms[0], problem.steps(), problem.answer, 0)
     return {"prompt": problem.question, "completion": text, "kind": "chain"}
 
 
 def analyse(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
-    """The analysis prompt for a pair, and the analysis."""
+    """Make an example of the analysis prompt for a pair and the analysis."""
     problem, right, wrong, text, _ = _pair(rng, unused)
     user = templates.analysis_user
     for name, value in (("question", problem.question[-1]["content"]), ("wrong", wrong), ("right", right)):
@@ -122,7 +122,7 @@ def analyse(rng: random.Random, unused: Iterator[Problem], templates: Templates 
 
 
 def replay(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
-    """A question with notes on it, or on another one, and its right solution."""
+    """Make an example of a question with notes on it, or on another one, and its right solution."""
     problem, right, _, _, notes = _pair(rng, unused)
     if rng.random() < FOREIGN_NOTES:
         _, _, _, _, notes = _pair(rng, unused)
@@ -132,7 +132,7 @@ def replay(rng: random.Random, unused: Iterator[Problem], templates: Templates =
 
 
 def test_expressions() -> frozenset[str]:
-    """The expressions of the demo's test tasks, which no example may use."""
+    """Return the expressions of the demo's test tasks, which no example may use."""
     lines = demo_tasks.path("test").read_text(encoding="utf-8").splitlines()
     return frozenset(json.loads(line)["prompt"].removeprefix("What is ").partition("?")[0] for line in lines)
 
@@ -148,7 +148,7 @@ def _unused_problems(rng: random.Random) -> Iterator[Problem]:
 def make_examples(
     counts: dict[str, int] | None = None, *, seed: int = SEED, templates: Templates = DEFAULT_TEMPLATES
 ) -> list[dict[str, Any]]:
-    """Shuffled examples in the words of `templates`; the same for the same arguments."""
+    """Return shuffled examples with the prompts of `templates`; equal arguments give equal examples."""
     counts = COUNTS if counts is None else counts
     rng = random.Random(seed)
     unused = _unused_problems(rng)
@@ -164,7 +164,7 @@ def make_examples(
 
 
 def write_examples(file: Path, counts: dict[str, int] | None = None, *, seed: int = SEED) -> int:
-    """Write the examples as JSONL; returns how many."""
+    """Write the examples as JSONL, and return their number."""
     examples = make_examples(counts, seed=seed)
     file.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
     return len(examples)

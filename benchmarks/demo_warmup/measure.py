@@ -1,7 +1,7 @@
-"""How good a warm start is, by MEL's own machinery: `python -m demo_warmup.measure ADAPTER [options]`.
+"""Measure a warm start with MEL's pipeline: `PYTHONPATH=benchmarks python -m demo_warmup.measure ADAPTER [options]`.
 
-Rolls out, pairs, writes analyses, checks them for leaks and replays each lesson with and without it in the prompt, as
-one training step does but without the update.
+Samples rollouts, selects pairs, writes analyses, checks them for leaks, and replays each question with and without the
+lesson in the prompt: one training step without the update.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mel_lite.verify.pool import VerifyPool
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What is measured: lengths and temperatures as in the cpu preset."""
+    """Settings of the measurement; lengths and temperatures as in the cpu preset."""
 
     tasks: str = "demo:test"
     prompts: int = 64
@@ -58,7 +58,7 @@ class Conditions:
 
 
 def roll_out(engine: Any, tokenizer: Any, tasks: Any, judge: Judge, conditions: Conditions) -> list[Group]:
-    """`group` judged completions of every task."""
+    """Sample and judge `group` completions of every task."""
     prompts = [render(row["prompt"], tokenizer) for row in tasks]
     hashes = [prompt_hash(row["prompt"]) for row in tasks]
     requests = [
@@ -79,7 +79,7 @@ def roll_out(engine: Any, tokenizer: Any, tasks: Any, judge: Judge, conditions: 
 
 
 def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any], list[Experience]]:
-    """Figures of one MEL step of the demo model without its update, and the experiences behind them."""
+    """Return the figures of one MEL step of the demo model without its update, and the experiences of that step."""
     spec = ModelSpec("demo", dtype=conditions.dtype)
     tokenizer = load_tokenizer(spec)
     model: Any = load_base(spec)
@@ -100,7 +100,11 @@ def measure_engine(
     conditions: Conditions,
     templates: Templates = DEFAULT_TEMPLATES,
 ) -> tuple[dict[str, Any], list[Experience]]:
-    """The same of any policy on `tasks`, prompted with `templates`; `made` are examples of pairs with a known slip."""
+    """Do the same for any policy on `tasks`, with the prompts of `templates`.
+
+    Args:
+        made: examples of pairs with a known slip.
+    """
     started_s = time.monotonic()
     with VerifyPool("numeric") as pool:
         judge = AnswerJudge(pool)
@@ -127,9 +131,9 @@ def measure_engine(
 
 
 def pointing(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions) -> float:
-    """Share of made pairs whose greedy analysis names the step, and quotes the lines, that the reference does.
+    """Return the share of made pairs whose greedy analysis names the same step and lines as the reference.
 
-    The pairs hold a known slip each and should be drawn by another seed than the warm-up's.
+    Each pair has a known slip. The pairs should be drawn with another seed than those of the warm-up.
     """
     prefill = DEFAULT_TEMPLATES.analysis_prefill
     requests = [Request(render(each["prompt"], tokenizer, prefill=prefill), seed=0) for each in made]
@@ -140,7 +144,7 @@ def pointing(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], condit
 
 
 def _points_to(analysis: str) -> tuple[list[str], list[str]]:
-    """Steps named and equations quoted in the bifurcation."""
+    """Return the named steps and the quoted equations of the bifurcation."""
     bifurcation = analysis.partition("## Critique")[0]
     return re.findall(r"[Ss]tep (\d+)", bifurcation), re.findall(r"-?\d+ [-+] \d+ = -?\d+", bifurcation)
 
@@ -154,7 +158,7 @@ def _figures(
     leaked = sum(each.status is Status.LEAKED for each in experiences)
     replayed = [each.replay for each in experiences if each.replay is not None]
     written = max(1, len(experiences))
-    # What one attempt (k = 1, the paper) would keep, averaged over the attempts.
+    # Lessons that one attempt (k = 1, as in the paper) would keep, averaged over the attempts.
     kept = sum(replay.solved_rate for replay in replayed)
     uplift = [replay.uplift for replay in replayed if replay.uplift is not None]
     return {
@@ -181,7 +185,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Mean over lessons with its 95 % bootstrap interval."""
+    """Return the mean over lessons with its 95 % bootstrap interval."""
     if not values:
         return "none"
     interval = bootstrap_interval(values, resamples=2000, seed=0)
@@ -202,9 +206,9 @@ def show(figures: dict[str, Any], experiences: Sequence[Experience], console: Co
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Parse the options, measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("adapter", type=Path, nargs="?", help="adapter folder; none = the demo model as released")
+    parser.add_argument("adapter", type=Path, nargs="?", help="adapter folder (default: the demo model as it is)")
     defaults = Conditions()
     for name in Conditions.__slots__:
         value = getattr(defaults, name)

@@ -1,10 +1,10 @@
-"""What an analysis says of each kind of slip, in a few wordings per part.
+"""Wordings of the analysis of each kind of slip, a few per section.
 
-A 135M model learns to point at two lines and to say one thing about them; it does not learn to write essays. So the
-bifurcation quotes the lines that part, and everything else is one sentence each, without a number.
+A 135M model can learn to quote two lines and to say one thing about them, but not to write long texts. The bifurcation
+therefore quotes the lines that differ, and each other section is one sentence without a number.
 
 Fields of the bifurcation: `k` the step, `bad` and `good` the two lines, `written` the wrong answer. No wording for a
-last step has `good`: there it is the answer.
+last step has `good`, because that line contains the answer.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """The wordings for one kind of slip."""
+    """Wordings for one kind of slip."""
 
     verdict: tuple[str, ...]
-    """Of the wrong line, where the right one may not be quoted."""
+    """Descriptions of the wrong line, used where the right line may not be quoted."""
     cause: tuple[str, ...]
     shield: tuple[str, ...]
     reflection: tuple[str, ...]
@@ -32,20 +32,20 @@ PARTING = (
     "They part at step {k}. The incorrect solution writes {bad}; the correct one writes {good}.",
     "Step {k} is where they part: {bad} in the incorrect solution, {good} in the correct one.",
 )
-"""Both solutions have a line there, and the right one is not the last."""
+"""Both solutions have a line at this step, and the right one is not the last."""
 
 PARTING_AT_LAST = (
     "They part at step {k}, the last one. The incorrect solution writes {bad}, {verdict}.",
     "Step {k}, the last one, is where they part: {bad} in the incorrect solution, {verdict}.",
 )
-"""The right line holds the answer."""
+"""The right line is the last one and contains the answer."""
 
 STOPS_EARLY = (
     "They part at step {k}. The incorrect solution has no such step; it stops too early.",
     "Step {k} is where they part: the incorrect solution leaves it out.",
 )
 
-GOES_ON = (
+CONTINUES = (
     "They part after the last step. The incorrect solution goes on and writes {bad}.",
     "The correct solution ends where the incorrect one goes on with {bad}.",
 )

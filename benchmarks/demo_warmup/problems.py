@@ -1,4 +1,4 @@
-"""Sums and differences with a running total: right solutions, and wrong ones made by one slip of a known kind."""
+"""Sums and differences with a running total: right solutions, and wrong ones with one slip of a known kind."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Problem:
 
     @property
     def expression(self) -> str:
-        """As the demo tasks write it, such as `5 - 2 + 8`."""
+        """Expression in the format of the demo tasks, such as `5 - 2 + 8`."""
         rest = (f" {'+' if sign > 0 else '-'} {term}" for sign, term in zip(self.signs, self.terms[1:], strict=True))
         return f"{self.terms[0]}{''.join(rest)}"
 
     @property
     def question(self) -> list[Message]:
-        """The conversation a demo task starts."""
+        """Prompt of a demo task, as a conversation."""
         return [{"role": "user", "content": f"What is {self.expression}? {INSTRUCTION}"}]
 
     @property
@@ -34,13 +34,13 @@ class Problem:
         return self.steps()[-1].result
 
     def steps(self) -> tuple[Step, ...]:
-        """The right running totals, one step per term after the first."""
+        """Return the right steps, one per term after the first."""
         return carry_on(self.terms[0], tuple(zip(self.signs, self.terms[1:], strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line: `left` plus or minus `term` gives `result` (rightly or not)."""
+    """One line: `left` plus or minus `term` equals `result`, which may be wrong."""
 
     left: int
     sign: int
@@ -52,7 +52,7 @@ class Step:
 
 
 def carry_on(total: int, moves: Sequence[tuple[int, int]]) -> tuple[Step, ...]:
-    """The right steps from `total` through (sign, term) after (sign, term)."""
+    """Return the right steps from `total`, one per (sign, term)."""
     steps = []
     for sign, term in moves:
         steps.append(Step(total, sign, term, total + sign * term))
@@ -61,7 +61,11 @@ def carry_on(total: int, moves: Sequence[tuple[int, int]]) -> tuple[Step, ...]:
 
 
 def draw_problem(rng: random.Random, terms: Sequence[int] = (3, 4)) -> Problem:
-    """One-digit terms, as many as one of `terms` says; running totals stay where those of four terms can be."""
+    """Draw a problem of one-digit terms, with running totals in the range that four terms can reach.
+
+    Args:
+        terms: possible numbers of terms.
+    """
     while True:
         count = rng.choice(terms)
         numbers = tuple(rng.randint(0, 9) for _ in range(count))
@@ -96,16 +100,16 @@ STYLES: tuple[tuple[Callable[[int, Sequence[Step]], list[str]], int], ...] = (
     (_narrated, 1),
     (_totals, 1),
 )
-"""(how lines are written, how often)."""
+"""(function that writes the lines, relative frequency)."""
 
 
 def draw_style(rng: random.Random) -> int:
-    """Index into STYLES."""
+    """Draw an index into STYLES."""
     return rng.choices(range(len(STYLES)), weights=[weight for _, weight in STYLES])[0]
 
 
 def write_solution(start: int, steps: Sequence[Step], answer: int, style: int) -> str:
-    """One line per step and the answer line."""
+    """Return one line per step and the answer line."""
     return "\n".join([*STYLES[style][0](start, steps), f"Answer: {answer}"])
 
 
@@ -114,18 +118,18 @@ def write_solution(start: int, steps: Sequence[Step], answer: int, style: int) -
 
 @dataclass(frozen=True, slots=True)
 class Slip:
-    """A wrong solution: what kind of slip, at which step of the right solution (from 1), and what was written."""
+    """Wrong solution: the kind of slip, its step in the right solution (from 1), and the written steps and answer."""
 
     kind: str
     at: int
     steps: tuple[Step, ...]
     answer: int
     wrong_total: int
-    """The first total that is wrong, as the wrong solution wrote it."""
+    """First wrong total in the wrong solution."""
 
 
 def _replaced(problem: Problem, at: int, wrong: Sequence[Step]) -> tuple[Step, ...]:
-    """The right steps before step `at`, then `wrong`, then right arithmetic on a wrong total."""
+    """Return the right steps before step `at`, then `wrong`, then right arithmetic on a wrong total."""
     before = problem.steps()[: at - 1]
     total = wrong[-1].result if wrong else (before[-1].result if before else problem.terms[0])
     moves = list(zip(problem.signs, problem.terms[1:], strict=True))[at:]
@@ -159,7 +163,7 @@ def _repeated(problem: Problem, at: int, rng: random.Random) -> tuple[Step, ...]
 
 
 def _stale(problem: Problem, at: int, rng: random.Random) -> tuple[Step, ...]:
-    """Works from the total before the last one; at step 2 that is the first number."""
+    """Continue from the total before the last one; at step 2 that is the first number."""
     right = problem.steps()[at - 1]
     if at < 2:
         return problem.steps()
@@ -167,7 +171,7 @@ def _stale(problem: Problem, at: int, rng: random.Random) -> tuple[Step, ...]:
 
 
 def _unsigned(problem: Problem, at: int, rng: random.Random) -> tuple[Step, ...]:
-    """Subtracts the other way round where the total drops below zero, and so loses the minus sign."""
+    """Subtract in reverse order where the total is negative, which loses the minus sign."""
     right = problem.steps()[at - 1]
     return _replaced(problem, at, [Step(right.left, right.sign, right.term, abs(right.result))])
 
@@ -181,13 +185,13 @@ SLIPS: dict[str, tuple[Callable[[Problem, int, random.Random], tuple[Step, ...]]
     "stale": (_stale, 2),
     "unsigned": (_unsigned, 3),
 }
-"""Kind of slip -> (what it makes of the steps, how often)."""
+"""Kind of slip -> (function that returns the wrong steps, relative frequency)."""
 LAST_LINE = "last_line"
-"""The slip that leaves the steps right and the answer line wrong."""
+"""Slip with right steps and a wrong answer line."""
 
 
 def draw_slip(problem: Problem, rng: random.Random) -> Slip:
-    """A slip that changes the answer."""
+    """Draw a slip that changes the answer."""
     while True:
         if rng.random() < 0.08:
             answer = rng.choice([problem.steps()[-2].result, problem.answer + rng.choice((-1, 1)), -problem.answer])
@@ -196,7 +200,7 @@ def draw_slip(problem: Problem, rng: random.Random) -> Slip:
             kind = rng.choices(list(SLIPS), weights=[weight for _, weight in SLIPS.values()])[0]
             at = rng.randint(1, len(problem.signs))
             steps = SLIPS[kind][0](problem, at, rng)
-            if kind != "repeated":  # the steps part where a repeated line follows, but the slip is the step before
+            if kind != "repeated":  # for a repeated step the solutions diverge one line later
                 at = next((n for n, (a, b) in enumerate(zip_longest(problem.steps(), steps), 1) if a != b), at)
             changed = min(at if kind == "repeated" else at - 1, len(steps) - 1)
             answer = steps[-1].result if steps else problem.terms[0]

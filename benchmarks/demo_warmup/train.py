@@ -1,6 +1,6 @@
-"""The shipped recipe: `python -m demo_warmup.train FOLDER` trains the demo adapter anew, on a CPU.
+"""Train the demo adapter from scratch, on a CPU: `PYTHONPATH=benchmarks python -m demo_warmup.train FOLDER`.
 
-FOLDER gets the examples, the run with its checkpoints, and `demo_adapter` as it is shipped.
+Writes the examples, the run with its checkpoints, and `demo_adapter` in its shipped form to FOLDER.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mel_lite.models.adapters import RECORD, WEIGHTS, LoraSpec
 from mel_lite.models.load import ModelSpec
 from mel_lite.warmup.train import WarmupOptions, warmup
 
-# bfloat16 halves the time on CPUs that compute in it; the adapter's own weights are float32 while they are trained.
+# bfloat16 halves the time on CPUs that compute in it. The weights of the adapter are float32 during training.
 MODEL = ModelSpec("demo", dtype="bfloat16")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LORA = LoraSpec(r=8, alpha=16)
@@ -28,7 +28,7 @@ OPTIONS = WarmupOptions(epochs=1, batch_size=4, learning_rate=1.5e-3, warmup_ste
 
 
 def ship(adapter: Path, target: Path) -> None:
-    """Copy what is needed of an adapter: weights as float16 (rounded by at most 2^-11 relative), no local paths."""
+    """Copy the needed files of an adapter: weights as float16 (relative error at most 2^-11), without local paths."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -36,17 +36,17 @@ def ship(adapter: Path, target: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in weights.values()), "float16 overflowed"
     target.mkdir(exist_ok=True)
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-    (target / WEIGHTS).chmod(0o644)  # safetensors writes it for the owner alone
+    (target / WEIGHTS).chmod(0o644)  # safetensors makes it readable for the owner only
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = BASE
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
-    record["base"]["dtype"] = "auto"  # it works on the base in any float type
+    record["base"]["dtype"] = "auto"  # the adapter fits the base in any float dtype
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(folder: Path) -> None:
-    """Write the examples, train on them, and leave the adapter and what made it."""
+    """Write the examples, train on them, and write the adapter with its recipe and examples."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = folder / "examples.jsonl"
     write_examples(examples)
@@ -65,12 +65,12 @@ def main(folder: Path) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "examples_sha256": hashlib.sha256(examples.read_bytes()).hexdigest(),
     }
-    archive = gzip.compress(examples.read_bytes(), mtime=0)  # no time stamp: the same bytes every time
+    archive = gzip.compress(examples.read_bytes(), mtime=0)  # without a time stamp the bytes are reproducible
     (folder / "demo_adapter" / "examples.jsonl.gz").write_bytes(archive)
     (folder / "demo_adapter" / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m demo_warmup.train FOLDER")
+        sys.exit("usage: PYTHONPATH=benchmarks python -m demo_warmup.train FOLDER")
     main(Path(sys.argv[1]))
