@@ -22,7 +22,7 @@ LOCKED := --progress-bar off --no-deps --require-hashes
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all faults lint format wheel lock audit clean
+.PHONY: help venv train test test-all faults lint format docs wheel lock audit clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ lint: venv  ## ruff, mypy and deptry
 format: venv  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: venv  ## write docs/configuration.md, and the figures that the pages quote
+	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python benchmarks/tables.py
 
 wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
 	$(BIN)/python -m build --no-isolation

@@ -17,6 +17,7 @@ from mel_lite.types import (
     PairStrategy,
     ReplayCriterion,
 )
+from mel_lite.verify.verifiers import BUILT_IN
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -55,7 +56,7 @@ class MELConfig(GRPOConfig):
     )
     verifier: str | None = _option(
         None,
-        "Verifier that calls a completion right or wrong: math, numeric, exact, multiple-choice, reasoning-gym, or a "
+        f"Verifier that calls a completion right or wrong: {', '.join(BUILT_IN)}, or a "
         "dotted path to `verifier(completion, answer) -> right | wrong | abstain`. None: math if the dataset has an "
         "`answer` or `solution` column, else a completion is right when its reward reaches `verifier_threshold`.",
     )

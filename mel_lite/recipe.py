@@ -1,4 +1,4 @@
-"""From a preset, a YAML file and flags to one resolved recipe: what a run does, and where each value came from."""
+"""Recipes: the options of a run, resolved from a preset, a YAML file and flags."""
 
 from __future__ import annotations
 
@@ -26,42 +26,53 @@ MergedDtype = Literal["auto", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """Which tasks to train and evaluate on. Specs: `demo`, a file, a Hub id, or `reasoning-gym:<task>`."""
+    """Tasks to train and evaluate on. A spec is `demo`, a file, a Hub id, or `reasoning-gym:<task>`."""
 
     train: str = "demo"
+    """Spec of the training tasks."""
     eval: str | None = None
+    """Spec of the held-out tasks; None = no evaluation."""
     split: str | None = None
     """Split of `train`; None = its training split."""
     eval_split: str | None = None
     """Split of `eval`; None = its training split."""
     limit: int | None = None
+    """Number of training tasks to use, from the first on; None = all."""
     max_prompt_tokens: int | None = None
-    """Longer prompts are left out; None = all that leave room for a completion in the model's context."""
+    """Longest training prompt; longer ones are left out. None = what leaves room for a completion in the context."""
     prompt_column: str | None = None
+    """Column of the question; None = by its usual names."""
     answer_column: str | None = None
+    """Column of the reference answer; None = by its usual names."""
     system_prompt: str | None = None
+    """System message before each task."""
     conversational: bool | None = None
     """Turn plain questions into a user turn; None = when the tokenizer has a chat template."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """How the model is measured before and after training."""
+    """Evaluation on the held-out tasks, before and after training."""
 
     limit: int | None = None
+    """Number of held-out tasks to use, from the first on; None = all."""
     k: int = 8
+    """Samples per task for Avg@k and Pass@k."""
     temperature: float = 0.6
+    """Temperature of those samples."""
     max_new_tokens: int | None = None
-    """None = `train.max_completion_length`."""
+    """Longest answer in tokens; None = `train.max_completion_length`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What is written at the end beside the adapter."""
+    """Model to write after training, in addition to the adapter."""
 
     format: Literal["merged-16bit"] | GgufType | None = "merged-16bit"
     """`merged-16bit`; a GGUF type, where llama.cpp's tools are installed; or null for the adapter alone."""
     dtype: MergedDtype = "auto"
+    """Dtype of the merged weights. `auto`: the base checkpoint's own 16-bit type, or for a float32 checkpoint whose
+    weights fit its range, float16."""
 
 
 SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": EvalOptions, "export": ExportOptions}
@@ -69,7 +80,7 @@ SECTIONS = {"model": ModelSpec, "lora": LoraSpec, "data": DataOptions, "eval": E
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A resolved run. `train` holds MELConfig options, checked when the MELConfig is built."""
+    """Options of a run. `train` holds MELConfig options, which are checked when the MELConfig is built."""
 
     model: ModelSpec
     lora: LoraSpec | None
@@ -79,7 +90,7 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
 
     def as_yaml(self) -> str:
-        """The recipe as a file that `--config` reads back to an equal recipe."""
+        """Return the recipe as YAML, from which `--config` reads an equal recipe."""
         sections: dict[str, Any] = {
             name: None if getattr(self, name) is None else _plain(getattr(self, name)) for name in SECTIONS
         }
@@ -93,7 +104,7 @@ def _plain(section: Any) -> dict[str, Any]:
 def resolve(
     *, preset: str | None = None, config: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()
 ) -> Recipe:
-    """Preset, then file, then overrides (`a.b`, value), later ones winning.
+    """Return the recipe of a preset, then a file, then overrides (`a.b`, value); later values win.
 
     Raises: ConfigError for an unknown preset, section or key (with the nearest known one), or a value of a wrong type.
     """
@@ -142,7 +153,7 @@ def _build(values: dict[str, Any]) -> Recipe:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as one of the types a field allows; numbers may be written as text, as YAML reads 1e-5."""
+    """Return `value` as one of the types of a field. Numbers may be text: YAML reads 1e-5 as text."""
     union = get_origin(hint) in (Union, UnionType)
     members = get_args(hint) if union else (hint,)
     allowed = [get_origin(member) or member for member in members]
@@ -190,22 +201,22 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def keys_of(path: Path) -> set[str]:
-    """Every `section.key` that a recipe file sets. Raises ConfigError when it cannot be read."""
+    """Return every `section.key` that a recipe file sets. Raises ConfigError when it cannot be read."""
     sections = {section: options for section, options in _load_yaml(path).items() if isinstance(options, dict)}
     return {f"{section}.{key}" for section, options in sections.items() for key in options}
 
 
 def value_in(path: Path | None, key: str) -> Any:
-    """What a recipe file says of `section.key`; None where it says nothing, and without a file."""
+    """Return the value of `section.key` in a recipe file; None when it is not set there, and without a file."""
     section, _, name = key.partition(".")
     options = None if path is None else _load_yaml(path).get(section)
     return options.get(name) if isinstance(options, dict) else None
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> (`a.b`, value), the value read as YAML. Raises ConfigError when there is no `=`.
+    """Split `a.b=value` into (`a.b`, value), with the value read as YAML. Raises ConfigError when there is no `=`.
 
-    YAML reads 1e-5 as text; it becomes a number where a field wants one.
+    YAML reads 1e-5 as text; it becomes a number where a field needs one.
     """
     key, equals, value = text.partition("=")
     if not equals:
@@ -218,7 +229,7 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def build_args(recipe: Recipe, output_dir: Path) -> Any:
-    """The MELConfig of a recipe. Raises ConfigError for an unknown key (with a suggestion) or a bad value."""
+    """Return the MELConfig of a recipe. Raises ConfigError for an unknown key (with a suggestion) or a bad value."""
     from mel_lite.config import MELConfig
 
     known = [f.name for f in fields(MELConfig) if f.init]

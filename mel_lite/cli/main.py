@@ -16,6 +16,7 @@ from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, 
 from mel_lite.errors import ConfigError, MelLiteError, check_choice
 from mel_lite.text import printable
 from mel_lite.types import Algorithm, Status
+from mel_lite.verify.verifiers import BUILT_IN
 
 app = typer.Typer(
     name="mel-lite",
@@ -159,7 +160,7 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
     verifier: Annotated[
         str | None,
-        typer.Option(help="math, numeric, exact, multiple-choice, reasoning-gym or pkg:fn. Default: the dataset's."),
+        typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's."),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,

@@ -48,11 +48,14 @@ _RECORDED = ("name", "revision", "dtype", "load_in_4bit", "quant_type", "double_
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA adapter to train."""
+    """LoRA adapter to train. `lora: null` trains all weights instead."""
 
     r: int = 16
+    """Rank."""
     alpha: int = 32
+    """Numerator of the update's scale, `alpha / r`."""
     dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input in training, in [0, 1)."""
     target_modules: str | Sequence[str] = "all-linear"
     """`all-linear` (every linear layer except the head), or a list of module names (`["q_proj", "v_proj"]`)."""
     use_rslora: bool = False

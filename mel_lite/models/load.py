@@ -33,7 +33,7 @@ EngineName = Literal["auto", "unsloth", "hf"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Base model and how to load it. There is no `trust_remote_code`: repository code is never run.
+    """Base model and how to load it. `trust_remote_code` is not an option: repository code is never run.
 
     Raises: ConfigError for a value outside its range.
     """
@@ -48,6 +48,7 @@ class ModelSpec:
     load_in_4bit: bool = False
     """Quantize the linear layers (not the head) to 4 bits while loading: QLoRA."""
     quant_type: QuantType = "nf4"
+    """4-bit data type of bitsandbytes."""
     double_quant: bool = True
     """Also quantize the scales, which saves 0.4 bits per weight."""
     attn_implementation: str | None = None

@@ -1,21 +1,14 @@
-r"""Is the final answer of a completion the reference answer? Binary verdicts, apart from shaped rewards.
+"""Verifiers: binary verdicts on whether the final answer of a completion is the reference answer.
 
 A verifier is `f(completion, answer, **columns)`: the completion's text, the row's reference answer, and those of the
-row's other dataset columns its signature names (all of them with `**kwargs`). Built in:
+row's other dataset columns that its signature names (all of them with `**kwargs`). The first two paragraphs of a
+built-in verifier's docstring are its entry in docs/configuration.md.
 
-| name            | right when the answer ...                      | without a marked answer it reads            |
-|-----------------|------------------------------------------------|---------------------------------------------|
-| math            | equals the reference for math-verify           | the last formula or number of the tail      |
-| numeric         | is the same number (`1,234.50`, `$5`, `1/2`)   | the last number                             |
-| exact           | is the same text (case, spaces, final dot)     | the whole completion, then its last line    |
-| multiple-choice | is the same letter A-J                         | a lone letter, or the only `(X)` in the text |
-| reasoning-gym   | scores >= 0.99 with the task's own scorer      | the whole completion                        |
+A *marked* answer (`extract_answer`) always wins over the fallbacks for unmarked ones, so listing candidates gains
+nothing. A reference that allows no verdict (empty, or not parsed by `math`/`numeric`/`multiple-choice`) gives ABSTAIN.
 
-A *marked* answer (`extract_answer`) always wins over these fallbacks, so listing candidates gains nothing. A reference
-no verdict can be drawn from (empty, or not parsed by `math`/`numeric`/`multiple-choice`) gives ABSTAIN.
-
-Answers are hostile text: nothing here evaluates them, and every pass over them is linear. `math` hands them to sympy,
-which may run for hours: call it through `mel_lite.verify.pool.VerifyPool`, which has the deadline.
+Answers are hostile text: nothing here evaluates them, and every pass over them is linear. `math` passes them to sympy,
+which may run for hours: call it through `mel_lite.verify.pool.VerifyPool`, which enforces a deadline.
 """
 
 from __future__ import annotations
@@ -36,17 +29,20 @@ from mel_lite.verify import extract, gym
 from mel_lite.verify.extract import extract_answer
 
 RIGHT_SCORE = 0.99
-"""A verifier that returns a number says RIGHT from here on: partial credit is not a right answer."""
+"""Least score of a verifier that returns a number which counts as RIGHT: partial credit is not a right answer."""
 MAX_ANSWER_CHARS = 2_000
-"""A longer final answer is WRONG unread: no honest one is, and parsers of nested text are not linear."""
+"""Longest final answer that is read. A longer one is WRONG: parsers of nested text are not linear."""
 _MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
 """Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
 TAIL_CHARS = 2_000
-"""How much of the end of a completion `math` searches when no answer is marked."""
+"""Length of the end of a completion that `math` searches when no answer is marked."""
 
 
 def exact(completion: str, answer: str) -> Verdict:
-    """Same text after folding case, spaces, quotes, Markdown and the final dot; no marker: whole text or last line."""
+    """Require the same text, apart from case, spaces, quotes, Markdown and the final dot.
+
+    Without a marked answer, the whole completion or its last line may match.
+    """
     gold = extract.normalize(answer)
     if not gold:
         return Verdict.ABSTAIN
@@ -56,9 +52,10 @@ def exact(completion: str, answer: str) -> Verdict:
 
 
 def numeric(completion: str, answer: str) -> Verdict:
-    """Same number: exactly for integers, else within 2e-6; currency, separators, percent signs and units are ignored.
+    """Require the same number: exactly for integers, else within 2e-6. Currency, separators and units are ignored.
 
-    A marked answer must hold one number (after its last `=`): `3, 4 or 5` is no answer. No marker: the last number.
+    A marked answer must hold one number (after its last `=`): `3, 4 or 5` is no answer. Without a marked answer, the
+    last number of the completion is read.
     """
     gold = extract.sole_number(extract.marked_or_whole(answer))
     if gold is None:
@@ -69,7 +66,10 @@ def numeric(completion: str, answer: str) -> Verdict:
 
 
 def multiple_choice(completion: str, answer: str) -> Verdict:
-    """Same letter A-J: `B`, `(B)`, `B.`, `B) Paris`, `option B`, `the answer is B`."""
+    """Require the same letter A-J: `B`, `(B)`, `B.`, `B) Paris`, `option B`, `the answer is B`.
+
+    Without a marked answer, a lone letter or the only `(X)` of the completion is read.
+    """
     gold = extract.choice_letter(extract.marked_or_whole(answer))
     if gold is None:
         return Verdict.ABSTAIN
@@ -79,9 +79,12 @@ def multiple_choice(completion: str, answer: str) -> Verdict:
 
 
 def math_verify(completion: str, answer: str) -> Verdict:
-    """Mathematically equal for math-verify: fractions, surds, sets, intervals, matrices, percent, `x = 5` for `5`.
+    """Require equality by math-verify: of fractions, surds, sets, intervals, matrices, percent, `x = 5` for `5`.
 
-    The reference may be LaTeX or plain. Without a deadline of its own. Raises: MemoryError, which the pool counts.
+    The reference may be LaTeX or plain. Without a marked answer, the last formula or number of the last 2,000
+    characters is read.
+
+    Has no deadline of its own. Raises: MemoryError, which the pool counts.
     """
     gold_text = extract.marked_or_whole(answer)
     if extract.is_word(gold_text):  # a letter product would make anagrams equal
@@ -111,7 +114,7 @@ def math_verify(completion: str, answer: str) -> Verdict:
 
 @lru_cache(maxsize=4096)
 def _parse_formula(text: str) -> Any:
-    """The sympy object of a bare formula, or None when it does not parse."""
+    """Return the sympy object of a bare formula, or None when it does not parse."""
     from math_verify import LatexExtractionConfig, parse
 
     text = text.strip().strip("$").strip()
@@ -124,7 +127,7 @@ def _parse_formula(text: str) -> Any:
 
 
 def _parse_prose(text: str, *, latex_only: bool = False) -> Any:
-    """The sympy object of the last formula (or number, unless `latex_only`) in running text, or None."""
+    """Return the sympy object of the last formula (or number, unless `latex_only`) in running text, or None."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     kinds = [LatexExtractionConfig()] if latex_only else [LatexExtractionConfig(), ExprExtractionConfig()]
@@ -133,7 +136,7 @@ def _parse_prose(text: str, *, latex_only: bool = False) -> Any:
 
 
 def _equal(gold: Any, found: Any) -> bool:
-    """math-verify's comparison; the order of the two matters. An error inside it means `not shown equal`."""
+    """Compare by math-verify, to which the order of the two matters. An error inside it counts as not equal."""
     from math_verify import verify
 
     if found is None:
@@ -147,7 +150,12 @@ def _equal(gold: Any, found: Any) -> bool:
 
 
 def reasoning_gym(completion: str, answer: str, gym_entry: str) -> Verdict:
-    """The task's own scorer gives >= 0.99. `gym_entry`: the generated entry as JSON, as `load_tasks` stores it."""
+    """Require a score of at least 0.99 from the task's own scorer. Needs the `gym` extra.
+
+    Without a marked answer, the whole completion is scored.
+
+    `gym_entry` is the generated entry as JSON, as `load_tasks` stores it.
+    """
     marked = extract_answer(completion)
     candidate = extract.clean(completion if marked is None else marked).strip()
     if len(candidate) > MAX_ANSWER_CHARS:
@@ -166,17 +174,20 @@ BUILT_IN: dict[str, Callable[..., Verdict]] = {
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """A verifier by name: calls the function with the columns it takes and turns its result into a Verdict."""
+    """A verifier function with its name and columns; calling it returns a Verdict."""
 
     name: str
     function: Callable[..., Any]
     columns: frozenset[str] | None
     """Names of the dataset columns the function takes; None = all of them."""
     by_keyword: bool
-    """True when its parameters are called `completion` and `answer`, so that their order cannot be mistaken."""
+    """True when its parameters are called `completion` and `answer`: it is then called by keyword."""
 
     def __call__(self, completion: str, answer: str, /, **columns: Any) -> Verdict:
-        """Verdict of one completion. Raises: whatever the function raises; VerifierError for another return type."""
+        """Return the verdict on one completion.
+
+        Raises: whatever the function raises; VerifierError for another return type.
+        """
         taken = {
             name: value
             for name, value in columns.items()
@@ -201,7 +212,9 @@ class Verifier:
 
 
 def get_verifier(name: str) -> Verifier:
-    """The verifier called `name`: a built-in, or a dotted path `package.module:function` / `package.module.function`.
+    """Return the verifier called `name`: a built-in, or a dotted path.
+
+    The path is `package.module:function` or `package.module.function`.
 
     Raises: VerifierError when there is none of that name, it cannot be imported, or it cannot be called.
     """

@@ -1,11 +1,13 @@
-"""Pages: figures are generated, links, files, commands and scripts are real."""
+"""Pages: figures and options are generated; links, files, commands and scripts are real."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,16 +22,27 @@ from tiny_models import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def script(path: str) -> ModuleType:
+    """Load a script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as when it is run as a script
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("benchmarks/tables.py")
     monkeypatch.undo()
     return module
+
+
+@pytest.fixture(scope="module")
+def configuration() -> ModuleType:
+    return script("docs/make_configuration.py")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md"])
@@ -166,3 +179,33 @@ def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert trainer.state.global_step == 1 and trainer.args.with_meta_experience
     assert {type(layer).__name__ for layer in trainer.model.modules()} >= {"LoraModel"}
     assert (tmp_path / "runs/mine/metrics.jsonl").is_file()
+
+
+def test_the_page_of_options_is_what_the_code_has(configuration: ModuleType) -> None:
+    assert configuration.PAGE.read_text(encoding="utf-8") == configuration.page(), (
+        "run python docs/make_configuration.py"
+    )
+
+
+def test_every_option_and_verifier_has_a_row_with_a_meaning(configuration: ModuleType) -> None:
+    from mel_lite.config import MELConfig
+    from mel_lite.recipe import SECTIONS
+    from mel_lite.verify.verifiers import BUILT_IN
+
+    rows = [line for line in configuration.page().splitlines() if line.startswith("| `")]
+    named = Counter(line.split("`")[1] for line in rows)
+    wanted = Counter(field.name for kind in SECTIONS.values() for field in dataclasses.fields(kind))
+    wanted += Counter([*MELConfig.__annotations__, *BUILT_IN])
+    assert named == wanted
+    assert all(len(line.rstrip("| ").split(" | ")[-1]) > 4 for line in rows)
+    (row,) = (line for line in rows if line.startswith("| `leak_policy` "))
+    assert row.startswith("| `leak_policy` | `reject`, `redact`, `off` | `reject` | Treatment of a meta-experience ")
+
+
+def test_an_option_without_a_text_is_noticed(configuration: ModuleType) -> None:
+    """`field_docs` reads sources, so the class must be one of a file."""
+    from mel_lite.evaluate import PromptScore
+
+    assert configuration.field_docs(PromptScore) == {}
+    with pytest.raises(KeyError, match="prompt_hash"):
+        configuration.section("score", PromptScore)
