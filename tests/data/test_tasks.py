@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 
-from mel_lite.data import demo_tasks, sources, tasks
+from mel_lite.data import tasks
 from mel_lite.data.tasks import MAX_PROMPT_CHARS, PRESETS, load_tasks, recommended_verifier
 from mel_lite.errors import DataError
 from mel_lite.verify.verifiers import get_verifier
+from task_files import EXPECTED, ROWS, write
 
 Publish = Callable[..., None]
-ROWS = [{"question": f"{i} + 1?", "answer": i + 1, "level": i % 2} for i in range(6)]
-EXPECTED = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "level": i % 2} for i in range(6)]
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    """Write rows in the format of the file name."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
 
 
 @pytest.fixture
@@ -56,44 +34,7 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
     return make
 
 
-# ---- files ----
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_file_format_gives_the_same_tasks(suffix: str, tmp_path: Path) -> None:
-    tasks = load_tasks(write(tmp_path / f"tasks{suffix}", ROWS))
-    expected = EXPECTED if suffix != ".csv" else [row | {"level": str(row["level"])} for row in EXPECTED]
-    assert list(tasks) == expected
-    assert load_tasks(str(tmp_path / f"tasks{suffix}"), limit=2)["answer"][:] == ["1", "2"]
-
-
-def test_json_with_one_list_inside_and_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.json"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"version": 1, "data": ROWS}).encode())
-    assert list(load_tasks(str(path))) == EXPECTED
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"prompt": "x", "answer": 1}\n{"prompt": \n', r"a.jsonl, line 2: '.*' is not JSON"),
-        ("a.jsonl", b'{"prompt": "x", "answer": 1}\n\n[1, 2]\n', r"a.jsonl, line 3: '\[1, 2\]' is not an object"),
-        ("a.jsonl", b'{"prompt": "\xff", "answer": 1}\n', r"a.jsonl, line 1: .* is not JSON \('utf-8' codec"),
-        ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: .* is not JSON"),
-        ("a.json", b'{"prompt": "x"}', "a.json: holds a dict; a .json file must be a list of objects"),
-        ("a.csv", b"prompt,answer\nx,1\ny,2,3\n", "a.csv, row 2: has more cells than the header"),
-        ("a.csv", b"prompt,answer\nx,1\n\xff,2\n", "a.csv, row .: is not readable as UTF-8 CSV"),
-        ("a.parquet", b"PAR1 not really", "a.parquet, row 1: is not readable as Parquet"),
-        ("a.jsonl", b"", "has no rows"),
-        ("a.csv", b"prompt,answer\n", "has no rows"),
-        ("a.json", b"[]", "has no rows"),
-        ("a.txt", b"x", "give a file ending in .jsonl, .json, .csv, .parquet"),
-    ],
-)
-def test_unreadable_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load_tasks(str(tmp_path / name))
+# ---- rows ----
 
 
 @pytest.mark.parametrize(
@@ -179,29 +120,6 @@ def test_prompts_become_conversations_if_requested(tmp_path: Path) -> None:
     assert load_tasks(talk, system_prompt="new")["prompt"][:] == [[system, user]]
 
 
-# ---- specs ----
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "message"),
-    [
-        ("demo:dev", {}, "the demo has no split 'dev'; it has train, test"),
-        ("no.jsonl", {}, "no such file"),
-        ("./folder", {}, "give a file ending in"),
-        ("demo", {"limit": 0}, "limit = 0"),
-        ("somebody/something", {}, r"could not be loaded from the Hugging Face Hub \(\w+: .*'demo' needs no network"),
-    ],
-)
-def test_unusable_specs(spec: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_tasks(spec, **options)
-
-
-def test_a_file_has_no_splits(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="split = 'test': a file has no splits"):
-        load_tasks(write(tmp_path / "tasks.json", ROWS), split="test")
-
-
 def test_recommended_verifiers_exist() -> None:
     assert recommended_verifier("demo") == recommended_verifier("demo:test") == "numeric"
     assert recommended_verifier("openai/gsm8k:main") == "numeric"
@@ -267,81 +185,3 @@ def test_a_hub_dataset_in_the_same_layout_needs_no_preset(publish: Publish) -> N
     publish("somebody/mirror", [row], config="small", split="validation")
     tasks = load_tasks("somebody/mirror:small", split="validation")
     assert list(tasks) == [{"prompt": prompt, "answer": "7", "reward_model": {"ground_truth": ["7"]}}]
-
-
-# ---- generated and packaged tasks ----
-
-
-def test_reasoning_gym_tasks_are_scored_by_their_own_verifier() -> None:
-    pytest.importorskip("reasoning_gym")
-    tasks = load_tasks("reasoning-gym:chain_sum?min_terms=2&max_terms=2&size=5&seed=3")
-    verifier = get_verifier("reasoning-gym")
-    assert len(tasks) == 5
-    for task in tasks:
-        entry = json.loads(task["gym_entry"])
-        assert task["prompt"] == f"{entry['question']}\n\n{sources.GYM_INSTRUCTION}"
-        assert entry["metadata"]["num_terms"] == 2
-        assert verifier(f"<answer>{task['answer']}</answer>", task["answer"], gym_entry=task["gym_entry"]) == "right"
-        assert verifier("<answer>x</answer>", task["answer"], gym_entry=task["gym_entry"]) == "wrong"
-
-
-def test_reasoning_gym_seeds_and_splits() -> None:
-    pytest.importorskip("reasoning_gym")
-    prompts = [
-        load_tasks(f"reasoning-gym:chain_sum{query}", limit=3, **options)["prompt"][:]
-        for query, options in (
-            ("", {"seed": 1}),
-            ("?seed=1", {}),
-            ("", {"seed": 2}),
-            ("", {"seed": 1, "split": "test"}),
-        )
-    ]
-    assert prompts[0] == prompts[1]
-    assert len({tuple(each) for each in prompts}) == 3
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("reasoning-gym:chain_sun", "no task 'chain_sun'. Did you mean 'chain_sum'"),
-        ("reasoning-gym:gcd?sizes=3", "does not take these options .*'sizes'"),
-        ("reasoning-gym:gcd?size=0", "size = 0 must be at least 1"),
-        ("reasoning-gym:gcd?size=many", "does not take these options"),
-        ("reasoning-gym:chain_sum?min_terms=-1", "min_terms must be positive"),
-    ],
-)
-def test_reasoning_gym_specs_that_cannot_work(spec: str, message: str) -> None:
-    pytest.importorskip("reasoning_gym")
-    with pytest.raises(DataError, match=message):
-        load_tasks(spec)
-
-
-def test_a_missing_reasoning_gym_is_an_error_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match=r'needs the package reasoning-gym .*pip install "mel-lite\[gym\]"'):
-        load_tasks("reasoning-gym:gcd")
-
-
-def test_demo_splits_share_no_question_and_every_answer_is_right() -> None:
-    splits = {split: load_tasks(f"demo:{split}") for split in demo_tasks.SPLITS}
-    assert {split: len(tasks) for split, tasks in splits.items()} == {"train": 400, "test": 100}
-    assert list(load_tasks("demo", split="test")) == list(splits["test"])
-    prompts = [task["prompt"] for tasks in splits.values() for task in tasks]
-    assert len(set(prompts)) == 500
-    verifier = get_verifier(recommended_verifier("demo") or "")
-    for split in splits.values():
-        for task in split:
-            terms = task["prompt"].removeprefix("What is ").partition("?")[0].split()
-            value = int(terms[0])
-            for sign, term in zip(terms[1::2], terms[2::2], strict=True):
-                value = {"+": value + int(term), "-": value - int(term), "*": value * int(term)}[sign]
-            assert int(task["answer"]) == value
-            assert verifier(f"Answer: {value}", task["answer"]) == "right"
-            assert verifier(f"Answer: {value + 1}", task["answer"]) == "wrong"
-
-
-def test_demo_files_are_what_the_generator_writes(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
-    subprocess.run([sys.executable, "-m", "mel_lite.data.demo_tasks.make", str(tmp_path)], check=True)
-    for split in demo_tasks.SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == demo_tasks.path(split).read_bytes()

@@ -1,8 +1,7 @@
-"""Verdicts on labelled answers, answer extraction, and the return values of custom verifiers."""
+"""Verdicts on labelled answers, and the return values of custom verifiers."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -15,8 +14,6 @@ from answer_pairs import ATTACKS, PAIRS
 from cpu_limit import cpu_limit
 from mel_lite.errors import VerifierError
 from mel_lite.types import Verdict
-from mel_lite.verify import extract, gym
-from mel_lite.verify.extract import extract_answer
 from mel_lite.verify.verifiers import BUILT_IN, MAX_ANSWER_CHARS, get_verifier
 
 
@@ -30,69 +27,6 @@ def test_enough_pairs_of_every_kind() -> None:
     assert {(name, verdict) for name, _, _, verdict in PAIRS} == {
         (name, verdict) for name in BUILT_IN if name != "reasoning-gym" for verdict in ("right", "wrong", "abstain")
     }
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (r"a \boxed{1} b \boxed{\frac{1}{2}} c", r"\frac{1}{2}"),
-        (r"\boxed{\{1, \{2\}\}}", r"\{1, \{2\}\}"),
-        (r"\boxed{7} and then \boxed{8", "7"),
-        (r"\boxed{} nothing", None),
-        ("so #### 72\n", None),
-        ("so\n#### 72\n", "72"),
-        ("#### -1,000 apples", "-1,000 apples"),
-        ("#### Step 3: compute\n4", None),
-        ("#### 3. Compute\n4", None),
-        ("Answer: 5\nThat is all.", "5"),
-        ("**Answer:** 42", "42"),
-        ("**Final Answer**\nAnswer:\n\n12", "12"),
-        ("The final answer is $4$", "$4$"),
-        ("<answer>1</answer> wait <answer> 2 </answer>", "2"),
-        ("<answer>1</answer> then <answer>2", "1"),
-        (r"<answer>Answer: \boxed{3}</answer>", "3"),
-        ("Answer: 3\n" + r"so \boxed{4}", "4"),
-        (r"\boxed{4}" + "\nAnswer: 3", "3"),
-        ("the answer is 7", "7"),
-        (r"\boxed{4}, and the answer is always positive", "4"),
-        ("no marker: 4", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text: str, expected: str | None) -> None:
-    assert extract_answer(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "value", "percent"),
-    [
-        ("$1,234.50", "2469/2", False),
-        ("-$5", "-5", False),
-        ("$-5", "-5", False),
-        ("12%", "12", True),
-        (r"12 \%", "12", True),
-        (r"-\frac{1}{2}", "-1/2", False),
-        (r"3\frac12", "7/2", False),
-        ("2 3/4 cups", "11/4", False),
-        ("1.5e3", "1500", False),
-        (r"1.5\times 10^{-1}", "3/20", False),
-        ("\uff14\uff12", "42", False),
-        ("12{,}345", "12345", False),
-        ("x = 3 = 3.0", "3", False),
-    ],
-)
-def test_numbers_are_read_exactly(text: str, value: str, percent: bool) -> None:
-    number = extract.sole_number(text)
-    assert number is not None
-    assert (str(number.value), number.percent) == (value, percent)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["3 or 4", "3, 4", "(1, 2)", "3^2", r"3\pi", r"\sqrt{4}", "<5", "5x", "1e9999", "9" * 500, "2+3", "no", "1/0"],
-)
-def test_texts_that_are_not_a_single_number(text: str) -> None:
-    assert extract.sole_number(text) is None
 
 
 def test_gold_and_answer_are_not_interchangeable() -> None:
@@ -202,44 +136,3 @@ def test_loading_a_verifier_imports_nothing_heavy() -> None:
     code = f"import sys, mel_lite.verify.pool, mel_lite.verify.verifiers; {loaded}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-
-
-# ---- reasoning-gym ----
-
-
-def gym_entry(task: str, answer: str, **metadata: object) -> str:
-    return json.dumps({"question": "?", "answer": answer, "metadata": {"source_dataset": task, **metadata}})
-
-
-def test_reasoning_gym_uses_the_scorer_of_the_task() -> None:
-    pytest.importorskip("reasoning_gym")
-    verifier = get_verifier("reasoning-gym")
-    assert verifier("<answer>3</answer>", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.RIGHT
-    assert verifier("It is 3", "3", gym_entry=gym_entry("gcd", "3")) is Verdict.WRONG  # partial credit
-    entry = gym_entry("countdown", "4*(3+2)", numbers=[2, 3, 4], target=20)
-    assert verifier("Answer: (2+3)*4", "4*(3+2)", gym_entry=entry) is Verdict.RIGHT
-    assert verifier("Answer: 2+3*4", "4*(3+2)", gym_entry=entry) is Verdict.WRONG
-
-
-@pytest.mark.parametrize("task", sorted(gym._EVALUATED | gym._PARSED))
-def test_reasoning_gym_never_evaluates_the_answer(task: str, tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
-    canary = tmp_path / "canary"
-    entry = gym_entry(task, "x", numbers=[1], target=1, valid_answers=["x"], variable="x", integrand="1")
-    for attack in (
-        f"open({str(canary)!r}, 'w')",
-        f"__import__('pathlib').Path({str(canary)!r}).touch()",
-        "().__class__",
-    ):
-        assert gym.score(attack, entry) == 0.0
-    assert not canary.exists()
-    if task in gym._EVALUATED:
-        assert gym.score("x", entry) == 1.0
-
-
-def test_reasoning_gym_errors_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(VerifierError, match="column 'gym_entry' = 'nonsense' is not a reasoning-gym entry"):
-        gym.score("1", "nonsense")
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(VerifierError, match=r'pip install "mel-lite\[gym\]"'):
-        get_verifier("reasoning-gym")
