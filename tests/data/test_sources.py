@@ -38,7 +38,7 @@ def test_json_with_one_list_inside_and_a_byte_order_mark(tmp_path: Path) -> None
         ("a.jsonl", b'{"prompt": "x", "answer": 1}\n\n[1, 2]\n', r"a.jsonl, line 3: '\[1, 2\]' is not an object"),
         ("a.jsonl", b'{"prompt": "\xff", "answer": 1}\n', r"a.jsonl, line 1: .* is not JSON \('utf-8' codec"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: .* is not JSON"),
-        ("a.json", b'{"prompt": "x"}', "a.json: holds a dict; a .json file is a list of objects"),
+        ("a.json", b'{"prompt": "x"}', "a.json: holds a dict; a .json file must be a list of objects"),
         ("a.csv", b"prompt,answer\nx,1\ny,2,3\n", "a.csv, row 2: has more cells than the header"),
         ("a.csv", b"prompt,answer\nx,1\n\xff,2\n", "a.csv, row .: is not readable as UTF-8 CSV"),
         ("a.parquet", b"PAR1 not really", "a.parquet, row 1: is not readable as Parquet"),
