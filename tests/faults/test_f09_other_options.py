@@ -133,7 +133,7 @@ def test_an_allowed_change_is_accepted_and_reported(tmp_path: Path, caplog: pyte
     asked = recipe(learning_rate=2e-5)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
         assert _can_resume(asked, tmp_path, Console(quiet=True), ["train.learning_rate"]) is False  # no checkpoint yet
-    assert "train.learning_rate: 1e-05 -> 2e-05, as was allowed" in caplog.text
+    assert "train.learning_rate: 1e-05 -> 2e-05, as allowed" in caplog.text
     both = recipe(learning_rate=2e-5, seed=3)
     with pytest.raises(ConfigError, match=r"train\.seed: 42 -> 3") as refused:
         _can_resume(both, tmp_path, Console(quiet=True), ["train.learning_rate"])
@@ -144,8 +144,8 @@ def test_an_allowed_change_is_accepted_and_reported(tmp_path: Path, caplog: pyte
     ("name", "words"),
     [
         ("train.learning_rat", r"no such option or input. Did you mean 'train.learning_rate'\?"),
-        ("lora.r", "would not fit. Begin a new run"),
-        ("train.optim", "would not fit. Begin a new run"),
+        ("lora.r", "would not fit. Start a new run"),
+        ("train.optim", "would not fit. Start a new run"),
     ],
 )
 def test_what_cannot_be_allowed(tmp_path: Path, name: str, words: str) -> None:

@@ -72,7 +72,7 @@ def test_a_tracker_that_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     quiet = _train(tmp_path, output_dir=tmp_path / "quiet")
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.trackers"):
         loud = _train(tmp_path, tracker)
-    assert caplog.text.count("Training goes on") == 1 and "no network in on_train_begin" in caplog.text
+    assert caplog.text.count("Training continues") == 1 and "no network in on_train_begin" in caplog.text
     assert digest(trainable(loud)) == digest(trainable(quiet))
     assert tracker.seen == [("on_train_end", STEPS)], "one failure does not end the others"
 
@@ -117,7 +117,7 @@ def test_a_callback_of_the_users_own_may_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_service_that_only_fails_is_left_alone() -> None:
-    service, calls = trackers._Service("x"), []
+    service, calls = trackers.SideService("x"), []
 
     def fails() -> None:
         calls.append(1)
@@ -183,7 +183,7 @@ def test_tables_and_uploads_that_fail(tmp_path: Path, caplog: pytest.LogCaptureF
         trainer.hub_model_id = "x/y"
         trainer._push_from_checkpoint(str(tmp_path / "run" / "checkpoint-4"))
     assert_learnt(trainer)
-    assert caplog.text.count("Training goes on") == 1
+    assert caplog.text.count("Training continues") == 1
     assert len(step_log(tmp_path / "run")) == STEPS
 
 
