@@ -41,7 +41,7 @@ test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth $(VENV)/.vllm  ##
 FAULTS := tests/faults $(addprefix tests/,$(addsuffix .py, \
     resilience/test_checkpoint_files test_recipe engines/test_hf resilience/test_collapse \
     training/test_engine_probe test_trainer export/test_merge verify/test_pool verify/test_verifiers \
-    training/test_packing lessons/test_prompts lessons/test_leak_guard lessons/test_parsing \
+    training/test_packing models/test_chat lessons/test_leak_guard lessons/test_parsing \
     lessons/test_analysis models/test_load data/test_tasks integration/test_fuzz resilience/test_state_files))
 
 faults: venv $(VENV)/.gym  ## inject every fault and write the tables of docs/reliability.md (20 minutes)

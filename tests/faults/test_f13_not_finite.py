@@ -43,7 +43,7 @@ def poison(trainer: Any, where: str, steps: set[int]) -> None:
         if where == "stale log-probs":
             old = inputs["completion_mask"].float() * -1.0
             old[0, 0] = NAN
-            inputs["old_per_token_logps"] = old
+            inputs["old_per_token_logps"] = old  # in place: the guard keeps the batch by reference
             return original(model, inputs)
         if where == "lesson":
             scores = trainer._get_per_token_logps_and_entropies

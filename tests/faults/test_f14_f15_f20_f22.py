@@ -45,7 +45,7 @@ def test_a_spike_is_clipped_reported_and_logged(tmp_path: Path, caplog: pytest.L
 
     def spiked(model: Any, inputs: Any) -> torch.Tensor:
         # The same size at each step but one, unlike a policy gradient, which is zero when all answers are right.
-        size = sum((p**2).sum() for n, p in model.named_parameters() if "lora_A" in n)
+        size = sum((p**2).sum() for n, p in trainer.model.named_parameters() if "lora_A" in n)
         return original(model, inputs) * 0 + size * (50 if trainer.state.global_step == WINDOW else 1)
 
     trainer._compute_loss = spiked

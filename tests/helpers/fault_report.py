@@ -50,10 +50,10 @@ FAULTS: dict[str, tuple[str, str]] = {
             "faults/test_f14_f15_f20_f22::test_the_temperature engines/test_hf::test_reported"),
     "F23": ("odd tokenizers, empty and truncated completions", "faults/test_f23_f24_text "
             "integration/test_fuzz::test_a_padded "
-            "training/test_packing lessons/test_prompts::test_plain_text"),
+            "training/test_packing models/test_chat::test_plain_text"),
     "F24": ("hostile meta-experiences", "faults/test_f23_f24_text lessons/test_leak_guard "
             "lessons/test_parsing::test_any "
-            "lessons/test_prompts::test_no_control"),
+            "models/test_chat::test_no_control"),
     "F25": ("exports: 4-bit base, tied head, existing folder, killed", "export/test_merge faults/test_f25_export"),
     "F26": ("pickles, links, paths that lead out, hostile model folders and adapters",
             "faults/test_f26_untrusted_files faults/test_f26_hostile_files_and_text "

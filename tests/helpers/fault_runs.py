@@ -185,7 +185,7 @@ def slow_down(trainer: Any, slow_s: float, say: Any) -> None:
         return result
 
     trainer._calculate_rewards = calculate_rewards
-    stretch(trainer._engine._engine, "generate", generated, polls=True)
+    stretch(trainer.engine.unmetered, "generate", generated, polls=True)
     stretch(trainer, "_calculate_rewards", "verify", polls=True)
     stretch(trainer, "_compute_loss", "forward", polls=False)
     stretch(trainer.accelerator, "backward", "backward", polls=False)

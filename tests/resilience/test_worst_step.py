@@ -187,7 +187,7 @@ def test_what_passes_the_budget_is_halved_and_measured_again(tmp_path: Path) -> 
     assert after[0].predicted_bytes == now["rollout"] != predicted_sizes(load)["rollout"]
     assert now["update"] < predicted_sizes(load)["update"], "each attempt beside the plan of its own settings"
     assert change == f"--set train.max_cache_tokens={4 * 56} --set train.max_micro_batch_tokens=350" and not nothing
-    assert trainer.budget_tokens == 350 and trainer.engine._engine._max_cache_tokens == 4 * 56
+    assert trainer.budget_tokens == 350 and trainer.engine.unmetered._max_cache_tokens == 4 * 56
 
 
 def test_what_cannot_fit_stops_the_run_with_the_knob_to_turn(tmp_path: Path) -> None:
