@@ -25,7 +25,7 @@ from mel_lite.types import Finish, MetaExperience
 
 SEED = 20261123
 COUNTS = {"solve": 240, "chain": 120, "analyse": 320, "replay": 160}
-"""Number of examples of each kind in the shipped recipe."""
+"""Number of examples of each kind in the shipped recipe. Kinds are spelled as in the shipped examples."""
 LONG = (7, 8, 9, 10)
 """Possible numbers of terms in a long chain, which has more arithmetic per prompt token than a task."""
 SAME_STYLE = 0.9
@@ -111,7 +111,7 @@ def chain(rng: random.Random, unused: Iterator[Problem]) -> dict[str, Any]:
     return {"prompt": problem.question, "completion": text, "kind": "chain"}
 
 
-def analyse(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
+def analyze(rng: random.Random, unused: Iterator[Problem], templates: Templates = DEFAULT_TEMPLATES) -> dict[str, Any]:
     """Make an example of the analysis prompt for a pair and the analysis."""
     problem, right, wrong, text, _ = _pair(rng, unused)
     user = templates.analysis_user
@@ -155,7 +155,7 @@ def make_examples(
     makers: dict[str, Callable[[random.Random, Iterator[Problem]], dict[str, Any]]] = {
         "solve": solve,
         "chain": chain,
-        "analyse": partial(analyse, templates=templates),
+        "analyse": partial(analyze, templates=templates),
         "replay": partial(replay, templates=templates),
     }
     examples = [makers[kind](rng, unused) for kind, count in counts.items() for _ in range(count)]

@@ -100,7 +100,7 @@ def measure_engine(
     conditions: Conditions,
     templates: Templates = DEFAULT_TEMPLATES,
 ) -> tuple[dict[str, Any], list[Experience]]:
-    """Do the same for any policy on `tasks`, with the prompts of `templates`.
+    """Return the figures and experiences of `measure` for any policy on `tasks`, with the prompts of `templates`.
 
     Args:
         made: examples of pairs with a known slip.

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` goes through all it would do on a GPU, with tiny sizes."""
+"""`benchmarks/gpu.py` with tiny sizes: everything that it does on a GPU."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def measure(out_dir, quick):
 
 
 @pytest.mark.slow
-def test_the_dry_run_measures_every_phase_and_survives_what_hangs(tmp_path: Path) -> None:
-    """The engines' own script is tested elsewhere; here it hangs, after a first result."""
+def test_the_dry_run_measures_every_phase_and_survives_a_part_that_hangs(tmp_path: Path) -> None:
+    """The script of the engines is replaced by one that hangs after its first result."""
     scripts = tmp_path / "benchmarks"
     scripts.mkdir()
     for name in ("gpu.py", "gpu_step.py", "random_models.py"):
@@ -70,12 +70,12 @@ def test_the_dry_run_measures_every_phase_and_survives_what_hangs(tmp_path: Path
     assert hung["checks"]["transformers on smollm2"]["load"]["ok"] and "exit code 124" in hung["error"]
     assert "transformers on smollm2: load ok" in done.stdout
     status = Path("/proc") / (tmp_path / "out" / "child").read_text() / "status"
-    assert not status.exists() or "State:\tZ" in status.read_text(), "what it had started runs on"
+    assert not status.exists() or "State:\tZ" in status.read_text(), "its child process is still running"
 
 
 @pytest.mark.slow
-def test_a_part_that_dies_is_written_down(tmp_path: Path) -> None:
-    """Here on an installation of bitsandbytes that is broken; the command itself ends well, with the reason."""
+def test_the_error_of_a_part_that_dies_is_recorded(tmp_path: Path) -> None:
+    """With a broken installation of bitsandbytes, the command exits with 0 and reports the reason."""
     broken = tmp_path / "shadow" / "bitsandbytes"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: not found')\n")
@@ -91,10 +91,10 @@ def test_a_part_that_dies_is_written_down(tmp_path: Path) -> None:
     assert figures["wall_s"] > 0 and "Traceback" in (tmp_path / "out" / "step-16gb.log").read_text()
 
 
-def test_a_step_with_vllm_is_measured_with_all_sequences_beside_its_prediction(
+def test_a_step_with_vllm_is_measured_with_all_sequences_and_its_prediction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The part that needs Unsloth, vLLM and a GPU, on a fake vLLM that samples from a tiny model."""
+    """A fake vLLM that samples from a tiny model replaces Unsloth, vLLM and the GPU."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from gpu_step import Measurement
 
