@@ -1,4 +1,4 @@
-"""Errors a user can meet. Each message states the field, its value, why it is wrong, and the fix."""
+"""Errors shown to users. Each message states the field, its value, why it is wrong, and the fix."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ class MelLiteError(Exception):
 
     exit_code = 2
     already_reported = False
-    """Already reported by rank 0."""
+    """True when another process of the run reports it."""
 
 
 class ConfigError(MelLiteError, ValueError):
@@ -18,11 +18,11 @@ class ConfigError(MelLiteError, ValueError):
 
 
 class DataError(MelLiteError, ValueError):
-    """A dataset, file or row that cannot be used; names file, row and column where there is one."""
+    """A dataset, file or row that cannot be used. The message names file, row and column where there is one."""
 
 
 class VerifierError(MelLiteError, ValueError):
-    """A verifier that cannot be found, or that broke so often that verdicts mean nothing."""
+    """A verifier that cannot be found, or that failed too often for its verdicts to be used."""
 
 
 class ModelError(MelLiteError, ValueError):
@@ -42,13 +42,13 @@ class CheckpointError(MelLiteError, ValueError):
 
 
 class DiskFullError(MelLiteError, OSError):
-    """A checkpoint could not be written for want of space; the one before it is whole."""
+    """A checkpoint could not be written because the disk is full. The previous one is complete."""
 
     exit_code = 4
 
 
 class DivergedError(MelLiteError, RuntimeError):
-    """Training does not go on: updates stopped being finite, or what it measures collapsed."""
+    """Training stopped: updates were not finite, or its metrics collapsed."""
 
     exit_code = 5
 

@@ -20,7 +20,7 @@ from mel_lite.text import suggest
 GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
 """`--gpu` value -> file in `mel_lite/configs/`."""
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
-"""Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` makes the third from an f16 file."""
+"""Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` creates the third from an f16."""
 MergedDtype = Literal["auto", "bfloat16", "float16"]
 
 

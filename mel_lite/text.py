@@ -1,4 +1,4 @@
-"""Text for people: unknown names explained, untrusted text made fit for a terminal."""
+"""Helpers for messages, and untrusted text made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def shorten(text: str, limit: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with every control, format and unassigned character replaced by U+FFFD; line breaks and tabs stay.
+    """Replace every control, format and unassigned character by U+FFFD; line breaks and tabs stay.
 
-    Such characters can move the cursor, set the window's title, or reorder what is read (Unicode category C).
+    Such characters (Unicode category C) can move the cursor, set the window's title, or reorder the text.
     """
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def printable_all(value: Any) -> Any:
-    """The same for every text in lists, tuples, deques and the values of dicts; anything else as it is."""
+    """Apply `printable` to every text in lists, tuples, deques and the values of dicts. Other values stay."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, (list, tuple, deque)):

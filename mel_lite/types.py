@@ -1,9 +1,9 @@
-"""The values of options, then the nouns of one MEL step in the order the step makes them.
+"""Values of options, and the data types of one MEL step in the order the step makes them.
 
     Rollout -> Group -> Pair -> Analysis -> MetaExperience -> LeakReport -> Replay -> Experience -> Lesson
 
-All nouns are frozen: a stage never edits what an earlier stage made. Token ids are plain tuples of ints, exactly as the
-engine sampled them; text exists only for verifiers, prompts and people.
+All data types are frozen: no stage edits the result of an earlier one. Token ids are plain tuples of ints, exactly as
+the engine sampled them; text exists only for verifiers, prompts and people.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class CollapseAction(Choice):
 
 Message = dict[str, str]
 Prompt = str | list[Message]
-"""What a dataset row asks: plain text, or a conversation (`[{"role": ..., "content": ...}, ...]`)."""
+"""Question of a dataset row: plain text, or a conversation (`[{"role": ..., "content": ...}, ...]`)."""
 
 
 class Verdict(StrEnum):
-    """What a verifier says of one completion."""
+    """Result of verifying one completion."""
 
     RIGHT = "right"
     """The final answer matches the reference."""
@@ -88,7 +88,7 @@ class Verdict(StrEnum):
 
 
 class Finish(StrEnum):
-    """Why the engine stopped a sequence."""
+    """Reason the engine stopped a sequence."""
 
     STOP = "stop"
     """An end-of-sequence token was sampled; it is the last id."""
@@ -97,12 +97,16 @@ class Finish(StrEnum):
 
 
 class Status(StrEnum):
-    """How far a meta-experience got. Every value but KEPT is a reason it was dropped."""
+    """Last stage a meta-experience reached. Every value but KEPT is a reason for dropping it."""
 
     UNPARSED = "unparsed"
+    """The analysis does not have the three parts."""
     LEAKED = "leaked"
+    """It contains the reference answer."""
     REPLAY_FAILED = "replay_failed"
+    """The replay did not meet the criterion."""
     KEPT = "kept"
+    """It is trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +160,18 @@ class Pair:
     right: Rollout
     wrong: Rollout
     common_prefix_tokens: int
-    """Number of leading token ids the two share: the point where they part."""
+    """Number of leading token ids the two share: the position of their first difference."""
     index: int = 0
     """Position of the pair among this step's pairs, over all ranks (counter of the seeds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What the policy wrote about a pair, as sampled: M before parsing."""
+    """Text that the policy wrote about a pair, as sampled: M before parsing."""
 
     pair: Pair
     context_ids: tuple[int, ...]
-    """C_retro = [I, x, y+, y-] as tokens: the very prompt the analysis was sampled from."""
+    """C_retro = [I, x, y+, y-] as tokens: the exact prompt the analysis was sampled from."""
     analysis_ids: tuple[int, ...]
     text: str
     """Prefill (if any) + decoded `analysis_ids`, without special tokens."""
@@ -178,28 +182,29 @@ class Analysis:
 
 @dataclass(frozen=True, slots=True)
 class MetaExperience:
-    """M = (s*, C, H), the parsed analysis."""
+    """Parsed analysis, M = (s*, C, H)."""
 
     bifurcation: str
     critique: str
     heuristic: str
 
     def as_text(self) -> str:
-        """The three parts under their headings: what is leak-checked, shown and replayed."""
+        """Return the three parts under their headings, as they are leak-checked, shown and replayed."""
         return f"## Bifurcation\n{self.bifurcation}\n\n## Critique\n{self.critique}\n\n## Heuristics\n{self.heuristic}"
 
 
 @dataclass(frozen=True, slots=True)
 class LeakReport:
-    """What the leak guard found in a meta-experience. Empty `reasons` = clean."""
+    """Findings of the leak guard in a meta-experience. Empty `reasons` = clean."""
 
     reasons: tuple[str, ...] = ()
     """One short sentence per finding: rule, part and the offending span."""
     redacted: MetaExperience | None = None
-    """The meta-experience without the offending spans, where the policy is `redact` and that made it clean."""
+    """Meta-experience without the offending spans; None unless the policy is `redact` and that made it clean."""
 
     @property
     def leaks(self) -> bool:
+        """True when there is a finding."""
         return bool(self.reasons)
 
 
@@ -231,13 +236,13 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A meta-experience with everything that led to it and came of it: one row of the store."""
+    """Meta-experience with its analysis, checks and result: one row of the store."""
 
     step: int
     analysis: Analysis
     status: Status
     reason: str = ""
-    """Why it was dropped, in one sentence; empty when kept."""
+    """Reason for dropping it, in one sentence; empty when kept."""
     parsed: MetaExperience | None = None
     leak: LeakReport | None = None
     replay: Replay | None = None

@@ -13,8 +13,7 @@ from typing import get_args
 from mel_lite.errors import ExportError
 from mel_lite.recipe import GgufType
 
-GGUF_TYPES = get_args(GgufType)
-"""Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` creates the third from an f16."""
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 FOLDER = "LLAMA_CPP"
 """Environment variable with the path of a checkout of llama.cpp."""

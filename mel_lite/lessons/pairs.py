@@ -22,12 +22,10 @@ def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_seed: int, step: int) -> list[Pair]:
-    """Choose up to `per_group` (right, wrong) pairs of every mixed group.
+    """Choose up to `per_group` (right, wrong) pairs of every mixed group, in the order of a PairStrategy.
 
-    Strategies: `longest_prefix`, the latest divergence first (the two differ least); `random`; `shortest`, the fewest
-    tokens of both first (the cheapest context). Ties keep sampling order. A wrong completion that was cut off at the
-    token limit ranks after every finished one, since it might have become right. Completions with equal tokens are
-    never paired, since they do not diverge.
+    Ties keep sampling order. A wrong completion that was cut off at the token limit ranks after every finished one: it
+    might have reached the right answer. Completions with equal tokens are never paired: they do not differ anywhere.
 
     Args: `per_group` at least 1, or -1 for all |Y+| x |Y-|; `groups` of all ranks in rank order, since `Pair.index` is
     the position in the returned list. Raises: ConfigError for a `per_group` or `strategy` that does not exist.

@@ -59,13 +59,10 @@ def replay(items: Sequence[tuple[Pair, str]], context: LessonContext, *, batch: 
 
 
 def is_kept(replay: Replay, criterion: str) -> tuple[bool, str]:
-    """Return whether M belongs to M*, and the reason in one sentence.
+    """Decide by a ReplayCriterion whether M belongs to M*; returns the decision and its reason in one sentence.
 
-    `solved`: more than half of the attempts with M are right (the one attempt of k = 1, as in the paper).
-    `uplift`: the share of right attempts with M is above that of the control. Attempts the verifier abstained on count
-    as not right.
-
-    Raises: ConfigError for an unknown criterion, or `uplift` without a control.
+    Attempts the verifier abstained on count as not right. Raises: ConfigError for an unknown criterion, or `uplift`
+    without a control.
     """
     check_choice("replay_criterion", criterion, ReplayCriterion)
     right = sum(verdict is Verdict.RIGHT for verdict in replay.verdicts)
