@@ -150,6 +150,17 @@ def test_the_architecture_page_has_the_table_of_the_import_law() -> None:
     assert block.splitlines() == [" ".join(layer.split()) for layer in layers]
 
 
+def test_the_architecture_page_names_every_package_and_mixin() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE))
+    packages = {path.parent.name for path in ROOT.glob("mel_lite/*/__init__.py")} - {"configs", "kernels"}
+    assert rows >= packages and len(packages) > 10
+    tree = ast.parse((ROOT / "mel_lite/trainer.py").read_text(encoding="utf-8"))
+    (trainer,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "MELTrainer"]
+    *mixins, base = [ast.unparse(parent) for parent in trainer.bases]
+    assert base == "GRPOTrainer" and all(f"`{mixin}`" in page for mixin in mixins) and mixins
+
+
 @pytest.mark.slow
 def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is printed, but with a tiny model, short answers and no GPU."""
