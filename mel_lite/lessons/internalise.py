@@ -1,4 +1,4 @@
-"""How lessons enter the weights: one class per way, one row in `INTERNALISATIONS`.
+"""Internalisation: the ways for lessons to enter the weights. One class per way, one row in `INTERNALISATIONS`.
 
 A training step calls a way three times:
 
