@@ -1,4 +1,4 @@
-"""MEL-Lite: Meta-Experience Learning on one GPU. Light to import: torch and TRL load on first use."""
+"""MEL-Lite: Meta-Experience Learning on one GPU. Importing it is cheap: torch and TRL are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a model is at verifiable tasks: Pass@1 greedy, Avg@k and unbiased Pass@k, with 95 % intervals."""
+"""Evaluate a model on verifiable tasks: greedy Pass@1, Avg@k and unbiased Pass@k, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over prompts in [0, 1] and its 95 % percentile bootstrap interval."""
+    """Mean over prompts, in [0, 1], with its 95 % percentile bootstrap interval."""
 
     value: float
     low: float
@@ -37,7 +37,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class PromptScore:
-    """Verdicts on one prompt. An abstention counts as not right."""
+    """Verdict counts of one prompt. An abstention counts as wrong."""
 
     prompt_hash: str
     greedy_right: bool
@@ -46,41 +46,41 @@ class PromptScore:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Figures of one evaluation and everything needed to repeat it."""
+    """Results of one evaluation, and everything needed to repeat it."""
 
     pass_at_1: Interval
-    """Greedy answers that are right."""
+    """Fraction of greedy answers that are right."""
     avg_at_k: Interval
-    """Sampled answers that are right."""
+    """Fraction of sampled answers that are right."""
     pass_at_k: Interval
-    """Estimated chance that at least one of k samples is right."""
+    """Estimated probability that at least one of k samples is right."""
     k: int
     samples: int
     """Sampled answers per prompt, >= k."""
     n: int
-    """Prompts that count."""
+    """Number of prompts counted."""
     skipped_long: int
-    """Prompts left out because prompt and answer do not fit the context together."""
+    """Number of prompts skipped because prompt and answer together exceed the context."""
     skipped_unjudged: int
-    """Prompts left out because every verdict on them was an abstention, as with an unusable reference answer."""
+    """Number of prompts skipped because every verdict was an abstention, as with an unusable reference answer."""
     temperature: float
     max_new_tokens: int
     seed: int
     bootstrap: int
     truncation_rate: float
-    """Share of all answers, greedy and sampled, cut off at `max_new_tokens`."""
+    """Fraction of all answers, greedy and sampled, that were truncated at `max_new_tokens`."""
     abstain_rate: float
-    """Share of all answers the verifier could not judge."""
+    """Fraction of all answers that the verifier could not judge."""
     mean_tokens: float
     scores: tuple[PromptScore, ...]
 
     def to_json(self) -> str:
-        """All fields as a JSON object; `from_json` reads it back to an equal result."""
+        """Return all fields as a JSON object. `from_json` restores an equal result."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> EvalResult:
-        """Inverse of `to_json`. Raises DataError for text that is not one."""
+        """Restore a result from `to_json` text. Raises DataError for any other text."""
         try:
             values = json.loads(text)
             for name in ("pass_at_1", "avg_at_k", "pass_at_k"):
@@ -91,7 +91,7 @@ class EvalResult:
             raise DataError(f"not an evaluation result ({error}). Delete the file and evaluate again.") from error
 
     def as_table(self, title: str = "evaluation") -> Table:
-        """The figures and their conditions as a rich table."""
+        """Render the results and their conditions as a rich table."""
         from rich.table import Table
 
         table = Table(title=title, caption=self.conditions())
@@ -100,12 +100,12 @@ class EvalResult:
         rows = {"Pass@1 (greedy)": self.pass_at_1, f"Avg@{self.k}": self.avg_at_k, f"Pass@{self.k}": self.pass_at_k}
         for name, interval in rows.items():
             table.add_row(name, f"{interval.value:.1%}", f"{interval.low:.1%} - {interval.high:.1%}")
-        table.add_row("cut off at the token limit", f"{self.truncation_rate:.1%}", "")
+        table.add_row("truncated at the token limit", f"{self.truncation_rate:.1%}", "")
         table.add_row("not judged", f"{self.abstain_rate:.1%}", "")
         return table
 
     def conditions(self) -> str:
-        """What the figures hold for, in one line."""
+        """Return the conditions of the evaluation in one line."""
         parts = [f"{self.n} prompts", f"{self.samples} samples at T={self.temperature:g}", f"seed {self.seed}"]
         parts.append(f"at most {self.max_new_tokens} tokens (mean {self.mean_tokens:.0f})")
         if self.skipped_long:
@@ -116,9 +116,9 @@ class EvalResult:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k samples is right, from c right ones among n: 1 - C(n-c, k) / C(n, k).
+    """Estimate the probability that at least one of k samples is right, given c right among n: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased for the chance under k fresh samples. Raises ConfigError unless 1 <= k <= n and 0 <= c <= n.
+    Unbiased for k fresh samples. Raises ConfigError unless 1 <= k <= n and 0 <= c <= n.
     Source: Chen et al. 2021 (arXiv 2107.03374), eq. 1.
     """
     if not (1 <= k <= n and 0 <= c <= n):
@@ -127,9 +127,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int, seed: int) -> Interval:
-    """Mean of `values` and its 95 % percentile interval over `resamples` draws with replacement.
+    """Return the mean of `values` and its 95 % percentile interval over `resamples` draws with replacement.
 
-    With all values equal (or one value) the interval has no width: it then says nothing about the uncertainty.
+    If all values are equal, or there is only one, the interval has zero width and does not reflect the uncertainty.
     """
     import numpy as np
 
@@ -156,14 +156,14 @@ def evaluate(
     limit: int | None = None,
     context_tokens: int | None = None,
 ) -> EvalResult:
-    """Measure the policy `engine` samples from on `tasks` (columns `prompt` and, for most judges, an answer).
+    """Evaluate the policy that `engine` samples from on `tasks` (column `prompt` and, for most judges, an answer).
 
     Args:
-        k: of Avg@k and Pass@k.
-        samples: sampled answers per prompt, >= k; None = k. More give a better estimate of Pass@k.
-        limit: evaluate the first so many tasks only.
-        context_tokens: the model's context; prompts that leave no room for `max_new_tokens` are left out, counted.
-    Raises: ConfigError for values out of range; DataError when there is no task to count.
+        k: k of Avg@k and Pass@k.
+        samples: sampled answers per prompt, >= k; None = k. More samples improve the estimate of Pass@k.
+        limit: maximum number of tasks, taken from the start.
+        context_tokens: the model's context. Prompts that leave no room for `max_new_tokens` are skipped and counted.
+    Raises: ConfigError for values out of range; DataError if no task counts.
     """
     samples = k if samples is None else samples
     _check(k, samples, temperature, bootstrap, limit)
@@ -208,8 +208,8 @@ def _check(k: int, samples: int, temperature: float, bootstrap: int, limit: int 
         raise ConfigError(f"k={k} with samples={samples}: Pass@k needs 1 <= k <= samples. Lower k or raise samples.")
     if not temperature > 0:
         raise ConfigError(
-            f"temperature={temperature}: the k samples would all be the greedy answer. Set it above 0 (the paper: "
-            "0.6); Pass@1 is greedy in any case."
+            f"temperature={temperature}: all k samples would equal the greedy answer. Set it above 0 (the paper uses "
+            "0.6). Pass@1 is always greedy."
         )
     for name, value in (("bootstrap", bootstrap), ("limit", limit)):
         if value is not None and value < 1:
@@ -226,7 +226,7 @@ def _answer(
     max_new_tokens: int,
     seed: int,
 ) -> list[Completion]:
-    """Per prompt its greedy answer and then its samples, prompt after prompt."""
+    """Return for each prompt its greedy answer followed by its samples, in one flat list."""
 
     def requests(indices: range) -> list[Request]:
         return [
@@ -245,7 +245,7 @@ def _answer(
 
 
 def _score(groups: list[Group], verdicts: list[Verdict], samples: int) -> tuple[PromptScore, ...]:
-    """Count the right answers per prompt; prompts on which every verdict is an abstention are left out."""
+    """Count the right answers per prompt. Prompts with only abstentions are skipped."""
     scores = []
     for i, group in enumerate(groups):
         greedy, *sampled = verdicts[i * (1 + samples) : (i + 1) * (1 + samples)]
@@ -254,8 +254,8 @@ def _score(groups: list[Group], verdicts: list[Verdict], samples: int) -> tuple[
             scores.append(PromptScore(group.prompt_hash, greedy is Verdict.RIGHT, right))
     if not scores:
         raise DataError(
-            f"The verifier abstained on every answer to all {len(groups)} prompts. Check that it fits the answer "
-            "column: are these reference answers it can parse?"
+            f"The verifier abstained on every answer to all {len(groups)} prompts. Check that it can parse the "
+            "reference answers in the answer column."
         )
     return tuple(scores)
 
@@ -280,14 +280,14 @@ def evaluate_model(
     limit: int | None = None,
     **options: Any,
 ) -> EvalResult:
-    """Load a model (and adapter) and tasks, and `evaluate` with the transformers engine; `options` go there.
+    """Load a model, an optional adapter and tasks, and call `evaluate` with the transformers engine and `options`.
 
     Args:
-        spec: the base model; None = the one `adapter` was trained on, loaded as it was then.
-        adapter: a run, checkpoint or adapter folder, or None for the base alone.
-        dataset: task spec as `mel_lite.data.tasks.load_tasks` takes it.
-        verifier: None = the one recommended for the dataset, else `math`.
-    Raises: ConfigError when neither model nor adapter is given; what loading, data and verifier raise.
+        spec: the base model; None = the one that `adapter` was trained on, loaded with the same options.
+        adapter: a run, checkpoint or adapter folder; None = the base model alone.
+        dataset: task spec for `mel_lite.data.tasks.load_tasks`.
+        verifier: None = the one recommended for the dataset, or else `math`.
+    Raises: ConfigError if neither model nor adapter is given; errors of loading, data and verifier.
     """
     from mel_lite.data.tasks import load_tasks, recommended_verifier
     from mel_lite.engines.hf import HFEngine
@@ -298,7 +298,7 @@ def evaluate_model(
     adapter = None if adapter is None else find_adapter(adapter)
     if spec is None:
         if adapter is None:
-            raise ConfigError("nothing to evaluate: give a model, an adapter, or both.")
+            raise ConfigError("nothing to evaluate: pass a model, an adapter, or both.")
         spec = adapter_base(adapter)
     tokenizer = load_tokenizer(spec)
     conversational = tokenizer.chat_template is not None

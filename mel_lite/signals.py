@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM as a wish that is granted at the next safe point, not as a crash.
+"""Defer SIGINT and SIGTERM to the next safe point.
 
-While `deferred()` is open the first signal only raises a flag. `poll()`, which long loops call once per generated
-token, verdict and micro-batch, then unwinds to whoever opened it. A second signal ends the process at once.
+Inside `deferred()`, the first signal only sets a flag. Long loops call `poll()` once per generated token, verdict and
+micro-batch; it raises Interrupted, which unwinds to the caller of `deferred()`. A second signal ends the process
+immediately.
 """
 
 from __future__ import annotations
@@ -17,50 +18,51 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEBOUNCE_S = 2.0
-"""Each of several processes gets a Ctrl-C twice, from terminal and launcher: that is not the user asking again."""
+"""With several processes, each one gets Ctrl-C twice, from the terminal and from the launcher. A repeat within this
+time is not a second request."""
 
 
 class Interrupted(BaseException):
-    """Unwinds training to the place where it is saved. No `except Exception` on the way may swallow it."""
+    """Unwinds training to the code that saves it. A BaseException, so that no `except Exception` swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
     def as_exit(self, message: str) -> BaseException:
-        """What a program expects: KeyboardInterrupt for SIGINT, SystemExit(143) for SIGTERM."""
+        """Return the conventional exception: KeyboardInterrupt for SIGINT, SystemExit(143) for SIGTERM."""
         return KeyboardInterrupt(message) if self.signum == signal.SIGINT else SystemExit(128 + self.signum)
 
 
 class _Flag:
-    """Set by the handler, which runs in the main thread between two bytecodes."""
+    """State set by the handler, which runs in the main thread between two bytecodes."""
 
     signum: int | None = None
     since_s = 0.0
     armed = False
-    """Whether `poll` unwinds; several processes agree on it instead (`pending`)."""
+    """True if `poll` may raise. False with several processes, which agree on a common point through `pending`."""
 
 
 _flag = _Flag()
 
 
 def pending() -> int | None:
-    """The signal that came in, if one did."""
+    """Return the number of the signal received, or None."""
     return _flag.signum
 
 
 def poll() -> None:
-    """Raise Interrupted when a signal came in. Cheap; call it in every loop that may take seconds."""
+    """Raise Interrupted if a signal was received. Cheap; call it in every loop that may take seconds."""
     if _flag.signum is not None and _flag.armed and threading.current_thread() is threading.main_thread():
         raise Interrupted(_flag.signum)
 
 
 @contextmanager
 def deferred(*, alone: bool = True) -> Iterator[None]:
-    """Catch SIGINT and SIGTERM for `poll`. In a thread other than the main one, signals stay as they are.
+    """Catch SIGINT and SIGTERM for `poll`. Outside the main thread, this is a no-op.
 
-    Several processes (`alone` False) must stop at the same point: there `poll` does nothing, and whoever knows them
-    all asks `pending` and raises Interrupted.
+    `alone`: False with several processes, which must stop at the same point. Then `poll` does nothing, and the caller
+    that coordinates the processes checks `pending` and raises Interrupted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -71,9 +73,10 @@ def deferred(*, alone: bool = True) -> Iterator[None]:
         now_s = time.monotonic()
         if _flag.signum is None:
             _flag.signum, _flag.since_s = signum, now_s
-            _say(f"\n{signal.Signals(signum).name}: saving a checkpoint, then stopping. A second one stops at once.\n")
+            name = signal.Signals(signum).name
+            _write_stderr(f"\n{name}: saving a checkpoint, then stopping. A second signal stops immediately.\n")
         elif alone or now_s - _flag.since_s > DEBOUNCE_S:
-            _say("\nstopped at once; committed checkpoints are whole\n")
+            _write_stderr("\nstopped immediately; committed checkpoints are intact\n")
             os._exit(128 + signum)
 
     try:
@@ -85,11 +88,11 @@ def deferred(*, alone: bool = True) -> Iterator[None]:
         _flag.armed = False
         for each, handler in previous.items():
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
-        _flag.signum = None  # after the handlers are gone: one more signal must not outlive this
+        _flag.signum = None  # after the handlers are removed, so that a late signal is not kept
 
 
-def _say(text: str) -> None:
-    """Straight to stderr: a handler must not wait for a lock that the code it interrupted may hold."""
+def _write_stderr(text: str) -> None:
+    """Write to stderr without a buffer, since a handler must not wait for a lock that the interrupted code may hold."""
     try:
         os.write(2, text.encode())
     except OSError:

@@ -1,8 +1,8 @@
-"""TRL's GRPO classes as released, whatever was imported before.
+"""Load TRL's GRPO classes as released, even if other packages have rebound them.
 
-`import unsloth` on a GPU rebinds `trl.GRPOTrainer` and `trl.GRPOConfig` to generated classes: not subclasses of TRL's,
-never calling `_compute_loss`, scoring without gradients, with other defaults. MEL-Lite builds on the released classes,
-so this module loads them from TRL's own source files under private module names when the public names were rebound.
+On a GPU, `import unsloth` rebinds `trl.GRPOTrainer` and `trl.GRPOConfig` to generated classes. These are not subclasses
+of TRL's classes, never call `_compute_loss`, score without gradients and have other defaults. MEL-Lite builds on the
+released classes. If the public names were rebound, this module loads TRL's source files under private module names.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from mel_lite.errors import ConfigError
 
 SUPPORTED = ("1.15", "1.17")
-"""Half-open range of TRL versions whose GRPO seams were checked."""
+"""Half-open range of TRL versions whose GRPO extension points were checked."""
 
 
 def _is_released(cls: type, module: str) -> bool:
-    """True when `cls` was defined by TRL's own source file, not by a generated one.
+    """Return True if `cls` was defined by TRL's own source file, not by a generated one.
 
-    A generated class may carry the module's and the class's name, but then it stands on the class it poses as.
+    A generated class may copy the module name and the class name, but then it inherits from the class of that name.
     """
-    posed_as = any(base.__name__ == cls.__name__ for base in cls.__mro__[1:])
-    return cls.__module__ == module and cls.__qualname__ == cls.__name__ and not posed_as
+    inherits_name = any(base.__name__ == cls.__name__ for base in cls.__mro__[1:])
+    return cls.__module__ == module and cls.__qualname__ == cls.__name__ and not inherits_name
 
 
 def _load_source(name: str) -> ModuleType:
@@ -39,7 +39,7 @@ def _load_source(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(private, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    # The module must be registered before it runs: dataclasses look their own module up while being built.
+    # Register the module before executing it: dataclasses look up their module while they are built.
     sys.modules[private] = module
     try:
         spec.loader.exec_module(module)
@@ -58,24 +58,24 @@ def _released(name: str, attribute: str) -> Any:
 
 
 def check_trl_version() -> None:
-    """Raise ConfigError when the installed TRL is outside the range whose seams were checked."""
+    """Raise ConfigError if the installed TRL is outside the checked range."""
     import trl
     from packaging.version import Version
 
     low, high = map(Version, SUPPORTED)
     if not low <= Version(trl.__version__) < high:
         raise ConfigError(
-            f"trl=={trl.__version__} is installed, but MEL-Lite's trainer was checked against "
-            f"trl>={SUPPORTED[0]},<{SUPPORTED[1]} only. Install one of those: pip install 'trl>=1.15,<1.17'."
+            f"trl=={trl.__version__} is installed, but MEL-Lite's trainer was checked only with "
+            f"trl>={SUPPORTED[0]},<{SUPPORTED[1]}. Install a supported version: pip install 'trl>=1.15,<1.17'."
         )
 
 
 def released_grpo_trainer() -> Any:
-    """`trl.GRPOTrainer` as TRL released it. Raises ConfigError for an untested TRL version."""
+    """Return `trl.GRPOTrainer` as TRL released it. Raises ConfigError for an unchecked TRL version."""
     check_trl_version()
     return _released("grpo_trainer", "GRPOTrainer")
 
 
 def released_grpo_config() -> Any:
-    """`trl.GRPOConfig` as TRL released it."""
+    """Return `trl.GRPOConfig` as TRL released it."""
     return _released("grpo_config", "GRPOConfig")

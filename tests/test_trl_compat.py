@@ -1,4 +1,4 @@
-"""MELTrainer stands on TRL's class as released, whatever rebinding another library did first."""
+"""MELTrainer inherits from TRL's class as released, even if another library has rebound the public name."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_a_second_signal_ends_it_at_once(runs: Farm, folder: Path, common: dict[
     time.sleep(0.1)
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    assert "stopped at once" in run.output()
+    assert "stopped immediately" in run.output()
     assert (folder / "phases.txt").read_text().endswith("phase backward 1\n"), "no phase came after it"
     assert [path.name for path in checkpoint_files.committed(folder / "run")] == ["checkpoint-1"]
     assert checkpoint_files.problem(folder / "run" / "checkpoint-1") is None
