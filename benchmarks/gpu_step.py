@@ -120,7 +120,7 @@ class Measurement:
 
         self.load = as_started(self.load, self.trainer.engine.unmetered)
         trainer, load = self.trainer, self.load
-        states = self.predicted("update").parts["optimiser states"]
+        states = self.predicted("update").parts["optimizer states"]
         for name in ("update", "scoring"):
             self.phase(name, lambda name=name: worst_step(trainer, load, NullGauge(), states_bytes=states, only=[name]))
         # Memory and speed of the steps that log no gradient norms, which are most steps.
@@ -131,7 +131,7 @@ class Measurement:
             lambda: worst_step(trainer, plain, NullGauge(), states_bytes=states, only=["update"]),
             load=plain,
         )
-        self.phase("optimiser", self.optimizer_step)
+        self.phase("optimizer", self.optimizer_step)
         names = list(load.sampled)
         for i, name in enumerate(names):
             self.sample(name, (self.end_s - time.monotonic()) / (len(names) - i))

@@ -13,6 +13,7 @@ from mel_lite.memory.formulas import CONTEXT_BYTES, GIB
 from mel_lite.memory.plan import BUDGETS, Plan, plan, shape_for
 from mel_lite.memory.workload import VLLMCard, workload
 from mel_lite.recipe import GPU_PRESETS, resolve
+from mel_lite.run.display import plan_view
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROWS: tuple[tuple[str, str | None], ...] = (
@@ -35,7 +36,7 @@ def shown() -> str:
     """Return the terminal output of `mel-lite plan --gpu 24gb`."""
     made, _ = planned("24gb", None, engine="auto")
     console = Console(width=WIDTH, file=io.StringIO(), record=True)
-    console.print(made.view())
+    console.print(plan_view(made))
     lines = (line.rstrip() for line in console.export_text().rstrip().splitlines())
     return "\n".join(["```text", *lines, "```"])
 

@@ -1,4 +1,4 @@
-"""The preset YAML files. Found through `mel_lite.configs.__path__[0]`, in a checkout and installed alike."""
+"""Preset YAML files. `mel_lite.configs.__path__[0]` is their folder, both in a checkout and when installed."""
 
 if __name__ == "configs":
-    raise ImportError("this folder is the package `mel_lite.configs`; import it by that name")
+    raise ImportError("this folder is the package `mel_lite.configs`; import it under that name")

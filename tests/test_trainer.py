@@ -305,7 +305,7 @@ def test_a_missing_answer_is_an_abstention_not_the_word_none(tmp_path: Path) -> 
 
 
 def test_prompts_that_come_twice_in_a_step_are_sampled_anew(tmp_path: Path) -> None:
-    """Two generation batches within one optimiser step, with the same prompts in the same rows."""
+    """Two generation batches within one optimizer step, with the same prompts in the same rows."""
     engine = ScriptedEngine(tiny_tokenizer())
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 1, "algorithm": "grpo"}
     twice = Dataset.from_list([*sums(2), *sums(2)])

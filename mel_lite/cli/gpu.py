@@ -1,4 +1,4 @@
-"""The commands about the machine: will it fit (`plan`), and is everything in order (`doctor`)?"""
+"""Commands and recipes that depend on the machine: `plan`, `doctor`, and the recipe that `train` plans for a GPU."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, 
 from mel_lite.errors import ConfigError
 
 
-def is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> bool:
-    """Whether a run with the preset of a GPU is to stay on the CPU, so that nothing may wake CUDA.
+def _is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> bool:
+    """Return True if a run with a GPU preset is forced onto the CPU, so that CUDA must not be initialized.
 
-    Raises: ConfigError for `auto`, which is a card.
+    Raises: ConfigError for `auto`, which needs a GPU.
     """
     from mel_lite.recipe import value_in
 
     on_cpu = dict(overrides).get("train.use_cpu", value_in(config, "train.use_cpu"))
     if on_cpu and gpu == "auto":
-        raise ConfigError("--gpu auto with train.use_cpu=true: auto asks a GPU. Take --gpu cpu, or name a preset.")
+        raise ConfigError("--gpu auto with train.use_cpu=true: auto needs a GPU. Use --gpu cpu, or name a preset.")
     return bool(on_cpu)
 
 
-def begun_with(began: Path, config: Path | None) -> list[tuple[str, Any]]:
-    """Settings of a run that a plan may choose and that resuming must keep, but for those `config` sets."""
+def _settings_to_keep(stored: Path, config: Path | None) -> list[tuple[str, Any]]:
+    """Return the planned settings of a run's stored config.yaml that resuming must keep, except those `config` sets."""
     from mel_lite.memory.search import BATCH, GROUP, OPTIM
     from mel_lite.recipe import keys_of, value_in
 
-    keys = {GROUP, BATCH, OPTIM, "train.max_context_tokens"} & keys_of(began)
-    return [(key, value_in(began, key)) for key in sorted(keys - (keys_of(config) if config else set()))]
+    keys = {GROUP, BATCH, OPTIM, "train.max_context_tokens"} & keys_of(stored)
+    return [(key, value_in(stored, key)) for key in sorted(keys - (keys_of(config) if config else set()))]
 
 
-def _give_up_expandable_segments() -> None:
-    """Take them out of PyTorch's allocator options where vLLM may share the GPU, for it cannot sleep with them.
+def _disable_expandable_segments() -> None:
+    """Remove `expandable_segments` from PyTorch's allocator options if vLLM may share the GPU: it cannot sleep with it.
 
-    The options are read once, as CUDA starts; Unsloth drops them too late for a process that has looked at its GPU.
+    PyTorch reads the options once, when CUDA is initialized. Unsloth removes it too late in a process that has already
+    queried its GPU.
     """
     if not all(importlib.util.find_spec(name) for name in ("unsloth", "vllm")):
         return
@@ -47,41 +48,64 @@ def _give_up_expandable_segments() -> None:
         kept = [part for part in os.environ.get(name, "").split(",") if not part.startswith("expandable_segments:")]
         if name in os.environ and ",".join(kept) != os.environ[name]:
             os.environ[name] = ",".join(kept)
-            typer.secho(f"{name}: expandable_segments is off, since vLLM cannot sleep with it", err=True)
+            typer.secho(f"{name}: expandable_segments disabled, since vLLM's sleep mode does not support it", err=True)
 
 
 def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> tuple[Any, int | None]:
-    """The recipe with settings that fit the card, and the card's bytes; prints the plan, and refuses one that does not
-    fit."""
-    _give_up_expandable_segments()
+    """Return the recipe with settings that fit the card, and the memory budget in bytes; None without a plan.
+
+    Prints the plan. Raises: ConfigError if it does not fit.
+    """
+    _disable_expandable_segments()
     from mel_lite.memory.plan import plan_for
+    from mel_lite.run.display import plan_view
 
     recipe, made, reason = plan_for(gpu, config, overrides, run_here=True)
     if made is None:
         typer.secho(f"no memory plan: {reason}", err=True)
         return recipe, None
-    console().print(made.view())
+    console().print(plan_view(made))
     if not made.fits:
         raise ConfigError(made.refusal())
     return recipe, made.budget_bytes
 
 
+def recipe_of(
+    gpu: str | None, config: Path | None, overrides: list[tuple[str, Any]], *, resumed: Path | None
+) -> tuple[Any, int | None]:
+    """Return the recipe of a run and, if a GPU plan was made for it, the memory budget in bytes.
+
+    `resumed`: folder of the run to resume, or None.
+    """
+    from mel_lite.engines import distributed
+    from mel_lite.recipe import resolve
+
+    if gpu in (None, "cpu") or _is_for_cpu(str(gpu), config, overrides):
+        return resolve(preset=gpu, config=config, overrides=overrides), None
+    if resumed is not None and (stored := resumed / "config.yaml").is_file():
+        # Keep the planned settings of the run: its checkpoint needs the same group size and optimizer.
+        overrides = [*_settings_to_keep(stored, config), *overrides]
+    # Rank 0 plans for all processes: free memory may differ between them, batch shapes must not.
+    return distributed.on_first(lambda: planned(str(gpu), config, overrides), cpu=False)
+
+
 def plan(
-    gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto: the card that is here.")],
+    gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto for this machine's GPU.")],
     config: ConfigOption = None,
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
     engine: EngineOption = None,
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the GPU memory of every phase of a run, before anything is loaded; exit code 2 if it does not fit."""
+    """Predict the GPU memory of every phase of a run without loading a model. Exit code 2 if it does not fit."""
     from mel_lite.memory.plan import plan_for
     from mel_lite.recipe import build_args, parse_set
+    from mel_lite.run.display import plan_view
 
     flags = {"model.name": model, "model.engine": engine}
     overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
     recipe, made, reason = plan_for(gpu, config, overrides + [parse_set(text) for text in set_ or []])
-    with loading("checking options"):  # as a run would, but on this machine, which need not have the card
+    with loading("checking options"):  # as for a run on the CPU, since this machine may have no GPU
         checked = replace(recipe, train={**recipe.train, "use_cpu": True, "bf16": False, "fp16": False})
         build_args(checked, Path("runs"))
     if made is None:
@@ -89,21 +113,23 @@ def plan(
     if as_json:
         typer.echo(made.to_json())
     else:
-        console().print(made.view())
+        console().print(plan_view(made))
         console().print(made.engine.line, highlight=False, markup=False)
     if not made.fits:
         raise ConfigError(made.refusal())
 
 
 def doctor(
-    run: Annotated[Path | None, typer.Option(help="Folder runs are written to. Default: runs/.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model whose export must find room on the disk.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder that runs are written to. Default: runs/.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model whose export must fit on the disk. Default: Qwen3-8B.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Check drivers, versions, disk and caches, with a fix for each fault; exit code 1 if something is broken."""
+    """Check drivers, versions, disk and caches, and suggest fixes. Exit code 1 if a check fails."""
     from mel_lite.cli.doctor import examine
 
-    with loading("looking around"):
+    with loading("checking this machine"):
         report = examine(run or Path("runs"), model)
     if as_json:
         typer.echo(report.to_json())

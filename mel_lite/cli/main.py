@@ -1,4 +1,4 @@
-"""The `mel-lite` command. Light to import: torch and TRL load when a command needs them."""
+"""The `mel-lite` command. Importing it is cheap: torch and TRL are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mel_lite.verify.verifiers import BUILT_IN
 
 app = typer.Typer(
     name="mel-lite",
-    help="Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes.",
+    help="Meta-Experience Learning on one GPU: GRPO plus lessons that the model draws from its own mistakes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -47,7 +47,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Meta-Experience Learning on one GPU: GRPO, plus lessons the model draws from its own mistakes."""
+    """Meta-Experience Learning on one GPU: GRPO plus lessons that the model draws from its own mistakes."""
 
 
 @app.command()
@@ -60,32 +60,31 @@ def train(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     algorithm: Annotated[str | None, typer.Option(help=", ".join(Algorithm))] = None,
     meta_experience: Annotated[
-        bool | None, typer.Option(help="Learn from meta-experiences, too. Default: with mel only.")
+        bool | None, typer.Option(help="Also train on meta-experiences. Default: with mel only.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to continue training.")] = None,
     engine: EngineOption = None,
     set_: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's newest intact checkpoint.")] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
             help="With --resume: an option (train.learning_rate) or input (dataset, templates, chat_template, dtype, "
-            "batch) that need not be as it was; may be repeated."
+            "batch) that may differ from the original run; repeatable."
         ),
     ] = None,
     worst_case: Annotated[
-        bool | None, typer.Option(help="First take a step at full length and measure its memory. Default: on a GPU.")
+        bool | None, typer.Option(help="First run a step at full length and measure its memory. Default: on a GPU.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check options and data, print the recipe, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check options and data, print the recipe, and stop.")
+    ] = False,
 ) -> None:
-    """Train a model with GRPO and meta-experience, evaluate it before and after, and export it."""
-    from mel_lite.engines import distributed
-    from mel_lite.recipe import parse_set, resolve
+    """Train a model with GRPO and meta-experiences, evaluate it before and after, and export it."""
+    from mel_lite.recipe import parse_set
     from mel_lite.run.folder import default_output_dir
 
     flags = {
@@ -100,31 +99,20 @@ def train(
     }
     overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
     if dataset is not None and not resume:
-        # What the preset holds out belongs to the preset's tasks.
+        # The preset's held-out set belongs to the preset's dataset.
         overrides += [("data.eval", None), ("data.eval_split", None)]
     overrides += [parse_set(text) for text in set_ or []]
     if allow_change and not resume:
         raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
         output_dir = output_dir or _newest_run()
-        # A run goes on as it was begun, unless told otherwise.
+        # Reuse the run's own config unless a preset or file is given.
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
-        raise ConfigError("Nothing says what to train. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
-    budget_bytes = None
-    if gpu in (None, "cpu") or gpu_commands.is_for_cpu(str(gpu), config, overrides):
-        recipe = resolve(preset=gpu, config=config, overrides=overrides)
-    else:
-        if resume and output_dir is not None and (begun := output_dir / "config.yaml").is_file():
-            # What a run began with is not planned anew: another group size or optimiser would not fit its checkpoint.
-            overrides = [*gpu_commands.begun_with(begun, config), *overrides]
-        # One process plans for all: free memory differs from one to the next, batch shapes must not.
-        recipe, budget_bytes = distributed.on_first(
-            lambda: gpu_commands.planned(str(gpu), config, overrides), cpu=False
-        )
-
+        raise ConfigError("No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    recipe, budget_bytes = gpu_commands.recipe_of(gpu, config, overrides, resumed=output_dir if resume else None)
     if recipe.train.get("use_cpu"):
-        # Before PyTorch looks: loading, engine, memory check and export must all hear that there is no GPU.
+        # Before PyTorch initializes CUDA: loading, engine, memory check and export must all see no GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with loading("loading"):
         from mel_lite.run import train as run
@@ -136,11 +124,12 @@ def train(
         options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
         run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
     except KeyboardInterrupt:
-        typer.secho("interrupted; committed checkpoints are whole: go on with --resume", err=True)
+        typer.secho("interrupted; committed checkpoints are intact: continue with --resume", err=True)
         raise typer.Exit(130) from None
 
 
 def _dry_run(recipe: Any) -> None:
+    """Check options and data, and print the recipe and the number of tasks."""
     from mel_lite.models.load import load_tokenizer
     from mel_lite.run import train as run
 
@@ -148,29 +137,30 @@ def _dry_run(recipe: Any) -> None:
     tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
     held_out = "none" if tasks.held_out is None else len(tasks.held_out)
     typer.echo(recipe.as_yaml())
-    typer.echo(
-        f"# {len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}. Not trained."
-    )
+    counts = f"{len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}"
+    typer.echo(f"# {counts}. Dry run: nothing was trained.")
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on that model; its own base by default.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter to evaluate. Without --model, its own base model is used.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
     verifier: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's."),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of those samples.")] = 0.6,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature for Avg@k and Pass@k.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 1024,
     split: Annotated[str | None, typer.Option(help="Split of the dataset. Default: train.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of tasks.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to NF4.")] = False,
     system_prompt: Annotated[str | None, typer.Option(help="System message before each task.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of the intervals.")] = 42,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for sampling and for the bootstrap intervals.")] = 42,
+    output: Annotated[Path | None, typer.Option(help="Write the results as JSON to this file.")] = None,
 ) -> None:
     """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
     with loading("loading"):
@@ -178,7 +168,7 @@ def evaluate(
         from mel_lite.models.load import ModelSpec
 
     if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it, or name another file.")
+        raise ConfigError(f"--output {output}: folder {output.parent} does not exist. Create it, or use another file.")
     spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
     result = evaluate_model(
         spec,
@@ -203,39 +193,41 @@ def warmup(
     examples: Annotated[Path, typer.Argument(help='JSONL of {"prompt": text or messages, "completion": text}.')],
     output_dir: Annotated[Path, typer.Option(help="New folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id, local folder, or `demo`.")] = "demo",
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to go on training.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to continue training.")] = None,
     eval_dataset: Annotated[
-        str | None, typer.Option(help="Measure before and after: Hub id, file, `demo:test`, or reasoning-gym:<task>.")
+        str | None, typer.Option(help="Evaluate before and after: Hub id, file, `demo:test`, or reasoning-gym:<task>.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks measured.")] = None,
-    epochs: Annotated[float, typer.Option(help="Times through the examples.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: what --epochs takes.")] = -1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of evaluation tasks.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1 = as many as --epochs needs.")] = -1,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank, by default 16; alpha is twice that.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens; longer examples are skipped.")] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1, help="Keep a checkpoint every so many steps.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the order and of LoRA's start.")] = 42,
+    lora_r: Annotated[int | None, typer.Option(min=1, help="LoRA rank. Default: 16. Alpha is twice the rank.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per example. Longer examples are skipped.")
+    ] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Save a checkpoint every N steps.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to NF4.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed for the example order and for LoRA initialization.")] = 42,
 ) -> None:
-    """Fine-tune an adapter on formatted examples before RL; `train --adapter` goes on from it."""
+    """Fine-tune an adapter on formatted examples before RL. Continue from it with `train --adapter`."""
     with loading("loading"):
         from mel_lite.models.adapters import LoraSpec
         from mel_lite.models.load import ModelSpec
-        from mel_lite.warmup import train as room
+        from mel_lite.warmup import train as warmup_train
 
-    result = room.warmup(
+    result = warmup_train.warmup(
         examples,
         output_dir,
         model=ModelSpec(model, load_in_4bit=load_in_4bit),
         lora=None if lora_r is None else LoraSpec(r=lora_r, alpha=2 * lora_r),
         adapter=adapter,
-        options=room.WarmupOptions(
+        options=warmup_train.WarmupOptions(
             epochs, max_steps, batch_size, micro_batch_size, learning_rate,
             max_length_tokens=max_length, save_steps=save_steps, seed=seed,
         ),
-        evaluation=None if eval_dataset is None else room.WarmupEval(eval_dataset, limit=limit),
+        evaluation=None if eval_dataset is None else warmup_train.WarmupEval(eval_dataset, limit=limit),
         console=console(),
     )  # fmt: skip
     typer.echo(result.summary())
@@ -244,19 +236,21 @@ def warmup(
 @app.command("export")
 def export_(
     adapter: Annotated[
-        Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: newest run.")
+        Path | None, typer.Argument(help="Run, checkpoint or adapter folder. Default: the newest run.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: beside the adapter.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: a subfolder of the argument, named after the format.")
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.")
     ] = "merged-16bit",
-    base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model. Default: the one named by the adapter.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
     allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="Export an adapter whose LoRA-B is still zero.")
+        bool, typer.Option("--allow-untrained", help="Allow an adapter whose LoRA-B weights are still zero.")
     ] = False,
 ) -> None:
-    """Write a clean adapter or a merged model, reload it, and compare it with the adapter model."""
+    """Write a clean adapter or a merged model, reload it, and compare it with the base model plus adapter."""
     source = adapter or _newest_run()
     with loading("loading"):
         from mel_lite.export.merge import export
@@ -274,9 +268,9 @@ def list_(
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
     step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many rows.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
 ) -> None:
-    """List meta-experiences, kept or not."""
+    """List meta-experiences, including dropped ones."""
     from mel_lite.run.display import experiences_table, store_line
 
     wanted = _status(status)
@@ -287,7 +281,7 @@ def list_(
 
 @experiences.command("show")
 def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
-    """Show one meta-experience whole, with both rollouts and its replays."""
+    """Show one meta-experience in full, with both rollouts and its replays."""
     from mel_lite.run.display import experience_page
 
     with _store(run) as store:
@@ -296,9 +290,9 @@ def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = Non
 
 @experiences.command("search")
 def search(
-    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 50
+    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50
 ) -> None:
-    """Find meta-experiences by the words in them."""
+    """Search the text of meta-experiences."""
     from mel_lite.run.display import experiences_table
 
     with _store(run) as store:
@@ -315,21 +309,21 @@ def export_experiences(
     wanted = _status(status)
     with _store(run) as store:
         rows = store.export(output, status=wanted)
-    typer.echo(f"{rows} rows in {output}")
+    typer.echo(f"wrote {rows} rows to {output}")
 
 
 @bench.command("kernel")
 def bench_kernel(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times each is measured.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write every time to this file.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda if there is a GPU.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Measurements per implementation.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all measured times to this file.")] = None,
 ) -> None:
-    """Measure the fused log-prob operator against its peers, with the error beside each time."""
+    """Compare speed and numerical error of the fused log-prob operator with other implementations."""
     import importlib
 
     import torch
 
-    # By name: in a checkout the folder stands outside the package, where the type checker does not see its modules.
+    # By name: in a checkout the folder is outside the package, where the type checker does not find its modules.
     run = importlib.import_module("mel_lite.kernels.bench").run
     run(device or ("cuda" if torch.cuda.is_available() else "cpu"), rounds=rounds, json_path=json_path)
 
@@ -354,29 +348,29 @@ def _newest_run() -> Path:
 
 
 def _quiet_libraries() -> None:
-    """Keep libraries to what a user of this command must know. Takes effect only before they load."""
+    """Silence library output that users do not need. Call it before the libraries are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Waiting threads spin for some microseconds, then sleep: a decoding step has hundreds of short parallel regions, so
-    # sleeping at once made it half as fast; spinning for long steals the core on machines that are shared.
+    # Let waiting threads spin for some microseconds before they sleep. A decoding step has hundreds of short parallel
+    # regions: without spinning it ran at half the speed, and long spinning steals cores on a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # bitsandbytes warns on every CPU without an optional kernel that MEL-Lite switches off anyway.
+    # On a CPU, bitsandbytes warns about a missing optional kernel that MEL-Lite disables anyway.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if logging.lastResort is not None:  # what prints the warnings of a program that set up no logging
+    if logging.lastResort is not None:  # handler for warnings when logging is not configured
         logging.lastResort.addFilter(_printable_record)
 
 
 def _printable_record(record: logging.LogRecord) -> bool:
-    """Names of files and messages of verifiers may come from anyone."""
+    """Escape a log record for the terminal, since file names and verifier messages are untrusted. Returns True."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 def main() -> None:
-    """Run the command; user errors end with one message and an exit code, never a traceback."""
+    """Run the command. User errors end with one message and an exit code, never a traceback."""
     _quiet_libraries()
     try:
         app()

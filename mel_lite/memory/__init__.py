@@ -1,1 +1,1 @@
-"""Predict peak memory and search for settings that fit a card. Pure arithmetic: no tensors."""
+"""Predict peak memory and choose settings that fit a card. Pure arithmetic: no tensors."""

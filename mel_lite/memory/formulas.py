@@ -1,10 +1,10 @@
-"""How many bytes of GPU memory each phase of a run takes, from the model's config and the lengths of a step alone.
+"""Formulas for the GPU memory of each phase of a run, from the model's config and the lengths of a step.
 
-Nothing is loaded and nothing is measured: every figure is arithmetic over sizes. `docs/memory.md` says which terms were
-checked against real modules and which are estimates.
+Nothing is loaded or measured: every number is arithmetic over sizes. `docs/memory.md` lists which terms were checked
+against real modules and which are estimates.
 
-Letters: e bytes of a compute element, H hidden size, I width of the MLP, A heads * head_dim, K kv_heads * head_dim,
-L layers, V vocabulary, N scored tokens, r LoRA rank.
+Letters: e bytes per compute element, H hidden size, I MLP width, A heads * head_dim, K kv_heads * head_dim, L layers,
+V vocabulary, N scored tokens, r LoRA rank.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from mel_lite.models.load import DEMO
 MIB, GIB = 2**20, 2**30
 
 CONTEXT_BYTES = 600 * MIB
-"""Estimate: CUDA context, loaded kernels and cuBLAS workspaces of one process."""
+"""Estimate of the CUDA context, the loaded kernels and the cuBLAS workspaces of one process."""
 ALLOCATOR_SHARE = 0.08
-"""Estimate: what PyTorch's caching allocator holds beyond the live tensors, as a share of those that come and go."""
+"""Estimate of the memory that PyTorch's caching allocator reserves beyond live tensors, as a fraction of the transient
+ones."""
 HEAD_SCRATCH_BYTES = 192 * MIB
-"""Most the fused log-prob operator holds beside inputs and u: a tile of logits (160 MiB) and its accumulators."""
+"""Peak scratch memory of the fused log-prob operator, without inputs and u: a tile of logits (160 MiB) plus its
+accumulators."""
 SAMPLER_BYTES = 30
-"""Per vocabulary entry and sequence while sampling: logits in the model's dtype and float32, log-probabilities in
-float32 and float64, their exponentials and running sums."""
+"""Bytes per vocabulary entry and sequence during sampling: logits in the model's dtype and in float32,
+log-probabilities in float32 and float64, their exponentials and cumulative sums."""
 LOAD_WORKERS = 4
-"""16-bit tensors on the GPU at once while transformers quantises a checkpoint."""
+"""Number of 16-bit tensors on the GPU at the same time while transformers quantizes a checkpoint."""
 PREFIX_TOKENS = 320
-"""Allowance for the instructions and the chat template around a replay prompt."""
+"""Allowance for the instructions and the chat template in a replay prompt."""
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures (`model_type`) whose layers these formulas describe: gated MLP, grouped-query attention, RMS norms."""
+"""Supported architectures (`model_type`): decoders with gated MLP, grouped-query attention and RMS norms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a dense decoder."""
+    """Sizes of a dense decoder model."""
 
     layers: int
     hidden: int
@@ -54,7 +56,7 @@ class Shape:
     o_bias: bool = False
     mlp_bias: bool = False
     context: int = 0
-    """Positions the model has; 0 = unknown."""
+    """Context length in tokens; 0 = unknown."""
 
     @property
     def attention(self) -> int:
@@ -68,7 +70,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the seven linear layers of one decoder layer."""
+        """(input features, output features) of the seven linear modules in one decoder layer, by name."""
         h, i, a, k = self.hidden, self.intermediate, self.attention, self.kv
         return {
             "q_proj": (h, a), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (a, h),
@@ -79,13 +81,13 @@ class Shape:
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """Read the sizes from a model's `config.json`.
 
-    Raises: ModelError for an architecture these formulas do not describe, or a missing size.
+    Raises: ModelError for an unsupported architecture or a missing size.
     """
     kind = config.get("model_type")
     if kind not in DENSE:
         raise ModelError(
-            f"model_type={kind!r}: memory is predicted for {', '.join(DENSE)} only. Train without a prediction, and "
-            "start with train.per_device_train_batch_size=1."
+            f"model_type={kind!r}: memory can be predicted for {', '.join(DENSE)} only. Train without a prediction, "
+            "starting with train.per_device_train_batch_size=1."
         )
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -106,7 +108,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
             context=config.get("max_position_embeddings") or 0,
         )
     except KeyError as missing:
-        raise ModelError(f"the model's config has no {missing}, so its memory cannot be predicted.") from None
+        raise ModelError(f"the model's config has no {missing}, so memory cannot be predicted.") from None
 
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool) -> Shape:
@@ -123,26 +125,29 @@ KNOWN = {
     "meta-llama/Llama-3.1-8B": Shape(32, 4096, 14336, 32, 8, 128, 128256, False, context=131072),
     "HuggingFaceTB/SmolLM2-135M": Shape(30, 576, 1536, 9, 3, 64, 49152, True, context=8192),
 }
-"""Models whose sizes need no download; their -Base and -Instruct releases have the same."""
+"""Sizes of well-known models, so that planning needs no download. -Base and -Instruct releases share them."""
 
 
 def known_shape(name: str) -> Shape | None:
-    """The sizes of a well-known model by its Hub id (or `demo`), or None."""
+    """Return the sizes of a well-known model by its Hub id (or `demo`), or None for any other."""
     if name == DEMO:
         return KNOWN["HuggingFaceTB/SmolLM2-135M"]
     return KNOWN.get(name.removesuffix("-Base").removesuffix("-Instruct"))
 
 
-# ---- what stays ------------------------------------------------------------------------------------------------------
+# ---- persistent memory -----------------------------------------------------------------------------------------------
 
 
 def linear_parameters(shape: Shape) -> int:
-    """Weights of all linear layers but the head: L * sum(inputs * outputs). These are what 4-bit loading quantises."""
+    """Count the weights of all linear modules except the head: L * sum(inputs * outputs).
+
+    These are the weights that 4-bit loading quantizes.
+    """
     return shape.layers * sum(i * o for i, o in shape.linears.values())
 
 
 def other_parameters(shape: Shape) -> int:
-    """Embeddings, an untied head, norms and biases: everything that stays in 16 bits."""
+    """Count the parameters that stay in 16 bits: embeddings, an untied head, norms and biases."""
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
     biases = (shape.attention + 2 * shape.kv) * shape.qkv_bias + shape.hidden * shape.o_bias
@@ -151,10 +156,10 @@ def other_parameters(shape: Shape) -> int:
 
 
 def four_bit_bytes(inputs: int, outputs: int, *, double_quant: bool) -> int:
-    """Bytes of one linear layer in NF4: n/2 codes, one scale per 64 weights, and the lookup tables.
+    """Return the bytes of one linear module in NF4: n/2 bytes of codes, one scale per 64 weights, and lookup tables.
 
-    A scale is a float32; with double quantisation it is one byte, with a float32 per 256 of them, their mean, and a
-    table of 256 float32.
+    A scale is a float32. With double quantization a scale is one byte, plus one float32 per 256 scales, their float32
+    mean, and a table of 256 float32.
     """
     codes = -(-inputs * outputs // 2)
     blocks = -(-inputs * outputs // 64)
@@ -163,7 +168,7 @@ def four_bit_bytes(inputs: int, outputs: int, *, double_quant: bool) -> int:
 
 
 def weight_bytes(shape: Shape, *, four_bit: bool, double_quant: bool = True, element_bytes: int = 2) -> int:
-    """Bytes of the loaded base model: linear layers in 4 bits or e bytes a weight, everything else in e bytes."""
+    """Return the bytes of the loaded base model: linear weights in 4 bits or e bytes each, the rest in e bytes."""
     others = element_bytes * other_parameters(shape)
     if not four_bit:
         return others + element_bytes * linear_parameters(shape)
@@ -172,18 +177,18 @@ def weight_bytes(shape: Shape, *, four_bit: bool, double_quant: bool = True, ele
 
 
 def lora_sizes(shape: Shape, rank: int, targets: str | Sequence[str]) -> list[int]:
-    """Elements of every LoRA tensor: r * inputs and outputs * r for each adapted linear layer."""
+    """Return the element count of every LoRA tensor: r * inputs and outputs * r for each adapted linear module."""
     names = {target.rpartition(".")[2] for target in targets}
     chosen = [size for name, size in shape.linears.items() if targets == "all-linear" or name in names]
     return [rank * width for size in chosen for width in size] * shape.layers
 
 
-def optimiser_bytes(sizes: Sequence[int], optim: str, parameter_bytes: int) -> tuple[int, int]:
-    """Bytes of the optimiser's state, and of its temporaries during a step.
+def optimizer_bytes(sizes: Sequence[int], optim: str, parameter_bytes: int) -> tuple[int, int]:
+    """Return the bytes of the optimizer state, and of its temporaries during a step.
 
-    AdamW of torch keeps two moments in the parameter's dtype. 8-bit AdamW keeps two bytes a weight and a float32 per
-    256 of each, except for tensors under 4096 elements, which stay in float32. Names unknown here count as float32
-    AdamW with temporaries.
+    torch's AdamW keeps two moments in the parameter's dtype. 8-bit AdamW keeps two bytes per weight plus one float32
+    per 256 elements of each moment; tensors under 4096 elements stay in float32. Unknown names count as float32 AdamW
+    with temporaries.
     """
     total = sum(sizes)
     if "8bit" in optim:
@@ -198,46 +203,47 @@ def optimiser_bytes(sizes: Sequence[int], optim: str, parameter_bytes: int) -> t
     return max(8, 2 * parameter_bytes) * total, 2 * parameter_bytes * total
 
 
-# ---- what comes and goes ---------------------------------------------------------------------------------------------
+# ---- transient memory ------------------------------------------------------------------------------------------------
 
 
 def kv_cache_bytes(shape: Shape, tokens: int, element_bytes: int = 2) -> int:
-    """2 L K e per token: keys and values of every layer."""
+    """Return the bytes of the key-value cache: 2 L K e per token."""
     return 2 * shape.layers * shape.kv * element_bytes * tokens
 
 
 def largest_linear_bytes(shape: Shape, element_bytes: int = 2) -> int:
-    """The largest 4-bit weight as it is written out for a product: inputs * outputs * e."""
+    """Return the bytes of the largest linear weight, dequantized for a matmul: inputs * outputs * e."""
     return element_bytes * max(i * o for i, o in shape.linears.values())
 
 
 def mask_bytes(rows: int, tokens: int, element_bytes: int = 2) -> int:
-    """rows * tokens^2 * (1 + e): the attention mask of a padded block, as truth values and as the bias it becomes.
+    """Return the bytes of a padded block's attention mask, boolean plus additive bias: rows * tokens^2 * (1 + e).
 
-    Zero for a single row, which has no padding and needs no mask.
+    0 for a single row, which has no padding and needs no mask.
     """
     return 0 if rows < 2 else rows * tokens * tokens * (1 + element_bytes)
 
 
 def forward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2) -> int:
-    """Most a forward pass without gradient holds for a block beside the key-value cache.
+    """Return the peak bytes of a no-gradient forward pass over one block, without the key-value cache.
 
-    In the up projection: e (4 I + 3 H) per token: the gate's activation, the base's and the adapter's product, the
-    scaled one, the residual and the normed input.
+    The peak is in the up projection, with e (4 I + 3 H) per token: the gate activation, the outputs of base and
+    adapter, the scaled output, the residual and the normed input.
     """
     per_token = element_bytes * (4 * shape.intermediate + 3 * shape.hidden)
     return rows * tokens * per_token + mask_bytes(rows, tokens, element_bytes)
 
 
 def saved_layer_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
-    """What one layer saves for its backward pass, without checkpointing.
+    """Return the bytes that one layer saves for its backward pass without gradient checkpointing.
 
-    e (4 I + 2 H + 2 A + 2 X) + 8 H + 4 (A + K if keys and queries are normed) per token: gate, up, their activation
+    Per token e (4 I + 2 H + 2 A + 2 X) + 8 H + 4 (A + K if queries and keys are normed): gate, up, their activation
     and product; both normed inputs; query and attention output; keys and values (X = A where a mask makes SDPA repeat
-    them for every head, else K); float32 inputs of the norms.
+    them for every head, otherwise K); float32 inputs of the norms.
 
-    `casts`: adapters in float32 beside 16-bit layers. Each takes its input to float32 and autocast takes it back, so
-    that query, key, value, gate and up save copies of their own, and so does the output: e (3 H + A) more per token.
+    `casts`: the adapters are in float32 and the base layers in 16 bits. Each adapter casts its input to float32 and
+    autocast casts it back, so query, key, value, gate, up and the output save their own copies: e (3 H + A) more per
+    token.
     """
     e, a, k = element_bytes, shape.attention, shape.kv
     repeated = a if rows > 1 else k
@@ -248,11 +254,11 @@ def saved_layer_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int =
 
 
 def layer_backward_bytes(shape: Shape, rows: int, tokens: int, element_bytes: int = 2, *, casts: bool = False) -> int:
-    """Most the backward pass of one layer holds: what the layer saved, and gradients of the MLP in flight.
+    """Return the peak bytes of one layer's backward pass: its saved tensors plus the MLP gradients in flight.
 
-    That is saved_layer_bytes with e (2 I + H) more per token: two of the MLP's saved tensors are still there when
-    three of its gradients are, beside the gradient of the layer's output. With `casts` 4 I more: the gradient of the
-    MLP's float32 input to the last adapter.
+    This is saved_layer_bytes plus e (2 I + H) per token: two saved MLP tensors, three MLP gradients and the gradient
+    of the layer's output are alive at the same time. `casts` adds 4 I per token for the gradient of the last adapter's
+    float32 input.
     """
     per_token = element_bytes * (2 * shape.intermediate + shape.hidden) + casts * 4 * shape.intermediate
     return saved_layer_bytes(shape, rows, tokens, element_bytes, casts=casts) + rows * tokens * per_token
@@ -271,24 +277,25 @@ def update_bytes(
     u_bytes: int = 2,
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
 ) -> int:
-    """Most one forward and backward pass over rows of these lengths holds beside weights and LoRA gradients.
+    """Return the peak bytes of one forward and backward pass over rows of these lengths.
 
-    With T_b tokens in block b; the backward pass takes the blocks last to first, and frees each as it goes:
+    Weights and LoRA gradients are not included. Block b has T_b tokens. The backward pass visits the blocks last to
+    first and frees each one:
 
         graph_b = T_b (L H e)                       one hidden state per layer; without checkpointing L saved layers
-        norm_b  = 4 H T_b                           the last norm's float32 input
+        norm_b  = 4 H T_b                           float32 input of the last norm
         forward = sum_b (graph_b + norm_b) + N H (2 e + u) + head scratch
         layer_b = sum_{j<=b} graph_j + sum_{j<b} norm_j + layer_backward_bytes_b + N H e
-        peak    = max(forward, max_b layer_b + the largest weight written out, where weights are 4-bit)
+        peak    = max(forward, max_b layer_b + largest dequantized weight, if weights are 4-bit)
 
-    With `measured`, the gradient of each loss term is taken before the backward pass that trains, and nothing is freed:
+    With `measured`, the gradient of each loss term is taken before the training backward pass, and nothing is freed:
 
-        peak    = sum_b (graph_b + 3 norm_b) + max_b layer_backward_bytes_b + N H (e + u) + the weight written out
+        peak    = sum_b (graph_b + 3 norm_b) + max_b layer_backward_bytes_b + N H (e + u) + largest dequantized weight
 
-    where two of the three norms are what each measurement leaves in the graph. `casts` as in saved_layer_bytes.
+    Two of the three norms are left in the graph by the two measurements. `casts` as in saved_layer_bytes.
 
-    `N H (2 e + u)` are the scored hidden states, their copy in one tensor, and u = d logp / d hidden. Logits exist only
-    as tiles of the head's scratch.
+    `N H (2 e + u)` counts the scored hidden states, their copy in one tensor, and u = d logp / d hidden. Logits exist
+    only as tiles in the head's scratch.
     """
     e, h = element_bytes, shape.hidden
     blocks = blocks_of(lengths)
@@ -317,43 +324,47 @@ def scoring_bytes(
     element_bytes: int = 2,
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
 ) -> int:
-    """Most a pass without gradient over many rows holds: one block at a time, and all scored hidden states.
+    """Return the peak bytes of a no-gradient scoring pass: one block at a time, plus all scored hidden states.
 
-    N H 2 e + max(forward_bytes of a block + the largest weight written out, scratch of the head).
+    N H 2 e + max(forward_bytes of a block + largest dequantized weight, head scratch).
     """
-    written_out = largest_linear_bytes(shape, element_bytes) if four_bit else 0
-    one_block = forward_bytes(shape, *block, element_bytes) + written_out
+    dequantized = largest_linear_bytes(shape, element_bytes) if four_bit else 0
+    one_block = forward_bytes(shape, *block, element_bytes) + dequantized
     return 2 * element_bytes * shape.hidden * scored_tokens + max(one_block, head_scratch_bytes)
 
 
 def generation_bytes(
     shape: Shape, sequences: int, prompt_tokens: int, new_tokens: int, *, four_bit: bool, element_bytes: int = 2
 ) -> int:
-    """Most sampling `sequences` at once holds beside the weights: the worse of reading the prompts and the last token.
+    """Return the peak bytes of sampling `sequences` together, without the weights.
 
-    All prompts differ, as those of analyses do; of equal ones only one is read.
+    This is the larger of prefill and last token. All prompts are assumed to differ, as in analyses; equal prompts are
+    prefilled once.
 
-    prompts = 2 L K e per prompt token + max(forward_bytes + the largest weight written out, sampler)
-    last    = 2 L K e per token + max(sampler, one layer's keys as they are copied to append (K e) and keys and
-              values repeated for every head (2 A e, where heads share them), per token)
+    prefill = 2 L K e per prompt token + max(forward_bytes + largest dequantized weight, sampler)
+    last    = 2 L K e per token + max(sampler, per token: one layer's keys copied for the append (K e), plus keys and
+              values repeated for every head (2 A e, if heads share them))
     """
     e = element_bytes
     sampler = sequences * shape.vocab * SAMPLER_BYTES
-    written_out = largest_linear_bytes(shape, e) if four_bit else 0
-    reading = forward_bytes(shape, sequences, prompt_tokens, e) + written_out
-    prompts = kv_cache_bytes(shape, sequences * prompt_tokens, e) + max(reading, sampler)
+    dequantized = largest_linear_bytes(shape, e) if four_bit else 0
+    forward = forward_bytes(shape, sequences, prompt_tokens, e) + dequantized
+    prefill = kv_cache_bytes(shape, sequences * prompt_tokens, e) + max(forward, sampler)
     tokens = sequences * (prompt_tokens + new_tokens)
     repeated = 0 if shape.heads == shape.kv_heads else 2 * shape.attention
     last = kv_cache_bytes(shape, tokens, e) + max(tokens * e * (shape.kv + repeated), sampler)
-    return max(prompts, last)
+    return max(prefill, last)
 
 
 def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2) -> int:
-    """Most loading holds beside the weights loaded so far: a few 16-bit tensors on their way to 4 bits."""
+    """Return the transient bytes of loading: a few 16-bit tensors that are being quantized."""
     return LOAD_WORKERS * largest_linear_bytes(shape, element_bytes) if four_bit else 0
 
 
 def export_bytes(shape: Shape, element_bytes: int = 2) -> int:
-    """The whole model in 16 bits, and one layer's largest weight and update in float32. The trained one is gone."""
+    """Return the bytes of an export, after the trained model is released.
+
+    The whole model in 16 bits, plus the largest linear weight and its LoRA update in float32.
+    """
     everything = linear_parameters(shape) + other_parameters(shape)
     return element_bytes * everything + 2 * largest_linear_bytes(shape, 4)

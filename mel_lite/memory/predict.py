@@ -1,4 +1,4 @@
-"""The peak of every phase of a run, from what its recipe asks of the memory."""
+"""Predict the peak memory of every phase of a run from its workload."""
 
 from __future__ import annotations
 
@@ -20,39 +20,42 @@ class Phase:
     name: str
     bytes: int
     parts: dict[str, int]
-    """What the bytes are made of; they sum to `bytes`."""
+    """Bytes by use; they sum to `bytes`."""
 
 
 def predict(load: Workload) -> tuple[Phase, ...]:
-    """Peak of every phase of a run, in order: what stays, and what comes and goes with the allocator's share."""
+    """Predict the peak of every phase of a run, in order.
+
+    A peak is persistent memory plus transient memory, and the allocator's overhead on the latter.
+    """
     shape, e = load.shape, load.element_bytes
     parameter_bytes, parameters = load.adapter_bytes, sum(load.lora)
-    states, temporaries = formulas.optimiser_bytes(load.lora, load.optim, parameter_bytes)
-    adapter = {"LoRA": parameter_bytes * parameters, "optimiser states": states}
+    states, temporaries = formulas.optimizer_bytes(load.lora, load.optim, parameter_bytes)
+    adapter = {"LoRA": parameter_bytes * parameters, "optimizer states": states}
     asleep = {"vLLM asleep": vllm_memory.resident_bytes(shape, load.vllm.rank, e)} if load.vllm else {}
     gradients = {"LoRA gradients": parameter_bytes * parameters}
 
-    def phase(name: str, moving: Mapping[str, int], staying: Mapping[str, int] | None = None) -> Phase:
-        staying = {**adapter, **asleep} if staying is None else staying
-        overhead = CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * sum(moving.values()))
-        parts = {"CUDA and allocator": overhead, "weights": load.weight_bytes, **staying, **moving}
+    def phase(name: str, transient: Mapping[str, int], persistent: Mapping[str, int] | None = None) -> Phase:
+        persistent = {**adapter, **asleep} if persistent is None else persistent
+        overhead = CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * sum(transient.values()))
+        parts = {"CUDA and allocator": overhead, "weights": load.weight_bytes, **persistent, **transient}
         return Phase(name, sum(parts.values()), parts)
 
     if load.vllm:
-        # The share is fixed, whatever is sampled, and has room for the allocator in it.
-        held = _share_parts(load)
-        phases = [phase("load", {}, held), *(phase(name, {}, {**adapter, **held}) for name in load.sampled)]
+        # vLLM's share is fixed whatever it samples, and includes its allocator overhead.
+        share = _share_parts(load)
+        phases = [phase("load", {}, share), *(phase(name, {}, {**adapter, **share}) for name in load.sampled)]
     else:
-        on_their_way = formulas.load_bytes(shape, four_bit=load.four_bit)
-        phases = [phase("load", {"tensors on their way to 4 bits": on_their_way}, {})]
+        quantizing = formulas.load_bytes(shape, four_bit=load.four_bit)
+        phases = [phase("load", {"tensors being quantized": quantizing}, {})]
         phases += [phase(name, _generation(load, name)) for name in load.sampled]
     if scored := _scoring(load):
         phases.append(phase("scoring", {"activations": scored}))
     phases.append(phase("update", max((_update(load, part) for part in load.fullest_parts), key=_total)))
     vectors = 16 * parameters if load.measures_gradients else 0
-    phases.append(phase("optimiser", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
+    phases.append(phase("optimizer", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
     if load.exports:
-        # The trained model is given up first; `weights` are those of the merged one.
+        # The trained model is released first; `weights` are those of the merged model.
         merged = formulas.export_bytes(shape, e)
         overhead = CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * merged)
         phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
@@ -60,7 +63,7 @@ def predict(load: Workload) -> tuple[Phase, ...]:
 
 
 def _share_parts(load: Workload) -> dict[str, int]:
-    """vLLM's share without the weights."""
+    """Split vLLM's share, without the weights, by use."""
     assert load.vllm is not None
     asleep = vllm_memory.resident_bytes(load.shape, load.vllm.rank, load.element_bytes)
     cache = max(0, load.share_bytes - load.weight_bytes - load.vllm_overhead_bytes)
@@ -69,28 +72,31 @@ def _share_parts(load: Workload) -> dict[str, int]:
 
 
 def _generation(load: Workload, name: str) -> dict[str, int]:
-    at_once, (_, prompt_tokens, new_tokens) = load.at_once(name), load.sampled[name]
+    sequences, (_, prompt_tokens, new_tokens) = load.at_once(name), load.sampled[name]
     options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
-    total = formulas.generation_bytes(load.shape, at_once, prompt_tokens, new_tokens, **options)
-    cache = formulas.kv_cache_bytes(load.shape, at_once * (prompt_tokens + new_tokens), load.element_bytes)
+    total = formulas.generation_bytes(load.shape, sequences, prompt_tokens, new_tokens, **options)
+    cache = formulas.kv_cache_bytes(load.shape, sequences * (prompt_tokens + new_tokens), load.element_bytes)
     return {"KV cache": min(cache, total), "activations": max(0, total - cache)}
 
 
 def _scoring(load: Workload) -> int:
-    """Passes without gradient: lessons after their update, one row at a time, and rollouts where TRL asks for them."""
+    """Return the peak bytes of no-gradient passes; 0 if there are none.
+
+    Lessons are scored after their update, one row at a time; rollouts are scored if TRL needs their log-probs.
+    """
     options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
-    most = 0
+    peak = 0
     if load.pairs:
         block = (1, load.lesson_tokens)
-        most = formulas.scoring_bytes(load.shape, block, load.pairs * load.analysis_tokens, **options)
+        peak = formulas.scoring_bytes(load.shape, block, load.pairs * load.analysis_tokens, **options)
     if load.scores_rollouts:
         rows = load.micro_batch
         if load.max_micro_batch_tokens is not None:
             rows = max(1, min(rows, load.max_micro_batch_tokens // load.rollout_tokens))
         block = (rows, load.rollout_tokens)
         scored = load.completions * load.completion_tokens
-        most = max(most, formulas.scoring_bytes(load.shape, block, scored, **options))
-    return most
+        peak = max(peak, formulas.scoring_bytes(load.shape, block, scored, **options))
+    return peak
 
 
 def _total(parts: Mapping[str, int]) -> int:
@@ -98,7 +104,7 @@ def _total(parts: Mapping[str, int]) -> int:
 
 
 def _update(load: Workload, part: Part) -> dict[str, int]:
-    """Forward and backward of one part of a micro-batch, and the gradients it leaves."""
+    """Return the bytes of forward and backward over one part of a micro-batch, and of the gradients it leaves."""
     sixteen_bit = not load.four_bit and load.element_bytes == 2
     activations = formulas.update_bytes(
         load.shape,
@@ -107,16 +113,16 @@ def _update(load: Workload, part: Part) -> dict[str, int]:
         checkpointing=load.checkpointing,
         four_bit=load.four_bit,
         measured=load.measures_gradients,
-        # PEFT's float32 adapters beside 16-bit layers; those beside 4-bit layers leave their input to autocast.
+        # PEFT keeps float32 adapters on 16-bit layers; adapters on 4-bit layers leave the casting to autocast.
         casts=sixteen_bit,
         element_bytes=load.element_bytes,
         u_bytes=4 if load.fp16 or load.element_bytes == 4 else 2,
     )
     parameters = sum(load.lora)
-    # Autograd sums a weight's gradients of several blocks before it adds them to the rest.
+    # Autograd sums a weight's gradients over several blocks before it adds the sum to `grad`.
     in_flight = 2 if len(blocks_of(part.lengths)) > 1 else 1
     # Autocast keeps a 16-bit copy of an adapter in another dtype. The gradient meter keeps a float32 sum for each loss
-    # term, beside the gradient it adds.
+    # term, in addition to the gradient being added.
     copies = 2 * parameters if load.fp16 or not load.four_bit else 0
     sums = 12 * parameters if load.measures_gradients else 0
     return {

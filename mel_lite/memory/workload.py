@@ -1,4 +1,4 @@
-"""What a recipe asks of a GPU's memory: the lengths and counts of its steps, and how vLLM shares the card."""
+"""The workload of a recipe: lengths and counts of its steps that memory depends on, and vLLM's share of the card."""
 
 from __future__ import annotations
 
@@ -39,66 +39,66 @@ DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch_fused",
     "fp16": False,
 }
-"""Options of MELConfig that memory depends on, and their defaults."""
+"""Options of MELConfig that memory depends on, with their defaults."""
 
 PROMPT_TOKENS = 1024
-"""Assumed where `data.max_prompt_tokens` leaves prompts open."""
+"""Prompt length assumed if `data.max_prompt_tokens` is unset."""
 INSTRUCTION_TOKENS = 1024
-"""Allowance for the analysis instructions beside the question and two solutions."""
+"""Allowance for the instructions in an analysis prompt, in addition to the question and two solutions."""
 MAX_SEQUENCES = 64
-"""Of the transformers engine: most sequences at once."""
+"""Maximum number of sequences that the transformers engine samples together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that go forward and backward at once, each as (tokens, scored tokens)."""
+    """Rows of one forward and backward pass, each as (tokens, scored tokens)."""
 
     rollouts: tuple[tuple[int, int], ...] = ()
     lessons: tuple[tuple[int, int], ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of every row."""
+        """Tokens per row."""
         return tuple(tokens for tokens, _ in self.rollouts + self.lessons)
 
     @property
     def scored_tokens(self) -> int:
-        """Of all rows together."""
+        """Scored tokens of all rows together."""
         return sum(scored for _, scored in self.rollouts + self.lessons)
 
 
-def _filled(budget_tokens: int, most_rows: int, row_tokens: int, scored_tokens: int) -> tuple[tuple[int, int], ...]:
-    """As many equal rows as fill the budget without a gap; one row that is longer stays as it is."""
-    rows = max(1, min(most_rows, math.ceil(budget_tokens / row_tokens)))
+def _fill(budget_tokens: int, max_rows: int, row_tokens: int, scored_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Return equal rows that fill the budget completely. A single row over the budget keeps its length."""
+    rows = max(1, min(max_rows, math.ceil(budget_tokens / row_tokens)))
     length = row_tokens if rows == 1 else min(row_tokens, budget_tokens // rows)
     return ((length, min(scored_tokens, length - 1)),) * rows
 
 
 @dataclass(frozen=True, slots=True)
 class VLLMCard:
-    """The card that vLLM takes a share of."""
+    """Memory of the card that vLLM shares."""
 
     total_bytes: int
     free_bytes: int
-    """Of it, when it was looked at."""
+    """Free memory at the time of the query."""
 
 
 @dataclass(frozen=True, slots=True)
 class VLLMShare:
-    """How vLLM samples from the trained weights."""
+    """vLLM's share of a card, for sampling from the trained weights."""
 
     card: VLLMCard
     rank: int
-    """Of the largest adapter it makes room for."""
+    """Maximum LoRA rank that vLLM reserves a slot for."""
     sequences: int
-    """Most it samples at once."""
+    """Maximum number of sequences in flight."""
     utilization: float | None = None
-    """Share of the card; None = not chosen yet: the least it can do with."""
+    """Share of the card; None = not chosen yet, so the minimum is assumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Everything a recipe says that memory depends on; tokens are the longest, counts are of one generation batch."""
+    """Everything in a recipe that memory depends on. Token counts are maxima; other counts are per generation batch."""
 
     shape: Shape
     four_bit: bool
@@ -106,13 +106,13 @@ class Workload:
     element_bytes: int
     fp16: bool
     lora: tuple[int, ...]
-    """Elements of each LoRA tensor."""
+    """Element count of each LoRA tensor."""
     prompt_tokens: int
     completion_tokens: int
     context_tokens: int
     analysis_tokens: int
     evaluated_tokens: int
-    """New tokens of an evaluation's longest answer; 0 without one."""
+    """Maximum new tokens of an evaluation answer; 0 without evaluation."""
     completions: int
     micro_batch: int
     pairs: int
@@ -125,69 +125,72 @@ class Workload:
     scores_rollouts: bool
     exports: bool
     assumes_prompts: bool
-    """Whether nothing bounds the prompts, so that their length is a guess."""
+    """True if the recipe does not bound prompts, so that `prompt_tokens` is an assumption."""
     max_seq_length: int | None = None
-    """As the recipe bounds sequences for Unsloth and vLLM; None = as long as they are."""
+    """The recipe's bound on sequences for Unsloth and vLLM; None = no bound."""
     vllm: VLLMShare | None = None
-    """None: transformers' generation, or Unsloth's own."""
+    """None if transformers or Unsloth's own generation samples."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of the loaded base model."""
+        """Bytes of the loaded base model."""
         options: dict[str, Any] = {"double_quant": self.double_quant, "element_bytes": self.element_bytes}
         return formulas.weight_bytes(self.shape, four_bit=self.four_bit, **options)
 
     @property
     def adapter_bytes(self) -> int:
-        """Of one LoRA weight. TRL keeps the adapter of a quantised base in bfloat16, PEFT that of a 16-bit base in
-        float32; float16 training needs float32 for its gradient scaler."""
+        """Bytes per LoRA weight.
+
+        TRL keeps the adapter of a quantized base in bfloat16; PEFT keeps the adapter of a 16-bit base in float32.
+        float16 training needs float32 for its gradient scaler.
+        """
         return 2 if self.four_bit and not self.fp16 else 4
 
     @property
     def lessons_per_micro_batch(self) -> int:
-        """Most lessons that ride with one micro-batch."""
+        """Maximum number of lessons added to one micro-batch."""
         return math.ceil(self.pairs / max(1, self.completions // self.micro_batch))
 
     @property
     def rollout_tokens(self) -> int:
-        """Longest rollout."""
+        """Tokens of the longest rollout."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def lesson_tokens(self) -> int:
-        """Longest row of a lesson."""
+        """Tokens of the longest lesson row."""
         return self.context_tokens + self.analysis_tokens
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Of the fullest micro-batch, all of its rows together."""
+        """Tokens of the largest micro-batch, summed over its rows."""
         return self.micro_batch * self.rollout_tokens + self.lessons_per_micro_batch * self.lesson_tokens
 
     @property
     def fullest_parts(self) -> tuple[Part, ...]:
-        """The parts a micro-batch can be taken in that hold the most, of which the worst counts.
+        """Candidates for the part of a micro-batch that takes the most memory.
 
-        Under a token budget rows of any length may fill it, so that it is full whatever its multiple: rollouts with
-        their prompts at full length, rollouts that are nearly all completion, lessons, and a lesson among rollouts.
+        Rows of any length may fill a token budget, so each candidate fills it completely: rollouts with full-length
+        prompts, rollouts that are nearly all completion, lessons, and one lesson together with rollouts.
         """
         lessons, budget = self.lessons_per_micro_batch, self.max_micro_batch_tokens
         rollout, lesson = (self.rollout_tokens, self.completion_tokens), (self.lesson_tokens, self.analysis_tokens)
         if budget is None or budget >= self.micro_batch_tokens:
             return (Part((rollout,) * self.micro_batch, (lesson,) * lessons),)
         parts = [
-            Part(_filled(budget, self.micro_batch, *rollout)),
-            Part(_filled(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens)),
+            Part(_fill(budget, self.micro_batch, *rollout)),
+            Part(_fill(budget, self.micro_batch, self.completion_tokens + 1, self.completion_tokens)),
         ]
         if lessons:
-            parts.append(Part((), _filled(budget, lessons, *lesson)))
+            parts.append(Part((), _fill(budget, lessons, *lesson)))
         if lessons and budget > self.lesson_tokens:
-            beside = _filled(budget - self.lesson_tokens, self.micro_batch, *rollout)
-            parts.append(Part(beside, (lesson,)))
+            rollouts = _fill(budget - self.lesson_tokens, self.micro_batch, *rollout)
+            parts.append(Part(rollouts, (lesson,)))
         return tuple(parts)
 
     @property
     def sampled(self) -> dict[str, tuple[int, int, int]]:
-        """Per phase that samples: number of sequences, prompt and new tokens of the longest."""
+        """(sequences, prompt tokens, new tokens) of every sampling phase. Token counts are maxima."""
         phases = {"rollout": (self.completions, self.prompt_tokens, self.completion_tokens)}
         if self.pairs:
             replay_tokens = self.prompt_tokens + self.analysis_tokens + formulas.PREFIX_TOKENS
@@ -197,91 +200,94 @@ class Workload:
 
     @property
     def longest_sampled(self) -> int:
-        """Tokens of the longest sequence that is sampled, its prompt included; an evaluation's are, too."""
+        """Tokens of the longest sampled sequence, prompt included. Evaluation counts."""
         trained = max(prompt + new for _, prompt, new in self.sampled.values())
         return max(trained, self.prompt_tokens + self.evaluated_tokens)
 
     @property
     def vllm_context_tokens(self) -> int:
-        """Longest sequence that vLLM is asked to make room for."""
+        """Longest sequence, in tokens, that vLLM is configured for."""
         return self.max_seq_length or self.longest_sampled
 
     @property
     def vllm_overhead_bytes(self) -> int:
-        """vLLM's share without weights and cache."""
+        """Bytes of vLLM's share without weights and cache."""
         assert self.vllm is not None
         rank, sequences = self.vllm.rank, self.vllm.sequences
         options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
         return vllm_memory.overhead_bytes(self.shape, sequences, rank, **options)
 
     def share_of(self, cache_tokens: int) -> int:
-        """Bytes of vLLM's share with a cache of so many tokens, but no less than it takes for the longest sequence."""
+        """Return the bytes of vLLM's share with a cache of `cache_tokens`, at least enough for the longest sequence."""
         assert self.vllm is not None
         options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
         longest = self.vllm_context_tokens
-        least = vllm_memory.share_to_be_granted_bytes(self.shape, longest, self.vllm.rank, **options)
-        held = max(cache_tokens, longest) + vllm_memory.BLOCK_TOKENS  # one block is begun
-        cache = formulas.kv_cache_bytes(self.shape, held, self.element_bytes)
-        return max(least, self.weight_bytes + self.vllm_overhead_bytes + cache)
+        minimum = vllm_memory.min_share_bytes(self.shape, longest, self.vllm.rank, **options)
+        tokens = max(cache_tokens, longest) + vllm_memory.BLOCK_TOKENS  # room for a partly filled block
+        cache = formulas.kv_cache_bytes(self.shape, tokens, self.element_bytes)
+        return max(minimum, self.weight_bytes + self.vllm_overhead_bytes + cache)
 
     @property
     def share_bytes(self) -> int:
-        """vLLM's share: as set, but what Unsloth leaves to training; or the least it can do with."""
+        """Bytes of vLLM's share: as set, minus what Unsloth reserves for training; the minimum if not set."""
         assert self.vllm is not None
         if self.vllm.utilization is None:
             return self.share_of(0)
         total_bytes = self.vllm.card.total_bytes
-        left = vllm_memory.left_to_training_bytes(self.shape, self.vllm_context_tokens)
-        return min(int(self.vllm.utilization * total_bytes), total_bytes - left)
+        reserved = vllm_memory.reserved_for_training_bytes(self.shape, self.vllm_context_tokens)
+        return min(int(self.vllm.utilization * total_bytes), total_bytes - reserved)
 
     @property
     def vllm_cache_tokens(self) -> int:
-        """Tokens that vLLM's cache has room for."""
+        """Capacity of vLLM's cache in tokens."""
         left = self.share_bytes - self.weight_bytes - self.vllm_overhead_bytes
         return vllm_memory.cache_tokens(self.shape, left, self.element_bytes)
 
     @property
     def vllm_granted_tokens(self) -> int:
-        """Longest sequence that it would be started for: what its cache holds, and what Unsloth thinks it does."""
+        """Longest sequence, in tokens, that vLLM would start for: the smaller of its cache and Unsloth's estimate."""
         assert self.vllm is not None
         options: dict[str, Any] = {"four_bit": self.four_bit, "element_bytes": self.element_bytes}
         granted = vllm_memory.granted_tokens(self.shape, self.share_bytes, self.vllm.rank, **options)
         return min(granted, self.vllm_cache_tokens)
 
     def at_once(self, phase: str) -> int:
-        """Sequences of a phase that the engine samples together; vLLM those that its cache holds at full length."""
+        """Return the number of a phase's sequences that the engine samples together.
+
+        For vLLM, this is the number that its cache holds at full length.
+        """
         sequences, prompt_tokens, new_tokens = self.sampled[phase]
         if self.vllm is not None:
-            held = self.vllm_cache_tokens // (prompt_tokens + new_tokens)
-            return max(1, min(sequences, self.vllm.sequences, held))
-        most = min(sequences, MAX_SEQUENCES)
+            cached = self.vllm_cache_tokens // (prompt_tokens + new_tokens)
+            return max(1, min(sequences, self.vllm.sequences, cached))
+        limit = min(sequences, MAX_SEQUENCES)
         if self.max_cache_tokens is None:
-            return most
-        return max(1, min(most, self.max_cache_tokens // (prompt_tokens + new_tokens)))
+            return limit
+        return max(1, min(limit, self.max_cache_tokens // (prompt_tokens + new_tokens)))
 
 
 def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -> Workload:
-    """What a recipe asks of a model of this shape; `vllm_on` None where something else than vLLM samples.
+    """Return the workload of a recipe for a model of this shape. `vllm_on` is None if vLLM does not sample.
 
-    Raises: ConfigError for full fine-tuning, which is not predicted, and for values that no run could have.
+    Raises: ConfigError for full fine-tuning, which is not supported here, and for values that no run accepts.
     """
     if recipe.lora is None:
-        raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Give section `lora` its options.")
+        raise ConfigError("lora=null: memory is predicted for LoRA and QLoRA only. Set the options of section `lora`.")
     option = {key: option_of(recipe, key) for key in DEFAULTS}
     micro, accumulation = option["per_device_train_batch_size"], option["gradient_accumulation_steps"]
     steps = option["steps_per_generation"] or accumulation
     completions = option["generation_batch_size"] or micro * steps
     prompts = max(1, completions // option["num_generations"])
-    most_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
-    per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else most_pairs
+    max_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
+    per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else max_pairs
     pairs = prompts * per_group if with_lessons(recipe) else 0
     control = option["replay_control"] or option["replay_criterion"] == ReplayCriterion.UPLIFT
     prompt, completion = _rollout_tokens(recipe, shape)
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
-    whole = shape.context
+    window = shape.context
     if option["max_context_tokens"] is None and recipe.model.max_seq_length is not None:
-        whole = min(whole, recipe.model.max_seq_length)
-    for bound in (option["max_context_tokens"], whole - option["analysis_max_tokens"]):
+        window = min(window, recipe.model.max_seq_length)
+    for bound in (option["max_context_tokens"], window - option["analysis_max_tokens"]):
         context = min(context, bound) if bound and bound > 0 else context
     return Workload(
         shape=shape,
@@ -304,7 +310,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         checkpointing=bool(option["gradient_checkpointing"]),
         optim=str(option["optim"]),
         measures_gradients=bool(option["grad_norm_every"]),
-        # TRL scores them where vLLM sampled, its own or ours, for its importance weights.
+        # TRL scores rollouts that vLLM sampled, through TRL or through us, to compute importance weights.
         scores_rollouts=vllm_on is not None
         or option["use_vllm"]
         or option["beta"] != 0
@@ -317,7 +323,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
 
 
 def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:
-    """Prompt and new tokens of the longest rollout; longer prompts are left out of a run."""
+    """Return prompt and new tokens of the longest rollout. A run drops longer prompts."""
     completion, prompt = option_of(recipe, "max_completion_length"), recipe.data.max_prompt_tokens
     if prompt is not None and prompt < 1:
         raise ConfigError(f"data.max_prompt_tokens={prompt} must be at least 1, or null. Set data.max_prompt_tokens.")
@@ -330,11 +336,11 @@ def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:
 
 
 def _adapter(lora: LoraSpec, shape: Shape) -> tuple[int, ...]:
-    """Elements of each LoRA tensor."""
+    """Return the element count of each LoRA tensor. Raises ConfigError if `target_modules` matches no linear module."""
     sizes = formulas.lora_sizes(shape, adapter_rank(lora), lora.target_modules)
     if not sizes:
         raise ConfigError(
-            f"lora.target_modules={lora.target_modules!r} names no linear layer of the model. It has "
+            f"lora.target_modules={lora.target_modules!r} names no linear layer of the model. Its linear layers are "
             f"{', '.join(shape.linears)}."
         )
     return tuple(sizes)
@@ -344,29 +350,29 @@ def _vllm_share(recipe: Recipe, card: VLLMCard, sequences: int) -> VLLMShare:
     assert recipe.lora is not None
     spec = recipe.model
     rank = spec.max_lora_rank or adapter_rank(recipe.lora)
-    most = spec.max_num_seqs or min(sequences, vllm_memory.MOST_SEQUENCES)
-    return VLLMShare(card, rank, most, spec.gpu_memory_utilization)
+    in_flight = spec.max_num_seqs or min(sequences, vllm_memory.MAX_NUM_SEQS)
+    return VLLMShare(card, rank, in_flight, spec.gpu_memory_utilization)
 
 
 def with_lessons(recipe: Recipe) -> bool:
-    """Whether the run writes meta-experiences and learns from them."""
-    wanted = option_of(recipe, "meta_experience")
-    return bool(option_of(recipe, "algorithm") == "mel" if wanted is None else wanted)
+    """Return True if the run writes meta-experiences and trains on them."""
+    enabled = option_of(recipe, "meta_experience")
+    return bool(option_of(recipe, "algorithm") == "mel" if enabled is None else enabled)
 
 
 def option_of(recipe: Recipe, key: str) -> Any:
-    """An option of `train`, or its default. Raises ConfigError for a value no plan can be made with."""
+    """Return an option of `train`, or its default. Raises ConfigError for a count that is not an integer or too low."""
     default = DEFAULTS[key]
     value = recipe.train.get(key, default)
-    counts = type(default) is int or key in (
+    is_count = type(default) is int or key in (
         "steps_per_generation",
         "generation_batch_size",
         "max_context_tokens",
         "max_cache_tokens",
         "max_micro_batch_tokens",
     )
-    if counts and not (value is None and default is None):
-        least = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
-        if type(value) is not int or value < least:
-            raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {least}. Set train.{key}.")
+    if is_count and not (value is None and default is None):
+        minimum = {"grad_norm_every": 0, "pairs_per_group": -1}.get(key, 1)
+        if type(value) is not int or value < minimum:
+            raise ConfigError(f"train.{key}={value!r} must be a whole number of at least {minimum}. Set train.{key}.")
     return value

@@ -247,7 +247,7 @@ class WorstStepFirst(TrainerCallback):
         self._report, self._budget_bytes = report, budget_bytes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        states = self._predicted["update"].parts["optimiser states"] if "update" in self._predicted else 0
+        states = self._predicted["update"].parts["optimizer states"] if "update" in self._predicted else 0
         for _attempt in range(MAX_TRIES):
             over = self._attempt(states)
             if not over:

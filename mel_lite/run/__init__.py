@@ -1,1 +1,1 @@
-"""One training run, from recipe to summary."""
+"""A training run, from recipe to summary."""

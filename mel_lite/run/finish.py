@@ -1,4 +1,4 @@
-"""What a trained run leaves: the adapter, the exported model, and the summary of what came of it."""
+"""Finish a run: save the adapter, export the merged model, and print the summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.markup import escape
 from mel_lite.errors import ExportError
 from mel_lite.evaluate import EvalResult
 from mel_lite.export.merge import export
+from mel_lite.export.report import ExportReport
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.adapters import write_fingerprint
 from mel_lite.recipe import Recipe
@@ -28,7 +28,7 @@ from mel_lite.types import Status
 
 
 def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
-    """Write the trained adapter (or the whole model, without LoRA) in PEFT's layout; returns its folder."""
+    """Write the trained adapter in PEFT's layout, or the full model if there is no LoRA. Returns the folder."""
     adapted = hasattr(trainer.model, "peft_config")
     target = folder / ("adapter" if adapted else "model")
     trainer.model.save_pretrained(target)
@@ -39,9 +39,9 @@ def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
 
 
 def release(trainer: MELTrainer) -> None:
-    """Give up the memory of a trained and saved model, so that the export has the GPU to itself.
+    """Free the memory of a trained and saved model, so that the export can use the whole GPU.
 
-    Storage is emptied in place: too many objects refer to the tensors to let go of all of them.
+    Tensor storage is emptied in place, because too many objects hold references to the tensors to drop them all.
     """
     if trainer.optimizer is not None:
         trainer.optimizer.state.clear()
@@ -52,21 +52,26 @@ def release(trainer: MELTrainer) -> None:
             if getattr(weight, "quant_state", None) is not None:
                 weight.quant_state = None
     for module in trainer.model.modules():
-        if getattr(module, "quant_state", None) is not None:  # a 4-bit layer keeps it a second time
+        if getattr(module, "quant_state", None) is not None:  # a 4-bit layer holds a second reference
             module.quant_state = None
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def export_trained(recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, apart: bool = False) -> Any:
-    """Write the merged model; the report, or None when there is none to show. `apart`: in a process of its own."""
+def export_trained(
+    recipe: Recipe, adapter_dir: Path, folder: Path, console: Console, *, in_subprocess: bool = False
+) -> ExportReport | None:
+    """Write the merged model and return its report.
+
+    Returns None if nothing is exported, or if the export fails or runs in a subprocess; then the outcome is printed.
+    """
     if recipe.export.format is None or adapter_dir.name != "adapter":
         return None
     target = folder / recipe.export.format
-    if target.exists():  # of the run before it was resumed
+    if target.exists():  # left by the run before it was resumed
         shutil.rmtree(target)
-    if apart:
-        _export_apart(recipe, adapter_dir, target, console)
+    if in_subprocess:
+        _export_in_subprocess(recipe, adapter_dir, target, console)
         return None
     try:
         with console.status(f"exporting {recipe.export.format}"):
@@ -74,51 +79,52 @@ def export_trained(recipe: Recipe, adapter_dir: Path, folder: Path, console: Con
                 adapter_dir, target, format=recipe.export.format, base=recipe.model, dtype=recipe.export.dtype
             )
     except ExportError as error:
-        # The adapter is saved; an export can be had later with `mel-lite export`.
+        # The adapter is saved, so the user can export later with `mel-lite export`.
         console.print(f"[yellow]not exported:[/] {escape(printable(str(error)))}")
     except torch.OutOfMemoryError:
         console.print(
-            "[yellow]not exported:[/] the GPU has no room for the model in 16 bits. Export on the CPU: "
+            "[yellow]not exported:[/] the GPU is too small for the model in 16 bits. Export on the CPU: "
             f"CUDA_VISIBLE_DEVICES= mel-lite export {escape(str(folder))}"
         )
     return None
 
 
-def _export_apart(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
-    """Export on the CPU, in a process that Unsloth did not patch: its layers would not load a plain model any more."""
+def _export_in_subprocess(recipe: Recipe, adapter_dir: Path, target: Path, console: Console) -> None:
+    """Export on the CPU in a fresh process, since Unsloth's patches keep this one from loading a plain model."""
     arguments = ["export", str(adapter_dir), "--output", str(target)]
     arguments += ["--format", str(recipe.export.format), "--dtype", recipe.export.dtype]
     command = [sys.executable, "-m", "mel_lite", *arguments]
-    with console.status(f"exporting {recipe.export.format} in a process of its own"):
+    with console.status(f"exporting {recipe.export.format} in a separate process"):
         done = subprocess.run(
             command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
         )
-    told = done.stdout
+    message = done.stdout
     if done.returncode:
-        killed = "the process was killed, as it is where the host's memory runs out"
+        killed = "the process was killed, probably because the host ran out of memory"
         reason = killed if done.returncode < 0 else done.stderr.strip().removeprefix("error: ")
-        again = f"CUDA_VISIBLE_DEVICES= {shlex.join(['mel-lite', *arguments])}"
-        told = f"not exported: {reason}\nThe adapter is saved. Try again with: {again}"
-    console.print(printable(told), highlight=False, markup=False, soft_wrap=True)  # the command stays in one piece
+        retry = f"CUDA_VISIBLE_DEVICES= {shlex.join(['mel-lite', *arguments])}"
+        message = f"not exported: {reason}\nThe adapter is saved. Try again with: {retry}"
+    console.print(printable(message), highlight=False, markup=False, soft_wrap=True)  # keeps the command on one line
 
 
 def print_summary(
     trainer: MELTrainer,
     folder: Path,
     adapter_dir: Path,
-    exported: Any,
+    exported: ExportReport | None,
     before: EvalResult | None,
     after: EvalResult | None,
     elapsed_s: float,
     console: Console,
 ) -> None:
+    """Print evaluations, funnel, sample meta-experiences, export report and output paths."""
     console.rule("summary")
     if before is not None and after is not None:
         console.print(comparison_table(before, after))
     if trainer.args.with_meta_experience:
         console.print(funnel_table(trainer.funnel_totals))
         with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
-            for row in exemplary(store):
+            for row in sample_rows(store):
                 console.print(sample_panel(row))
     if exported is not None:
         console.print(exported.as_table())
@@ -132,8 +138,8 @@ def print_summary(
     console.print(f"took {elapsed_s / 60:.1f} min")
 
 
-def exemplary(store: ExperienceStore, most: int = 3) -> list[ExperienceRow]:
-    """Up to `most` meta-experiences to show: kept ones first, then one of each way to be dropped, newest first."""
-    kept = store.list(status=Status.KEPT, limit=most - 1)
+def sample_rows(store: ExperienceStore, limit: int = 3) -> list[ExperienceRow]:
+    """Return up to `limit` meta-experiences to show: kept ones first, then the newest of each other status."""
+    kept = store.list(status=Status.KEPT, limit=limit - 1)
     dropped = [row for status in Status if status is not Status.KEPT for row in store.list(status=status, limit=1)]
-    return [*kept, *dropped][:most]
+    return [*kept, *dropped][:limit]

@@ -1,4 +1,4 @@
-"""Run folders: where they are, and that one process at a time writes to one."""
+"""Run folders: default locations, and a lock so that only one process writes to a run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ RUNS = Path("runs")
 
 
 def default_output_dir(model: str, algorithm: str) -> Path:
-    """`runs/<date-time>-<model>-<algorithm>`."""
+    """Return `runs/<date-time>-<model>-<algorithm>`."""
     return RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{model.rstrip('/').split('/')[-1].lower()}-{algorithm}"
 
 
 def newest_run() -> Path:
-    """The run folder in `runs/` that was begun last. Raises ConfigError when there is none."""
+    """Return the most recently started run folder in `runs/`. Raises ConfigError if there is none."""
     folders = [path.parent for path in RUNS.glob("*/config.yaml")]
     if not folders:
-        raise ConfigError(f"There is no run in {RUNS}/. Name the run's folder (--run, or --output-dir to train).")
+        raise ConfigError(f"There is no run in {RUNS}/. Pass the run's folder (--run, or --output-dir for train).")
     return max(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
 
 
 @contextmanager
 def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the run folder for one process.
+    """Create the run folder if needed and lock it for this process.
 
-    Raises: ConfigError when it holds another run and `resume` is off, or when another process is using it.
+    Raises: ConfigError if the folder is not empty and `resume` is False, if another process holds the lock, or if the
+        folder cannot be written.
     """
     if not resume and any(p.is_file() and p.name != ".lock" for p in folder.rglob("*")):
         raise ConfigError(
-            f"output folder {folder} is not empty. Continue that run with --resume, or name another --output-dir."
+            f"output folder {folder} is not empty. Continue that run with --resume, or choose another --output-dir."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         holder = _holder(folder)
         who = f" (pid {holder})" if holder else ""
         raise ConfigError(
-            f"output folder {folder} is in use by another process{who}. Name another --output-dir."
+            f"output folder {folder} is in use by another process{who}. Choose another --output-dir."
         ) from error
     except OSError as error:
         raise ConfigError(f"output folder {folder} cannot be written: {error.strerror or error}.") from error
@@ -58,7 +59,7 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
 
 
 def _holder(folder: Path) -> str:
-    """Pid of the process that has the folder, as it wrote it into its lock."""
+    """Return the pid that the lock's holder wrote into the lock file; empty if it cannot be read."""
     try:
         return str(int((folder / ".lock").read_text()))
     except (OSError, ValueError):

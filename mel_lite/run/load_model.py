@@ -1,4 +1,4 @@
-"""The model of a run: which engine loads it, said before it is loaded, and one model for everything."""
+"""Load the model of a run: choose the engine, report the choice, then load one model for sampling and training."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from mel_lite.recipe import Recipe
 def load_for_training(
     recipe: Recipe, args: MELConfig, console: Console, *, prompt_tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """The model, and the PEFT configuration that the trainer is still to add (None when it has its adapter).
+    """Return the model, and the PEFT config that the trainer must apply (None if the model already has its adapter).
 
-    Prints which engine was chosen, and why, before anything is loaded. `prompt_tokens`: of the longest prompt that is
-    trained on, for which Unsloth and vLLM make room where the recipe has no bound; None = not known.
+    Prints the chosen engine and the reason before anything is loaded. `prompt_tokens` is the length of the longest
+    training prompt, which sizes Unsloth and vLLM if the recipe sets no bound; None = unknown.
 
-    Raises: ConfigError when the engine asked for cannot be had; ModelError, EngineError when loading fails.
+    Raises: ConfigError if the requested engine is unavailable; ModelError, EngineError if loading fails.
     """
     spec, lora = recipe.model, recipe.lora
     choice = choose_engine(spec, lora, this_machine(distributed.world()))
     console.print(choice.line, highlight=False, markup=False)
     check_engine(choice, recipe)
     if choice.engine == "unsloth":
-        assert lora is not None  # the choice saw to it
+        assert lora is not None  # guaranteed by choose_engine
         try:
             longest = longest_tokens(recipe, args, prompt_tokens)
             check_length(choice, spec, longest)
@@ -51,7 +51,7 @@ def load_for_training(
 
 
 def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = None) -> int:
-    """Tokens of the longest sequence a run may sample or train on, within the model's context.
+    """Return the length in tokens of the longest sequence a run may sample or train on, capped at the model's context.
 
     Rollouts and evaluation: prompt + completion. Analyses: C_retro + analysis. Replays: prompt + lesson + completion.
     """
@@ -60,8 +60,8 @@ def longest_tokens(recipe: Recipe, args: MELConfig, prompt_tokens: int | None = 
     evaluated = (recipe.eval.max_new_tokens or 0) if recipe.data.eval else 0
     needs = [prompt + max(args.max_completion_length, evaluated)]
     if args.with_meta_experience:
-        both = prompt + 2 * args.max_completion_length + INSTRUCTION_TOKENS  # what an open C_retro comes to
+        unbounded = prompt + 2 * args.max_completion_length + INSTRUCTION_TOKENS  # C_retro without max_context_tokens
         room = (recipe.model.max_seq_length or context) - args.analysis_max_tokens
-        needs.append((args.max_context_tokens or min(both, room)) + args.analysis_max_tokens)
+        needs.append((args.max_context_tokens or min(unbounded, room)) + args.analysis_max_tokens)
         needs.append(prompt + args.analysis_max_tokens + PREFIX_TOKENS + args.max_completion_length)
     return min(context, max(needs))

@@ -1,6 +1,7 @@
-"""One training run from recipe to exported model, with everything it leaves in the run folder.
+"""Run one training from recipe to exported model.
 
-config.yaml  metrics.jsonl  experiences.sqlite  completions/  checkpoint-N/  adapter/  merged-16bit/  eval/
+Everything is written to the run folder: config.yaml, metrics.jsonl, experiences.sqlite, completions/, checkpoint-N/,
+adapter/, merged-16bit/ and eval/.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.memory_gauge import Gauge, gauge_here
 from mel_lite.resilience.resume_checks import check_changes
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
-from mel_lite.run.display import LiveDisplay, peaks_table
+from mel_lite.run.display import peaks_table
 from mel_lite.run.finish import export_trained, print_summary, release, save
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
+from mel_lite.run.progress import LiveDisplay
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.verify.verifiers import get_verifier
@@ -52,20 +54,20 @@ from mel_lite.verify.verifiers import get_verifier
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Datasets of a run, prompts ready for the model's chat template or plain."""
+    """Datasets of a run, with prompts in conversational or plain-text form."""
 
     train: Any
     held_out: Any | None
     dropped_long: int
-    """Training prompts left out because prompt and completion do not fit the context together."""
+    """Number of training prompts dropped because prompt and completion together exceed the context."""
     longest_prompt_tokens: int
-    """Of those that are trained on."""
+    """Length of the longest remaining training prompt."""
 
 
 def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     """Load and check the datasets of a recipe.
 
-    Raises: DataError for malformed rows, and when no prompt fits the model's context.
+    Raises: DataError for malformed rows, if no prompt fits the model's context, or if there are too few rows.
     """
     options = recipe.data
     conversational = options.conversational
@@ -91,7 +93,7 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     prompts = args.generation_batch_size // args.num_generations
     if len(fits) < prompts:
         raise DataError(
-            f"{options.train!r} has {len(fits)} usable rows, but one step takes {prompts} different prompts. Lower "
+            f"{options.train!r} has {len(fits)} usable rows, but one step needs {prompts} different prompts. Lower "
             "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
         )
     longest = max(length for length in lengths if length <= room_tokens)
@@ -99,9 +101,9 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
-    """Everything about a recipe that can be known before a model is loaded.
+    """Validate everything in a recipe that can be checked before a model is loaded, and return the trainer's arguments.
 
-    Raises: ConfigError, VerifierError; ExportError when the export needs programs that are not here.
+    Raises: ConfigError, VerifierError; ExportError if the export needs programs that are not installed.
     """
     for key in DEFAULTS:
         option_of(recipe, key)
@@ -129,74 +131,79 @@ def train(
     worst_case: bool | None = None,
     budget_bytes: int | None = None,
 ) -> None:
-    """Train, evaluate before and after, save the adapter, export, and print what came of it.
+    """Train, evaluate before and after, save the adapter, export, and print a summary.
 
-    `allow_change` names options and inputs that a resumed run may change (`resuming.py`). Several processes
-    (`accelerate launch`) train together; the first one prints, writes, saves and exports.
+    With several processes (`accelerate launch`), only rank 0 prints, writes, saves and exports.
 
     Args:
-        worst_case: take the worst step before the first and compare its memory with the plan; None = on a GPU.
-        budget_bytes: memory the run may take; None = as much as there is.
-    Raises: MelLiteError subclasses for anything the user can mend; what was already saved stays.
+        allow_change: options and inputs that a resumed run may change (`resilience.resume_checks`).
+        worst_case: run the worst step before the first one and compare its memory with the plan; None = on a GPU only.
+        budget_bytes: memory that the run may use; None = no limit.
+    Raises: MelLiteError subclasses for anything that the user can fix. Saved files are kept.
     """
     on_cpu = bool(recipe.train.get("use_cpu"))
     folder = distributed.on_first(lambda: folder, cpu=on_cpu)
     args = check(recipe, folder)
     if resume and not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Name the run's folder with --output-dir.")
-    leads = distributed.rank() == 0
-    console = console if leads else Console(quiet=True)
-    with ExitStack() as claim:
-        distributed.on_first(lambda: claim.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
+        raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Pass the run's folder with --output-dir.")
+    is_main = distributed.rank() == 0
+    console = console if is_main else Console(quiet=True)
+    with ExitStack() as lock:
+        distributed.on_first(lambda: lock.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         started_s = time.monotonic()
         resume = distributed.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
-        gauge = _gauge(worst_case, console)  # made before a model takes anything
+        gauge = _gauge(worst_case, console)  # before the model allocates anything
         tokenizer = load_tokenizer(recipe.model)
         tasks = load_run_tasks(recipe, args, tokenizer)
-        console.print(
-            f"[bold]{escape(recipe.model.name)}[/] learns {escape(recipe.data.train)} with {args.algorithm}: "
-            f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
-            + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
-        )
-        if tasks.dropped_long:
-            console.print(f"{tasks.dropped_long} prompts were left out: too long for the context.")
+        _announce(recipe, args, tasks, folder, console)
         trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
-        if leads and not resume:
-            atomic_write_text(folder / "config.yaml", recipe.as_yaml())  # without it a run cannot be resumed
-        elif leads:
-            trainer.add_callback(_OnceAccepted(recipe, folder))
+        if is_main and not resume:
+            atomic_write_text(folder / "config.yaml", recipe.as_yaml())  # a run cannot be resumed without it
+        elif is_main:
+            trainer.add_callback(_WriteConfigOnTrainBegin(recipe, folder))
         if gauge is not None:
-            _worst_step_first(trainer, _as_long_as(recipe, tasks), console, gauge, budget_bytes)
-        # After the worst step, which is there to save the time that this takes, too.
+            _add_worst_step(trainer, _with_prompt_bound(recipe, tasks), console, gauge, budget_bytes)
+        # Added after the worst step: a run that does not fit should fail before it spends time on the evaluation.
         path = folder / "eval" / "before.json"
-        before = _EvaluatedBefore(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
-        trainer.add_callback(before)
+        baseline = _Baseline(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
+        trainer.add_callback(baseline)
         _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
-        adapter_dir = save(trainer, recipe, folder) if leads else folder  # before anything else can go wrong
+        adapter_dir = save(trainer, recipe, folder) if is_main else folder  # before anything else can fail
         after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
         trainer.accelerator.wait_for_everyone()
-        if leads:
-            apart = is_unsloth(trainer.model)
+        if is_main:
+            patched = is_unsloth(trainer.model)
             release(trainer)
-            exported = export_trained(recipe, adapter_dir, folder, console, apart=apart)
+            exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
             elapsed_s = time.monotonic() - started_s
-            print_summary(trainer, folder, adapter_dir, exported, before.result, after, elapsed_s, console)
+            print_summary(trainer, folder, adapter_dir, exported, baseline.result, after, elapsed_s, console)
         trainer.accelerator.end_training()
 
 
+def _announce(recipe: Recipe, args: MELConfig, tasks: Tasks, folder: Path, console: Console) -> None:
+    console.print(
+        f"Training [bold]{escape(recipe.model.name)}[/] on {escape(recipe.data.train)} with {args.algorithm}: "
+        f"{len(tasks.train)} tasks, output in {escape(str(folder))}"
+        + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    )
+    if tasks.dropped_long:
+        console.print(f"{tasks.dropped_long} prompts were dropped: too long for the context.")
+
+
 def _gauge(worst_case: bool | None, console: Console) -> Gauge | None:
-    """What measures the worst step; None where none is taken."""
+    """Return the gauge that measures the worst step; None if that step is skipped."""
     if not (torch.cuda.is_available() if worst_case is None else worst_case):
         return None
     if distributed.world() > 1:
-        console.print("No worst step first: it is taken on one process only.")
+        console.print("Worst step skipped: it runs on a single process only.")
         return None
     return gauge_here()
 
 
 def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, allow_change: Sequence[str]) -> None:
+    """Train, with a live display. Raises EngineError if the GPU runs out of memory."""
     display = LiveDisplay(console, trainer)
-    trainer.add_callback(display)  # last: nothing else may draw while its bar is there
+    trainer.add_callback(display)  # last, since nothing else may print while its progress bar is up
     try:
         trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
     except torch.OutOfMemoryError as error:
@@ -205,8 +212,8 @@ def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, a
         display.close()
 
 
-class _EvaluatedBefore(TrainerCallback):
-    """Measures the model before its first step. A resumed run reads what it measured then."""
+class _Baseline(TrainerCallback):
+    """Evaluate the model before its first step. A resumed run loads the stored result instead."""
 
     def __init__(self, trainer: MELTrainer, evaluation: Callable[[], EvalResult | None]) -> None:
         self._trainer, self._evaluation = trainer, evaluation
@@ -214,11 +221,11 @@ class _EvaluatedBefore(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.result = self._evaluation()
-        self._trainer.stop_together()  # where a signal came in meanwhile
+        self._trainer.stop_together()  # if a signal arrived during the evaluation
 
 
-class _OnceAccepted(TrainerCallback):
-    """Notes changed options when the checkpoint was taken with them: a refused resume leaves the run as it was."""
+class _WriteConfigOnTrainBegin(TrainerCallback):
+    """Write the changed options once the checkpoint is loaded with them, so that a refused resume changes nothing."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self._recipe, self._folder = recipe, folder
@@ -229,21 +236,25 @@ class _OnceAccepted(TrainerCallback):
 
 def _out_of_memory(error: torch.OutOfMemoryError, folder: Path) -> EngineError:
     return EngineError(
-        "Out of GPU memory in training. Go on with --resume and a lower --set train.max_micro_batch_tokens=...; or, "
-        "with a lower train.max_completion_length or train.max_context_tokens, in a new run from a checkpoint: "
+        "Out of GPU memory during training. Either continue with --resume and a lower --set "
+        "train.max_micro_batch_tokens=...; or start a new run from a checkpoint, with a lower "
+        "train.max_completion_length or train.max_context_tokens: "
         f"--adapter {folder}/checkpoint-N --output-dir NEW. ({first_line(error)})"
     )
 
 
-def _as_long_as(recipe: Recipe, tasks: Tasks) -> Recipe:
-    """The recipe with prompts as long as they are, where it does not bound them."""
+def _with_prompt_bound(recipe: Recipe, tasks: Tasks) -> Recipe:
+    """Set `max_prompt_tokens` to the longest actual prompt if the recipe leaves it unset."""
     if recipe.data.max_prompt_tokens is not None:
         return recipe
     return replace(recipe, data=replace(recipe.data, max_prompt_tokens=tasks.longest_prompt_tokens))
 
 
-def _load_of(trainer: MELTrainer, recipe: Recipe) -> Workload:
-    """What the recipe asks of the memory, with the share that vLLM was really started with."""
+def _workload(trainer: MELTrainer, recipe: Recipe) -> Workload:
+    """Return the recipe's workload, with the share that vLLM was actually started with.
+
+    The plan's workload cannot be reused: it assumes prompt lengths, and the card's memory before the model was loaded.
+    """
     vllm_on = None
     if isinstance(trainer.engine.unmetered, VLLMEngine):
         free_bytes, total_bytes = torch.cuda.mem_get_info()
@@ -251,36 +262,36 @@ def _load_of(trainer: MELTrainer, recipe: Recipe) -> Workload:
     return as_started(workload(recipe, shape_for(recipe), vllm_on=vllm_on), trainer.engine.unmetered)
 
 
-def _worst_step_first(
+def _add_worst_step(
     trainer: MELTrainer, recipe: Recipe, console: Console, gauge: Gauge, budget_bytes: int | None
 ) -> None:
-    """Have the trainer begin with the worst step, where a plan says what that is."""
+    """Make the trainer start with the worst step, if memory can be predicted for this model."""
     try:
-        load = _load_of(trainer, recipe)
+        load = _workload(trainer, recipe)
     except (ModelError, ConfigError) as reason:
-        console.print(f"No worst step first: {reason}", markup=False)
+        console.print(f"Worst step skipped: {reason}", markup=False)
         return
 
     def report(peaks: tuple[PhasePeak, ...], change: str) -> None:
         console.print(peaks_table(peaks, budget_bytes))
         if change:
-            console.print(f"Too much. Again with {change}")
+            console.print(f"Too much memory. Trying again with {change}")
 
     predicted = predict(load) if torch.cuda.is_available() else ()
-    console.print("before the first step comes the worst one: everything at full length (--no-worst-case skips it)")
+    console.print("Running the worst step first: everything at full length (skip it with --no-worst-case).")
     trainer.add_callback(WorstStepFirst(trainer, load, predicted, report, gauge=gauge, budget_bytes=budget_bytes))
 
 
 def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Sequence[str] = ()) -> bool:
-    """Whether the folder has a checkpoint to go on from; without one its half-run start is cleared away.
+    """Return True if the folder has a checkpoint to resume from. Otherwise delete the leftovers of the aborted start.
 
-    Raises: CheckpointError when every checkpoint is damaged; ConfigError when the recipe is not the run's.
+    Raises: CheckpointError if every checkpoint is damaged; ConfigError if the recipe differs from the run's.
     """
-    began = resolve(config=folder / "config.yaml")
+    stored = resolve(config=folder / "config.yaml")
     options = [option.name for option in fields(MELConfig)]
-    check_changes(began, recipe, allow_change, known=options, where=str(folder))
+    check_changes(stored, recipe, allow_change, known=options, where=str(folder))
     if checkpoint_files.committed(folder):
-        checkpoint_files.resolve(folder, True)  # fail before minutes of loading
+        checkpoint_files.resolve(folder, True)  # fail now rather than after minutes of loading
         return True
     console.print(f"{escape(str(folder))} has no checkpoint yet: starting from the first step.")
     for leftover in (*folder.glob("experiences.sqlite*"), folder / "metrics.jsonl"):
@@ -303,7 +314,7 @@ def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks
         )
     except MelLiteError:
         raise
-    except (ValueError, ImportError) as error:  # TRL's and transformers' own checks of their options
+    except (ValueError, ImportError) as error:  # TRL and transformers validate their own options
         raise ConfigError(f"section 'train': {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -312,10 +323,13 @@ def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks
 def _evaluation(
     recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, console: Console, *, reuse: bool = False
 ) -> EvalResult | None:
-    """Measure the model as it is on the held-out tasks; None when the recipe has none."""
+    """Evaluate the current model on the held-out tasks, and store the result; None if there are no held-out tasks.
+
+    `reuse`: load the stored result instead; None if there is none.
+    """
     if tasks.held_out is None:
         return None
-    if reuse:  # what there is to measure now is another model
+    if reuse:  # the model has been trained since, so it cannot be evaluated as the baseline
         return EvalResult.from_json(path.read_text()) if path.is_file() else None
     with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"), trainer.engine.uncounted():
         result = evaluate(

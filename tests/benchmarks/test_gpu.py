@@ -56,7 +56,7 @@ def test_the_dry_run_measures_every_phase_and_survives_a_part_that_hangs(tmp_pat
         assert "error" not in figures, figures
         rows = {row["name"]: row for row in figures["phases"]}
         assert list(rows) == [
-            "load", "update", "scoring", "update-plain", "optimiser", "rollout", "analysis", "replay"
+            "load", "update", "scoring", "update-plain", "optimizer", "rollout", "analysis", "replay"
         ]  # fmt: skip
         assert not any(row.get("lowered") for row in rows.values())
         for row in rows.values():
@@ -118,7 +118,7 @@ def test_a_step_with_vllm_is_measured_with_all_sequences_and_its_prediction(
     trainer.add_callback(Begin())
     trainer.train()
     rows = {row["name"]: row for row in json.loads((tmp_path / "vllm-24gb.json").read_text())["phases"]}
-    assert list(rows) == ["update", "scoring", "update-plain", "optimiser", "rollout", "analysis", "replay"]
+    assert list(rows) == ["update", "scoring", "update-plain", "optimizer", "rollout", "analysis", "replay"]
     assert not any("error" in row or row["lowered"] for row in rows.values()), rows
     assert [rows[name]["sequences"] for name in ("rollout", "analysis", "replay")] == [8, 2, 2]
     assert rows["rollout"]["new_tokens"] == 16 and rows["analysis"]["new_tokens"] == 32

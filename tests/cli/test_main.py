@@ -55,7 +55,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        (("train",), "Nothing says what to train", 2),
+        (("train",), "No preset or config given. Use --gpu", 2),
         (("train", "--gpu", "23gb"), "Did you mean '24gb'?", 2),
         (("train", "--gpu", "cpu", "--set", "train.lerning_rate=1"), "Did you mean 'learning_rate'?", 2),
         (("train", "--gpu", "cpu", "--set", "train.num_generations=null", "--dry-run"), "num_generations=None", 2),

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from mel_lite.resilience import trackers
-from mel_lite.run.display import LiveDisplay
+from mel_lite.run.progress import LiveDisplay
 from mel_lite.training import metrics
 from trainers import assert_learnt, build, digest, step_log, trainable
 

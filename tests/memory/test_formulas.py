@@ -1,4 +1,4 @@
-"""The model of memory, against real modules, real optimisers and the live bytes of real passes."""
+"""Memory formulas, compared with real modules, real optimizers and the live bytes of real passes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_lora_tensors_are_those_of_peft(targets: Any) -> None:
     ("optim", "dtype"),
     [("adamw_torch", torch.float32), ("adamw_torch_fused", torch.bfloat16), ("paged_adamw_8bit", torch.bfloat16)],
 )
-def test_optimiser_states_have_the_predicted_size(optim: str, dtype: torch.dtype) -> None:
+def test_optimizer_states_have_the_predicted_size(optim: str, dtype: torch.dtype) -> None:
     from bitsandbytes.optim import AdamW8bit
 
     weights = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (1000, 4096, 10_001)]
@@ -113,10 +113,10 @@ def test_optimiser_states_have_the_predicted_size(optim: str, dtype: torch.dtype
         weight.grad = torch.ones_like(weight)
     made = AdamW8bit(weights) if "8bit" in optim else torch.optim.AdamW(weights)
     made.step()
-    # Beside the states each 8-bit tensor refers to lookup tables that all share, and torch counts steps in a scalar.
+    # Not counted: the lookup tables that all 8-bit tensors share, and torch's scalar step counts.
     names = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
     held = sum(s[name].nbytes for s in made.state.values() for name in names if name in s)
-    assert formulas.optimiser_bytes([1000, 4096, 10_001], optim, dtype.itemsize)[0] == held
+    assert formulas.optimizer_bytes([1000, 4096, 10_001], optim, dtype.itemsize)[0] == held
 
 
 def test_the_cache_takes_what_a_real_one_takes() -> None:
@@ -128,7 +128,7 @@ def test_the_cache_takes_what_a_real_one_takes() -> None:
 
 
 def cpu_scratch_bytes(shape: formulas.Shape, scored_tokens: int) -> int:
-    """Of the log-prob operator on a CPU in bfloat16: logits and exponentials, accumulators, one tile of weights."""
+    """Scratch of the log-prob operator on a CPU in bfloat16: logits, exponentials, accumulators, a tile of weights."""
     rows, columns = min(1024, scored_tokens), min(2048, shape.vocab)
     return 8 * rows * columns + 4 * (rows + columns) * shape.hidden
 
@@ -191,7 +191,7 @@ def test_an_update_peaks_where_predicted(
 def test_float32_adapters_under_autocast_peak_where_predicted(
     kind: str, sizes: dict[str, Any], lengths: list[int], scored: list[int], checkpointing: bool
 ) -> None:
-    """As PEFT makes them beside a 16-bit base: copies of their inputs, and gradients in float32. Within 10 %."""
+    """PEFT's float32 adapters on a 16-bit base: copies of their inputs, and gradients in float32. Within 10 %."""
     made = config(kind, **sizes)
     base = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     install_scoring_head(base)
@@ -222,7 +222,7 @@ def test_float32_adapters_under_autocast_peak_where_predicted(
     [("llama", [512, 256, 250], [100, 100, 100]), ("qwen3", [300, 280, 256], [200, 9, 100])],
 )
 def test_measuring_both_gradients_peaks_where_predicted(kind: str, lengths: list[int], scored: list[int]) -> None:
-    """As `GradientMeter` does: the gradient of each loss term, then the backward pass that trains."""
+    """The passes of `GradientMeter`: the gradient of each loss term, then the training backward pass."""
     made = config(kind, num_hidden_layers=12)
     base = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     install_scoring_head(base)
@@ -268,7 +268,7 @@ def test_generation_peaks_where_predicted(
 
 
 class StandInHead(torch.autograd.Function):
-    """What the fused operator keeps: u, of the hidden states' shape."""
+    """Keeps the same tensor as the fused operator: u, in the shape of the hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""vLLM's share of a GPU: against published measurements, and what plans make of it."""
+"""vLLM's share of a GPU: formulas compared with published measurements, and plans that use them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ PEAK_GIB = [
 """(model, batched tokens, sequences, measured peak of a forward pass in GiB)."""
 
 CACHE_GIB = [("meta-llama/Llama-3.1-8B", 14.99, 51.38), ("Qwen/Qwen3-0.6B", 1.12, 64.45), (None, 61.03, 4.45)]
-"""(model, weights, cache) at gpu_memory_utilization 0.9 of the same logs, without adapters; the graphs lay outside of
-the share then."""
+"""(model, weights, cache) at gpu_memory_utilization 0.9 from the same logs, without adapters. In that version the
+graphs were not part of the share."""
 
 
 def shape_of(name: str | None) -> Shape:
@@ -75,7 +75,7 @@ def planned(
     free_gib: float | None = None,
     **overrides: Any,
 ) -> Any:
-    """The recipe with the plan in it, the plan, and the load it is for."""
+    """The recipe with the planned settings, the plan, and its workload."""
     recipe = resolve(preset=gpu, overrides=[(key.replace("__", "."), value) for key, value in overrides.items()])
     total = BUDGETS[gpu] if card_gib is None else int(card_gib * GIB)
     card = VLLMCard(total, total - CONTEXT_BYTES)
@@ -93,21 +93,21 @@ def test_the_share_is_the_rollouts_peak_and_the_cache_is_given_back_for_the_upda
     recipe, made, load = planned(gpu)
     assert made.fits and made.peak_bytes <= TARGET_SHARE * BUDGETS[gpu]
     phases = {phase.name: phase for phase in made.phases}
-    assert list(phases) == ["load", "rollout", "analysis", "replay", "scoring", "update", "optimiser", "export"]
+    assert list(phases) == ["load", "rollout", "analysis", "replay", "scoring", "update", "optimizer", "export"]
     share = recipe.model.gpu_memory_utilization * BUDGETS[gpu]
-    trainers = phases["rollout"].parts["LoRA"] + phases["rollout"].parts["optimiser states"]
+    trainers = phases["rollout"].parts["LoRA"] + phases["rollout"].parts["optimizer states"]
     assert phases["rollout"].bytes == pytest.approx(CONTEXT_BYTES + share + trainers, abs=4)
     assert phases["load"].bytes == phases["rollout"].bytes - trainers
     assert phases["analysis"].bytes == phases["replay"].bytes == phases["rollout"].bytes, "fixed when it starts"
     for phase in made.phases:
         assert sum(phase.parts.values()) == phase.bytes and min(phase.parts.values()) >= 0
-    for name in ("scoring", "update", "optimiser"):
+    for name in ("scoring", "update", "optimizer"):
         assert "vLLM's cache" not in phases[name].parts
         assert phases[name].parts["vLLM asleep"] == phases["rollout"].parts["vLLM's adapter and graphs"]
     cache = formulas.kv_cache_bytes(load.shape, load.vllm_cache_tokens)
     assert cache == pytest.approx(phases["rollout"].parts["vLLM's cache"], rel=0.001)
     assert load.vllm_cache_tokens >= 2 * load.longest_sampled
-    assert recipe.model.gpu_memory_utilization <= vllm_memory.most_share(BUDGETS[gpu], BUDGETS[gpu])
+    assert recipe.model.gpu_memory_utilization <= vllm_memory.max_share(BUDGETS[gpu], BUDGETS[gpu])
     assert str(load.vllm_cache_tokens) in made.notes[0]
 
 
@@ -123,11 +123,11 @@ def test_no_more_than_all_sequences_can_fill() -> None:
     assert recipe.model.gpu_memory_utilization < 0.8
     most = max(min(n, load.vllm.sequences) * (prompt + new) for n, prompt, new in load.sampled.values())
     assert most <= load.vllm_cache_tokens <= 1.02 * most
-    assert made.choices["model.max_num_seqs"] == vllm_memory.MOST_SEQUENCES == load.at_once("rollout")
+    assert made.choices["model.max_num_seqs"] == vllm_memory.MAX_NUM_SEQS == load.at_once("rollout")
 
 
 def test_a_share_is_of_the_whole_card() -> None:
-    """The budget of a 24 GB preset on a card of 80 GB: as many bytes, a smaller share."""
+    """The budget of a 24 GB preset on an 80 GB card: the same bytes, a smaller share."""
     small, _, small_load = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
     large, made, load = planned("24gb", card_gib=79.0, model__name="Qwen/Qwen3-14B-Base")
     assert made.fits
@@ -143,12 +143,12 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
     chosen = planned("24gb")[0].model.gpu_memory_utilization
     _, too_much, load = planned("24gb", pinned=(key,), card_gib=24.0, model__gpu_memory_utilization=0.97)
     assert not too_much.fits and "the rollout phase needs 23.9 GiB" in too_much.refusal()
-    left = vllm_memory.left_to_training_bytes(load.shape, load.vllm_context_tokens)
-    assert load.share_bytes == 24 * GIB - left < 0.97 * 24 * GIB, "Unsloth leaves something to training"
+    reserved = vllm_memory.reserved_for_training_bytes(load.shape, load.vllm_context_tokens)
+    assert load.share_bytes == 24 * GIB - reserved < 0.97 * 24 * GIB, "Unsloth reserves memory for training"
     _, too_little, load = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.31)
     assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"]
     assert not any("cache holds" in note for note in too_little.notes)
-    room = f"vLLM makes room for sequences of {load.vllm_granted_tokens} tokens, and the longest has 6144"
+    room = f"vLLM accepts sequences of up to {load.vllm_granted_tokens} tokens, but the longest has 6144"
     assert room in too_little.refusal()
     assert too_little.advice[:2] == (f"--set {key}={chosen}", "--engine hf")
     assert too_much.advice[0].startswith(f"--set {key}=0.7") and too_much.advice[1] == "--engine hf"
@@ -164,9 +164,9 @@ def test_an_evaluations_longest_answer_must_fit_the_cache_too() -> None:
 @pytest.mark.parametrize("four_bit", [True, False])
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-14B"])
 def test_the_least_share_for_a_length_is_granted_it(name: str, four_bit: bool) -> None:
-    """Unsloth's estimate, computed by hand for one, and its inverse."""
+    """Unsloth's estimate, computed by hand for one model, and its inverse."""
     for tokens in (1, 256, 6144, 30_000):
-        share = vllm_memory.share_to_be_granted_bytes(KNOWN[name], tokens, 32, four_bit=four_bit)
+        share = vllm_memory.min_share_bytes(KNOWN[name], tokens, 32, four_bit=four_bit)
         granted = vllm_memory.granted_tokens(KNOWN[name], share, 32, four_bit=four_bit)
         margin = vllm_memory.MARGIN_BYTES / formulas.kv_cache_bytes(KNOWN[name], 1)
         assert tokens <= granted < tokens + 257 + margin
@@ -179,12 +179,12 @@ def test_the_least_share_for_a_length_is_granted_it(name: str, four_bit: bool) -
 
 
 def test_what_unsloth_would_cut_is_refused() -> None:
-    """By vLLM's own count the cache holds the longest sequence, by Unsloth's it does not."""
+    """The cache holds the longest sequence by vLLM's own count, but not by Unsloth's estimate."""
     options = {"model__name": "Qwen/Qwen3-14B-Base", "train__algorithm": "grpo"}
     pinned = ("model.gpu_memory_utilization",)
     _, made, load = planned("24gb", pinned=pinned, model__gpu_memory_utilization=0.52, **options)
     assert load.vllm_cache_tokens > load.longest_sampled == 3072 > load.vllm_granted_tokens
-    assert not made.fits and f"makes room for sequences of {load.vllm_granted_tokens} tokens" in made.refusal()
+    assert not made.fits and f"accepts sequences of up to {load.vllm_granted_tokens} tokens" in made.refusal()
     _, made, load = planned("24gb", **options)
     assert made.fits and load.vllm_granted_tokens >= 3072
     _, made, _ = planned("24gb", model__max_seq_length=200_000)
@@ -198,7 +198,7 @@ def test_pinned_sequences_are_kept() -> None:
 
 
 def test_what_fits_with_transformers_alone_is_advised() -> None:
-    """Beside the update lie vLLM's slots and graphs, which do not sleep."""
+    """vLLM keeps its slots and graphs during the update, even in sleep mode."""
     options: dict[str, Any] = {
         "model__name": "Qwen/Qwen3-8B-Base", "train__max_completion_length": 512, "train__max_context_tokens": 8000,
         "train__analysis_max_tokens": 512, "data__max_prompt_tokens": 8000, "train__grad_norm_every": 0,
@@ -206,7 +206,7 @@ def test_what_fits_with_transformers_alone_is_advised() -> None:
     _, refused, _ = planned("12gb", **options)
     assert not refused.fits and refused.advice[0] == "--engine hf"
     assert _transformers_plan("12gb", **options).fits
-    assert refused.choices["train.num_generations"] == 8, "what does not fit is shown as it was asked for"
+    assert refused.choices["train.num_generations"] == 8, "a refused plan shows the requested group size"
     _, hopeless, _ = planned("12gb", **{**options, "data__max_prompt_tokens": 9000})
     assert not hopeless.fits and "--engine hf" not in hopeless.advice
 

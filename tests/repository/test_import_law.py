@@ -43,7 +43,7 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
-    """engines.hf engines.unsloth engines.vllm export.merge run.train run.display run.load_model run.finish
+    """engines.hf engines.unsloth engines.vllm export.merge run.train run.progress run.load_model run.finish
     warmup.train""".split()
 )
 """Packages and modules about tensors or TRL's classes. The others load no heavy package until a function runs."""

@@ -62,7 +62,7 @@ def test_any_tree_comes_back(tmp_path: Path, tree: Any) -> None:
     assert same(load(tmp_path / "state"), tree)
 
 
-def test_the_state_of_an_eight_bit_optimiser_comes_back(tmp_path: Path) -> None:
+def test_the_state_of_an_eight_bit_optimizer_comes_back(tmp_path: Path) -> None:
     """bitsandbytes nests a dict in each weight's state, and all of them share one table."""
     table = torch.linspace(-1, 1, 256)
     state = {

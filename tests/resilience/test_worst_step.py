@@ -165,7 +165,7 @@ def first(trainer: Any, load: Workload, sizes: dict[str, list[int]], budget: int
         at = 0
 
     order = ["rollout", "analysis", "replay", "scoring", "update"]
-    predicted = [Phase(name, 100, {"optimiser states": 8}) for name in order]
+    predicted = [Phase(name, 100, {"optimizer states": 8}) for name in order]
     report = lambda peaks, change: shown.append((peaks, change))  # noqa: E731
     return WorstStepFirst(trainer, load, predicted, report, gauge=Scripted(), budget_bytes=budget)
 

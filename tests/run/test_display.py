@@ -1,4 +1,4 @@
-"""What a person sees, and that model text cannot take over the terminal."""
+"""Text for the terminal: contents, and that model text cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.console import Console
 
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.lessons.store import ExperienceStore
-from mel_lite.run.display import experience_page, funnel_table, plain, sample_panel, step_line
+from mel_lite.memory.formulas import GIB
+from mel_lite.run.display import experience_page, funnel_table, plain, plan_view, sample_panel, step_line
 from mel_lite.training.metrics import GradientMeter, funnel, truncate_metrics
 from mel_lite.types import (
     Analysis,
@@ -27,6 +28,7 @@ from mel_lite.types import (
     Status,
     Verdict,
 )
+from plans import planned, with_vllm
 
 R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
 
@@ -102,7 +104,7 @@ def test_the_funnel_table_shows_what_each_stage_left() -> None:
     assert "50%" in text and "25%" in text and "replay valid" in text
 
 
-def test_phases_are_timed_apart_and_drained() -> None:
+def test_phases_are_timed_separately_and_drained() -> None:
     clock = PhaseClock()
     with clock("rollout"):
         clock.generated_tokens += 10
@@ -137,3 +139,13 @@ def test_resuming_drops_later_and_half_written_metrics(tmp_path: Path) -> None:
     truncate_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     truncate_metrics(tmp_path / "none.jsonl", 2)
+
+
+def test_the_view_shows_every_phase_and_the_card() -> None:
+    _, made = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
+    text = shown(plan_view(made))
+    for phase in made.phases:
+        assert f"{phase.bytes / GIB:.1f} GiB" in next(line for line in text.splitlines() if phase.name in line)
+    assert "max_cache_tokens=" in text and "CUDA_VISIBLE_DEVICES= mel-lite export" in text
+    _, made = with_vllm("24gb")
+    assert "the export runs on the CPU, in a separate process" in shown(plan_view(made))

@@ -1,4 +1,4 @@
-"""`mel-lite train` on a tiny model: the worst step first, and an export that has the memory to itself."""
+"""`mel-lite train` on a tiny model: tasks, the worst step, evaluations, the saved adapter and the export."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mel_lite.cli.main import app
 from mel_lite.errors import EngineError
+from mel_lite.models.load import load_tokenizer
 from mel_lite.recipe import resolve
 from mel_lite.resilience import worst_step as worst_step_module
 from mel_lite.run import finish
@@ -76,7 +77,7 @@ def test_the_trained_model_is_given_up_before_the_export(
 
 
 def evaluated(folder: Path, *flags: str, **settings: Any) -> Any:
-    """One step on two held-out tasks beside the four that are trained on."""
+    """One step on the four training tasks, with two held-out tasks."""
     tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]
     (folder / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     return command(folder, *flags, data__eval=folder / "held_out.jsonl", eval__k=2, eval__limit=2, **settings)
@@ -130,21 +131,37 @@ def test_the_adapter_is_saved_before_anything_else_can_go_wrong(
 
 
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "message"),
     [
-        ("kill -9 $$", "not exported: the process was killed, as it is where the host's memory runs out"),
+        ("kill -9 $$", "not exported: the process was killed, probably because the host ran out of memory"),
         ("echo 'error: no room on the disk' >&2; exit 5", "not exported: no room on the disk"),
     ],
 )
-def test_an_export_apart_that_fails_says_why_and_how_to_try_again(
-    program: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_export_in_a_subprocess_says_why_and_how_to_try_again(
+    program: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setattr(finish.sys, "executable", str(tmp_path / "python"))
     recipe, console = resolve(preset="24gb"), Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
-    assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, apart=True) is None
+    assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, in_subprocess=True) is None
     first, second = console.export_text().strip().splitlines()
-    assert first == told
-    again = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
-    assert second.endswith(f"CUDA_VISIBLE_DEVICES= {again} --format merged-16bit --dtype auto")
+    assert first == message
+    command = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
+    assert second.endswith(f"CUDA_VISIBLE_DEVICES= {command} --format merged-16bit --dtype auto")
+
+
+def test_long_prompts_are_dropped(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "qwen3")
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 10, 200, 15)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides: list[tuple[str, Any]] = [
+        ("model.name", str(folder)), ("data.train", str(tmp_path / "tasks.jsonl")), ("data.eval", None),
+        ("data.conversational", False), ("train.per_device_train_batch_size", 8), ("train.num_generations", 8),
+        ("train.gradient_accumulation_steps", 1),
+    ]  # fmt: skip
+    for limit, dropped in ((None, 0), (100, 1), (12, 2)):
+        recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
+        tasks = run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
+        assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
+        assert tasks.longest_prompt_tokens == (5, 10, 15, 200)[3 - dropped] == max(map(len, tasks.train["prompt"]))

@@ -1,0 +1,71 @@
+"""Live training progress in a terminal: one line per step, a progress bar, and a sample every few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback
+
+from mel_lite.run.display import sample_panel, step_line
+
+
+class LiveDisplay(TrainerCallback):
+    """Print one line per logged step above a progress bar with the remaining time, and a sample every few steps."""
+
+    side_service = True
+    """A failure, such as a closed terminal, does not stop training."""
+
+    def __init__(self, console: Console, trainer: Any = None, *, sample_every: int = 10) -> None:
+        self._console = console
+        self._sample_every = sample_every
+        self._last_sample = 0
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self.trainer = trainer
+        """Source of the samples; None = show no samples."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._console.print(_legend(args))
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(), console=self._console, transient=True,
+        )  # fmt: skip
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        self._console.print(step_line(state.global_step, state.max_steps, logs))
+        if self.trainer is None or (self._last_sample and state.global_step - self._last_sample < self._sample_every):
+            return
+        if (sample := self.trainer.latest_sample()) is not None:
+            self._last_sample = state.global_step
+            self._console.print(sample_panel(sample))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the progress bar. Call it after an error, too, or the terminal keeps a stale line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _legend(args: Any) -> Text:
+    if not args.with_meta_experience:
+        return Text("step | reward | policy loss | gradient norm | tokens/s", style="dim")
+    return Text(
+        "step | reward pass rate | groups>mixed>pairs>parsed>leak-free>replay-valid (trained tokens) | "
+        "ret = kept/written, up = replay uplift | policy loss, NLL of lessons (before>after the update) | "
+        "gradient norms",
+        style="dim",
+    )
