@@ -1,6 +1,7 @@
-"""`mel-lite doctor`: is this machine fit to train? One small check per way in which it may not be, each with its fix.
+"""`mel-lite doctor`: check that this machine can train. Each check is one small function that also suggests a fix.
 
-A missing GPU is no fault. `fail` means that something here would break a run; `warn`, that it may, or costs quality.
+A missing GPU is not a failure. `fail` means that a run would break; `warn` means that it may break, or lose speed or
+quality.
 """
 
 from __future__ import annotations
@@ -24,80 +25,80 @@ TESTED = {
     "torch": "2.13.0", "transformers": "5.17.0", "trl": "1.15.0", "peft": "0.21.2", "accelerate": "1.15.0",
     "datasets": "4.8.5", "bitsandbytes": "0.50.2", "triton": "3.7.1", "math-verify": "0.9.0", "gguf": "0.19.0",
 }  # fmt: skip
-"""Versions that were tested together on a CPU."""
+"""Versions that were tested together, on a CPU."""
 GPU_EXTRAS = {
     "unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "vllm": "0.32.0", "xformers": "0.0.35", "torchao": "0.18.0",
     "vllm-bnb-plugin": "0.0.3",
 }  # fmt: skip
-"""Versions that resolve together with them; optional."""
+"""Optional packages, in versions that resolve together with TESTED."""
 OPTIONAL = ("gguf", "triton")
 PYTHON = ((3, 11), (3, 13))
-"""Oldest Python that works, newest for which every package has wheels."""
+"""Oldest supported Python, and the newest for which every package has wheels."""
 MIN_CAPABILITY = (7, 0)
 FULL_CAPABILITY = (7, 5)
-"""From here on the Triton kernels and vLLM run."""
+"""Minimum compute capability for the Triton kernels and vLLM."""
 CHECKPOINT_BYTES = 2 * GIB
-"""Room for a few checkpoints and the experience store."""
+"""Space for a few checkpoints and the experience store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found."""
+    """Result of one check."""
 
     name: str
     outcome: Outcome
     found: str
     fix: str = ""
-    """What to do; empty when nothing needs doing."""
+    """Suggested fix; empty if none is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All checks of one visit."""
+    """Results of all checks."""
 
     checks: tuple[Check, ...]
 
     @property
     def failed(self) -> bool:
-        """True when a check failed."""
+        """True if any check failed."""
         return any(check.outcome == "fail" for check in self.checks)
 
     def to_json(self) -> str:
-        """`failed` and `checks: [{name, outcome, found, fix}]` as a JSON object."""
+        """Return a JSON object: `failed` and `checks: [{name, outcome, found, fix}]`."""
         return json.dumps({"failed": self.failed, "checks": [asdict(check) for check in self.checks]}, indent=1)
 
     def as_table(self) -> Table:
-        """A row per check, with its fix below what was found."""
+        """Render one row per check, with the fix below the finding."""
         from rich.markup import escape
         from rich.table import Table
 
-        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        colors = {"ok": "green", "warn": "yellow", "fail": "red"}
         table = Table(title="mel-lite doctor", show_header=False)
         for check in self.checks:
             text = escape(check.found) + (f"\n[bold]fix:[/] {escape(check.fix)}" if check.fix else "")
-            table.add_row(check.name, f"[{colours[check.outcome]}]{check.outcome}[/]", text)
+            table.add_row(check.name, f"[{colors[check.outcome]}]{check.outcome}[/]", text)
         return table
 
 
 def examine(run_folder: Path, model: str | None = None) -> Report:
-    """Run every check on this machine. `model` is the base whose 16-bit copy must find room; default: Qwen3-8B."""
+    """Run every check on this machine. `model` is the base whose 16-bit copy must fit on disk; default: Qwen3-8B."""
     facts = gather(run_folder, model or "Qwen/Qwen3-8B-Base", (*TESTED, *GPU_EXTRAS))
     return Report(tuple(check(facts) for check in CHECKS))
 
 
 def check_python(facts: Facts) -> Check:
-    """3.11 at least; beyond the newest with wheels for everything, a warning."""
+    """Fail below Python 3.11; warn above the newest version with wheels for every package."""
     found, (oldest, newest) = "{}.{}".format(*facts.python), PYTHON
     if facts.python < oldest:
         return Check("Python", "fail", found, "Install Python 3.11 and make a new virtual environment with it.")
     if facts.python > newest:
-        fix = "Not every package of the GPU extra has wheels for it. Use Python 3.11 to 3.13."
+        fix = "Some packages of the GPU extra have no wheels for it. Use Python 3.11 to 3.13."
         return Check("Python", "warn", found, fix)
     return Check("Python", "ok", found)
 
 
 def check_packages(facts: Facts) -> Check:
-    """Everything required is there, in a version that mel-lite's metadata allows."""
+    """Check that every required package is installed, in a version that mel-lite's metadata allows."""
     from packaging.requirements import Requirement
 
     wrong = []
@@ -110,14 +111,14 @@ def check_packages(facts: Facts) -> Check:
     missing = [name for name in TESTED if name not in OPTIONAL and facts.packages.get(name) is None]
     wrong += [(name, None) for name in missing if not any(text.startswith(name) for text, _ in wrong)]
     if not wrong:
-        return Check("required packages", "ok", "all there, in supported versions")
+        return Check("required packages", "ok", "all installed, in supported versions")
     listing = ", ".join(f"{text} ({'missing' if version is None else version})" for text, version in wrong)
     wanted = " ".join(f"'{text.partition(';')[0].strip()}'" for text, _ in wrong)
     return Check("required packages", "fail", listing, f"pip install {wanted}")
 
 
 def check_versions(facts: Facts) -> Check:
-    """Which packages differ from the set that was tested together."""
+    """Warn about packages whose version differs from the set that was tested together."""
     known = {**TESTED, **GPU_EXTRAS}
     other = {}
     for name, version in facts.packages.items():
@@ -130,30 +131,30 @@ def check_versions(facts: Facts) -> Check:
 
 
 def check_extras(facts: Facts) -> Check:
-    """The optional GPU packages; unsloth without its other half does not import."""
-    there = {name: version for name in GPU_EXTRAS if (version := facts.packages.get(name)) is not None}
-    if ("unsloth" in there) != ("unsloth_zoo" in there):
+    """Check the optional GPU packages. unsloth cannot be imported without unsloth_zoo."""
+    installed = {name: version for name in GPU_EXTRAS if (version := facts.packages.get(name)) is not None}
+    if ("unsloth" in installed) != ("unsloth_zoo" in installed):
         fix = "pip install 'unsloth>=2026.10' 'unsloth_zoo>=2026.10'"
         return Check("GPU extra", "fail", "one of unsloth and unsloth_zoo is missing", fix)
-    if there:
-        return Check("GPU extra", "ok", ", ".join(f"{name} {version}" for name, version in there.items()))
+    if installed:
+        return Check("GPU extra", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
     if facts.gpu is None:
-        return Check("GPU extra", "ok", "not installed; without a GPU it is of no use")
+        return Check("GPU extra", "ok", "not installed; not needed without a GPU")
     return Check("GPU extra", "ok", "not installed: generation uses transformers", "pip install 'mel-lite[gpu]'")
 
 
 def check_driver(facts: Facts) -> Check:
-    """PyTorch's CUDA and the driver fit: a driver serves every CUDA of its own major version and below."""
+    """Check that the driver supports PyTorch's CUDA: a driver supports its own major version of CUDA and older ones."""
     name = "driver and CUDA"
     driver, built = facts.driver_cuda, facts.torch_cuda
     if driver is None:
         if built is None:
-            return Check(name, "ok", "no NVIDIA driver, PyTorch for CPUs: use --gpu cpu")
-        fix = "On a machine with an NVIDIA GPU, install its driver (in a container: start it with --gpus all)."
+            return Check(name, "ok", "no NVIDIA driver, CPU build of PyTorch: use --gpu cpu")
+        fix = "If the machine has an NVIDIA GPU, install its driver (in a container: start it with --gpus all)."
         return Check(name, "ok", f"no NVIDIA driver; PyTorch for CUDA {_dotted(built)} runs on the CPU", fix)
     text = f"driver for CUDA {_dotted(driver)}"
     if built is None:
-        fix = f"Install PyTorch for CUDA {driver[0]} (https://pytorch.org/get-started/locally says how)."
+        fix = f"Install PyTorch for CUDA {driver[0]}; see https://pytorch.org/get-started/locally."
         return Check(name, "fail", f"{text}, but PyTorch was built for CPUs", fix)
     text += f", PyTorch for CUDA {_dotted(built)}"
     if built[0] > driver[0]:
@@ -173,131 +174,136 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def check_capability(facts: Facts) -> Check:
-    """The card is new enough for our kernels, and PyTorch has code for it."""
+    """Check that the card is new enough for the kernels, and that PyTorch has code for it."""
     name = "compute capability"
     if (gpu := facts.gpu) is None:
         return Check(name, "ok", "no GPU")
     major, minor = gpu.capability
     found = f"{gpu.name}: {major}.{minor}"
     if gpu.architectures and not any(_runs(code, gpu.capability) for code in gpu.architectures):
-        fix = "Install a PyTorch built for it: newer for a new card, older for an old one."
-        return Check(name, "fail", f"{found}, but PyTorch has code for {', '.join(gpu.architectures)}", fix)
+        fix = "Install a PyTorch built for it: a newer one for a new card, an older one for an old card."
+        return Check(name, "fail", f"{found}, but PyTorch has code for {', '.join(gpu.architectures)} only", fix)
     if gpu.capability < MIN_CAPABILITY:
-        return Check(name, "fail", found, "4-bit training needs 7.0 (V100) or more. Use another card, or --gpu cpu.")
+        return Check(name, "fail", found, "4-bit training needs 7.0 (V100) or newer. Use another card, or --gpu cpu.")
     if gpu.capability < FULL_CAPABILITY:
-        fix = "The fused log-probs run in torch instead of Triton, and vLLM does not run: it works, slower."
+        fix = "Training works but is slower: fused log-probs run in torch instead of Triton, and vLLM is unavailable."
         return Check(name, "warn", found, fix)
     return Check(name, "ok", found)
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Machine code (`sm_86`) serves its major version from its minor on; `compute_86` is translated for all newer."""
+    """Return True if compiled `code` runs on a card of this capability.
+
+    Machine code (`sm_86`) runs on its major version with the same or a higher minor version. PTX (`compute_86`) is
+    translated for every newer card.
+    """
     kind, _, digits = code.partition("_")
     digits = "".join(d for d in digits if d.isdigit())
-    made_for = int(digits[:-1]), int(digits[-1])
+    target = int(digits[:-1]), int(digits[-1])
     if kind == "sm":
-        return made_for[0] == capability[0] and made_for[1] <= capability[1]
-    return made_for <= capability
+        return target[0] == capability[0] and target[1] <= capability[1]
+    return target <= capability
 
 
 def check_bf16(facts: Facts) -> Check:
-    """bfloat16 in hardware, or float16 instead."""
+    """Warn if the card has no native bfloat16, so that float16 is needed."""
     if facts.gpu is None:
-        return Check("bfloat16", "ok", "no GPU; on a CPU training is in float32")
+        return Check("bfloat16", "ok", "no GPU; training on a CPU uses float32")
     if facts.gpu.bf16:
-        return Check("bfloat16", "ok", "computed natively")
-    fix = "--gpu auto sets it; else --set train.bf16=false --set train.fp16=true (as the 16gb preset does)."
-    return Check("bfloat16", "warn", f"{facts.gpu.name} does not compute in it", fix)
+        return Check("bfloat16", "ok", "supported natively")
+    fix = "Use --gpu auto, or --set train.bf16=false --set train.fp16=true (like the 16gb preset)."
+    return Check("bfloat16", "warn", f"{facts.gpu.name} does not support it natively", fix)
 
 
 def check_memory(facts: Facts) -> Check:
-    """Which preset is for this card."""
+    """Suggest the preset for this card."""
     if facts.gpu is None:
         return Check("GPU memory", "ok", "no GPU")
     total = facts.gpu.total_bytes
     presets = [preset for preset, needed in BUDGETS.items() if needed <= total]
     found = f"{total / GIB:.1f} GiB"
     if not presets:
-        fix = "Below every preset: mel-lite train --gpu 12gb --model Qwen/Qwen3-0.6B-Base, with the plan's advice."
+        fix = "Below every preset: use mel-lite train --gpu 12gb --model Qwen/Qwen3-0.6B-Base and follow its advice."
         return Check("GPU memory", "warn", found, fix)
     return Check("GPU memory", "ok", f"{found}: --gpu {presets[-1]}")
 
 
 def check_compiler(facts: Facts) -> Check:
-    """Triton compiles a small launcher with the system's C compiler."""
+    """Check for a C compiler, with which Triton compiles its launcher."""
     if facts.compiler is not None:
         return Check("C compiler", "ok", facts.compiler)
     if facts.gpu is None:
-        return Check("C compiler", "ok", "none; needed on a GPU only")
-    fix = "apt-get install gcc. Without it the fused log-probs run in torch, slower."
+        return Check("C compiler", "ok", "none; only needed on a GPU")
+    fix = "apt-get install gcc. Without it, fused log-probs run in torch and are slower."
     return Check("C compiler", "warn", "none, so Triton cannot compile its kernels", fix)
 
 
 def check_kernels(facts: Facts) -> Check:
-    """`import kernels` must find Hugging Face's package or nothing; transformers and bitsandbytes ask for it."""
+    """Check that `import kernels` finds Hugging Face's package or nothing: transformers and bitsandbytes import it."""
     origin = facts.kernels_origin
     if origin is None or {"site-packages", "dist-packages"} & set(Path(origin).parts):
         return Check("package `kernels`", "ok", "not shadowed" if origin is None else origin)
-    fix = "Set PYTHONSAFEPATH=1 or start Python in another folder; take the checkout out of PYTHONPATH."
+    fix = "Set PYTHONSAFEPATH=1 or start Python in another folder, and remove the checkout from PYTHONPATH."
     return Check("package `kernels`", "warn", f"`import kernels` finds {origin}, not Hugging Face's package", fix)
 
 
 def check_import_order(facts: Facts) -> Check:
-    """MELTrainer gets TRL's released trainer, and nothing patches libraries behind the user's back."""
+    """Check that TRL's released trainer can be loaded, and that no patching package was imported before."""
     if facts.trl_problem is not None:
         fix = "pip install 'trl>=1.15,<1.17' 'transformers>=5.3,<6'"
         return Check("TRL and import order", "fail", f"TRL's released trainer: {facts.trl_problem}", fix)
     if facts.loaded_early:
-        fix = "Something imports it when Python starts (sitecustomize.py, a .pth file). Remove that."
+        fix = "It is imported when Python starts (sitecustomize.py, a .pth file). Remove that import."
         return Check("TRL and import order", "warn", f"{', '.join(facts.loaded_early)} was imported already", fix)
     return Check("TRL and import order", "ok", "MELTrainer builds on TRL's released trainer")
 
 
 def check_compiled_cache(facts: Facts) -> Check:
-    """Unsloth's generated code was made by the versions that are installed now."""
+    """Check that Unsloth's generated code was written by the installed versions."""
     name = "unsloth_compiled_cache"
     if (cache := facts.compiled_cache) is None:
-        return Check(name, "ok", "none here")
-    fix = f"rm -r {cache} (it is made again when needed)"
+        return Check(name, "ok", "none")
+    fix = f"rm -r {cache} (it is regenerated when needed)"
     if facts.packages.get("unsloth") is None:
         return Check(name, "warn", f"{cache} is left over: unsloth is not installed", fix)
     if facts.compiled_for is None:
-        return Check(name, "warn", f"{cache} does not say what made it", fix)
+        return Check(name, "warn", f"{cache} does not record the versions that wrote it", fix)
     installed = {facts.packages.get(package) for package in ("unsloth", "unsloth_zoo", "transformers", "trl")}
     if stale := [version for version in facts.compiled_for if version not in installed]:
-        return Check(name, "warn", f"{cache} was made by other versions ({', '.join(stale)})", fix)
-    return Check(name, "ok", f"{cache}, of the installed versions")
+        return Check(name, "warn", f"{cache} was written by other versions ({', '.join(stale)})", fix)
+    return Check(name, "ok", f"{cache}, written by the installed versions")
 
 
 def check_disk(facts: Facts) -> Check:
-    """Room where runs are written: checkpoints, and at the end the base model in 16 bits."""
+    """Check the space for runs: checkpoints, and the base model in 16 bits for the export."""
     free = facts.run_free_bytes
     found = f"{free / GIB:.1f} GiB free for {facts.run_folder}"
     if free < CHECKPOINT_BYTES:
         return Check("disk for runs", "fail", found, "Free some space, or choose --output-dir on another disk.")
     if facts.model_bytes is None:
-        return Check("disk for runs", "ok", f"{found}; the size of {facts.model} is not known here")
+        return Check("disk for runs", "ok", f"{found}; the size of {facts.model} is unknown")
     needed = facts.model_bytes + CHECKPOINT_BYTES
+    found = f"{found}; exporting {facts.model} takes {needed / GIB:.1f} GiB"
     if free < needed:
         fix = "Free some space, or skip the merged model (--set export.format=null) and export elsewhere later."
-        return Check("disk for runs", "warn", f"{found}; {facts.model} takes {needed / GIB:.1f} to export", fix)
-    return Check("disk for runs", "ok", f"{found}; {facts.model} takes {needed / GIB:.1f} to export")
+        return Check("disk for runs", "warn", found, fix)
+    return Check("disk for runs", "ok", found)
 
 
 def check_hub(facts: Facts) -> Check:
-    """The Hub's cache can take the model, or has it already; offline mode needs the latter."""
+    """Check that the Hub cache contains the model, or has space for it. Offline mode needs the former."""
     where = f"cache {facts.hub_cache}"
     if facts.model_cached:
-        return Check("Hugging Face Hub", "ok", f"{where}, {facts.model} is in it" + (", offline" * facts.offline))
+        return Check("Hugging Face Hub", "ok", f"{where} contains {facts.model}" + (", offline" * facts.offline))
     if facts.offline:
-        fix = f"Unset HF_HUB_OFFLINE, or fetch the model while online: hf download {facts.model}"
+        fix = f"Unset HF_HUB_OFFLINE, or download the model while online: hf download {facts.model}"
         return Check("Hugging Face Hub", "warn", f"offline mode, and {facts.model} is not in the {where}", fix)
     if not facts.hub_writable:
-        return Check("Hugging Face Hub", "fail", f"{where} cannot be written", "Set HF_HOME to a folder of yours.")
+        return Check("Hugging Face Hub", "fail", f"{where} cannot be written", "Set HF_HOME to a writable folder.")
     if facts.model_bytes is not None and facts.hub_free_bytes < facts.model_bytes:
-        found = f"{where} has {facts.hub_free_bytes / GIB:.1f} GiB free, {facts.model} takes "
+        found = f"{where} has {facts.hub_free_bytes / GIB:.1f} GiB free; {facts.model} takes "
         fix = "Set HF_HOME to a folder on a larger disk, or free some space (hf cache ls, hf cache rm)."
-        return Check("Hugging Face Hub", "warn", found + f"{facts.model_bytes / GIB:.1f}", fix)
+        return Check("Hugging Face Hub", "warn", found + f"{facts.model_bytes / GIB:.1f} GiB", fix)
     return Check("Hugging Face Hub", "ok", f"{where}, {facts.hub_free_bytes / GIB:.1f} GiB free, online")
 
 

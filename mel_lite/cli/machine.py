@@ -1,4 +1,4 @@
-"""Facts about this machine for `mel_lite.cli.doctor`, gathered once so that each check is a pure function."""
+"""Collect facts about this machine for `mel_lite.cli.doctor`, once, so that each check is a pure function."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ COMPILED_CACHE = "unsloth_compiled_cache"
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The first CUDA device as PyTorch sees it."""
+    """The first CUDA device, as reported by PyTorch."""
 
     name: str
     capability: tuple[int, int]
     bf16: bool
-    """It computes in bfloat16 itself."""
+    """True if bfloat16 is supported natively."""
     total_bytes: int
     architectures: tuple[str, ...]
-    """What PyTorch's kernels were compiled for: `sm_80`, ..., and `compute_90` for code that newer cards translate."""
+    """Targets of PyTorch's compiled kernels: `sm_80`, ..., and `compute_90` for PTX that newer cards translate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was found. None stands for: not there."""
+    """Facts about a machine. None means that the thing does not exist."""
 
     python: tuple[int, int]
     packages: Mapping[str, str | None]
     """Installed version of every package of interest."""
     requirements: tuple[str, ...]
-    """What mel-lite's own metadata requires; empty when it is not installed."""
+    """Requirements in mel-lite's own metadata; empty if it is not installed."""
     driver_cuda: tuple[int, int] | None
-    """Newest CUDA the NVIDIA driver serves."""
+    """Newest CUDA version that the NVIDIA driver supports."""
     torch_cuda: tuple[int, int] | None
-    """CUDA that PyTorch was built with."""
+    """CUDA version that PyTorch was built with."""
     visible_devices: str | None
     """CUDA_VISIBLE_DEVICES."""
     gpu: Gpu | None
     compiler: str | None
-    """C compiler, which Triton calls."""
+    """Path of the C compiler that Triton calls."""
     kernels_origin: str | None
     """File that `import kernels` would load."""
     loaded_early: tuple[str, ...]
-    """Patching packages that were imported before this command asked for anything."""
+    """Patching packages that were imported before this command imported anything."""
     trl_problem: str | None
-    """Why TRL's released trainer cannot be had."""
+    """Reason why TRL's released trainer cannot be loaded."""
     compiled_cache: Path | None
     compiled_for: tuple[str, ...] | None
-    """Versions in that cache's header; None when it has none."""
+    """Versions in that cache's header; None if it has no header."""
     model: str
     model_bytes: int | None
-    """Size of the model in 16 bits; None when its config is out of reach."""
+    """Size of the model in 16 bits; None if its config is not available locally."""
     model_cached: bool
     run_folder: Path
     run_free_bytes: int
@@ -71,7 +71,7 @@ class Facts:
 
 
 def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
-    """Look at this machine. Imports torch and TRL; touches neither network nor disk contents."""
+    """Collect the facts about this machine. Imports torch and TRL; uses no network and writes nothing."""
     loaded_early = tuple(name for name in ("unsloth", "unsloth_zoo") if name in sys.modules)
     import torch
     from huggingface_hub import constants
@@ -125,7 +125,7 @@ def _pair(version: str | None) -> tuple[int, int] | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """Asked of the driver's own library: it needs neither nvidia-smi nor a PyTorch with CUDA."""
+    """Query the driver's own library, so that neither nvidia-smi nor a CUDA build of PyTorch is needed."""
     number = ctypes.c_int()
     for library in ("libcuda.so.1", "nvcuda.dll"):
         with suppress(OSError, AttributeError):
@@ -165,7 +165,7 @@ def _trl_problem() -> str | None:
         for released in (released_grpo_trainer(), released_grpo_config()):
             if not released.__module__.startswith("trl."):
                 return f"{released.__name__} comes from {released.__module__}"
-    except Exception as error:  # whatever an unfit installation raises while it is imported is the finding
+    except Exception as error:  # a broken installation may raise anything on import; report it
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -176,7 +176,7 @@ def _compiled_cache() -> Path | None:
 
 
 def _compiled_for(cache: Path) -> tuple[str, ...] | None:
-    """The versions a generated file was made with: lines of its opening docstring, up to a marker."""
+    """Return the versions that wrote the generated files: lines of a file's first docstring, up to a marker."""
     for file in sorted(cache.glob("*.py")):
         with suppress(OSError):
             lines = file.read_text(encoding="utf-8", errors="replace")[:2000].splitlines()
@@ -187,14 +187,14 @@ def _compiled_for(cache: Path) -> tuple[str, ...] | None:
 
 
 def _is_cached(model: str) -> bool:
-    """True when no download is needed: a folder, the demo model (which has its own source), or in the Hub's cache."""
+    """Return True if no download is needed: a folder, the demo model (which has its own source), or a cached model."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     if model == "demo" or Path(model).is_dir():
         return True
     try:
         return isinstance(try_to_load_from_cache(model, "config.json"), str)
-    except errors.HFValidationError:  # neither a folder nor a Hub id; loading it will say so
+    except errors.HFValidationError:  # neither a folder nor a Hub id; loading it raises the proper error
         return False
 
 

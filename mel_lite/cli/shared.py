@@ -1,4 +1,4 @@
-"""What the modules of the command line share."""
+"""Options and helpers shared by the command-line modules."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML file over the preset.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that overrides the preset.")]
 EngineOption = Annotated[
-    str | None, typer.Option(help="auto, unsloth or hf: what loads the model and samples. Default: auto.")
+    str | None, typer.Option(help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value over everything else; may be repeated.")
+    list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
 ]
 
 
 def console() -> Console:
-    """Where results are printed."""
+    """Return the console for results (stdout)."""
     from rich.console import Console
 
     return Console()
 
 
 def loading(what: str) -> Status:
-    """A spinner for the seconds that importing torch and TRL takes; silent where there is no terminal."""
+    """Return a spinner to show while torch and TRL are imported, on stderr. Without a terminal it prints nothing."""
     from rich.console import Console
 
     return Console(stderr=True).status(what)

