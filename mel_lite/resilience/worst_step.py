@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from mel_lite.engines.base import Request, Sampling
-from mel_lite.engines.vllm import VLLMEngine, WakeError
+from mel_lite.engines.vllm import WakeError
 from mel_lite.errors import ConfigError
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.predict import Phase, predict
@@ -214,7 +214,7 @@ def _lesson(trainer: Any, tokens: int, scored_tokens: int) -> Lesson:
 
 def as_started(load: Workload, engine: Any) -> Workload:
     """Return the load with the share and sequences vLLM was actually started with; unchanged for other engines."""
-    if load.vllm is None or not isinstance(engine, VLLMEngine):
+    if load.vllm is None:
         return load
     sequences = engine.max_num_seqs or load.vllm.sequences
     share = replace(load.vllm, utilization=engine.share or load.vllm.utilization, sequences=sequences)

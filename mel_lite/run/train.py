@@ -24,7 +24,6 @@ from mel_lite.data.tasks import load_tasks, recommended_verifier
 from mel_lite.engines import distributed
 from mel_lite.engines.distributed import SplitEngine
 from mel_lite.engines.unsloth import is_unsloth
-from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.export.gguf import GGUF_TYPES, find_tools
@@ -256,10 +255,10 @@ def _workload(trainer: MELTrainer, recipe: Recipe) -> Workload:
     The plan's workload cannot be reused: it assumes prompt lengths, and the card's memory before the model was loaded.
     """
     vllm_on = None
-    if isinstance(trainer.engine.unmetered, VLLMEngine):
+    if trainer.engine.share is not None:
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         vllm_on = VLLMCard(total_bytes, free_bytes)
-    return as_started(workload(recipe, shape_for(recipe), vllm_on=vllm_on), trainer.engine.unmetered)
+    return as_started(workload(recipe, shape_for(recipe), vllm_on=vllm_on), trainer.engine)
 
 
 def _add_worst_step(

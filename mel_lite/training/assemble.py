@@ -216,7 +216,7 @@ class NoWeightSync:
 
 def _context_for_analysis(args: MELConfig, model: Any, engine: Any) -> int:
     """Return the longest C_retro prompt: the option, or what the context of model and engine leaves to the analysis."""
-    context = min(context_length(model), getattr(engine, "context_tokens", None) or sys.maxsize)
+    context = min(context_length(model), engine.context_tokens or sys.maxsize)
     available = context - args.analysis_max_tokens
     wanted = args.max_context_tokens or available
     if not args.with_meta_experience:
