@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the option classes: `python docs/make_configuration.py`.
 
-Option names, types, defaults and texts come from the dataclasses (a docstring below a field, or its help text), choices
-and verifiers from their registries. `--check` writes nothing and fails when the page is not up to date.
+Names, types, defaults and texts of options come from the dataclasses (a docstring below a field, or its help text);
+internalisations and verifiers come from their registries. `--check` writes nothing and fails when the page is stale.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import argparse
 import ast
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mel_lite.config import MELConfig
+from mel_lite.lessons.internalise import INTERNALISATIONS
 from mel_lite.recipe import GPU_PRESETS, SECTIONS
 from mel_lite.verify.verifiers import BUILT_IN
 
@@ -39,6 +40,12 @@ TRAIN = """\
 
 Options of `MELConfig`. It is TRL's `GRPOConfig` with the fields below, so every option of `GRPOConfig` and of
 transformers' `TrainingArguments` can be set here, too. In Python: `MELConfig(output_dir, option=value, ...)`.
+"""
+INTERNALISATION = """\
+## Internalisation
+
+Values of `train.internalisation`. A dotted path (`package.module:Name`) names your own subclass of
+`mel_lite.lessons.internalise.Internalisation`.
 """
 VERIFIERS = """\
 ## Verifiers
@@ -116,20 +123,22 @@ def train() -> str:
     return f"{TRAIN}\n{table(rows)}"
 
 
-def verifiers() -> str:
-    """Return the part of the page about the built-in verifiers: the first two paragraphs of each docstring."""
-    lines = ["| name | rule |", "|---|---|"]
-    for name, function in BUILT_IN.items():
-        about = " ".join(" ".join((inspect.getdoc(function) or "").split("\n\n")[:2]).split())
-        lines.append(f"| `{name}` | {about} |")
-    return VERIFIERS + "\n" + "\n".join(lines) + "\n"
+def registry(entries: Mapping[str, Any], heading: str) -> str:
+    """Return a Markdown table of a registry: the first two paragraphs of each entry's docstring."""
+    lines = [f"| name | {heading} |", "|---|---|"]
+    for name, entry in entries.items():
+        about = " ".join(" ".join((inspect.getdoc(entry) or "").split("\n\n")[:2]).split())
+        lines.append(f"| `{name}` | {about.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """Return the whole page."""
     presets = ", ".join(f"`{name}`" for name in GPU_PRESETS)
     parts = [section(name, kind) for name, kind in SECTIONS.items()]
-    return "\n".join([HEAD.format(presets=presets), *parts, train(), verifiers()])
+    parts += [train(), f"{INTERNALISATION}\n{registry(INTERNALISATIONS, 'loss')}"]
+    parts += [f"{VERIFIERS}\n{registry(BUILT_IN, 'rule')}"]
+    return "\n".join([HEAD.format(presets=presets), *parts])
 
 
 def main() -> int:

@@ -198,15 +198,16 @@ def test_the_page_of_options_is_what_the_code_has(configuration: ModuleType) -> 
     )
 
 
-def test_every_option_and_verifier_has_a_row_with_a_meaning(configuration: ModuleType) -> None:
+def test_every_option_and_every_registered_name_has_a_row_with_a_meaning(configuration: ModuleType) -> None:
     from mel_lite.config import MELConfig
+    from mel_lite.lessons.internalise import INTERNALISATIONS
     from mel_lite.recipe import SECTIONS
     from mel_lite.verify.verifiers import BUILT_IN
 
     rows = [line for line in configuration.page().splitlines() if line.startswith("| `")]
     named = Counter(line.split("`")[1] for line in rows)
     wanted = Counter(field.name for kind in SECTIONS.values() for field in dataclasses.fields(kind))
-    wanted += Counter([*MELConfig.__annotations__, *BUILT_IN])
+    wanted += Counter([*MELConfig.__annotations__, *INTERNALISATIONS, *BUILT_IN])
     assert named == wanted
     assert all(len(line.rstrip("| ").split(" | ")[-1]) > 4 for line in rows)
     (row,) = (line for line in rows if line.startswith("| `leak_policy` "))
