@@ -132,7 +132,7 @@ def results() -> str:
 
 
 def line() -> str:
-    """GRPO and MEL as in the paper, in two sentences."""
+    """Compare GRPO and MEL as in the paper in two sentences."""
     found = runs()
     samples = found[REFERENCE][0]["plan"]["samples"]
     start, grpo, mel = (

@@ -42,7 +42,7 @@ def shown() -> str:
 
 
 def cards() -> str:
-    """Every preset: the cards it is made for, as its file names them, its model, and the predicted peaks."""
+    """Return a table of every preset: its cards as named in its file, its model, and the predicted peaks."""
     lines = [
         "| `--gpu` | cards | model | predicted peak with Unsloth and vLLM | with transformers |",
         "|---|---|---|---|---|",
@@ -57,7 +57,7 @@ def cards() -> str:
 
 
 def _card_names(gpu: str) -> str:
-    """Names of the cards from the first line of the preset: `# 24 GB: RTX 3090, L4. Qwen3-8B in 4 bits.`"""
+    """Read the card names from the first line of a preset: `# 24 GB: RTX 3090, L4. Qwen3-8B in 4 bits.`"""
     first = (CONFIGS / f"{GPU_PRESETS[gpu]}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     return first.partition(": ")[2].partition(". ")[0]
 

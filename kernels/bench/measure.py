@@ -53,11 +53,13 @@ def run(
     report: dict[str, Any] = {"machine": machine(where), "versions": versions(), "rounds": rounds, "shapes": []}
     log(", ".join(f"{k} {v}" for k, v in (report["machine"] | report["versions"]).items()))
     given = given or {}
+    frozen_before = gc.get_freeze_count() > 0
     for shape in [*(default_shapes(where) if shapes is None else shapes), *given]:
         try:
             results = measure(shape, where, rounds, given.get(shape))
         finally:
-            gc.unfreeze()
+            if not frozen_before:
+                gc.unfreeze()
         report["shapes"].append(asdict(shape) | {"results": [asdict(result) for result in results]})
         log(table(shape, results))
         if json_path is not None:

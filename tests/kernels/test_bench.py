@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from kernel_cases import DEVICE
+from mel_lite.cli.main import app
 from mel_lite.kernels import bench
 from mel_lite.kernels.bench import measure, peers
 from mel_lite.kernels.bench.report import BOUND, HALF, OURS, SCORING, Result
@@ -33,7 +34,31 @@ def test_report_holds_times_errors_and_reasons(tmp_path: Path) -> None:
     table = logged[-1]
     assert f"N 300, H 24, V 2000, {shape.dtype}, synthetic states" in table
     assert all(name in table for name in results)
-    assert gc.get_freeze_count() == 0
+
+
+def test_the_command_measures_the_default_shapes_and_writes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PEERS", {})
+    monkeypatch.setattr(measure, "default_shapes", lambda device: [bench.Shape(20, 8, 100, "float32")])
+    file = tmp_path / "kernel.json"
+    done = CliRunner().invoke(app, ["bench", "kernel", "--device", "cpu", "--rounds", "2", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    (shape,) = json.loads(file.read_text())["shapes"]
+    assert [len(result["times_s"]) for result in shape["results"]] == [2, 2, 2, 2]
+    assert "N 20, H 8, V 100, float32, synthetic states" in done.output
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_objects_are_frozen_during_a_run_only(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    """A process that froze its objects before the run, as the tests do, keeps them frozen."""
+    monkeypatch.setattr(measure, "PEERS", {})
+    unfreezes: list[int] = []
+    counts = iter([int(frozen)])
+    monkeypatch.setattr(measure.gc, "get_freeze_count", lambda: next(counts))
+    monkeypatch.setattr(measure.gc, "unfreeze", lambda: unfreezes.append(1))
+    bench.run("cpu", shapes=[bench.Shape(20, 8, 100, "float32")], rounds=1, log=lambda _: None)
+    assert len(unfreezes) == (not frozen)
 
 
 def test_given_states_are_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
