@@ -42,6 +42,7 @@ def test_the_surface_is_frozen() -> None:
 def test_help_loads_nothing_heavy() -> None:
     done = cold_mel_lite_command("--help")
     assert done.returncode == 0 and "train" in done.stdout
+    assert mel_lite_command("--help").stdout == done.stdout, "a warm process is the same command"
     heavy = ("torch", "trl", "transformers", "datasets")
     code = f"import mel_lite.cli.main, sys; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

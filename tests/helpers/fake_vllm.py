@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import adapter_fingerprint
 from mel_lite.engines.vllm import VLLMEngine
@@ -46,7 +46,8 @@ class FakeLLM:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         bar = use_tqdm(total=len(ids), desc="", dynamic_ncols=True, postfix="")
         with self._adapter(fault):
-            outputs = [self._answer(i, p, fault, lora_request) for i, p in zip(ids, sampling_params, strict=True)]
+            sampled = self._sample(ids, sampling_params)
+        outputs = [self._answer(i, done, fault, lora_request) for i, done in zip(ids, sampled, strict=True)]
         bar.update(len(ids))
         self.unfinished.clear()
         return outputs[:-1] if fault == "fewer" else outputs
@@ -79,11 +80,14 @@ class FakeLLM:
                 for layer in layers:
                     layer.scaling["default"] /= factor
 
-    def _answer(self, ids: tuple[int, ...], params: Any, fault: str | None, lora_request: Any) -> Any:
+    def _sample(self, ids: list[tuple[int, ...]], sampling_params: Sequence[Any]) -> list[Completion]:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos")
-        assert params.stop_token_ids or params.ignore_eos, "stop tokens end a sequence whatever ignore_eos says"
-        sampling = Sampling(params.max_tokens, **{name: getattr(params, name) for name in names})
-        (done,) = self.sampler.generate([Request(ids, params.seed)], sampling)
+        for params in sampling_params:
+            assert params.stop_token_ids or params.ignore_eos, "stop tokens end a sequence whatever ignore_eos says"
+        (sampling,) = {Sampling(p.max_tokens, **{name: getattr(p, name) for name in names}) for p in sampling_params}
+        return self.sampler.generate([Request(i, p.seed) for i, p in zip(ids, sampling_params, strict=True)], sampling)
+
+    def _answer(self, ids: tuple[int, ...], done: Completion, fault: str | None, lora_request: Any) -> Any:
         logprobs = [{t: SimpleNamespace(logprob=x)} for t, x in zip(done.ids, done.logprobs, strict=True)]
         if fault == "other dtype":
             for at, sign in zip(logprobs, (1, -1) * len(logprobs), strict=False):
