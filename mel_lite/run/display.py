@@ -15,7 +15,6 @@ from mel_lite.lessons.store import ExperienceRow
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import Plan
 from mel_lite.models.chat import question_text
-from mel_lite.resilience.worst_step import PhasePeak
 from mel_lite.text import printable
 from mel_lite.types import Status
 
