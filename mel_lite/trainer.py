@@ -237,6 +237,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         )
         self.engine.wake()
         local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch)
+        self.engine.sleep()  # what follows scores texts or trains, and needs the memory
         experiences: list[Experience] = sorted(gather_object(local), key=lambda e: e.analysis.pair.index)
         row_ids = [0] * len(experiences)
         if self.is_world_process_zero():
