@@ -388,5 +388,5 @@ def test_a_dataset_without_mixed_groups_is_named(tmp_path: Path, caplog: pytest.
     engine = ScriptedEngine(tokenizer, answer=lambda question, rng: "Answer: 999")
     trainer = build(tmp_path, engine=engine, max_steps=5)
     trainer.train()
-    assert trainer.idle_batches == 5
+    assert trainer.collapse.idle.idle_batches == 5
     assert "too hard, or answers are not found" in caplog.text and "0% right" in caplog.text
