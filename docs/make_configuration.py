@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the option classes: `python docs/make_configuration.py`.
 
 Names, types, defaults and texts of options come from the dataclasses (a docstring below a field, or its help text);
-internalisations and verifiers come from their registries. `--check` writes nothing and fails when the page is stale.
+internalizations and verifiers come from their registries. `--check` writes nothing and fails when the page is stale.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Options of `MELConfig`. It is TRL's `GRPOConfig` with the fields below, so every
 transformers' `TrainingArguments` can be set here, too. In Python: `MELConfig(output_dir, option=value, ...)`.
 """
 INTERNALISATION = """\
-## Internalisation
+## Internalization
 
 Values of `train.internalisation`. A dotted path (`package.module:Name`) names your own subclass of
 `mel_lite.lessons.internalise.Internalisation`.
