@@ -65,7 +65,7 @@ from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.sampler import EpochSampler
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, Lesson, LessonShare, Status
+from mel_lite.types import Experience, Group, Lesson, LessonNormalization, LessonShare, Status
 from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             world=self.accelerator.num_processes,
             micro_batches=self.args.steps_per_generation,
             total_weight=self.args.mel_weight,
-            denominator=len(lessons) if self.args.mel_normalization == "kept" else len(drawn.groups),
+            denominator=len(lessons) if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
         )
         experiences = [each for _, each in drawn.experiences]
         trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from mel_lite.errors import DivergedError
 from mel_lite.resilience import checkpoint_files
-from mel_lite.types import Group
+from mel_lite.types import CollapseAction, Group
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ class CollapseWatch:
         lower = checks.lambda_may_help and args.with_meta_experience and args.mel_weight > 0
         if trainer.accelerator.num_processes > 1:
             due, lower = broadcast_object_list([due, lower], from_process=0)
-        if lower and args.on_collapse == "lower_lambda":
+        if lower and args.on_collapse == CollapseAction.LOWER_LAMBDA:
             before = args.mel_weight
             checks.lowered_from = checks.lowered_from or before
             args.mel_weight = checks.mel_weight = before / 2
@@ -339,7 +339,7 @@ class CollapseWatch:
         if is_main:
             for warning in due:
                 logger.warning("Step %s: %s", step, warning)
-        if due and args.on_collapse == "stop":
+        if due and args.on_collapse == CollapseAction.STOP:
             raise DivergedError(f"on_collapse='stop' at step {step}: {' '.join(due)} {self._checkpoints()}")
 
     def _is_untrained(self) -> bool:

@@ -23,6 +23,7 @@ from mel_lite import signals
 from mel_lite.errors import EngineError
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.state_files import rng_state, set_rng_state
+from mel_lite.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class CleanStop:
         except RuntimeError as error:
             saved = checkpoint_files.committed(Path(self.args.output_dir))
             newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
-            return f"Stopped. The last steps could not be saved ({str(error).splitlines()[0]}); {newest}."
+            return f"Stopped. The last steps could not be saved ({first_line(error)}); {newest}."
 
     def _commit_boundary(self) -> str:
         """Roll back to the last boundary and save it there; return a message for the user."""

@@ -15,7 +15,7 @@ from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.models.chat import is_text, render, safe_turns
 from mel_lite.training.estimators import batch_advantages, only_right
-from mel_lite.types import Finish, Group, LessonShare, Rollout, Verdict
+from mel_lite.types import Algorithm, Finish, Group, LessonShare, Rollout, Verdict
 from mel_lite.verify.judge import Judge, RewardJudge, completion_text, group_of
 
 VERDICT_COLUMN = "mel_verdict"
@@ -122,12 +122,12 @@ class JudgedRewards:
     def _estimated(self, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:
         """Return TRL's scored batch with the advantages or masks of the estimator."""
         first = self.accelerator.process_index * len(scored.rollouts)
-        if self.args.estimator == "reinforce++":
+        if self.args.estimator == Algorithm.REINFORCE_PP:
             assert scored.reward_W is not None
             advantage_W = batch_advantages(scored.reward_W)
             self._relog_advantages(advantage_W)
             return batch | {"advantages": advantage_W[first : first + len(scored.rollouts)]}
-        if self.args.estimator == "rft":
+        if self.args.estimator == Algorithm.RFT:
             verdicts = [verdict is Verdict.RIGHT for verdict in scored.verdicts]
             is_right_B = torch.tensor(verdicts, device=batch["completion_mask"].device)
             self._relog_advantages(self.accelerator.gather(is_right_B.float()))
@@ -137,7 +137,7 @@ class JudgedRewards:
     @property
     def policy_temperature(self) -> float:
         """Temperature of the policy term's log-probs. RFT trains on texts, at temperature 1 like lessons."""
-        return 1.0 if self.args.estimator == "rft" else self.temperature
+        return 1.0 if self.args.estimator == Algorithm.RFT else self.temperature
 
     def _relog_advantages(self, advantage_W: torch.Tensor) -> None:
         """Replace the logged advantages, so that the completions table shows what is trained on."""
