@@ -120,9 +120,9 @@ class MELConfig(GRPOConfig):
         "memorized or leaking meta-experiences, nothing learned.",
     )
     max_idle_steps: int = _option(
-        50,
+        0,
         "Stop after this many consecutive optimizer steps with nothing to learn from (no completion has an advantage, "
-        "no meta-experience was kept). A warning comes after a fifth of them. 0 = never stop.",
+        "no meta-experience was kept), with a warning after a fifth of them. 0 = only warn. The presets set 50.",
     )
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class MELConfig(GRPOConfig):
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
 
     def _check_sampling(self) -> None:
-        """Refuse to sample from another distribution than the one that is trained; RFT learns texts of any."""
+        """Warn when rollouts come from another distribution than the one trained; RFT trains on texts of any."""
         if self.algorithm == Algorithm.RFT:
             return
         wanted = {name: getattr(self, name) for name in _WHOLE} | {
@@ -191,10 +191,12 @@ class MELConfig(GRPOConfig):
         }
         for name, value in wanted.items():
             if value not in _WHOLE[name]:
-                raise ConfigError(
-                    f"{name}={value} truncates or bends the distribution completions are sampled from, but the policy "
-                    "gradient scores them under the whole one: every token's probability ratio would be off by the "
-                    f"mass that was cut. Leave {name} unset ({_WHOLE[name][0]!r}); temperature is followed exactly."
+                warnings.warn(
+                    f"{name}={value} truncates or reshapes the distribution completions are sampled from, but the "
+                    "policy gradient scores them under the whole one, so importance weights are off by the mass that "
+                    f"was cut. Leave {name} unset ({_WHOLE[name][0]!r}) for an unbiased gradient.",
+                    UserWarning,
+                    stacklevel=5,
                 )
 
     def _check_skipping(self) -> None:

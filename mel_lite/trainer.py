@@ -56,6 +56,7 @@ from mel_lite.training.assemble import (
     correct_by_importance,
     default_args,
     engine_generates,
+    follow_sampling_options,
     prepare_weights,
 )
 from mel_lite.training.engine_probe import EngineProbe
@@ -146,6 +147,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
                 environment_factory=environment_factory,
             )
         check_support(self)
+        follow_sampling_options(self)
         prepare_weights(self)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored

@@ -40,6 +40,8 @@ FULL_RETENTION, MORE_LEAKS = 0.95, 0.2
 """Share of leak-free ones kept, and rise of the leak rate over its lowest mean, that together are suspicious."""
 SPIKE = 10.0
 """A gradient norm this many times the median of the last WINDOW is an outlier. It was clipped; it is reported."""
+IDLE_FIRST, IDLE_AGAIN = 10, 50
+"""Consecutive steps with nothing to learn from before the first warning, and between later ones, if nothing stops."""
 LEAST_WRITTEN = 20
 """Fewest meta-experiences in the window for keeping none of them to mean something."""
 
@@ -303,7 +305,10 @@ class CollapseWatch:
             flag = torch.tensor(float(learns), device=trainer.accelerator.device)
             learns = trainer.accelerator.reduce(flag, "sum").item() > 0
         checks.idle_steps = 0 if learns else checks.idle_steps + 1
-        if not most or not (checks.idle_steps == max(1, most // 5) or checks.idle_steps >= most):
+        stops = 0 < most <= checks.idle_steps
+        warns = checks.idle_steps == (max(1, most // 5) if most else IDLE_FIRST)
+        warns |= not most and checks.idle_steps > 0 and checks.idle_steps % IDLE_AGAIN == 0
+        if not (stops or warns):
             return
         step = trainer.state.global_step
         warning = (
@@ -311,12 +316,13 @@ class CollapseWatch:
             "meta-experience was kept. The tasks are too easy or too hard, or the verifier misses the answers: look at "
             "completions/, choose other tasks, or raise num_generations."
         )
-        if checks.idle_steps >= most:
+        if stops:
             raise DivergedError(
                 f"{warning} Stopped at step {step} (max_idle_steps={most}; 0 never stops). {self._checkpoints()}"
             )
         if trainer.accelerator.is_main_process:
-            logger.warning("Step %s: %s The run stops after %s.", step, warning, most)
+            outlook = f"The run stops after {most}." if most else "Set max_idle_steps to stop such a run."
+            logger.warning("Step %s: %s %s", step, warning, outlook)
 
     def on_log(self, logs: dict[str, Any]) -> None:
         """Check one log of a step or an evaluation. Raises: DivergedError under `on_collapse='stop'`."""

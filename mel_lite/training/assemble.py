@@ -67,6 +67,8 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
         )
 
 
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Sampling options that our engines follow."""
 _TRL_GENERATION = ("use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation")
 """Options of TRL's own generation, which our engines do not follow."""
 
@@ -77,12 +79,21 @@ def engine_generates(args: MELConfig, tools: Any, environment_factory: Any) -> b
     Raises: ConfigError when an option of TRL's generation is set and meta-experience needs our engine.
     """
     foreign = [name for name in _TRL_GENERATION if getattr(args, name)]
+    if set(args.generation_kwargs or {}) <= set(SAMPLING_OPTIONS):
+        foreign = [name for name in foreign if name != "generation_kwargs"]  # `follow_sampling_options` applies them
     if foreign and args.with_meta_experience:
         raise ConfigError(
             f"{foreign[0]}={getattr(args, foreign[0])!r} with meta-experience: rollouts, analyses and replays must "
             f"come from one engine, which does not follow that option. Unset {foreign[0]}, or set algorithm='grpo'."
         )
     return not (foreign or tools or environment_factory)
+
+
+def follow_sampling_options(trainer: Any) -> None:
+    """Let the sampling options in `generation_kwargs` override the trainer's own, like in TRL."""
+    for name, value in (trainer.args.generation_kwargs or {}).items():
+        if name in SAMPLING_OPTIONS:
+            setattr(trainer, name, value)
 
 
 def check_support(trainer: Any) -> None:

@@ -200,6 +200,15 @@ def test_a_run_without_anything_to_learn_warns_and_then_stops(
         assert_learnt(trainer)
 
 
+def test_by_default_such_a_run_is_only_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(tmp_path, engine=_always("Answer: -1"), algorithm="grpo", max_steps=12)
+    with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):
+        trainer.train()
+    assert trainer.state.global_step == 12
+    assert caplog.text.count("Step 10: The last 10 steps had nothing to learn from") == 1
+    assert "Set max_idle_steps to stop such a run." in caplog.text
+
+
 def test_what_a_user_allows_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path, engine=_always("Answer: -1"), algorithm="grpo", max_steps=4, max_idle_steps=0)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):

@@ -103,7 +103,7 @@ def test_another_dtype_stops_the_run_at_the_start(tmp_path: Path) -> None:
 
 
 def test_cut_distributions_are_probed_on_whole_ones(tmp_path: Path) -> None:
-    options = {"algorithm": "rft", "top_p": 0.7, "max_steps": 2}  # RFT alone may learn from such samples
+    options = {"algorithm": "rft", "top_p": 0.7, "max_steps": 2}
     trainer, llm = trained(tmp_path, **options)
     trainer.train()
     assert max(probes(tmp_path / "run").values()) < 1e-5
