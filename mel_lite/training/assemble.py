@@ -19,6 +19,7 @@ from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import load_templates
 from mel_lite.models.load import context_length, keep_four_bit_layout
+from mel_lite.training.scoring import balances_experts
 from mel_lite.types import Group
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool
@@ -101,28 +102,41 @@ def check_support(trainer: Any) -> None:
     in_parts = {name: getattr(trainer.args, name) for name in ("max_micro_batch_tokens", "skip_zero_advantage")}
     if wanted := [f"{name}={value}" for name, value in in_parts.items() if value]:
         sharded = trainer.is_fsdp_enabled or trainer.args.deepspeed_plugin is not None
-        if sharded or trainer._is_vlm or trainer.aux_loss_enabled:
+        if sharded or trainer._is_vlm:
             raise ConfigError(
-                f"{wanted[0]} with FSDP, DeepSpeed, a model that takes images or a load-balancing "
-                "loss: their batches cannot be taken in parts. Unset it, and lower per_device_train_batch_size instead."
+                f"{wanted[0]} with FSDP, DeepSpeed or a model that takes images: their batches cannot be taken in "
+                "parts. Unset it, and lower per_device_train_batch_size instead."
             )
     if trainer._is_vlm:
         if trainer.args.with_meta_experience:
             raise ModelError("Meta-experience is text-only; this model takes images. Set algorithm='grpo'.")
         trainer.rollout_func = None  # only TRL's own generation passes images on
+    if trainer.aux_loss_enabled:
+        _check_load_balancing(trainer)
     if not trainer.args.with_meta_experience:
         return
-    if trainer.aux_loss_enabled:
-        raise ConfigError(
-            f"router_aux_loss_coef={trainer.router_aux_loss_coef} with meta-experience: lessons do not pass through "
-            "the load-balancing loss. Set router_aux_loss_coef=0, or algorithm='grpo'."
-        )
     plugin = trainer.args.deepspeed_plugin
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ConfigError(
             "FSDP or ZeRO-3 with meta-experience: ranks write different numbers of lessons, and sharded weights can "
             "only be used by all ranks at once. Use DDP or ZeRO-2, or set algorithm='grpo'."
         )
+
+
+def _check_load_balancing(trainer: Any) -> None:
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    coefficient = f"router_aux_loss_coef={trainer.router_aux_loss_coef}"
+    if not trainer._is_vlm and not balances_experts(base):
+        raise ConfigError(
+            f"{coefficient}: the load-balancing loss of {type(base).__name__} is not known. Set "
+            "router_aux_loss_coef=0 to train without it."
+        )
+    if trainer.args.skip_zero_advantage:
+        raise ConfigError(
+            f"skip_zero_advantage=True with {coefficient}: the load-balancing loss is over all rollouts. Unset one."
+        )
+    if trainer.args.with_meta_experience:
+        logger.warning("%s: the load-balancing loss is over the rollouts; lessons do not count in it.", coefficient)
 
 
 def prepare_weights(trainer: Any) -> None:

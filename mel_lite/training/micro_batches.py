@@ -136,8 +136,8 @@ class MicroBatches:
 
     @property
     def scores_in_one_forward(self) -> bool:
-        """True when rollouts and lessons share one forward: training, text only, no load-balancing loss."""
-        return bool(self.model.training and not self.aux_loss_enabled and not self._is_vlm)  # type: ignore[attr-defined]
+        """True when rollouts and lessons share one forward: training on text."""
+        return bool(self.model.training and not self._is_vlm)  # type: ignore[attr-defined]
 
     def forward_of(self, model: Any, inputs: Any) -> MicroBatchForward:
         """Return the forward of a micro-batch, rollouts and lessons together, before any pass."""
@@ -278,8 +278,9 @@ class MicroBatches:
 
     @property
     def _is_joint(self) -> bool:
-        """True when a row's loss depends on other rows (a quantile of entropies) or computing it has side effects."""
-        return self.top_entropy_quantile < 1.0 or self.use_adaptive_entropy  # type: ignore[attr-defined]
+        """True when a row's loss depends on other rows (entropy quantile, load balance) or has side effects."""
+        joint = self.top_entropy_quantile < 1.0 or self.aux_loss_enabled  # type: ignore[attr-defined]
+        return joint or self.use_adaptive_entropy  # type: ignore[attr-defined]
 
     def _lower(self, rows: Sequence[Row], part: Sequence[int]) -> bool:
         """Halve the tokens of a part; return False when the part cannot be cut."""
@@ -311,8 +312,11 @@ class MicroBatches:
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return log-probs and entropies (B, C) of the completions; a MicroBatchForward also scores its lessons."""
-        if compute_aux_loss or any(v is not None for v in multimodal.values()):
+        """Return log-probs and entropies (B, C) of the completions, and the load-balancing loss () on request.
+
+        A MicroBatchForward also scores its lessons, which do not count in the load-balancing loss.
+        """
+        if any(v is not None for v in multimodal.values()):
             assert not isinstance(model, MicroBatchForward), "lessons are text-only"
             return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
@@ -320,33 +324,49 @@ class MicroBatches:
             )  # fmt: skip
         mask_BC = attention_mask[:, -logits_to_keep:]
         if isinstance(model, MicroBatchForward):
-            logps, entropies = self._training_pass(model)
+            logps, entropies, aux_loss = self._training_pass(model, compute_aux_loss)
             model.logp_BC, model.lesson_logps = (
                 pad_rows(logps[: model.rollouts], mask_BC),
                 tuple(logps[model.rollouts :]),
             )
             entropy_BC = pad_rows(entropies[: model.rollouts], mask_BC) if compute_entropy else None
-            return model.logp_BC, entropy_BC, None
+            return model.logp_BC, entropy_BC, aux_loss
         rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self.policy_temperature)
-        logps, entropies = self._score(model, rows, batch_size)
+        logps, entropies, aux_loss = self._score(model, rows, batch_size, load_balancing=compute_aux_loss)
         entropy_BC = pad_rows(entropies, mask_BC) if compute_entropy else None
-        return pad_rows(logps, mask_BC), entropy_BC, None
+        return pad_rows(logps, mask_BC), entropy_BC, aux_loss
 
-    def _training_pass(self, forward: MicroBatchForward) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _training_pass(
+        self, forward: MicroBatchForward, load_balancing: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         """Score the rows of the current part; return the values of all rows."""
         chosen = [forward.rows[i] for i in forward.part]
         if not chosen:
-            return forward.merged([], [])
+            return *forward.merged([], []), None
         recompute = self._is_joint and self.budget_tokens is not None
-        return forward.merged(*self._score(forward.model, chosen, recompute=recompute))
+        logps, entropies, aux_loss = self._score(
+            forward.model, chosen, recompute=recompute, load_balancing=load_balancing
+        )
+        return *forward.merged(logps, entropies), aux_loss
 
     def _score(
-        self, model: Any, rows: Sequence[Row], batch_size: int | None = None, *, recompute: bool = False
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        batch_size: int | None = None,
+        *,
+        recompute: bool = False,
+        load_balancing: bool = False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         packed = self._packed(rows, batch_size)
         with self.accelerator.autocast():
-            entropy_grad = self._entropy_bonus_enabled and torch.is_grad_enabled()  # type: ignore[attr-defined]
-            return score(model, packed, entropy_grad=entropy_grad, recompute=recompute and len(packed.blocks) > 1)
+            return score(
+                model,
+                packed,
+                entropy_grad=self._entropy_bonus_enabled and torch.is_grad_enabled(),  # type: ignore[attr-defined]
+                recompute=recompute and len(packed.blocks) > 1,
+                load_balancing=load_balancing,
+            )
 
     def _packed(self, rows: Sequence[Row], batch_size: int | None = None) -> Any:
         """Pack rows into blocks of at most `batch_size` rows of the longest row's length, within the budget."""

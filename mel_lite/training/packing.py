@@ -29,6 +29,8 @@ class Row:
     scored_tokens: int
     temperature: float = 1.0
     """Temperature of the distribution that scores the ids."""
+    balances: bool = False
+    """True when its tokens count in the load-balancing loss of a mixture of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Block:
     attention_mask_BT: torch.Tensor
     target_BT: torch.Tensor
     temperature: float
+    balances: tuple[bool, ...] = ()
+    """Per row, True when its tokens count in the load-balancing loss; () = none do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,8 @@ def _block(rows: Sequence[Row], pad_id: int) -> Block:
         attention_mask_BT[b, :tokens] = 1
         start = tokens - row.scored_tokens
         target_BT[b, start:tokens] = row.ids[start:]
-    return Block(input_ids_BT, attention_mask_BT, target_BT, rows[0].temperature)
+    balances = tuple(row.balances for row in rows)
+    return Block(input_ids_BT, attention_mask_BT, target_BT, rows[0].temperature, balances)
 
 
 def rows_of_batch(
@@ -135,7 +140,7 @@ def rows_of_batch(
     valid_BP = attention_mask_BP.bool()
     scored_B = valid_BP[:, input_ids_BP.shape[1] - completion_width :].sum(dim=1).tolist()
     parts = zip(input_ids_BP, valid_BP, scored_B, strict=True)
-    return [Row(ids[valid], scored, temperature) for ids, valid, scored in parts]
+    return [Row(ids[valid], scored, temperature, balances=True) for ids, valid, scored in parts]
 
 
 def pad_rows(values: Sequence[torch.Tensor], mask_BC: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,6 +28,8 @@ class Scores(NamedTuple):
 
     logp_N: torch.Tensor
     entropy_N: torch.Tensor
+    aux_loss: torch.Tensor | None = None
+    """Load-balancing loss () of a mixture of experts over the rows that balance; None unless requested."""
 
 
 def install_scoring_head(model: Any) -> None:
@@ -55,34 +58,45 @@ def install_scoring_head(model: Any) -> None:
         score_blocks: Any = None,
         entropy_grad: bool = False,
         recompute: bool = False,
+        load_balancing: bool = False,
         **kwargs: Any,
     ) -> Any:
         if score_blocks is None:
             return original_forward(*args, **kwargs)
         parts = []
+        routers: list[tuple[torch.Tensor, ...]] | None = [] if load_balancing else None
         for temperature, blocks in itertools.groupby(score_blocks, key=lambda block: block.temperature):
-            hidden_NH, target_N = _scored_hidden(self, list(blocks), recompute)
+            hidden_NH, target_N = _scored_hidden(self, list(blocks), recompute, routers)
             parts.append(_score(self, spec, hidden_NH, target_N, temperature, entropy_grad))
-        return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        logp_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Scores(logp_N, entropy_N, None if routers is None else _load_balancing_loss(self, routers))
 
     model.forward = types.MethodType(forward, model)
 
 
-def _scored_hidden(model: Any, blocks: Sequence[Block], recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _scored_hidden(
+    model: Any, blocks: Sequence[Block], recompute: bool, routers: list[tuple[torch.Tensor, ...]] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states that predict a scored id, and those ids: h_{t-1} predicts id t.
 
     `recompute`: keep no activations of a block; compute them again in the backward, one block at a time.
+    `routers`: receives, per block and layer, the router logits (tokens, experts) of the rows that balance.
     """
+    options = {} if routers is None else {"output_router_logits": True}
 
-    def forward(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-        output = model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        return output.last_hidden_state
+    def forward(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **options)
+        return (output.last_hidden_state, *(() if routers is None else output.router_logits))
 
     hidden, targets = [], []
     for block in blocks:
         inputs = (block.input_ids_BT, block.attention_mask_BT)
         again = recompute and torch.is_grad_enabled()
-        hidden_BTH = checkpoint(forward, *inputs, use_reentrant=False) if again else forward(*inputs)
+        hidden_BTH, *logits = checkpoint(forward, *inputs, use_reentrant=False) if again else forward(*inputs)
+        if routers is not None:
+            balances_B = torch.tensor(block.balances, device=hidden_BTH.device)
+            counted = (block.attention_mask_BT.bool() & balances_B[:, None]).flatten()
+            routers.append(tuple(layer.reshape(len(counted), -1)[counted] for layer in logits))
         target_BT = block.target_BT[:, 1:]
         wanted_BT = target_BT != IGNORE
         hidden.append(hidden_BTH[:, :-1][wanted_BT])
@@ -97,7 +111,8 @@ def _score(
     target_N: torch.Tensor,
     temperature: float,
     entropy_grad: bool,
-) -> Scores:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability and entropy (N,) of the targets."""
     head = model.get_output_embeddings()
     device = head.weight.device
     hidden_NH, target_N = hidden_NH.to(device), target_N.to(device)
@@ -114,7 +129,22 @@ def _score(
             compute_u=torch.is_grad_enabled() and hidden_NH.requires_grad,
             entropy_grad=entropy_grad,
         )
-    return Scores(logp_N, entropy_N)
+    return logp_N, entropy_N
+
+
+def balances_experts(model: Any) -> bool:
+    """Return True when the load-balancing loss of this mixture of experts is known."""
+    known = hasattr(model, "num_experts") and hasattr(model, "num_experts_per_tok")
+    return known and hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+
+
+def _load_balancing_loss(model: Any, routers: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Return the architecture's own loss over the tokens of all blocks, padding excluded."""
+    layers = tuple(torch.cat(parts) for parts in zip(*routers, strict=True))
+    if not len(layers[0]):
+        return layers[0].sum()
+    loss = sys.modules[type(model).__module__].load_balancing_loss_func
+    return loss(layers, model.num_experts, model.num_experts_per_tok)
 
 
 def _no_autocast(device: str) -> Any:
@@ -122,12 +152,20 @@ def _no_autocast(device: str) -> Any:
 
 
 def score(
-    model: Any, packed: Packed, *, entropy_grad: bool = False, recompute: bool = False
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    model: Any,
+    packed: Packed,
+    *,
+    entropy_grad: bool = False,
+    recompute: bool = False,
+    load_balancing: bool = False,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
     """Return log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
 
     Equals log softmax(z/T)[id] and the entropy of softmax(z/T), with z the model's logits and T the row's temperature.
+    The third value is the load-balancing loss (), None unless requested.
     `recompute` trades time for memory: the activations of one block at a time.
     """
-    logp_N, entropy_N = model(score_blocks=packed.blocks, entropy_grad=entropy_grad, recompute=recompute)
-    return packed.unpack(logp_N), packed.unpack(entropy_N)
+    logp_N, entropy_N, aux_loss = model(
+        score_blocks=packed.blocks, entropy_grad=entropy_grad, recompute=recompute, load_balancing=load_balancing
+    )
+    return packed.unpack(logp_N), packed.unpack(entropy_N), aux_loss

@@ -100,7 +100,7 @@ def test_reported_log_probs_are_those_the_trainer_scores(model: Any) -> None:
     both = zip(requests, completions, strict=True)
     rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids), temperature=0.7) for r, c in both]
     with torch.no_grad():
-        logps, _ = score(model, pack(rows, pad_id=PAD))
+        logps, *_ = score(model, pack(rows, pad_id=PAD))
     for completion, logp_T in zip(completions, logps, strict=True):
         assert torch.allclose(torch.tensor(completion.logprobs), logp_T, atol=1e-4)
         assert min(completion.logprobs) < -0.1

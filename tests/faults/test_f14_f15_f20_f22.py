@@ -241,7 +241,7 @@ def test_a_sampler_that_is_not_the_policy_shows_in_its_log_probs(tmp_path: Path,
     model.eval()
     rows = [Row(torch.tensor(r.prompt_ids + c.ids), len(c.ids)) for r, c in zip(requests, done, strict=True)]
     with torch.no_grad():
-        logps, _ = score(model, pack(rows, pad_id=0))
+        logps, *_ = score(model, pack(rows, pad_id=0))
     gap = max(float((torch.tensor(c.logprobs) - p).abs().max()) for c, p in zip(done, logps, strict=True))
     assert (gap > 1e-2) == differs, gap
     assert differs or gap < 1e-4, "same engine, CPU, float32: at most 1e-4 nats"

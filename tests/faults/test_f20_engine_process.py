@@ -91,7 +91,7 @@ class WorkerEngine(Engine):
         training = model.training
         model.eval()
         with torch.no_grad():
-            logps, _ = score(model, pack(rows, pad_id=0))
+            logps, *_ = score(model, pack(rows, pad_id=0))
         model.train(training)
         self.gaps += [float((torch.tensor(c.logprobs) - p).abs().max()) for c, p in zip(done, logps, strict=True)]
 
