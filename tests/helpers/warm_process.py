@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch", "transformers", "datasets", "peft", "trl.trainer.grpo_trainer")
-HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
-"""CUDA does not survive a fork."""
+FIXED = {"CUDA_VISIBLE_DEVICES": "", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+"""Read once by the libraries. CUDA does not survive a fork; the others make results equal on more machines."""
 
-_server: subprocess.Popen[str] | None = None
+_server: subprocess.Popen[bytes] | None = None
 
 
 def run_warm(
     program: str | Path, *arguments: object, cwd: Path | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a file (`Path`) or source code (`str`) as `__main__`; the result is that of `subprocess.run`.
+
+    Modules are found where the test finds them.
 
     Raises:
         TimeoutExpired: the program ran longer than `timeout_s` seconds and was killed.
@@ -41,37 +43,35 @@ def run_warm(
     with tempfile.TemporaryDirectory() as place:
         files = [Path(place) / "stdout", Path(place) / "stderr"]
         request = {"command": command, "is_file": isinstance(program, Path), "cwd": str(cwd or Path.cwd()),
-                   "environment": dict(os.environ), "files": [str(file) for file in files]}  # fmt: skip
+                   "path": sys.path, "environment": dict(os.environ), "files": list(map(str, files))}  # fmt: skip
         server = _started()
-        assert server.stdin
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        pid = int(_answer(server))
-        assert server.stdout
+        assert server.stdin and server.stdout
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        pid = _number(server)
         if not select.select([server.stdout], [], [], timeout_s)[0]:
             os.kill(pid, signal.SIGKILL)
-            _answer(server)
+            _number(server)
             raise subprocess.TimeoutExpired(command, timeout_s)
-        status = int(_answer(server))
+        status = _number(server)
         return subprocess.CompletedProcess(command, status, *(file.read_text() for file in files))
 
 
-def _started() -> subprocess.Popen[str]:
+def _started() -> subprocess.Popen[bytes]:
     global _server
     if _server is None:
-        environment = os.environ | HIDDEN | {"TRANSFORMERS_VERBOSITY": "error"}
-        _server = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        command = [sys.executable, "-P", __file__]
+        environment = os.environ | FIXED | {"TRANSFORMERS_VERBOSITY": "error"}
+        # Unbuffered, so that `select` sees what has not been read.
+        _server = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         atexit.register(_server.kill)
     return _server
 
 
-def _answer(server: subprocess.Popen[str]) -> str:
+def _number(server: subprocess.Popen[bytes]) -> int:
     assert server.stdout
     line = server.stdout.readline()
     assert line, "the server of warm processes has died"
-    return line.strip()
+    return int(line)
 
 
 # ---- the server's side ----
@@ -96,7 +96,8 @@ def become(request: dict[str, Any]) -> int:
         os.close(opened)
     os.chdir(request["cwd"])
     os.environ.clear()
-    os.environ.update(request["environment"] | HIDDEN)
+    os.environ.update(request["environment"] | FIXED)
+    sys.path[:] = request["path"]
     code, *sys.argv[1:] = request["command"]
     sys.argv[0] = code if request["is_file"] else "-c"
     try:
