@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +250,8 @@ def test_measuring_both_gradients_peaks_where_predicted(kind: str, lengths: list
     ("kind", "sizes", "prompts", "new_tokens"),
     [
         ("qwen3", {}, [256] * 7 + [200], 4),
-        ("llama", {}, [32] * 7 + [20], 100),
-        ("llama", {"num_key_value_heads": 8}, [32] * 7 + [20], 100),
+        ("llama", {}, [32] * 7 + [20], 60),
+        ("llama", {"num_key_value_heads": 8}, [32] * 7 + [20], 60),
         ("qwen3", {"vocab_size": 4096, "num_hidden_layers": 2}, [16] * 15 + [12], 32),
     ],
 )
@@ -281,11 +282,15 @@ class StandInHead(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "tokens"), [("Qwen/Qwen3-8B", 4, 3072), ("Qwen/Qwen3-4B", 2, 2048), ("Qwen/Qwen2.5-7B", 2, 3072)]
+    ("name", "layers", "rows", "tokens"),
+    [("Qwen/Qwen3-8B", 36, 4, 3072), ("Qwen/Qwen3-4B", 6, 2, 2048), ("Qwen/Qwen2.5-7B", 6, 2, 3072)],
 )
-def test_an_update_of_a_large_model_peaks_where_predicted(name: str, rows: int, tokens: int) -> None:
-    """All layers at full size, on tensors without storage: only shapes are computed. Within 3 %."""
-    shape = formulas.KNOWN[name]
+def test_an_update_of_a_large_model_peaks_where_predicted(name: str, layers: int, rows: int, tokens: int) -> None:
+    """Layers of full size on tensors without storage: only shapes are computed. One model has all of its layers.
+
+    Within 3 %.
+    """
+    shape = replace(formulas.KNOWN[name], layers=layers)
     made = (Qwen3Config if shape.qk_norm else Qwen2Config)(
         vocab_size=512, hidden_size=shape.hidden, intermediate_size=shape.intermediate, head_dim=shape.head_dim,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
@@ -311,7 +316,7 @@ def test_an_update_of_a_large_model_peaks_where_predicted(name: str, rows: int, 
     predicted = formulas.update_bytes(
         shape, [tokens] * rows, rows * 1024, checkpointing=True, four_bit=False, head_scratch_bytes=0
     )
-    assert live.peak_bytes > 1e9
+    assert live.peak_bytes > 2e8
     assert predicted == pytest.approx(live.peak_bytes, rel=0.03)
 
 
