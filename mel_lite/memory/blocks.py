@@ -1,11 +1,11 @@
-"""Rule by which rows of many lengths share padded blocks. Training packs by it, and the memory plan counts by it."""
+"""The rule that packs rows of different lengths into padded blocks, shared by training and the memory plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 MAX_PADDING_SHARE = 0.2
-"""A block is closed when more than this share of it would be padding: an extra launch is cheaper than the waste."""
+"""Maximum fraction of padding in a block. Beyond it, another kernel launch is cheaper than the padding."""
 
 
 def group_lengths(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
