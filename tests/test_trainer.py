@@ -261,12 +261,12 @@ def test_full_fine_tuning_trains_the_head_too(tmp_path: Path) -> None:
 
 
 def test_qlora_trains_on_a_4_bit_base(tmp_path: Path) -> None:
-    """The quantised base stays as it was; every adapter below the first layer gets a gradient, also after sampling."""
+    """The quantized base stays as it was; every adapter below the first layer gets a gradient, also after sampling."""
     save_tiny(tmp_path / "base")
     model = load_base(ModelSpec(str(tmp_path / "base"), dtype="float32", load_in_4bit=True))
     trainer = build(tmp_path, model=model, max_steps=1)
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
-    assert any(p.dtype is torch.uint8 for p in frozen.values()), "the base is not quantised"
+    assert any(p.dtype is torch.uint8 for p in frozen.values()), "the base is not quantized"
     trainer.train()
     assert_learnt(trainer)
     for name, parameter in trainer.model.named_parameters():

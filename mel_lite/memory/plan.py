@@ -223,7 +223,7 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     if name == "cpu":
         raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Use one of {', '.join(BUDGETS)} or auto.")
     if name != "auto" and name not in BUDGETS:
-        raise ConfigError(f"--gpu {name!r} is no preset.{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
+        raise ConfigError(f"--gpu {name!r} is not a preset.{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
     if name in BUDGETS and not run_here:
         return _nominal_card(name)
     import torch
