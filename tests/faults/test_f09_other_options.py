@@ -180,7 +180,7 @@ def other_batch(folder: Path) -> dict[str, Any]:
     [
         (other_dataset, "dataset", ["24 rows, sha256 ", "25 rows, sha256 "]),
         (other_answer, "dataset", ["24 rows, sha256 ", "24 rows, sha256 "]),
-        (other_texts, "templates", ["'1, sha256 ", "'custom-"]),
+        (other_texts, "templates", ["'short, sha256 ", "'custom-"]),
         (other_batch, "batch", ["8 completions per update", "16 completions per update"]),
     ],
 )

@@ -51,6 +51,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
         "per_device_train_batch_size": 8,
         "max_completion_length": 16,
         "analysis_max_tokens": 600,
+        "templates": str(Path(__file__).with_name("short_templates.yaml")),
         "max_steps": 2,
         "probe_max_diff": None,  # the scripted engine does not sample from the model
         "save_strategy": "no",
