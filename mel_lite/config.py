@@ -30,6 +30,7 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)
 }  # fmt: skip
 """Sampling options with the values that leave the policy's distribution whole; the first is the default."""
+_INTERNALISATION = "analysis"
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -68,7 +69,7 @@ class MELConfig(GRPOConfig):
     mel_weight: float = _option(1.0, "lambda: weight of the meta-experience NLL next to the policy loss.")
     mel_normalization: str = _choice(LessonNormalization.KEPT, "Divisor of a step's meta-experience NLL.")
     internalisation: str = _option(
-        "analysis",
+        _INTERNALISATION,
         "How lessons enter the weights: NLL of the whole `analysis` as sampled (the paper), of the parsed `experience` "
         "(s*, C, H), of the right `replay` given the question, of the pair's `right` solution (a control), of `both` "
         "analysis and replay, or a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`.",
@@ -138,6 +139,11 @@ class MELConfig(GRPOConfig):
         if self.mel_train_on not in ("analysis", "experience"):
             raise ConfigError(
                 f"mel_train_on={self.mel_train_on!r} is not one of analysis, experience. Set internalisation instead."
+            )
+        if self.internalisation not in (_INTERNALISATION, self.mel_train_on):
+            raise ConfigError(
+                f"mel_train_on={self.mel_train_on!r} with internalisation={self.internalisation!r}: both name how "
+                "lessons enter the weights. Remove mel_train_on, the deprecated name."
             )
         warnings.warn(
             f"mel_train_on is deprecated. Set internalisation={self.mel_train_on!r} instead.",

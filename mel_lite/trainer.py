@@ -2,16 +2,19 @@
 
 One generation batch, top to bottom:
 
-    _prepare_inputs                   each micro-batch gets its share of the lessons
+    _prepare_inputs                     each micro-batch gets its share of the lessons
       _generate_and_score_completions   act: G completions per prompt (`_roll_out`), TRL's rewards and advantages
         _calculate_rewards                verdicts along with the rewards (`rewards.py`)
         _estimated                        advantages of REINFORCE++ or RFT, where they replace GRPO's
         _draw                             pairs -> meta-experiences -> leak guard -> replay -> store
         _internalise                      lessons, and changes to the rollout batch (`lessons/internalise.py`)
-    _compute_loss                     TRL's policy loss + the internalisation's loss
-      _get_per_token_logps...           one forward over rollout rows and lesson rows (`micro_batches.py`)
-    _after_update                     NLL of the lessons after the update, and the norms of both gradients
-    _save_checkpoint                  staged, hashed, renamed (`checkpoints.py`)
+    training_step                       one micro-batch: forward and backward
+      compute_loss                        in parts, within the memory limit (`micro_batches.py`)
+        _compute_loss                       TRL's policy loss + the internalisation's loss
+          _get_per_token_logps...             one forward over rollout rows and lesson rows (`micro_batches.py`)
+    nonfinite.before_update             skip an update that is not finite (`nonfinite.py`)
+    after_update                        NLL of the lessons after the update, and the norms of both gradients
+    _save_checkpoint                    staged, hashed, renamed (`checkpoints.py`)
 
 B rollouts of a micro-batch, C padded completion width, S accumulation steps per generation batch.
 """
@@ -25,7 +28,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import TrainerCallback
 
 from mel_lite import signals
 from mel_lite.config import MELConfig
@@ -35,6 +37,7 @@ from mel_lite.lessons.internalise import (
     DrawnBatch,
     RolloutBatch,
     ScoredMicroBatch,
+    checked_entries,
     deal_lessons,
     get_internalisation,
 )
@@ -47,6 +50,7 @@ from mel_lite.resilience.nonfinite import NonFiniteGuard
 from mel_lite.resilience.stop_cleanly import CleanStop
 from mel_lite.resilience.trackers import SideService, guard_trackers, guarded_tables
 from mel_lite.seeds import prompt_hash, seed_for
+from mel_lite.training.around_update import AroundTheUpdate
 from mel_lite.training.assemble import (
     build_context,
     build_engine,
@@ -66,7 +70,7 @@ from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.sampler import EpochSampler
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, Lesson, LessonNormalization, LessonShare, Status
+from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Status
 from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:
@@ -153,19 +157,21 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
             install_scoring_head(base)
         self.engine = MeteredEngine(engine or build_engine(self), self.clock)
-        self.engine_probe = EngineProbe(self) if self.rollout_func == self._roll_out else None
-        if self.engine_probe is not None and self.engine.own_kernels:
-            correct_by_importance(self)
+        self.engine_probe = None
+        if self.rollout_func == self._roll_out:
+            self.engine_probe = EngineProbe(self)
+            if self.engine.own_kernels:
+                correct_by_importance(self)
         self.lesson_context = build_context(self)
         self._store: ExperienceStore | None = None
         self.gradient_meter = GradientMeter(list(self.model.parameters()), every=args.grad_norm_every)
-        self.trained_lessons: list[tuple[Lesson, torch.Tensor]] = []
+        self.trained_lessons = []
         self.funnel_totals = FunnelTotals()
         self.nonfinite = NonFiniteGuard(self)
         self.collapse = CollapseWatch(self)
         self.stateful = (self.engine, self.funnel_totals, self.collapse)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
-        self.add_callback(_AroundTheUpdate(self))
+        self.add_callback(AroundTheUpdate(self))
 
     # ---- Act ----
 
@@ -266,7 +272,9 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.log_metrics(stages)
         self.funnel_totals.add(stages)
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
-        return batch | self.internalisation.batch_entries(drawn, rollouts, self.score_texts)
+        return batch | checked_entries(
+            self.internalisation, self.internalisation.batch_entries(drawn, rollouts, self.score_texts), batch
+        )
 
     # ---- Learn ----
 
@@ -314,7 +322,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         """True when rollouts without advantage need a forward, too."""
         return self.args.with_meta_experience and self.internalisation.needs_every_rollout
 
-    def _after_update(self) -> None:
+    def after_update(self) -> None:
         """Log the gradient norms, and the NLL of the step's lessons before and after the update."""
         self.log_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
         trained, self.trained_lessons = self.trained_lessons, []
@@ -334,6 +342,11 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             self.store.set_nll(ids, before=before_nats, after=after_nats)
             self.store.set_trained(ids, tokens)
         self.log_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
+
+    def forget_update(self) -> None:
+        """Drop what `after_update` would log: the update was skipped."""
+        self.trained_lessons.clear()
+        self.gradient_meter.drain(lambda tensor: tensor)
 
     # ---- Shared ----
 
@@ -369,31 +382,3 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     def add_callback(self, callback: Any) -> None:
         super().add_callback(callback)
         guard_trackers(self.callback_handler.callbacks)
-
-
-class _AroundTheUpdate(TrainerCallback):
-    """Calls the trainer's parts around each optimizer step, in this order."""
-
-    def __init__(self, trainer: MELTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.nonfinite.reset()
-        if self._trainer.engine_probe is not None:
-            self._trainer.engine_probe.reset()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # accelerate reaches the sampler by itself, but not on several ranks that resume within an epoch.
-        if self._trainer.train_sampler is not None:  # streamed data has none
-            self._trainer.train_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.nonfinite.before_update()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer._after_update()
-        self._trainer.record_boundary()
-        self._trainer.collapse.after_update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        self._trainer.collapse.on_log(logs or {})

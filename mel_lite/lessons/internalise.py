@@ -84,6 +84,8 @@ class Internalisation:
 
     trains_whole_analysis: ClassVar[bool] = False
     """The text around the analysis's parsed parts is trained on, so the leak guard must read it."""
+    texts_per_experience: ClassVar[int] = 1
+    """Most texts that `lessons` returns per kept meta-experience; `mel-lite plan` reserves memory for them."""
     needs_every_rollout: ClassVar[bool] = False
     """`loss` uses rollouts whose advantage is 0, so `skip_zero_advantage` must not drop them."""
 
@@ -160,6 +162,7 @@ class AnalysisAndReplayNLL(LessonNLL):
     """Train on the analysis and on the first right replay."""
 
     trains_whole_analysis = True
+    texts_per_experience = 2
 
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         return AnalysisNLL().lessons(drawn) + ReplayNLL().lessons(drawn)
@@ -193,7 +196,28 @@ def get_internalisation(name: str) -> Internalisation:
             f"internalisation={name!r} is no subclass of mel_lite.lessons.internalise.Internalisation. Derive it from "
             "that class."
         )
-    return found()
+    try:
+        return found()
+    except TypeError as err:
+        raise ConfigError(
+            f"internalisation={name!r} cannot be built without arguments: {err}. Give its parameters defaults, or "
+            "derive a class that sets them."
+        ) from err
+
+
+def checked_entries(way: Internalisation, entries: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what `batch_entries` returned. Raises: ConfigError for an entry that does not fit the B rollouts."""
+    rows, width = batch["completion_ids"].shape
+    for name, value in entries.items():
+        shape = tuple(getattr(value, "shape", ()))
+        fits = shape[:1] == (rows,) and (name != "advantages" or shape in ((rows,), (rows, width)))
+        if not fits:
+            wanted = f"({rows},) or ({rows}, {width})" if name == "advantages" else f"({rows}, ...)"
+            raise ConfigError(
+                f"{type(way).__name__}.batch_entries returned {name!r} of shape {shape}, but this batch has {rows} "
+                f"rollouts of width {width}. Return a tensor of shape {wanted}."
+            )
+    return entries
 
 
 def deal_lessons(

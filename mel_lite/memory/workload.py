@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ConfigError
+from mel_lite.lessons.internalise import get_internalisation
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
@@ -17,6 +18,7 @@ from mel_lite.types import ReplayCriterion
 DEFAULTS: dict[str, Any] = {
     "algorithm": "mel",
     "meta_experience": None,
+    "internalisation": "analysis",
     "num_generations": 8,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -116,6 +118,8 @@ class Workload:
     completions: int
     micro_batch: int
     pairs: int
+    lessons: int
+    """Texts trained on."""
     replays: int
     max_cache_tokens: int | None
     max_micro_batch_tokens: int | None
@@ -149,7 +153,7 @@ class Workload:
     @property
     def lessons_per_micro_batch(self) -> int:
         """Maximum number of lessons added to one micro-batch."""
-        return math.ceil(self.pairs / max(1, self.completions // self.micro_batch))
+        return math.ceil(self.lessons / max(1, self.completions // self.micro_batch))
 
     @property
     def rollout_tokens(self) -> int:
@@ -304,6 +308,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         completions=completions,
         micro_batch=micro,
         pairs=pairs,
+        lessons=pairs * _texts_per_experience(recipe) if pairs else 0,
         replays=pairs * option["replay_attempts"] * (2 if control else 1),
         max_cache_tokens=option["max_cache_tokens"],
         max_micro_batch_tokens=option["max_micro_batch_tokens"],
@@ -320,6 +325,13 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         max_seq_length=recipe.model.max_seq_length,
         vllm=None if vllm_on is None else _vllm_share(recipe, vllm_on, max(completions, pairs)),
     )
+
+
+def _texts_per_experience(recipe: Recipe) -> int:
+    # `mel_train_on` is the deprecated name.
+    return get_internalisation(
+        recipe.train.get("mel_train_on") or option_of(recipe, "internalisation")
+    ).texts_per_experience
 
 
 def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:

@@ -57,8 +57,11 @@ class NonFiniteGuard:
         """Record the loss () of a micro-batch of the current step."""
         self._losses.append(loss)
 
-    def before_update(self) -> None:
-        """Check the step, and skip it if it is bad. Raises: DivergedError after IN_A_ROW bad steps in a row."""
+    def before_update(self) -> bool:
+        """Check the step, skip it if it is bad, and return whether it was.
+
+        Raises: DivergedError after IN_A_ROW bad steps in a row.
+        """
         trainer = self._trainer
         losses, batches = torch.stack(self._losses).float(), self._batches
         self.reset()
@@ -72,7 +75,7 @@ class NonFiniteGuard:
             trainer.optimizer._is_overflow = skip
         if not skip:
             self._skipped_in_row = 0
-            return
+            return False
         self.skipped_steps += 1
         self._skipped_in_row += 1
         if not scaled:  # a gradient scaler skips the update by itself, and needs to see why
@@ -80,8 +83,6 @@ class NonFiniteGuard:
                 parameter.grad = None  # optimizers skip weights without gradient, with their moments and decay
         elif norm.isfinite():  # a loss that is not finite on another rank
             self._spoil_gradients()
-        trainer.trained_lessons.clear()
-        trainer.gradient_meter.drain(lambda tensor: tensor)
         trainer.log_metrics({"mel/skipped": self.skipped_steps})
         where = self._dump(batches, losses.tolist(), float(norm)) if self._has_bad_batch(losses) else None
         what = f"loss {', '.join(f'{loss:g}' for loss in losses.tolist())}, gradient norm {float(norm):g}"
@@ -91,6 +92,7 @@ class NonFiniteGuard:
             "Step %s was skipped: %s. Weights, optimizer and learning rate are unchanged. %s",
             trainer.state.global_step + 1, what, f"Its batch is in {where}." if where else "",
         )  # fmt: skip
+        return True
 
     def _has_bad_batch(self, losses: torch.Tensor) -> bool:
         """Return True when this rank has the batch to inspect: its loss is bad, or no loss is and it is rank 0."""

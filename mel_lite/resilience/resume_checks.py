@@ -72,11 +72,17 @@ def changes(began: Recipe, now: Recipe) -> list[Change]:
         free |= {f"train.{name}" for name in SPLIT}
     found = []
     for section in ("model", "lora", "data", "train"):
-        old, new = before[section] or {}, after[section] or {}
+        old, new = _renamed(before[section] or {}), _renamed(after[section] or {})
         for name in sorted({*old, *new}):
             if _number(old.get(name)) != _number(new.get(name)) and f"{section}.{name}" not in free:
                 found.append(Change(f"{section}.{name}", old.get(name), new.get(name)))
     return found
+
+
+def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a section under their current names."""
+    old_names = {"mel_train_on": "internalisation"}
+    return {old_names.get(name, name): value for name, value in options.items() if name not in old_names or value}
 
 
 def _number(value: Any) -> Any:

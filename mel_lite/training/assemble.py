@@ -202,7 +202,7 @@ def build_engine(trainer: Any) -> Engine:
 def build_context(trainer: Any) -> LessonContext:
     """Build what every stage of lesson drawing shares, from the trainer's arguments. Raises ConfigError, ModelError."""
     args = trainer.args
-    temperature = args.temperature if args.analysis_temperature is None else args.analysis_temperature
+    temperature = trainer.temperature if args.analysis_temperature is None else args.analysis_temperature
     return LessonContext(
         engine=trainer.engine,
         tokenizer=trainer._tokenizer,

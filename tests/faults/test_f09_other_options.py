@@ -110,6 +110,12 @@ def test_options_that_change_a_run() -> None:
         "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1",
     ]  # fmt: skip
 
+    old, new = recipe(mel_train_on="experience"), recipe(internalisation="experience")
+    assert changes(old, new) == [] == changes(new, old), "the option's old name"
+    assert [str(change) for change in changes(old, recipe(internalisation="both"))] == [
+        "train.internalisation: 'experience' -> 'both'"
+    ]
+
 
 REFUSAL = """\
 --resume: the run in {folder} was started with other values:

@@ -174,6 +174,13 @@ def test_truncated_sampling_is_followed_with_one_warning(tmp_path: Path, options
     assert_learnt(trainer)
 
 
+def test_a_temperature_in_generation_kwargs_is_that_of_every_phase(tmp_path: Path) -> None:
+    trainer = build(tmp_path, generation_kwargs={"temperature": 0.5})
+    context = trainer.lesson_context
+    found = trainer.temperature, trainer.policy_temperature, context.analysis.temperature, context.replay.temperature
+    assert found == (0.5,) * 4
+
+
 def test_sampling_is_not_restricted_if_the_loss_ignores_the_sampler() -> None:
     assert MELConfig("out", use_cpu=True, bf16=False, algorithm="rft", top_p=0.9).top_p == 0.9
     whole = MELConfig("out", use_cpu=True, bf16=False, top_p=1.0, top_k=0, min_p=None, temperature=0.7)

@@ -125,7 +125,8 @@ def _currency_and_units() -> list[LabelledAnswer]:
 def _words() -> list[LabelledAnswer]:
     differ = (
         ("June 5", "May 5"), (r"\text{June 5}", r"\text{May 5}"), ("5", "May 5"), ("Team 2", "Group 2"),
-        (r"\text{Team 2}", r"\text{Group 2}"), (r"\text{Figure } 2", "Option 2"), (r"\text{east } 5", r"\text{west } 5"),
+        (r"\text{Team 2}", r"\text{Group 2}"), (r"\text{Figure } 2", "Option 2"),
+        (r"\text{east } 5", r"\text{west } 5"),
         ("5 km east", "5 km west"), ("3 apples", "3 pears"), (r"3\text{ cm}", r"3\text{ m}"), ("5 miles", "5 km"),
         ("Room 12", "Floor 12"), ("March 14", "April 14"), ("14 March", "14 April"), ("7 p.m.", "7 a.m."),
         (r"4\text{ hours}", r"4\text{ minutes}"), ("10 dollars", "10 euros"), ("Chapter 3", "Verse 3"),
@@ -153,7 +154,8 @@ def _words() -> list[LabelledAnswer]:
 def _tiny_and_huge() -> list[LabelledAnswer]:
     same = (
         ("1e-9", "0.000000001"), ("2.5e-8", r"2.5 \times 10^{-8}"), ("0.00000012", "1.2e-7"), ("6.02e23", "6.02e23"),
-        (r"6.02 \times 10^{23}", "6.02e23"), ("3e8", "300000000"), ("299792458.0", "299792458"), ("-4e-7", "-0.0000004"),
+        (r"6.02 \times 10^{23}", "6.02e23"), ("3e8", "300000000"), ("299792458.0", "299792458"),
+        ("-4e-7", "-0.0000004"),
         ("3.33333333e19", r"100000000000000000000/3"), ("1e-12", "0.000000000001"),
     )  # fmt: skip
     differ = (

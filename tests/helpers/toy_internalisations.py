@@ -52,6 +52,20 @@ class NoCredit(Credit):
     strength = 0.0
 
 
+class Strengthened(Credit):
+    """Needs an argument, which an option cannot give."""
+
+    def __init__(self, strength: float) -> None:
+        self.given = strength
+
+
+class Misshapen(Internalisation):
+    """Advantages of too few rows."""
+
+    def batch_entries(self, drawn: DrawnBatch, batch: RolloutBatch, score: Scorer) -> dict[str, Any]:
+        return {"advantages": batch.entries["advantages"][:-1]}
+
+
 class HintDivergence(Internalisation):
     """Reverse KL to the hinted policy on the sampled tokens: mean of sg(log pi - log pi_hint) * log pi."""
 

@@ -151,6 +151,7 @@ def test_lessons_are_dealt_once_with_weights_that_give_the_mean() -> None:
         ("toy_internalisations:Nothing", "'toy_internalisations' has no 'Nothing'"),
         ("no_such_module:X", "importing 'no_such_module' failed with ModuleNotFoundError"),
         ("toy_internalisations:hinted", "is no subclass of mel_lite.lessons.internalise.Internalisation"),
+        ("toy_internalisations:Strengthened", "cannot be built without arguments: .*'strength'. Give its parameters"),
     ],
 )
 def test_unknown_ways_are_refused_before_anything_is_loaded(tmp_path: Path, name: str, message: str) -> None:
@@ -166,6 +167,8 @@ def test_the_old_option_still_works_with_one_warning(tmp_path: Path, old: str) -
     assert type(trainer.internalisation) is INTERNALISATIONS[old]
     with pytest.raises(ConfigError, match="mel_train_on='all' is not one of analysis, experience"):
         build(tmp_path, mel_train_on="all")
+    with pytest.raises(ConfigError, match="with internalisation='both': .* Remove mel_train_on"):
+        build(tmp_path, mel_train_on=old, internalisation="both")
 
 
 @pytest.mark.parametrize("name", ["experience", "replay", "right", "both"])
@@ -178,6 +181,12 @@ def test_each_way_trains(tmp_path: Path, name: str) -> None:
 
 
 # ---- ways that are no NLL of text
+
+
+def test_entries_that_do_not_fit_the_batch_are_refused(tmp_path: Path) -> None:
+    trainer = build(tmp_path, internalisation="toy_internalisations:Misshapen", max_steps=1)
+    with pytest.raises(ConfigError, match=r"Misshapen.batch_entries returned 'advantages' of shape \(7,\), but .* 8 "):
+        trainer.train()
 
 
 def spy_micro_batches(trainer: Any) -> list[dict[str, Any]]:

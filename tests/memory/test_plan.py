@@ -83,6 +83,20 @@ def test_grpo_alone_has_no_lessons() -> None:
     assert mel["update"] - without["update"] > lesson_bytes
 
 
+def test_memory_is_reserved_for_every_text_of_a_meta_experience() -> None:
+    whole = [("train.max_micro_batch_tokens", None), ("train.per_device_train_batch_size", 64),
+             ("train.gradient_accumulation_steps", 1)]  # fmt: skip
+    loads = {
+        name: workload(
+            resolve(preset="24gb", overrides=[*whole, ("train.internalisation", name)]), KNOWN["Qwen/Qwen3-8B"]
+        )
+        for name in ("analysis", "both")
+    }
+    assert loads["both"].lessons_per_micro_batch == 2 * loads["analysis"].lessons_per_micro_batch == 2 * 8
+    with pytest.raises(ConfigError, match="internalisation='bth' is not one of .* Did you mean 'both'"):
+        plan_for("24gb", None, [("train.internalisation", "bth")])
+
+
 def test_qwen3_14b_fits_24_gb_by_giving_up_concurrency() -> None:
     _, eight = planned("24gb")
     _, fourteen = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
