@@ -103,7 +103,14 @@ def even(completion_ids: Any, **_: Any) -> list[float]:
 
 def train(folder: Path, engine: WorkerEngine, *, resume: bool = False) -> Any:
     trainer = build(
-        folder, engine=engine, algorithm="grpo", reward_funcs=even, max_steps=4, save_strategy="steps", save_steps=2
+        folder,
+        engine=engine,
+        algorithm="grpo",
+        reward_funcs=even,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        max_completion_length=6,
     )
     engine.trainer = trainer
     try:
