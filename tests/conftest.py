@@ -41,11 +41,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-LONGEST = ("test_end_to_end.py", "test_notebooks.py", "test_vllm.py", "test_unsloth.py", "test_gpu.py")
-"""Files of whole runs. They come first, so that no worker is left with one of them at the end."""
+LONGEST = (
+    "integration/test_end_to_end.py",
+    "integration/test_notebooks.py",
+    "engines/test_vllm.py",
+    "engines/test_unsloth.py",
+    "benchmarks/test_gpu.py",
+    "memory/test_formulas.py",
+)
+"""They come first, so that no worker is left with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; all else as it was collected."""
+    """Put the longest files first; the rest stays as it was collected."""
     rank = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(LONGEST)))
