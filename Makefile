@@ -75,7 +75,7 @@ clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps, so that a second call is instant and a failed step is taken up where it stopped.
+# Stamps, so that a second call is instant and a failed install resumes at the failed step.
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none found. Set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; \
@@ -84,8 +84,8 @@ $(VENV)/.created:
 	@touch $@
 
 # torch comes first. From the default index, or a folder of wheels, its file must have a locked hash; from an index that
-# TORCH_ARGS names it is of a build whose hashes are not known here. The last line adds what that build asks for beside
-# the lock, such as the libraries of CUDA, in the versions that it names.
+# TORCH_ARGS names it is of a build whose hashes are not known here. The last line adds what that build requires in
+# addition to the lock, such as the libraries of CUDA, in the versions that it names.
 $(VENV)/.locked: requirements/torch.txt requirements/cpu.txt $(VENV)/.created
 ifeq ($(strip $(TORCH_ARGS)),)
 	$(PIP) download --progress-bar off --no-deps --dest $(VENV)/torch $(TORCH)
@@ -116,7 +116,7 @@ $(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
 	$(PIP) install $(LOCKED) -r requirements/notebook.txt
 	@touch $@
 
-# What locks and audits stands apart: nothing of it is needed to run or test.
+# The lock and audit tools have their own venv; running and testing need none of them.
 $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 	"$(PYTHON)" -m venv $(VENV)/tools
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt

@@ -90,12 +90,12 @@ class MELConfig(GRPOConfig):
     replay_criterion: str = _choice(ReplayCriterion.SOLVED, "Condition for keeping a meta-experience after its replay.")
     max_cache_tokens: int | None = _option(
         None,
-        "Most tokens (prompts, and completions at full length) whose keys and values are held while sampling; more "
-        "sequences wait. Bounds the memory of generation, not its result. None = 64 sequences.",
+        "Maximum KV-cache tokens while sampling; further sequences are queued. A sequence counts at full length. "
+        "Limits the memory of generation, not its result. None = 64 sequences.",
     )
     max_micro_batch_tokens: int | None = _option(
         None,
-        "Most tokens, padding included, that go forward and backward at once. Rollouts and lessons of a micro-batch "
+        "Maximum tokens, padding included, per forward/backward pass. Rollouts and lessons of a micro-batch "
         "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
         "part of its own. None = no bound, until memory runs out.",
     )
@@ -198,9 +198,8 @@ class MELConfig(GRPOConfig):
         for name, value in wanted.items():
             if value not in _WHOLE[name]:
                 warnings.warn(
-                    f"{name}={value} truncates or reshapes the distribution completions are sampled from, but the "
-                    "policy gradient scores them under the whole one, so importance weights are off by the mass that "
-                    f"was cut. Leave {name} unset ({_WHOLE[name][0]!r}) for an unbiased gradient.",
+                    f"{name}={value} changes the sampling distribution; log-probs use the full one, so the gradient is "
+                    f"biased by the truncated mass. Leave {name} unset ({_WHOLE[name][0]!r}) for an unbiased gradient.",
                     UserWarning,
                     stacklevel=5,
                 )

@@ -182,7 +182,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def _load_preset(preset: str) -> dict[str, Any]:
     name = GPU_PRESETS.get(preset)
     if name is None:
-        raise ConfigError(f"--gpu {preset!r} is no preset.{suggest(preset, GPU_PRESETS)}")
+        raise ConfigError(f"--gpu {preset!r} is not a preset.{suggest(preset, GPU_PRESETS)}")
     return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
 
 

@@ -36,7 +36,7 @@ class Algorithm(Choice):
 class PairStrategy(Choice):
     """Order in which the (right, wrong) pairs of a mixed group are chosen."""
 
-    LONGEST_PREFIX = "longest_prefix", "The longest common token prefix first: such pairs differ in the fewest things."
+    LONGEST_PREFIX = "longest_prefix", "The longest common token prefix first: such pairs differ least."
     RANDOM = "random", "A random order, drawn from the run's seed."
     SHORTEST = "shortest", "The fewest tokens of both first: the cheapest context."
 
@@ -46,7 +46,7 @@ class LeakPolicy(Choice):
 
     REJECT = "reject", "Drop it."
     REDACT = "redact", "Replace the offending spans by `[...]`; drop it if it still leaks or little text is left."
-    OFF = "off", "Keep it: nothing is searched."
+    OFF = "off", "Disable the leak guard."
 
 
 class ReplayCriterion(Choice):

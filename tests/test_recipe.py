@@ -66,7 +66,7 @@ def test_set_reads_values_as_yaml(text: str, expected: tuple[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "24g"}, r"--gpu '24g' is no preset. Did you mean '24gb'\?"),
+        ({"preset": "24g"}, r"--gpu '24g' is not a preset. Did you mean '24gb'\?"),
         ({"preset": "cpu", "overrides": [("modle.name", "x")]}, r"unknown section 'modle'. Did you mean 'model'\?"),
         ({"preset": "cpu", "overrides": [("model.nam", "x")]}, r"unknown key model.nam. Did you mean 'name'\?"),
         ({"preset": "cpu", "overrides": [("max_steps", 3)]}, "write section.key=value"),

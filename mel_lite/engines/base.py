@@ -64,14 +64,14 @@ class Engine(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Allocate the engine's memory again and sample with the current adapter from now on."""
+        """Reallocate memory and load the current adapter."""
 
     @abstractmethod
     def sleep(self) -> None:
         """Free the engine's memory before the training phase."""
 
     def limit_cache(self, tokens: int) -> bool:
-        """Hold at most `tokens` tokens (prompts, and completions at full length) at once from now on.
+        """Limit the KV cache to `tokens`.
 
         Returns: False when the engine has no such limit, which is the default.
         """

@@ -70,7 +70,7 @@ class HFEngine(Engine):
         """No-op: the key-value cache exists only during a call."""
 
     def limit_cache(self, tokens: int) -> bool:
-        """Hold at most `tokens` tokens (prompts, and completions at full length) at once from now on. Returns: True."""
+        """Limit the KV cache to `tokens`. Returns: True."""
         self._max_cache_tokens = min(self._max_cache_tokens or tokens, tokens)
         return True
 

@@ -33,7 +33,7 @@ class PhaseClock:
 
     @contextmanager
     def rest(self, phase: str) -> Iterator[None]:
-        """Time what is open, without the phases that are timed inside it."""
+        """Time the block, excluding phases timed inside it."""
         start_s, before_s = time.monotonic(), sum(self.seconds_s.values())
         try:
             yield

@@ -101,7 +101,10 @@ class Internalisation:
         return {}
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
-        """Return the weighted loss to add, or None. It must be a sum over rows: memory limits may cut a micro-batch."""
+        """Return the weighted loss to add, or None.
+
+        Must be a sum over rows, since a micro-batch may be split into parts.
+        """
         return None
 
 
@@ -193,8 +196,8 @@ def get_internalisation(name: str) -> Internalisation:
     found = load_object(name, field="internalisation", error=ConfigError)
     if not (isinstance(found, type) and issubclass(found, Internalisation)):
         raise ConfigError(
-            f"internalisation={name!r} is no subclass of mel_lite.lessons.internalise.Internalisation. Derive it from "
-            "that class."
+            f"internalisation={name!r} is not a subclass of mel_lite.lessons.internalise.Internalisation. Derive it "
+            "from that class."
         )
     try:
         return found()

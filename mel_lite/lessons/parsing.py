@@ -1,4 +1,4 @@
-"""Read the parts of a meta-experience out of an analysis, in whatever shape a small model wrote it."""
+"""Parse the sections of an analysis, tolerating small models' formatting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 MAX_CHARS = 40_000
-"""Longest analysis that is read; a longer one has run away."""
+"""Maximum length; longer output is degenerate."""
 MIN_WORDS = 8
 """Fewest words of all parts together."""
 MIN_RULE_WORDS = 3

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE_PARTING_TOKENS = 48
-"""Tokens before the point where the two solutions part that are never trimmed."""
+"""Untrimmed tokens before the first difference."""
 REST_TOKENS = 96
-"""Tokens after that point that are never trimmed, and the same number at the end (the final answer)."""
+"""Untrimmed tokens after it, and the same number at the end (the final answer)."""
 _TRIM_ROUNDS = 8
 
 _ANALYSIS_SYSTEM = (

@@ -92,7 +92,7 @@ def resolve(run_dir: Path, wanted: str | bool) -> Path:
     if wanted is not True:
         path = Path(str(wanted))
         if not path.is_dir():
-            raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is no folder. Give a checkpoint-N folder.")
+            raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is not a folder. Give a checkpoint-N folder.")
         if (path / MANIFEST).exists() and (trouble := problem(path)):
             raise CheckpointError(f"Checkpoint {path}: {trouble}. Resume from an earlier one, or from the newest whole "
                                   "one with --resume.")  # fmt: skip

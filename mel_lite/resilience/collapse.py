@@ -37,7 +37,7 @@ SHRUNK_LENGTH = 0.3
 MEMORISED_NATS = 0.05
 """NLL per token of new meta-experiences below which the model recites them."""
 FULL_RETENTION, MORE_LEAKS = 0.95, 0.2
-"""Share of leak-free ones kept, and rise of the leak rate over its lowest mean, that together are suspicious."""
+"""Thresholds of the leak check: minimum share kept, minimum rise of the leak rate."""
 SPIKE = 10.0
 """A gradient norm this many times the median of the last WINDOW is an outlier. It was clipped; it is reported."""
 IDLE_FIRST, IDLE_AGAIN = 10, 50

@@ -31,8 +31,8 @@ BAD_STEPS = "bad_steps"
 class NonFiniteGuard:
     """Skip the optimizer steps whose loss or gradient is not finite; every rank takes the same decision.
 
-    Under float16 the gradient scaler skips overflows by itself, as it must to find its scale, so only a non-finite loss
-    counts there. DeepSpeed updates inside the backward, where nothing can be skipped: a bad loss stops the run at once,
+    Under float16 the scaler already skips overflows while it searches for a scale, so only a non-finite loss counts.
+    DeepSpeed updates inside the backward, where nothing can be skipped: a bad loss stops the run at once,
     before the next checkpoint.
     """
 
@@ -142,7 +142,7 @@ class NonFiniteGuard:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / "batch.safetensors")
             (folder / "batch.json").write_text(json.dumps(record, indent=1) + "\n")
-        except Exception as error:  # libraries report a full disk in their own ways; the run matters more
+        except Exception as error:  # a failed dump must not stop the run
             logger.warning("The batch of the skipped step could not be written to %s: %s", folder, error)
             return None
         return folder

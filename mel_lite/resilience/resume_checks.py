@@ -130,14 +130,14 @@ def check_changes(began: Recipe, now: Recipe, allowed: Sequence[str], *, known: 
 def _settle(found: Sequence[Change], refused: Sequence[Change], started: str) -> None:
     for change in found:
         if change not in refused:
-            logger.warning("The resumed run continues with another %s, as allowed.", change)
+            logger.warning("Resuming with a changed option (allowed): %s", change)
     if refused:
         listing = "\n".join(f"  {change}" for change in refused)
         forced = " ".join(f"--allow-change {change.key}" for change in refused if change.key not in NEVER)
         ways = ["restore the old value", *([f"allow the change with {forced}"] if forced else [])]
         raise ConfigError(
-            f"{started} other values:\n{listing}\nThe rest would be another run. Either {', or '.join(ways)}, or start "
-            "a new run with --adapter and another --output-dir."
+            f"{started} other values:\n{listing}\nResuming with them would give a different run. Either "
+            f"{', or '.join(ways)}, or start a new run with --adapter and another --output-dir."
         )
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """Everything of a run, weights and optimizer apart, that a step changes before its update."""
+    """Run state a step changes before the update, except weights and optimizer."""
 
     step: int
     micro_step: int

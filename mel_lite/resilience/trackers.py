@@ -22,7 +22,7 @@ from mel_lite.trl_compat import released_grpo_trainer
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.5
-"""Longest wait for a tracker that has been in time so far. A late one is called without waiting."""
+"""Timeout of one tracker call; after the first timeout, calls are not awaited."""
 START_PATIENCE_S = 30.0
 """The same at the start of training, when trackers log in."""
 AT_EXIT_S = 10.0
@@ -62,7 +62,7 @@ class SideService:
 
 
 class AsyncTracker(SideService):
-    """Delivers events to one tracker in order, in its own thread, so that it may also hang."""
+    """Deliver events in order from a thread, so a hanging tracker cannot block training."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -75,7 +75,7 @@ def worst_step(
             phase()
         peaks[name] = gauge.peak_bytes()
 
-    trainer.engine.sleep()  # so that waking up must find its memory next to the optimizer's states
+    trainer.engine.sleep()  # so that the engine wakes with the optimizer states allocated
     held = 0 if trainer.optimizer is not None and trainer.optimizer.state else states_bytes
     with _memory_of("optimizer"):
         states = torch.empty(held, dtype=torch.uint8, device=trainer.accelerator.device)

@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 class MicroBatchForward:
     """The training forward of one micro-batch, passed to TRL's loss in place of the model.
 
-    TRL hands its `model` argument on to `_get_per_token_logps_and_entropies` and nothing else, so the rows go in and
-    the log-probs come out through it.
+    TRL passes only `model` on, so this object carries the rows in and the log-probs out.
     """
 
     def __init__(self, model: Any, rows: Sequence[Row], rollouts: int, logps: Sequence[torch.Tensor]) -> None:
@@ -64,7 +63,7 @@ class MicroBatchForward:
         return whole[0], whole[1]
 
     def blank(self, numbers: Sequence[int]) -> None:
-        """Take the tokens of these rows out of what is counted."""
+        """Exclude these rows' tokens from the metrics."""
         for i in numbers:
             self.logps[i] = self.entropies[i] = self.logps[i][:0]
 
@@ -387,10 +386,10 @@ class MicroBatches:
         """Return each row's log-probs (T,) without gradient; `adapter=False` scores the base model."""
         if not rows:
             return []
-        # One row at a time where they are long: training spread them over micro-batches, too.
+        # Limit blocks to the longest row, as training did.
         packed = pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=max(len(row.ids) for row in rows))
         off = not adapter and hasattr(self.model, "disable_adapter")
-        # Evaluation mode outside: leaving `disable_adapter` sets what requires a gradient, not the mode.
+        # Enter eval mode first: `disable_adapter` restores requires_grad, not train mode.
         with evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             with self.model.disable_adapter() if off else nullcontext():
                 return score(self.model, packed)[0]

@@ -79,7 +79,7 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
 
 
 def deal(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
-    """Return row numbers of parts whose blocks hold `max_tokens`; `pack` makes the same blocks of a part alone.
+    """Split rows into parts of at most `max_tokens` padded tokens; packing a part alone gives the same blocks.
 
     The sum of B*T over the blocks of a part is at most `max_tokens`, but for a part of one longer row; None = one part.
     Rows with nothing scored are in no part, as they are in no block.

@@ -121,7 +121,7 @@ REFUSAL = """\
 --resume: the run in {folder} was started with other values:
   lora.r: 8 -> 4
   train.learning_rate: 1e-05 -> 2e-05
-The rest would be another run. Either restore the old value, or allow the change with \
+Resuming with them would give a different run. Either restore the old value, or allow the change with \
 --allow-change train.learning_rate, or start a new run with --adapter and another --output-dir."""
 
 
@@ -139,7 +139,7 @@ def test_an_allowed_change_is_accepted_and_reported(tmp_path: Path, caplog: pyte
     asked = recipe(learning_rate=2e-5)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
         assert _can_resume(asked, tmp_path, Console(quiet=True), ["train.learning_rate"]) is False  # no checkpoint yet
-    assert "train.learning_rate: 1e-05 -> 2e-05, as allowed" in caplog.text
+    assert "Resuming with a changed option (allowed): train.learning_rate: 1e-05 -> 2e-05" in caplog.text
     both = recipe(learning_rate=2e-5, seed=3)
     with pytest.raises(ConfigError, match=r"train\.seed: 42 -> 3") as refused:
         _can_resume(both, tmp_path, Console(quiet=True), ["train.learning_rate"])

@@ -165,7 +165,7 @@ def test_one_that_dies_twice_saves_and_stops(tmp_path: Path) -> None:
 def test_truncated_sampling_is_followed_with_one_warning(tmp_path: Path, options: dict[str, Any]) -> None:
     name, value = next(iter(options.items()))
     name, value = next(iter(value.items())) if isinstance(value, dict) else (name, value)
-    with pytest.warns(UserWarning, match=f"{name}={value} truncates or reshapes the distribution") as caught:
+    with pytest.warns(UserWarning, match=f"{name}={value} changes the sampling distribution") as caught:
         trainer = build(tmp_path, max_steps=1, **options)
     assert len([each for each in caught if f"Leave {name} unset" in str(each.message)]) == 1
     trainer.train()

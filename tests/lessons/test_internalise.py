@@ -150,7 +150,7 @@ def test_lessons_are_dealt_once_with_weights_that_give_the_mean() -> None:
         ("everything", "internalisation='everything' is not one of analysis, experience, replay, right, both"),
         ("toy_internalisations:Nothing", "'toy_internalisations' has no 'Nothing'"),
         ("no_such_module:X", "importing 'no_such_module' failed with ModuleNotFoundError"),
-        ("toy_internalisations:hinted", "is no subclass of mel_lite.lessons.internalise.Internalisation"),
+        ("toy_internalisations:hinted", "is not a subclass of mel_lite.lessons.internalise.Internalisation"),
         ("toy_internalisations:Strengthened", "cannot be built without arguments: .*'strength'. Give its parameters"),
     ],
 )

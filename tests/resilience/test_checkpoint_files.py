@@ -142,7 +142,7 @@ def test_when_none_is_whole_all_are_listed_and_kept(saved: Path) -> None:
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint-N folder"):
         checkpoint_files.resolve(tmp_path, True)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         checkpoint_files.resolve(tmp_path, str(tmp_path / "checkpoint-3"))
 
 
