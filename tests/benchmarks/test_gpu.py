@@ -106,7 +106,7 @@ def test_a_step_with_vllm_is_measured_with_all_sequences_and_its_prediction(
     recipe = resolve(overrides=[*overrides, ("model.gpu_memory_utilization", 0.25)])
     figures: dict[str, Any] = {"phases": []}
     part = Measurement(
-        recipe, figures, tmp_path / "vllm-24gb.json", time.monotonic() + 20, vllm_on=VLLMCard(2**33, 2**33)
+        recipe, figures, tmp_path / "vllm-24gb.json", time.monotonic() + 600, vllm_on=VLLMCard(2**33, 2**33)
     )
     part.trainer = trainer
 

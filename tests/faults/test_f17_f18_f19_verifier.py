@@ -31,14 +31,14 @@ def rule(completion, answer):
 """
 
 
-def test_agreement_with_the_labelled_answers(record_property: Any) -> None:
+def test_agreement_with_the_labeled_answers(record_property: Any) -> None:
     assert len(LABELLED) >= 300 and len(set(LABELLED)) == len(LABELLED)
     wrong = []
     for verifier, completion, answer, verdict in LABELLED:
         got = get_verifier(verifier)(completion, answer)
         if got != verdict:
             wrong.append((verifier, completion, answer, verdict, str(got)))
-    record_property("labelled_answers", len(LABELLED))
+    record_property("labeled_answers", len(LABELLED))
     record_property("agreement", 1 - len(wrong) / len(LABELLED))
     assert len(wrong) <= 0.005 * len(LABELLED), wrong
     assert not [case for case in wrong if case[-1] == "right"], "no wrong answer may be called right"
@@ -65,7 +65,7 @@ def test_thirty_hostile_answers_of_forty_cost_only_themselves(
     monkeypatch.chdir(tmp_path)
     before = len(psutil.Process().children(recursive=True))
     items = [(f"{i}", f"{i}", {}) if i % 4 == 0 else (("hang", "spin", "die")[i % 3], "x", {}) for i in range(40)]
-    with VerifyPool("rule_here:rule", deadline_s=1.0) as pool:
+    with VerifyPool("rule_here:rule", deadline_s=2.0) as pool:
         start_s = time.monotonic()
         verdicts = pool.verify(items)
         record_property("hostile_batch_s", time.monotonic() - start_s)

@@ -1,11 +1,12 @@
 """Write the tables of docs/reliability.md from JUnit files:
 `python fault_report.py faults.xml [more.xml] docs/reliability.md`.
 
-Replaces everything between the two markers, and marks faults whose tests did not all pass.
+Replaces everything between the two markers, and marks missed aims and faults whose tests did not all pass.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import defaultdict
@@ -79,13 +80,13 @@ NUMBERS: tuple[tuple[str, str, str, str], ...] = (
     ("Demo: SIGTERM in sampling to exit with a checkpoint", "demo_exit_s", "< 25 s", "{:.1f} s"),
     ("Demo: the same at worst, longest time between two polls plus a save", "demo_longest_s", "< 25 s", "{:.1f} s"),
     ("Tiny runs: signal to exit with a checkpoint, slowest of seven phases", "signal_to_exit_s", "< 25 s", "{:.1f} s"),
-    ("40 answers, 30 of them hostile, 1 s deadline", "hostile_batch_s", "< 40 s", "{:.1f} s"),
+    ("40 answers, 30 of them hostile, 2 s deadline", "hostile_batch_s", "< 40 s", "{:.1f} s"),
     ("... honest ones judged right, of 10", "hostile_batch_right", "10", "{:.0f}"),
-    ("Labelled answers", "labelled_answers", ">= 300", "{:.0f}"),
+    ("Labeled answers", "labeled_answers", ">= 300", "{:.0f}"),
     ("Agreement with them", "agreement", ">= 99.5 %", "{:.2%}"),
     ("Attacks on the verifier", "attacks", ">= 50", "{:.0f}"),
     ("... accepted", "attacks_accepted", "0", "{:.0f}"),
-    ("Leak guard: labelled cases", "leak_corpus", ">= 400", "{:.0f}"),
+    ("Leak guard: labeled cases", "leak_corpus", ">= 400", "{:.0f}"),
     ("... recall", "leak_recall", ">= 99 %", "{:.1%}"),
     ("... false positives", "leak_false_positives", "<= 3 %", "{:.1%}"),
 )
@@ -106,10 +107,24 @@ def read(junits: list[Path]) -> tuple[dict[str, list[str]], dict[str, float]]:
     return dict(outcomes), numbers
 
 
+def misses(value: float, aim: str) -> bool:
+    """Return True when a figure misses its aim: `0`, `< 25 s`, `>= 99 %`. The tests themselves check the aim `all`."""
+    if aim in ("", "all"):
+        return False
+    parts = re.fullmatch(r"(<=|>=|<|) ?([\d.]+)( %| s|)", aim)
+    if parts is None:
+        raise ValueError(f"The aim {aim!r} must be a number with an optional comparison (<, <=, >=) and unit (%, s).")
+    relation, bound = parts[1], float(parts[2]) / (100 if parts[3] == " %" else 1)
+    met = {"<": value < bound, "<=": value <= bound, ">=": value >= bound, "": value == bound}
+    return not met[relation]
+
+
 def tables(outcomes: dict[str, list[str]], numbers: dict[str, float]) -> str:
     lines = ["| | measured | aim |", "|---|---|---|"]
     for what, key, aim, form in NUMBERS:
-        lines.append(f"| {what} | {form.format(numbers[key]) if key in numbers else 'not run'} | {aim} |")
+        measured = form.format(numbers[key]) if key in numbers else "not run"
+        mark = " **(missed)**" if key in numbers and misses(numbers[key], aim) else ""
+        lines.append(f"| {what} | {measured}{mark} | {aim} |")
     lines += ["", "| | injected | tests | result |", "|---|---|---|---|"]
     for number, (what, wanted) in FAULTS.items():
         found = [result for name, results in outcomes.items() for result in results if _is_of(name, wanted.split())]

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md say what a test run said, failures and gaps included."""
+"""The tables of docs/reliability.md report a test run, including failures, missed aims and gaps."""
 
 from __future__ import annotations
 
@@ -44,6 +44,53 @@ def test_the_page_gets_what_the_run_said(tmp_path: Path) -> None:
     assert row(text, "| F9 ").endswith("| 1 failed |")
     assert row(text, "| F28 ").endswith("| 0 passed |")
     assert row(text, "| F5 ").endswith("| not run |")
+
+
+@pytest.mark.parametrize(
+    ("aim", "met", "missed"),
+    [
+        ("100", [100], [99, 101]),
+        ("0", [0], [1]),
+        ("< 0.5 s", [0.49], [0.5, 0.6]),
+        ("< 1 %", [0.0099], [0.01]),
+        (">= 99.5 %", [0.995, 1], [0.9949]),
+        (">= 300", [300], [299]),
+        ("<= 3 %", [0.03], [0.031]),
+        ("all", [0], []),
+        ("", [0], []),
+    ],
+)
+def test_missed_aims_are_found(aim: str, met: list[float], missed: list[float]) -> None:
+    assert [report.misses(value, aim) for value in [*met, *missed]] == [False] * len(met) + [True] * len(missed)
+
+
+def test_missed_aims_are_marked_in_the_table() -> None:
+    numbers = {"kills": 99.0, "lost_steps": 0.0, "commit_100mb_s": 0.71, "agreement": 0.9984}
+    page = report.tables({}, numbers)
+    assert row(page, "| SIGKILL at random") == "| SIGKILL at random times | 99 **(missed)** | 100 |"
+    assert row(page, "| Commit of") == "| Commit of 100 MB (hash, flush, rename) | 0.71 s **(missed)** | < 0.5 s |"
+    assert row(page, "| ... committed steps") == "| ... committed steps lost | 0 | 0 |"
+    assert row(page, "| Agreement") == "| Agreement with them | 99.84% | >= 99.5 % |"
+    assert page.count("missed") == 2 and page.count("| not run |") == len(report.NUMBERS) - 4 + len(report.FAULTS)
+
+
+def test_every_aim_can_be_compared() -> None:
+    for _, _, aim, _ in report.NUMBERS:
+        report.misses(0, aim)
+    with pytest.raises(ValueError, match="'about 3' must be a number"):
+        report.misses(3, "about 3")
+
+
+def labels(table: str) -> list[list[str]]:
+    """Return the cells of each line without the measured one: column 2 of three, column 4 of four."""
+    rows = [line.split("|")[1:-1] for line in table.strip().splitlines()]
+    return [[cells[0], *cells[2:]] if len(cells) == 3 else cells[:3] for cells in rows]
+
+
+def test_the_page_has_the_rows_of_the_report() -> None:
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    written = page[page.index(report.BEGIN) + len(report.BEGIN) : page.index(report.END)]
+    assert labels(written) == labels(report.tables({}, {}))
 
 
 def names() -> set[str]:
