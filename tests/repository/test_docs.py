@@ -161,6 +161,32 @@ def test_the_architecture_page_names_every_package_and_mixin() -> None:
     assert base == "GRPOTrainer" and all(f"`{mixin}`" in page for mixin in mixins) and mixins
 
 
+def overrides() -> dict[str, set[str]]:
+    """The methods of `GRPOTrainer` that `MELTrainer` and each of its mixins define, by class."""
+    from mel_lite.trainer import GRPOTrainer, MELTrainer
+
+    ours = MELTrainer.__mro__[: MELTrainer.__mro__.index(GRPOTrainer)]
+    return {
+        each.__name__: {
+            name
+            for name, value in vars(each).items()
+            if callable(value) and hasattr(GRPOTrainer, name) and not name.startswith("__")
+        }
+        for each in ours
+    }
+
+
+def test_the_architecture_page_lists_every_method_of_trl_that_is_overridden() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = page.split("## Seams of TRL")[1].split("\n## ")[0]
+    listed: dict[str, list[str]] = {}
+    for class_name, methods in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE):
+        listed.setdefault(class_name, []).extend(re.findall(r"`(\w+)`", methods))
+    assert {name: sorted(methods) for name, methods in listed.items()} == {
+        name: sorted(methods) for name, methods in overrides().items()
+    }
+
+
 @pytest.mark.slow
 def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is printed, but with a tiny model, short answers and no GPU."""
