@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from engine_contract import CLAUSES, EOS, PAD, requests
 from fake_vllm import fake_vllm_engine
@@ -21,20 +19,10 @@ from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import _Interruptible
 from mel_lite.errors import EngineError
-from mel_lite.training.scoring import install_scoring_head
 from real_packages import needs_unsloth, with_unsloth
 from tiny_models import save_tiny, set_lora
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
-    install_scoring_head(base)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    set_lora(adapted, 0.3)
-    return adapted
 
 
 BUILDERS = {

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, FalconH1Config
+from transformers import FalconH1Config
 
 from mel_lite.engines import hf
 from mel_lite.engines.base import Request, Sampling
@@ -18,20 +17,11 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.packing import Row, pack
-from mel_lite.training.scoring import install_scoring_head, score
+from mel_lite.training.scoring import score
 from mel_lite.types import Finish
-from tiny_models import save_tiny, set_lora
+from tiny_models import save_tiny
 
 EOS, PAD = 2, 0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
-    install_scoring_head(base)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    set_lora(adapted, 0.3)
-    return adapted
 
 
 def _requests(*seeds: int) -> list[Request]:

@@ -164,6 +164,36 @@ def test_rooms_do_not_import_in_circles() -> None:
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
 
 
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+TEST_MODULES = {path.stem for path in TEST_FILES if path.stem.startswith("test_")}
+
+
+def imported_tests(source: str) -> set[str]:
+    """The imports of a source, anywhere and by any path, that lead to a test module."""
+    return {name for name in imported("", source) if set(name.split(".")) & TEST_MODULES}
+
+
+def test_no_test_module_is_imported_by_another() -> None:
+    """What two of them need is in `tests/helpers` or a conftest."""
+    assert len(TEST_MODULES) > 50
+    found = {str(path.relative_to(ROOT)): imported_tests(path.read_text()) for path in TEST_FILES}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("from test_trainer import sums", {"test_trainer", "test_trainer.sums"}),
+        ("def f():\n    import tests.engines.test_hf as hf", {"tests.engines.test_hf"}),
+        ("from engines import test_hf", {"engines.test_hf"}),
+        ("from .test_import_law import FILES", {"mel_lite.test_import_law", "mel_lite.test_import_law.FILES"}),
+        ("from trainers import build\nimport test", set()),
+    ],
+)
+def test_an_import_of_a_test_module_is_found(source: str, names: set[str]) -> None:
+    assert imported_tests(source) == names
+
+
 LOADER = """
 import importlib, json, sys
 heavy, loaded = json.loads(sys.argv[1]), {}
