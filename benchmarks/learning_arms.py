@@ -1,4 +1,4 @@
-"""The arms of the learning study: options of MELConfig, and one internalisation that only the study needs."""
+"""The arms of the learning study: options of MELConfig, and one internalization that only the study needs."""
 
 from __future__ import annotations
 

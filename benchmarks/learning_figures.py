@@ -1,4 +1,4 @@
-"""Tables of docs/learning.md from the runs in benchmarks/results/learning/: results and lessons of every arm."""
+"""Tables of docs/learning.md from benchmarks/results/learning/: results and meta-experiences of every arm."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MEANINGS = {
     "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
     "mel-quarter": "lambda 0.25",
     "mel-tenth": "lambda 0.1",
-    "mel-uplift": "kept only if two replays with the lesson do better than two without",
+    "mel-uplift": "kept only if two replays with the meta-experience do better than two without",
     "mel-experience": "NLL of step, critique and heuristic alone",
     "mel-prompts": "NLL divided by the number of prompts, not of kept lessons",
     "mel-pairs": "two pairs per group",
-    "mel-failed": "ablation: the lessons whose replay failed, in place of those whose replay was right",
-    "mel-replay": "NLL of the right replay as an answer to the plain question, in place of the lesson",
-    "mel-both": "NLL of the lesson and of that answer",
-    "mel-right": "ablation: NLL of the pair's right solution, which needed no lesson",
+    "mel-failed": "ablation: the meta-experiences whose replay failed, in place of those whose replay was right",
+    "mel-replay": "NLL of the right replay as an answer to the plain question, in place of the analysis",
+    "mel-both": "NLL of the analysis and of that answer",
+    "mel-right": "ablation: NLL of the pair's right solution, which needed no meta-experience",
     "rft": "RFT",
     "rft-mel": "RFT with lessons",
 }
@@ -169,10 +169,10 @@ def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def lessons() -> str:
-    """Return lesson counts, NLL and gradient norms of every arm, over all its steps."""
+    """Return counts of meta-experiences, NLL and gradient norms of every arm, over all its steps."""
     lines = [
-        "| | mixed groups | lessons | parsed | kept | NLL before the update, nats | after | policy gradient, median "
-        "norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
+        "| | mixed groups | meta-experiences | parsed | kept | NLL before the update, nats | after | "
+        "policy gradient, median norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, group in runs().items():
@@ -196,10 +196,11 @@ def lessons() -> str:
 
 
 def held_out_lessons() -> str:
-    """Return figures of lessons on held-out tasks, at the start and at the end, without training on them."""
+    """Return figures of meta-experiences on held-out tasks, at the start and at the end, without training on them."""
     found = runs()
     lines = [
-        "| | analyses | parsed | retention (one replay) | solved with the lesson | without | points at the slip |",
+        "| | analyses | parsed | retention (one replay) | solved with the meta-experience | without | "
+        "points at the slip |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = {"start": [found[REFERENCE][0]["points"][0]]}

@@ -1,4 +1,4 @@
-"""Two ways to internalise lessons that are no NLL of text, as a user would write them."""
+"""Two internalizations that are not an NLL of text, as a user would write them."""
 
 from __future__ import annotations
 
