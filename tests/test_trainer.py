@@ -1,4 +1,4 @@
-"""MELTrainer: TRL's loss left as it is, the MEL term beside it, and invariance to how a batch is cut up."""
+"""MELTrainer: TRL's loss left as it is, the MEL term next to it, and invariance to how a batch is cut up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mel_lite.training.scoring import install_scoring_head
 from mel_lite.types import Lesson, LessonShare
 from scripted import ScriptedEngine
 from tiny_models import save_tiny, set_lora, tiny_tokenizer
-from trainers import assert_learnt, build, digest, judged_rollouts, sums, tiny_model, trainable
+from trainers import assert_learned, build, digest, judged_rollouts, sums, tiny_model, trainable
 
 
 def _naive_logps(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, temperature: float) -> torch.Tensor:
@@ -98,13 +98,13 @@ def spy_shares(trainer: Any) -> list[LessonShare]:
     return seen
 
 
-def test_few_survivors_weigh_little_when_normalised_by_prompts(tmp_path: Path) -> None:
+def test_few_survivors_weigh_little_when_normalized_by_prompts(tmp_path: Path) -> None:
     weights = {}
     for normalization in ("kept", "prompts"):
         trainer = build(tmp_path, mel_normalization=normalization, output_dir=tmp_path / normalization)
         shares = spy_shares(trainer)
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         weights[normalization] = [(len(share.lessons), share.weight) for share in shares if share.lessons]
     assert weights["kept"] == [(n, 1 / n) for n, _ in weights["kept"]] and weights["kept"]
     assert weights["prompts"] == [(n, 1 / 2) for n, _ in weights["kept"]]
@@ -114,7 +114,7 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
     trainer = build(tmp_path, grad_norm_every=1, replay_control=True, max_steps=3)
     before = trainable(trainer)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert digest(before) != digest(trainable(trainer))
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -124,9 +124,9 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
     funnel = [totals[f"mel/{s}"] for s in ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")]
     assert funnel[0] == 6 and funnel == sorted(funnel, reverse=True) and funnel[-1] > 0
     assert totals["mel/trained_tokens"] > 50
-    learnt = [line for line in steps if "mel/nll" in line]
-    assert learnt, "no step trained on a lesson"
-    for line in learnt:
+    learned = [line for line in steps if "mel/nll" in line]
+    assert learned, "no step trained on a lesson"
+    for line in learned:
         assert line["mel/nll_after"] < line["mel/nll"], "one update on a lesson makes it more likely"
         assert line["mel/grad_norm_nll"] > 0 and -1 <= line["mel/grad_cosine"] <= 1
     rows = trainer.store.list(limit=100)
@@ -172,7 +172,7 @@ def test_every_rank_reduces_both_terms(tmp_path: Path) -> None:
 def _one_step(tmp_path: Path, name: str, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     trainer = build(tmp_path, output_dir=tmp_path / name, max_steps=1, optim="sgd", max_grad_norm=0.0, **options)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     line = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
     assert line["mel/replay_valid"] > 0
     return trainable(trainer), line
@@ -220,7 +220,7 @@ def test_several_iterations_on_one_batch_train_its_lessons_again(tmp_path: Path)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "mel/groups" in lines[0] and "mel/groups" not in lines[1], "one generation batch, two updates"
     assert lines[1]["mel/nll"] == pytest.approx(lines[0]["mel/nll_after"], rel=1e-4)
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_an_unchanged_trl_script_runs_with_the_names_swapped(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_unchanged_trl_script_runs_with_the_names_swapped(tmp_path: Path) -> 
     dataset = sums().remove_columns("answer")
     trainer = build(tmp_path, reward_funcs=right_sum, train_dataset=dataset, verifier=None)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert any(row.status == "kept" for row in trainer.store.list(limit=50))
     assert any(n not in (4, 8) for n in seen), "replays are judged by the reward function too"
 
@@ -268,7 +268,7 @@ def test_qlora_trains_on_a_4_bit_base(tmp_path: Path) -> None:
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     assert any(p.dtype is torch.uint8 for p in frozen.values()), "the base is not quantized"
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     for name, parameter in trainer.model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
@@ -304,7 +304,7 @@ def test_a_missing_answer_is_an_abstention_not_the_word_none(tmp_path: Path) -> 
     assert {rollout.verdict for group, rollout in rollouts if group.answer is None} == {"abstain"}
 
 
-def test_prompts_that_come_twice_in_a_step_are_sampled_anew(tmp_path: Path) -> None:
+def test_a_prompt_that_comes_twice_in_a_step_is_sampled_again(tmp_path: Path) -> None:
     """Two generation batches within one optimizer step, with the same prompts in the same rows."""
     engine = ScriptedEngine(tiny_tokenizer())
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 1, "algorithm": "grpo"}

@@ -34,7 +34,7 @@ LEAST_BEST = 0.05
 """A best mean below this is noise, and falling from it means nothing."""
 SHRUNK_LENGTH = 0.3
 """Share of the longest mean completion below which completions have collapsed, unless the reward rose since."""
-MEMORISED_NATS = 0.05
+MEMORIZED_NATS = 0.05
 """NLL per token of new meta-experiences below which the model recites them."""
 FULL_RETENTION, MORE_LEAKS = 0.95, 0.2
 """Thresholds of the leak check: minimum share kept, minimum rise of the leak rate."""
@@ -126,7 +126,7 @@ class CollapseChecks:
             "reward": self._fallen_reward,
             "evaluation": self._fallen_evaluation,
             "length": self._shrunk,
-            "memorised": self._memorised,
+            "memorised": self._memorized,  # spelled as in the checkpoints of older versions
             "leaks": self._leaking,
             "nothing kept": self._nothing_kept,
             "untrained": lambda: self._still_zero(untrained),
@@ -192,9 +192,9 @@ class CollapseChecks:
             "did not rise. Look at completions/; lower mel_weight, or set loss_type to one that ignores length."
         )
 
-    def _memorised(self) -> str | None:
+    def _memorized(self) -> str | None:
         mean = self._means["mel/nll"].mean()
-        if mean is None or mean >= MEMORISED_NATS:
+        if mean is None or mean >= MEMORIZED_NATS:
             return None
         return (
             f"New meta-experiences have an NLL of {mean:.3g} nats per token (mean of the last {WINDOW} logs) before "

@@ -1,6 +1,6 @@
 """REINFORCE++ and RFT, as changes to the batch that TRL's loss is computed on.
 
-REINFORCE++ normalises advantages over the whole batch, without a baseline per question. RFT trains on right completions
+REINFORCE++ normalizes advantages over the whole batch, without a baseline per question. RFT trains on right completions
 alone: TRL's `cispo` loss with ratio 1 is -advantage * log pi per token, so advantage 1 on right rows is their NLL.
 
 B completions of this rank, W of all ranks, C padded completion width.

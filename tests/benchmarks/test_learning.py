@@ -65,8 +65,8 @@ def test_a_run_measures_trains_and_stops_at_its_tokens(study: Any, subject: Any,
     if arm == "grpo":
         assert not any("mel/nll" in step for step in found["steps"])
     else:
-        learnt = [step["mel/nll_after"] < step["mel/nll"] for step in found["steps"] if "mel/nll" in step]
-        assert learnt and sum(learnt) > len(learnt) / 2
+        learned = [step["mel/nll_after"] < step["mel/nll"] for step in found["steps"] if "mel/nll" in step]
+        assert learned and sum(learned) > len(learned) / 2
     figures = importlib.import_module("learning_figures")
     assert figures.runs(tmp_path / "runs")[arm] == [json.loads(json.dumps(found))]
 

@@ -14,7 +14,7 @@ import torch
 
 from mel_lite.models.load import ModelSpec, load_base
 from tiny_models import save_tiny
-from trainers import assert_learnt, build, run_state, step_log, sums, trainable
+from trainers import assert_learned, build, run_state, step_log, sums, trainable
 
 COMMON: dict[str, Any] = {
     "max_steps": 3,
@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], lis
     folder = tmp_path_factory.mktemp("whole")
     trainer = build(folder, **COMMON)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     return run_state(trainer), step_log(folder / "run")
 
 
@@ -133,4 +133,4 @@ def test_a_16_bit_adapter_stays_16_bit_when_a_run_is_resumed(tmp_path: Path) -> 
     assert {weight.dtype for weight in trainable(resumed).values()} == {torch.bfloat16}
     for name, weight in trainable(whole).items():
         assert torch.equal(trainable(resumed)[name], weight), name
-    assert_learnt(resumed)
+    assert_learned(resumed)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from command_line import mel_lite_command
 from mel_lite.recipe import resolve
 from mel_lite.resilience import checkpoint_files
-from trainers import assert_learnt, build, run_state
+from trainers import assert_learned, build, run_state
 
 COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("finished")
     trainer = build(folder, **COMMON)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     return folder, run_state(trainer)
 
 

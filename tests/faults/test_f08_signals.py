@@ -23,7 +23,7 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.resilience import checkpoint_files
 from mel_lite.verify.pool import PoolStats, VerifyPool
 from tiny_models import tiny_config
-from trainers import assert_learnt, build, run_state, step_log
+from trainers import assert_learned, build, run_state, step_log
 
 PHASES = ("rollout", "verify", "analysis", "replay", "forward", "backward", "save")
 
@@ -121,7 +121,7 @@ def test_a_signal_is_handled_within_a_micro_batch(tmp_path: Path, where: str, ch
                   gradient_checkpointing=checkpointed)  # fmt: skip
     whole.train()
     assert run_state(resumed) == run_state(whole)
-    assert_learnt(resumed)
+    assert_learned(resumed)
 
 
 def test_generation_stops_within_a_token() -> None:

@@ -19,7 +19,7 @@ from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.resume_checks import FREE, INPUTS, NEVER, changes
 from mel_lite.run.train import _can_resume
 from tiny_models import save_tiny
-from trainers import assert_learnt, build, run_state, step_log, sums
+from trainers import assert_learned, build, run_state, step_log, sums
 
 COMMON: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0}
 
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, last = tmp_path_factory.mktemp("whole"), LastGradient()
     trainer = build(folder, **split(8, 1), callbacks=[last])
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     return folder, trainer, last.gradient
 
 
@@ -205,9 +205,9 @@ def test_other_inputs_are_refused_unless_allowed(
     resumed = build(tmp_path, **options)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.resume_checks"):
         resumed.train(resume_from_checkpoint=True, allow_change=[named])
-    assert f"another {named}: " in caplog.text
+    assert f"Resuming with a changed option (allowed): {named}: " in caplog.text
     assert resumed.state.global_step == 3 and resumed._inputs[named] != whole[1]._inputs[named]
-    assert_learnt(resumed)
+    assert_learned(resumed)
 
 
 def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: Any) -> None:

@@ -16,7 +16,7 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from tiny_models import tiny_config
-from trainers import assert_learnt, build, step_log, trainable
+from trainers import assert_learned, build, step_log, trainable
 
 OPTIONS: dict[str, Any] = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 2,
                            "per_device_train_batch_size": 8, "max_grad_norm": 0.0}  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
     measured = [row.get("mel/grad_norm_policy") for row in step_log(tmp_path / "run")]
     reference = [row["mel/grad_norm_policy"] for row in step_log(tmp_path / "whole")]
     assert measured == [None, pytest.approx(reference[1], rel=1e-3)], "half of a step has no norm"
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_a_row_that_does_not_fit_raises_the_original_error(tmp_path: Path) -> None:

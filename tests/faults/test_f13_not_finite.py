@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mel_lite.errors import DivergedError
 from mel_lite.resilience import nonfinite
-from trainers import assert_learnt, build, run_state, step_log
+from trainers import assert_learned, build, run_state, step_log
 
 NAN, INF = float("nan"), float("inf")
 
@@ -100,7 +100,7 @@ def test_the_step_is_skipped_and_its_batch_recorded(
     first, skipped, third, _ = states.seen
     assert skipped == first, "H(S) is as before the step"
     assert all(third[part] != first[part] for part in third), "the run continues"
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert trainer.nonfinite.skipped_steps == 1 and caplog.text.count("Step 2 was skipped") == 1
 
@@ -126,7 +126,7 @@ def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tmp_path:
     assert error.value.exit_code == 5
     saved = [load_file(tmp_path / "run" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (2, 4)]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_two_in_a_row_do_not(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_two_in_a_row_do_not(tmp_path: Path) -> None:
     poison(trainer, "loss", {0, 1, 3, 4})
     trainer.train()
     assert trainer.nonfinite.skipped_steps == 4
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_a_full_disk_does_not_turn_a_skipped_step_into_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,4 +146,4 @@ def test_a_full_disk_does_not_turn_a_skipped_step_into_a_crash(tmp_path: Path, m
     poison(trainer, "loss", {0})
     trainer.train()
     assert trainer.nonfinite.skipped_steps == 1
-    assert_learnt(trainer)
+    assert_learned(trainer)

@@ -26,7 +26,7 @@ from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from scripted import ScriptedEngine
 from tiny_models import set_lora, tiny_tokenizer
-from trainers import LORA, assert_learnt, build, run_state, step_log, tiny_model
+from trainers import LORA, assert_learned, build, run_state, step_log, tiny_model
 
 # ---- F14 ----
 
@@ -137,7 +137,7 @@ def test_an_engine_that_dies_once_is_restarted_and_samples_the_same(
     assert engine.woken >= 2
     assert run_state(trainer) == run_state(whole)
     assert step_log(tmp_path / "run") == step_log(tmp_path / "whole")
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_one_that_dies_twice_saves_and_stops(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_truncated_sampling_is_followed_with_one_warning(tmp_path: Path, options
     trainer.train()
     requests, sampling = trainer.engine.unmetered.calls[0]
     assert len(requests) == 8 and getattr(sampling, name) == value
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_a_temperature_in_generation_kwargs_is_that_of_every_phase(tmp_path: Path) -> None:

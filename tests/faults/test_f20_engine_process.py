@@ -25,7 +25,7 @@ from mel_lite.errors import EngineError
 from mel_lite.resilience import checkpoint_files
 from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import score
-from trainers import assert_learnt, build, digest, run_state, step_log, trainable
+from trainers import assert_learned, build, digest, run_state, step_log, trainable
 
 FORK = multiprocessing.get_context("fork")
 
@@ -124,7 +124,7 @@ def train(folder: Path, engine: WorkerEngine, *, resume: bool = False) -> Any:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, engine = tmp_path_factory.mktemp("whole"), WorkerEngine()
     trainer = train(folder, engine)
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert engine.forks == 4, "one copy of the weights per update"
     assert max(engine.gaps) < 1e-4
     return run_state(trainer), step_log(folder / "run")
@@ -141,7 +141,7 @@ def test_a_worker_killed_in_a_batch_is_replaced_and_samples_the_same(
     assert engine.forks == 6 and engine.calls == 6
     assert (run_state(trainer), step_log(tmp_path / "run")) == whole
     assert max(engine.gaps) < 1e-4, "the new worker applies the current adapter once"
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert len(psutil.Process().children()) == children, "no worker is left"
 
 

@@ -26,7 +26,7 @@ from mel_lite.text import printable, printable_all
 from mel_lite.verify.pool import MANY, VerifyPool
 from scripted import ScriptedEngine
 from tiny_models import SPECIAL, save_tiny, tiny_tokenizer
-from trainers import LORA, assert_learnt, build, sums, tiny_model
+from trainers import LORA, assert_learned, build, sums, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "mel_lite").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -222,7 +222,7 @@ def test_a_dataset_row_cannot_forge_a_turn_in_the_prompt(tmp_path: Path) -> None
         trainer = build(tmp_path, output_dir=tmp_path / str(len(counts)), engine=engine, train_dataset=dataset,
                         algorithm="grpo", max_steps=1)  # fmt: skip
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         special = set(trainer._tokenizer.convert_tokens_to_ids(list(SPECIAL)))
         prompts = {request.prompt_ids for requests, _ in engine.calls for request in requests}
         counts.append({tuple(i for i in prompt if i in special) for prompt in prompts})

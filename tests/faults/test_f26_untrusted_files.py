@@ -24,7 +24,7 @@ import pytest
 from mel_lite.errors import CheckpointError
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.resilience import checkpoint_files
-from trainers import assert_learnt, build, digest, trainable
+from trainers import assert_learned, build, digest, trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "mel_lite").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -128,7 +128,7 @@ def test_a_run_writes_no_pickle_and_reads_none(tmp_path: Path) -> None:
     before = unpickled()
     resumed = build(tmp_path, max_steps=3, **common)
     resumed.train(resume_from_checkpoint=True)
-    assert_learnt(resumed)
+    assert_learned(resumed)
     assert unpickled() == before, "something was unpickled"
     assert not canary.exists()
     with (run / "checkpoint-2" / "optimizer.pt").open("rb") as file:

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from mel_lite.resilience import trackers
 from mel_lite.run.progress import LiveDisplay
 from mel_lite.training import metrics
-from trainers import assert_learnt, build, digest, step_log, trainable
+from trainers import assert_learned, build, digest, step_log, trainable
 
 STEPS = 4
 
@@ -55,7 +55,7 @@ class Tracker(TensorBoardCallback):
 def _train(tmp_path: Path, *callbacks: TrainerCallback, **options: Any) -> Any:
     trainer = build(tmp_path, max_steps=STEPS, callbacks=list(callbacks), **options)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert [row["step"] for row in step_log(Path(trainer.args.output_dir))] == list(range(1, STEPS + 1))
     return trainer
 
@@ -182,7 +182,7 @@ def test_tables_and_uploads_that_fail(tmp_path: Path, caplog: pytest.LogCaptureF
         trainer.push_to_hub = fails
         trainer.hub_model_id = "x/y"
         trainer._push_from_checkpoint(str(tmp_path / "run" / "checkpoint-4"))
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert caplog.text.count("Training continues") == 1
     assert len(step_log(tmp_path / "run")) == STEPS
 

@@ -14,7 +14,7 @@ import pytest
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.errors import ConfigError
 from mel_lite.run.folder import run_folder
-from trainers import assert_learnt, build, digest, step_log, trainable
+from trainers import assert_learned, build, digest, step_log, trainable
 
 HOLDER = """
 import sys, time
@@ -26,7 +26,7 @@ with run_folder(Path(sys.argv[1]), resume=True):
 """
 
 
-def test_the_second_process_is_told_of_the_first_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_the_pid_of_the_first_and_changes_nothing(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -58,7 +58,7 @@ def test_a_clock_that_goes_backwards_changes_nothing_but_dates(tmp_path: Path, m
     assert 0.01 <= clock.drain()["time/rollout_s"] < 3600
     trainer = build(tmp_path, max_steps=2)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert digest(trainable(trainer)) == digest(trainable(plain))
     assert step_log(tmp_path / "run") == step_log(tmp_path / "plain")
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from mel_lite.errors import DivergedError
-from trainers import assert_learnt, build, trainable
+from trainers import assert_learned, build, trainable
 
 
 def main(folder: Path, fault: str) -> int:
@@ -40,7 +40,7 @@ def main(folder: Path, fault: str) -> int:
         code = int(error.code or 0)
     save_file({n: w.contiguous() for n, w in trainable(trainer).items()}, folder / f"weights-{rank}.safetensors")
     (folder / f"end-{rank}.txt").write_text(f"{code} {trainer.state.global_step} {trainer.nonfinite.skipped_steps}")
-    assert_learnt(trainer)
+    assert_learned(trainer)
     trainer.accelerator.end_training()
     return 0
 

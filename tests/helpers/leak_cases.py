@@ -1,4 +1,4 @@
-"""Labelled corpus of leaks, and a function that applies the guard to one case."""
+"""Labeled corpus of leaks, and a function that applies the guard to one case."""
 
 from __future__ import annotations
 

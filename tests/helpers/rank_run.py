@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from trainers import assert_learnt, build, trainable
+from trainers import assert_learned, build, trainable
 
 
 class DieAfter(TrainerCallback):
@@ -39,7 +39,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
 
     trainer._prepare_inputs = spy
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     weights = {name: tensor.contiguous() for name, tensor in trainable(trainer).items()}
     save_file(weights, folder / f"weights-{rank}.safetensors")
     (folder / f"carried-{rank}.json").write_text(json.dumps(carried))

@@ -108,7 +108,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def assert_learnt(trainer: MELTrainer) -> None:
+def assert_learned(trainer: MELTrainer) -> None:
     """Check that training changed the adapter: LoRA-B, which starts at zero, is no longer zero."""
     norm = sum(p.detach().abs().sum().item() for n, p in trainer.model.named_parameters() if "lora_B" in n)
     assert norm > 0, "LoRA-B is still zero"

@@ -34,14 +34,14 @@ def main(order: str, folder: Path) -> dict[str, str]:
         patch()
     from transformers import Trainer
 
-    from trainers import assert_learnt, build, run_state
+    from trainers import assert_learned, build, run_state
 
     folder.mkdir()
     trainer = build(
         folder, gradient_accumulation_steps=2, per_device_train_batch_size=4, max_steps=2, gradient_checkpointing=True
     )
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     return {"trainer": Trainer.training_step.__module__, **run_state(trainer)}
 
 

@@ -42,7 +42,7 @@ from mel_lite.memory.vllm import LOGIT_BYTES
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.types import Finish
 from tiny_models import set_lora
-from trainers import assert_learnt, even_ids
+from trainers import assert_learned, even_ids
 from trainers import build as build_trainer
 
 CONTEXT_TOKENS, RANK = 256, 8
@@ -138,7 +138,7 @@ def a_run_that_samples_with_it_learns_and_its_probes_pass(build: Build, model: A
         )  # fmt: skip
         late.inner, before = build(trainer.model, step=lambda: trainer.state.global_step), adapters_loaded
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert adapters_loaded - before == 3, "one adapter per update"
     (share,) = [row["mel/probe_adapter"] for row in rows if "mel/probe_adapter" in row]

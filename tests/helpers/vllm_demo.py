@@ -24,7 +24,7 @@ from mel_lite.models.adapters import adapter_rank, attach_adapter, find_adapter
 from mel_lite.models.load import load_base, load_tokenizer, locate
 from mel_lite.recipe import resolve
 from mel_lite.run import train as run
-from trainers import assert_learnt, trainable
+from trainers import assert_learned, trainable
 
 CONTEXT_TOKENS = 2048
 
@@ -59,7 +59,7 @@ def main(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     before = trainable(trainer)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert any((before[name] != weight).any() for name, weight in trainable(trainer).items())
     return json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
 

@@ -44,7 +44,7 @@ from mel_lite.models.adapters import LoraSpec
 from mel_lite.models.load import ModelSpec
 from mel_lite.training.scoring import install_scoring_head
 from tiny_models import set_lora
-from trainers import assert_learnt, even_ids
+from trainers import assert_learned, even_ids
 
 FOLDER, FOUR_BIT = Path(sys.argv[1]), "4bit" in sys.argv
 CARD_BYTES, FREE_BYTES, SHARE = 8 * 2**30, 6 * 2**30, 0.45
@@ -198,7 +198,7 @@ def a_run_learns_on_the_weights_that_are_sampled(model: Any) -> None:
         )  # fmt: skip
         assert isinstance(trainer.engine.unmetered, VLLMEngine), "the default for a model that Unsloth loaded"
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         rows = [json.loads(line) for line in (Path(made) / "metrics.jsonl").read_text().splitlines()]
     assert adapter_fingerprint(model) != before
     moved = [name for name, weight in vllms_weights(model).items() if not torch.equal(weight, base[name])]

@@ -51,7 +51,7 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "reward" in row]
 
 
-def test_the_funnel_is_not_empty_and_something_was_learnt(finished: tuple[Path, str]) -> None:
+def test_the_funnel_is_not_empty_and_something_was_learned(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     steps = _steps(folder)
     assert [row["step"] for row in steps] == [1, 2]
@@ -104,7 +104,7 @@ def test_the_merged_model_answers_as_the_adapter_model_in_plain_transformers(fin
     assert texts[0] == texts[1]
 
 
-def test_a_killed_run_goes_on_where_it_was(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_where_it_stopped(finished: tuple[Path, str], tmp_path: Path) -> None:
     whole, _ = finished
     folder = tmp_path / "killed"
     command = [str(Path(sys.executable).with_name("mel-lite")), "train", "--gpu", "cpu", "--output-dir", str(folder)]

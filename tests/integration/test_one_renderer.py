@@ -24,7 +24,7 @@ from mel_lite.types import Group, Prompt, Verdict
 from mel_lite.warmup.examples import Example, tokenize
 from scripted import ScriptedEngine
 from tiny_models import CHAT_TEMPLATE, save_tiny
-from trainers import assert_learnt, build, sums
+from trainers import assert_learned, build, sums
 
 FIRST_ANSWER = [{"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure? What is 3 plus 2?"}]
 PREFIX = "Answer the question."
@@ -80,7 +80,7 @@ def test_every_stage_sees_the_same_tokens(tmp_path: Path, case: str) -> None:
     tokenizer, prompt_of = CASES[case]
     rows = sums().map(lambda row: {"prompt": prompt_of(row["prompt"][0]["content"])})
     trainer, seen = run(tmp_path, tokenizer, rows)
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert all(seen.values()), "a stage did not run"
     expected = {render(row["prompt"], tokenizer): row["prompt"] for row in rows}
     if case in TEMPLATES:

@@ -35,7 +35,7 @@ from mel_lite.types import (
 )
 from tiny_models import set_lora, tiny_tokenizer
 from toy_internalisations import HINT, Credit
-from trainers import assert_learnt, build, digest, trainable
+from trainers import assert_learned, build, digest, trainable
 
 TOKENIZER = tiny_tokenizer()
 EOS = 2
@@ -175,7 +175,7 @@ def test_the_old_option_still_works_with_one_warning(tmp_path: Path, old: str) -
 def test_each_way_trains(tmp_path: Path, name: str) -> None:
     trainer = build(tmp_path, internalisation=name, max_steps=2)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     kept = trainer.store.list(status=Status.KEPT)
     assert kept and all(row.nll_after < row.nll_before for row in kept)
 
@@ -257,7 +257,7 @@ def test_credit_of_strength_zero_is_grpo_bit_for_bit_and_another_is_not(tmp_path
     }.items():
         trainer = build(tmp_path, output_dir=tmp_path / name, **SPLIT | {"max_steps": 2}, **options)
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         weights[name] = digest(trainable(trainer))
     assert weights["grpo"] == weights["zero"] != weights["half"]
 
@@ -277,7 +277,7 @@ def test_a_divergence_between_two_scorings_is_added_to_the_policy_loss(tmp_path:
 
     trainer._estimated = scored_before
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     for inputs in seen:  # the teacher's log-probs belong to the row they were shuffled to
         for logp_C, (prompt, completion) in zip(inputs["teacher_logp_BC"], rows_of(inputs), strict=True):
             assert logp_C[: len(completion)].tolist() == pytest.approx(before[prompt, completion], rel=1e-4)

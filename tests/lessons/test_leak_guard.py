@@ -1,4 +1,4 @@
-"""The leak guard against a labelled corpus, each rule by itself, redaction, and hostile text."""
+"""The leak guard against a labeled corpus, each rule by itself, redaction, and hostile text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_only_the_offending_span_goes(text, redacted):
     assert report.redacted is not None and report.redacted.critique == redacted
 
 
-def test_a_part_that_is_nothing_but_the_leak_cannot_be_mended():
+def test_a_part_that_is_only_the_leak_cannot_be_redacted():
     report = check("\\boxed{474}", policy="redact")
     assert report.leaks and report.redacted is None
 
@@ -161,7 +161,7 @@ def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text, answer, righ
         ("Paris", "Which city?", "It named a river.", "It named no Paris."),
     ],
 )
-def test_what_is_stated_is_told_from_what_is_only_mentioned(answer, question, clean, leak):
+def test_a_stated_answer_leaks_and_a_mentioned_value_does_not(answer, question, clean, leak):
     assert check(clean, answer=answer, question=question).reasons == ()
     assert check(leak, answer=answer, question=question).leaks
 

@@ -79,7 +79,7 @@ def test_the_analysis_prompt_of_plain_text_needs_no_chat_template():
     assert "<|" not in text
 
 
-def test_a_dialogue_is_told_with_its_roles_and_without_its_system_turn():
+def test_a_dialogue_is_rendered_with_its_roles_and_without_its_system_turn():
     prompt = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is 1+1?"},

@@ -287,7 +287,7 @@ def test_read_only_stores_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.
             reader.add([experience()])
         assert reader.last_id() == 1
     before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    # A mounted dataset or archive: the reader must not try to make WAL files beside the store.
+    # A mounted dataset or archive: the reader must not try to make WAL files next to the store.
     monkeypatch.setattr(os, "access", lambda *_: False)
     with ExperienceStore(path, read_only=True) as reader:
         assert reader.get(1).analysis == "raw"

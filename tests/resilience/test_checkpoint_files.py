@@ -11,7 +11,7 @@ import pytest
 from mel_lite.errors import CheckpointError, ModelError
 from mel_lite.resilience import checkpoint_files
 from tiny_models import save_tiny
-from trainers import assert_learnt, build, digest, run_state, step_log, tiny_model, trainable
+from trainers import assert_learned, build, digest, run_state, step_log, tiny_model, trainable
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
@@ -19,7 +19,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) 
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": scheduler}
     whole = build(tmp_path, output_dir=tmp_path / "whole", **common)
     whole.train()
-    assert_learnt(whole)
+    assert_learned(whole)
 
     # Stopped in its third step, after that step's experiences were written: they are redone, not doubled.
     cut = build(tmp_path, output_dir=tmp_path / "cut", **common)

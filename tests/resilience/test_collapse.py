@@ -1,4 +1,4 @@
-"""Tripwires: each trips on the figures it is about, and on no healthy run; what follows is what on_collapse says."""
+"""Collapse checks: each warns on its own metric, none on a healthy run, and `on_collapse` decides the response."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mel_lite.resilience.checkpoint_files import read_state
 from mel_lite.resilience.collapse import AGAIN, WINDOW, CollapseChecks
 from scripted import ScriptedEngine
 from tiny_models import tiny_tokenizer
-from trainers import assert_learnt, build, digest, trainable
+from trainers import assert_learned, build, digest, trainable
 
 
 def feed(logs: Iterable[dict[str, float]], **options: Any) -> list[str]:
@@ -41,7 +41,7 @@ def healthy(steps: int, rng: random.Random) -> Iterable[dict[str, float]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_healthy_run_trips_nothing(seed: int) -> None:
+def test_a_healthy_run_causes_no_warning(seed: int) -> None:
     assert feed(healthy(400, random.Random(seed))) == []
 
 
@@ -69,7 +69,7 @@ def then(before: dict[str, float], after: dict[str, float]) -> list[dict[str, fl
         ([{"mel/written": 3.0, "mel/replay_valid": 0.0}] * WINDOW, ["None of the 30 meta-experiences"]),
     ],
 )
-def test_each_wire_trips_with_its_figures(logs: list[dict[str, float]], figures: list[str]) -> None:
+def test_each_check_warns_with_its_figures(logs: list[dict[str, float]], figures: list[str]) -> None:
     warnings = feed(logs)
     assert len(warnings) == 1
     for figure in figures:
@@ -105,8 +105,8 @@ def test_a_state_goes_through_json_and_decides_the_same() -> None:
 
 
 def _reciting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All it takes for the wire about memorised lessons to trip after two steps."""
-    monkeypatch.setattr(collapse, "MEMORISED_NATS", 1e9)
+    """Make the check for memorized meta-experiences warn after two steps."""
+    monkeypatch.setattr(collapse, "MEMORIZED_NATS", 1e9)
     monkeypatch.setattr(collapse, "WINDOW", 2)
     monkeypatch.setattr(collapse.Means.__init__, "__defaults__", (2,))
 
@@ -120,7 +120,7 @@ def test_warning_is_all_by_default(
         trainer.train()
     assert caplog.text.count("the model recites one text") == 1 and "Step 2: New" in caplog.text
     assert trainer.args.mel_weight == 1.0
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_a_lowered_lambda_weighs_less_and_survives_a_resume(
@@ -142,7 +142,7 @@ def test_a_lowered_lambda_weighs_less_and_survives_a_resume(
     resumed = build(tmp_path, **common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert digest(trainable(resumed)) == digest(trainable(whole)) and resumed.args.mel_weight == 0.5
-    assert_learnt(resumed)
+    assert_learned(resumed)
 
 
 def test_stop_ends_the_run_with_the_figures_and_the_checkpoints(
@@ -155,7 +155,7 @@ def test_stop_ends_the_run_with_the_figures_and_the_checkpoints(
     assert error.value.exit_code == 5 and trainer.state.global_step == 2
 
 
-def test_a_run_whose_groups_are_all_equal_says_early_that_nothing_is_learnt(
+def test_a_run_whose_groups_are_all_equal_says_early_that_nothing_is_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _reciting(monkeypatch)
@@ -165,7 +165,7 @@ def test_a_run_whose_groups_are_all_equal_says_early_that_nothing_is_learnt(
         trainer.train()
     assert caplog.text.count("every LoRA-B is still zero") == 1
     with pytest.raises(AssertionError, match="still zero"):
-        assert_learnt(trainer)
+        assert_learned(trainer)
 
 
 # ---- F16: runs that learn nothing ----
@@ -197,10 +197,10 @@ def test_a_run_without_anything_to_learn_warns_and_then_stops(
     assert trainer.state.global_step == 10 and error.value.exit_code == 5
     assert "max_idle_steps=10; 0 never stops" in str(error.value) and "checkpoint-4, checkpoint-8" in str(error.value)
     with pytest.raises(AssertionError, match="still zero"):
-        assert_learnt(trainer)
+        assert_learned(trainer)
 
 
-def test_by_default_such_a_run_is_only_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_idle_run_only_warns_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path, engine=_always("Answer: -1"), algorithm="grpo", max_steps=12)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):
         trainer.train()
@@ -209,14 +209,14 @@ def test_by_default_such_a_run_is_only_warned_of(tmp_path: Path, caplog: pytest.
     assert "Set max_idle_steps to stop such a run." in caplog.text
 
 
-def test_what_a_user_allows_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_max_idle_steps_of_zero_never_stops_or_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path, engine=_always("Answer: -1"), algorithm="grpo", max_steps=4, max_idle_steps=0)
     with caplog.at_level(logging.WARNING, "mel_lite.resilience.collapse"):
         trainer.train()
     assert trainer.state.global_step == 4 and "nothing to learn from" not in caplog.text
 
 
-def test_one_step_that_teaches_ends_the_count_and_a_resume_goes_on_counting(tmp_path: Path) -> None:
+def test_a_step_with_a_signal_resets_the_idle_count_and_a_resume_continues_it(tmp_path: Path) -> None:
     """Steps 0 and 3 teach; the run of idle ones before its end is 4, 5, 6."""
 
     def answers(trainer: Any) -> Any:
@@ -230,7 +230,7 @@ def test_one_step_that_teaches_ends_the_count_and_a_resume_goes_on_counting(tmp_
     holder.append(build(tmp_path, reward_funcs=answers(holder), **common))
     with pytest.raises(DivergedError, match="at step 7"):
         holder[0].train()
-    assert_learnt(holder[0])
+    assert_learned(holder[0])
     resumed: list[Any] = []
     resumed.append(build(tmp_path, reward_funcs=answers(resumed), **common))
     assert read_state(tmp_path / "run" / "checkpoint-5")["tripwires"]["idle_steps"] == 1
@@ -243,7 +243,7 @@ def test_a_run_that_learns_is_never_idle(tmp_path: Path, algorithm: str) -> None
     trainer = build(tmp_path, algorithm=algorithm, max_steps=3, max_idle_steps=1)
     trainer.train()
     assert trainer.collapse.checks.idle_steps == 0
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_the_choice_is_checked(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_state_of_an_eight_bit_optimizer_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "optimizer.safetensors").stat().st_size < 2 * 256 * 4 + 1500, "the shared table is written once"
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_number_generators_continue_from_the_saved_state(tmp_path: Path) -> None:
     dump(tmp_path / "rng_state", rng_state(all_gpus=False))
 
     def draw() -> tuple[float, float, float, float]:

@@ -26,7 +26,7 @@ from mel_lite.resilience.memory_gauge import GpuGauge, HostGauge
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started, worst_step
 from scripted import ScriptedEngine, default_answer
 from tiny_models import tiny_tokenizer
-from trainers import assert_learnt, build, even_ids, run_state, step_log, tiny_model
+from trainers import assert_learned, build, even_ids, run_state, step_log, tiny_model
 
 SIZES = {"max_completion_length": 16, "analysis_max_tokens": 32, "max_context_tokens": 300, "num_generations": 4}
 
@@ -117,7 +117,7 @@ def test_nothing_of_the_run_changes(tmp_path: Path) -> None:
     assert checks.peaks["update"] > 1e6
     assert run_state(trainer) == run_state(plain), "the run is the same as without"
     assert step_log(tmp_path / "run") == step_log(tmp_path / "plain")
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_everything_is_at_full_length(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_passes_the_budget_is_halved_and_measured_again(tmp_path: Path) -> 
     now = predicted_sizes(replace(load, max_micro_batch_tokens=350, max_cache_tokens=4 * 56))
     assert before[-1] == PhasePeak("update", 100, 500) and after[-1] == PhasePeak("update", now["update"], 120)
     assert after[0].predicted_bytes == now["rollout"] != predicted_sizes(load)["rollout"]
-    assert now["update"] < predicted_sizes(load)["update"], "each attempt beside the plan of its own settings"
+    assert now["update"] < predicted_sizes(load)["update"], "each attempt is compared with the plan of its own settings"
     assert change == f"--set train.max_cache_tokens={4 * 56} --set train.max_micro_batch_tokens=350" and not nothing
     assert trainer.budget_tokens == 350 and trainer.engine.unmetered._max_cache_tokens == 4 * 56
 
@@ -230,7 +230,7 @@ def test_the_phase_that_runs_out_of_memory_is_named(tmp_path: Path, monkeypatch:
     assert tokens == sorted(tokens, reverse=True) and tokens[-1] == 332, "halved down to the longest row first"
 
 
-def test_vllm_that_does_not_wake_beside_the_states_is_told_with_its_share(tmp_path: Path) -> None:
+def test_the_error_names_the_share_when_vllm_does_not_wake_next_to_the_states(tmp_path: Path) -> None:
     trainer, llm = trainer_with_fake_vllm(build, tmp_path, fault="does not wake", **SIZES)
     trainer.create_optimizer()
     step = first(trainer, vllm_load(trainer), {"rollout": [90]}, 2**33, [])
@@ -251,7 +251,7 @@ def test_no_share_is_advised_that_is_too_small_to_start_with(tmp_path: Path) -> 
         step.on_train_begin(None, None, None)
 
 
-def test_states_that_do_not_fit_are_told_with_what_makes_them_smaller(
+def test_the_error_for_states_that_do_not_fit_names_the_options_that_shrink_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_with_real_engine(tmp_path)
@@ -300,7 +300,7 @@ def vllm_load(trainer: Any, utilization: float = 0.5) -> Workload:
     return replace(load_of(trainer), scores_rollouts=True, vllm=VLLMShare(VLLMCard(2**33, 2**33), 8, 64, utilization))
 
 
-def test_vllm_wakes_beside_the_states_and_sleeps_while_the_model_scores_and_trains(tmp_path: Path) -> None:
+def test_vllm_wakes_next_to_the_states_and_sleeps_during_scoring_and_training(tmp_path: Path) -> None:
     trainer, llm = trainer_with_fake_vllm(build, tmp_path, reward_funcs=even_ids, **SIZES)
     asleep: list[tuple[str, bool]] = []
     for name in ("_get_per_token_logps_and_entropies", "compute_loss"):
@@ -321,7 +321,7 @@ def test_vllm_wakes_beside_the_states_and_sleeps_while_the_model_scores_and_trai
     assert llm.events[:3] == ["sleep 1", "wake", "sleep 1"], "it had to find its memory again"
     assert {name for name, _ in asleep} == {"_get_per_token_logps_and_entropies", "compute_loss"}
     assert all(state for _, state in asleep), "in the worst step and in the real ones"
-    assert_learnt(trainer)
+    assert_learned(trainer)
 
 
 def test_a_share_that_is_too_large_stops_the_run_with_one_that_is_not(tmp_path: Path) -> None:

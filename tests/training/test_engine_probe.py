@@ -16,7 +16,7 @@ from mel_lite.resilience import checkpoint_files
 from mel_lite.training.engine_probe import EVERY, Agreement, agreement, verdict
 from scripted import ScriptedEngine
 from tiny_models import tiny_tokenizer
-from trainers import assert_learnt, build, even_ids, run_state
+from trainers import assert_learned, build, even_ids, run_state
 
 
 def trained(folder: Path, **options: Any) -> tuple[Any, FakeLLM]:
@@ -36,7 +36,7 @@ def probes(run: Path, name: str = "mel/probe_logp_diff") -> dict[int, float]:
 def test_an_engine_that_samples_the_policy_passes_at_start_and_after_the_first_update(tmp_path: Path) -> None:
     trainer, llm = trained(tmp_path)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     found = probes(tmp_path / "run")
     assert list(found) == [1, 2], "logged with the step that was being made"
     assert 0 < max(found.values()) < 1e-5
@@ -143,7 +143,7 @@ def test_the_transformers_engine_agrees_to_rounding(tmp_path: Path) -> None:
     trainer = build(tmp_path, engine=engine, algorithm="grpo", reward_funcs=even_ids, probe_max_diff=0.05, lora=True)
     HFEngine.__init__(engine, trainer.model, eos_ids=[2], pad_id=0)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert max(probes(tmp_path / "run").values()) < 1e-5
     assert "sampling/importance_sampling_ratio/mean" not in log(tmp_path / "run")[0], "nothing to correct"
 

@@ -1,4 +1,4 @@
-"""REINFORCE++ and RFT against batches worked out by hand, alone and with lessons beside them."""
+"""REINFORCE++ and RFT against batches worked out by hand, alone and with lessons next to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import LessonShare, Verdict
 from tiny_models import set_lora
-from trainers import assert_learnt, build, judged_rollouts
+from trainers import assert_learned, build, judged_rollouts
 
 
 def test_batch_advantages_by_hand() -> None:
@@ -105,7 +105,7 @@ def test_rft_does_not_depend_on_how_the_batch_is_cut_up(tmp_path: Path) -> None:
             per_device_train_batch_size=micro, gradient_accumulation_steps=16 // micro,
         )  # fmt: skip
         trainer.train()
-        assert_learnt(trainer)
+        assert_learned(trainer)
         grads.append(torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_B" in n]))
     assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-7)
 
@@ -121,7 +121,7 @@ def test_reinforce_plus_plus_trains_on_batch_advantages(tmp_path: Path, lessons:
     trainer = build(tmp_path, algorithm="reinforce++", meta_experience=lessons, **options)
     seen, rollouts = _captured(trainer), judged_rollouts(trainer)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     reward = torch.tensor([float(rollout.verdict is Verdict.RIGHT) for _, rollout in rollouts])
     mean, std = reward.mean().item(), reward.std().item()
     assert 0 < mean < 1

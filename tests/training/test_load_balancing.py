@@ -15,7 +15,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.training import assemble
 from mel_lite.types import Lesson
 from tiny_models import save_tiny, set_lora
-from trainers import assert_learnt, build
+from trainers import assert_learned, build
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,7 +87,7 @@ def test_a_mixture_trains_under_default_options_with_one_line(tmp_path: Path, ca
     assert caplog.text.count("the load-balancing loss is over the rollouts; lessons do not count in it") == 1
     set_lora(trainer.model, 0.0)
     trainer.train()
-    assert_learnt(trainer)
+    assert_learned(trainer)
     assert trainer.store.list(status="kept")
     assert all(0 < log["aux_loss"] < 10 for log in trainer.state.log_history if "aux_loss" in log)
     assert any("aux_loss" in log for log in trainer.state.log_history)

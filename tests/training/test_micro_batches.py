@@ -15,7 +15,7 @@ from mel_lite.training.assemble import check_support
 from mel_lite.training.packing import Row, area_tokens, deal, pack
 from mel_lite.types import Lesson
 from tiny_models import set_lora
-from trainers import assert_learnt, build, step_log, trainable
+from trainers import assert_learned, build, step_log, trainable
 
 LESSONS = (Lesson(1, tuple(range(10, 40)), tuple(range(100, 120))), Lesson(2, tuple(range(20, 30)), (7, 8, 9)))
 
@@ -133,7 +133,7 @@ def test_a_run_under_a_budget_makes_the_same_steps(tmp_path: Path) -> None:
     expected, got = trainable(whole), trainable(trainer)
     for name, weight in expected.items():
         assert (got[name] - weight).norm() <= 1e-5 * max(1.0, float(weight.norm())), name
-    assert_learnt(trainer)
+    assert_learned(trainer)
     for cut, line in zip(step_log(tmp_path / "run"), step_log(tmp_path / "whole"), strict=True):
         assert cut.keys() == line.keys()
         for key, value in line.items():
@@ -188,7 +188,7 @@ def test_a_run_without_idle_rows_makes_the_same_steps(tmp_path: Path) -> None:
     expected, got = trainable(whole), trainable(trainer)
     for name, weight in expected.items():
         assert (got[name] - weight).norm() <= 1e-5 * max(1.0, float(weight.norm())), name
-    assert_learnt(trainer)
+    assert_learned(trainer)
     lines = step_log(tmp_path / "whole")
     assert any(0 < line["mel/mixed_groups"] < line["mel/groups"] for line in lines), "no step with an unmixed group"
     assert [line["grad_norm"] for line in step_log(tmp_path / "run")] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Verdicts on labelled answers, and the return values of custom verifiers."""
+"""Verdicts on labeled answers, and the return values of custom verifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mel_lite.verify.verifiers import BUILT_IN, MAX_ANSWER_CHARS, get_verifier
 
 
 @pytest.mark.parametrize(("verifier", "completion", "answer", "verdict"), PAIRS)
-def test_labelled_pairs(verifier: str, completion: str, answer: str, verdict: str) -> None:
+def test_labeled_pairs(verifier: str, completion: str, answer: str, verdict: str) -> None:
     assert get_verifier(verifier)(completion, answer) == verdict
 
 
