@@ -10,7 +10,7 @@ import argparse
 import ast
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
@@ -51,8 +51,10 @@ VERIFIERS = """\
 ## Verifiers
 
 Values of `train.verifier` and `mel-lite eval --verifier`. A dotted path (`package.module:function`) names your own
-function, `f(completion, answer, **columns)`. It returns a `Verdict`, a bool, a score (right from 0.99), or None to
-abstain.
+function, `f(completion, answer, **columns)`. It returns a `Verdict`, its text (`right`, `wrong`, `abstain`) or a bool;
+any other value is an error. In Python, the function itself is a value too; lambdas and functions of `__main__` work.
+
+Built-in ones read what follows the last thought (`train.think_tags`); your own function gets the whole completion.
 
 A *marked* answer is `\\boxed{...}`, `<answer>...</answer>`, `#### ...` or a phrase such as "the answer is ...".
 """
@@ -82,7 +84,7 @@ def type_name(hint: Any) -> str:
         values = [value for member in get_args(hint) if get_origin(member) is Literal for value in get_args(member)]
         others = [type_name(member) for member in get_args(hint) if get_origin(member) is not Literal]
         return " or ".join([*([listed(values)] if values else []), *others])
-    return str(hint.__name__)
+    return "function" if hint is Callable else str(hint.__name__)
 
 
 def listed(values: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from mel_lite.types import (
     PairStrategy,
     ReplayCriterion,
 )
-from mel_lite.verify.verifiers import BUILT_IN
+from mel_lite.verify.thoughts import parse_tags
+from mel_lite.verify.verifiers import BUILT_IN, callable_name
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -44,6 +46,19 @@ def _choice(default: Choice, help_text: str) -> Any:
     return _option(default.value, f"{help_text} {meanings}", tuple(choice.value for choice in type(default)))
 
 
+class _Function:
+    """A function within a copied or pickled config: a copy holds the function, a pickle its name."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __deepcopy__(self, _: Any) -> _Function:
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (callable_name(self.function),)
+
+
 @dataclass
 class MELConfig(GRPOConfig):
     """Options of `MELTrainer`: everything `trl.GRPOConfig` has, plus the fields below.
@@ -55,11 +70,18 @@ class MELConfig(GRPOConfig):
     meta_experience: bool | None = _option(
         None, "Learn from meta-experiences next to the policy term. None: with `mel` only."
     )
-    verifier: str | None = _option(
+    verifier: str | Callable | None = _option(  # type: ignore[type-arg]  # noqa: RUF009
         None,
-        f"Verifier that calls a completion right or wrong: {', '.join(BUILT_IN)}, or a "
-        "dotted path to `verifier(completion, answer) -> right | wrong | abstain`. None: math if the dataset has an "
-        "`answer` or `solution` column, else a completion is right when its reward reaches `verifier_threshold`.",
+        f"Verifier that calls a completion right or wrong: {', '.join(BUILT_IN)}, a dotted path to "
+        "`verifier(completion, answer) -> right | wrong | abstain`, or in Python the function itself. None: math if "
+        "the dataset has an `answer` or `solution` column, else a completion is right when its reward reaches "
+        "`verifier_threshold`.",
+    )
+    think_tags: Sequence[str] | None = _option(
+        None,
+        "Tags around a completion's thoughts, each as `START END`: built-in verifiers read what follows the last "
+        "END, and nothing after a START without an END. None: those of the usual reasoning models, such as `<think> </think>` "
+        "and `[THINK] [/THINK]`. An empty list: the whole completion is the answer.",
     )
     verifier_threshold: float = _option(
         1.0, "With no verifier and no answer column: least weighted reward that counts as right."
@@ -133,6 +155,20 @@ class MELConfig(GRPOConfig):
         self._check_skipping()
         self._check_estimator()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as JSON can hold them: a function by its name."""
+        options = dict(super().to_dict())
+        if callable(self.verifier):
+            options["verifier"] = callable_name(self.verifier)
+        return options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"verifier": _Function(self.verifier)} if callable(self.verifier) else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = state.get("verifier")
+        self.__dict__.update(state | ({"verifier": kept.function} if isinstance(kept, _Function) else {}))
+
     def _rename_deprecated(self) -> None:
         if self.mel_train_on is None:
             return
@@ -165,6 +201,12 @@ class MELConfig(GRPOConfig):
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
+        if self.verifier is not None and not (isinstance(self.verifier, str) or callable(self.verifier)):
+            raise ConfigError(
+                f"verifier={self.verifier!r} is a {type(self.verifier).__name__}. Set a name ({', '.join(BUILT_IN)}), "
+                "a dotted path, or a function (completion, answer)."
+            )
+        parse_tags(self.think_tags)
         self._check_sampling()
         if self.trust_remote_code or (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mel_lite.verify import extract
+from mel_lite.verify import numbers
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -50,13 +50,13 @@ class Mention:
 
     start: int
     end: int
-    number: extract.Number
+    number: numbers.Number
     form: str
     """Notation without separators: `1234`, `3/4`, `75%`."""
     decimals: int
     spelled: bool
 
-    def means(self, gold: extract.Number) -> bool:
+    def means(self, gold: numbers.Number) -> bool:
         """Return True for the same number, also as percent or share, or its rounding to 3 or more decimals."""
         if self.number.percent != gold.percent:
             share, other = (self.number, gold) if self.number.percent else (gold, self.number)
@@ -79,7 +79,7 @@ def numbers_in(text: str) -> Iterator[Mention]:
         end += len(percent[0]) if percent else 0
         decimals = len((match["digits"] or "").partition(".")[2])
         form = "/".join(part for part in match.group("whole", "p", "p1", "p2", "q", "q1", "q2") if part) or str(value)
-        number = extract.Number(value, percent is not None)
+        number = numbers.Number(value, percent is not None)
         yield Mention(start, end, number, form + "%" * number.percent, decimals, bool(match["words"] or match["part"]))
 
 
@@ -126,7 +126,7 @@ class Gold:
     """`number`, `letter`, `everyday` (a common word) or `text`."""
     needs_context: bool
     """True if a mention counts only in a context that states it as the result."""
-    number: extract.Number | None = None
+    number: numbers.Number | None = None
     pattern: re.Pattern[str] | None = None
     """Matches the answer as text with any white space; None for a number, or an answer too long to search for."""
 
@@ -141,7 +141,7 @@ def read_gold(answer: str, question: str) -> Gold | None:
     spelled = [
         found.number for found in numbers_in(text) if found.spelled and (found.start, found.end) == (0, len(text))
     ]
-    number = spelled[0] if spelled else None if _FUNCTION.search(text) else extract.sole_number(fold(answer))
+    number = spelled[0] if spelled else None if _FUNCTION.search(text) else numbers.sole_number(fold(answer))
     if number is not None:
         is_short = number.value.denominator == 1 and abs(number.value) < 10
         return Gold(text, "number", is_short, number)

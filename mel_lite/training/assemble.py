@@ -23,7 +23,8 @@ from mel_lite.training.scoring import balances_experts
 from mel_lite.types import Group
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool
-from mel_lite.verify.verifiers import get_verifier
+from mel_lite.verify.thoughts import parse_tags
+from mel_lite.verify.verifiers import callable_name, get_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -169,14 +170,20 @@ def build_judge(
             )
         return RewardJudge(rewards_of, args.verifier_threshold), None
     if column is None:
+        name = callable_name(args.verifier) if callable(args.verifier) else args.verifier
         raise DataError(
-            f"verifier={args.verifier!r} needs a reference answer, but the dataset has only the columns "
+            f"verifier={name!r} needs a reference answer, but the dataset has only the columns "
             f"{', '.join(columns) or 'none'}. Rename the answer's column to one of {', '.join(ANSWER_COLUMNS)}, or "
             "leave verifier unset to judge by reward."
         )
-    name = args.verifier or "math"
-    get_verifier(name)  # fail here, not in a worker during the first step
-    pool = VerifyPool(name, workers=args.verifier_workers, deadline_s=args.verifier_deadline_s)
+    verifier = args.verifier or "math"
+    get_verifier(verifier)  # fail here, not in a worker during the first step
+    pool = VerifyPool(
+        verifier,
+        workers=args.verifier_workers,
+        deadline_s=args.verifier_deadline_s,
+        think_tags=parse_tags(args.think_tags),
+    )
     return AnswerJudge(pool), column
 
 

@@ -22,7 +22,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from mel_lite import signals
 from mel_lite.errors import ConfigError, VerifierError
 from mel_lite.text import printable
 from mel_lite.types import Verdict
+from mel_lite.verify.thoughts import THINK_TAGS
+from mel_lite.verify.transport import environment, pack
 
 MAX_COMPLETION_CHARS = 200_000
 """Longest completion that reaches a verifier. Only the end of a longer one does, since the answer is there."""
@@ -44,7 +46,6 @@ _MAX_FAILED_STARTS = 3
 _MAX_WAIT_S = 0.5
 _MAX_REPLY_BYTES = 65_536
 _WORKER_FILE = Path(__file__).with_name("worker.py")
-_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "PATHEXT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env=_environment(folder),
+            env=environment(folder),
             start_new_session=True,
         )
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -125,22 +126,24 @@ class VerifyPool:
     at the end of a `with` block, or when the interpreter exits.
 
     Args:
-        verifier: a name that `mel_lite.verify.verifiers.get_verifier` accepts.
+        verifier: what `mel_lite.verify.verifiers.get_verifier` accepts: a name, or a function.
         workers: number of processes, >= 1.
         deadline_s: wall time per answer in seconds, measured in the parent; start-up does not count.
         memory_bytes: address space of one worker.
         max_respawns: workers that may be lost in one batch, other than at the deadline, before `verify` raises.
-    Raises: ConfigError for a value out of range.
+        think_tags: (start, end) of the thoughts that built-in verifiers do not read.
+    Raises: ConfigError for a value out of range; VerifierError for a function that cannot be sent to a worker.
     """
 
     def __init__(
         self,
-        verifier: str,
+        verifier: str | Callable[..., Any],
         *,
         workers: int = 2,
         deadline_s: float = 1.0,
         memory_bytes: int = 2 * 2**30,
         max_respawns: int = 64,
+        think_tags: Sequence[tuple[str, str]] = THINK_TAGS,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"workers = {workers}: a pool needs at least 1 worker process.")
@@ -148,7 +151,8 @@ class VerifyPool:
             raise ConfigError(f"deadline_s = {deadline_s}: the deadline must be a number of seconds above 0.")
         if memory_bytes < 256 * 2**20:
             raise ConfigError(f"memory_bytes = {memory_bytes}: Python and sympy alone need 256 MiB (268435456).")
-        self._verifier = verifier
+        self._packed: dict[str, Any] = {**pack(verifier), "think_tags": list(think_tags)}
+        self._verifier = self._packed["verifier"]
         self._size = workers
         self._deadline_s = deadline_s
         self._memory_bytes = memory_bytes
@@ -312,7 +316,7 @@ class VerifyPool:
     def _spawn(self) -> _Worker:
         here = os.getcwd()
         setup = {
-            "verifier": self._verifier,
+            **self._packed,
             "deadline_s": self._deadline_s,
             "memory_bytes": self._memory_bytes,
             "parent_pid": os.getpid(),
@@ -378,12 +382,6 @@ def _parse(reply: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return message if isinstance(message, dict) else {}
-
-
-def _environment(folder: str) -> dict[str, str]:
-    """Return a minimal environment without tokens, proxies or thread pools; home and TMPDIR in the pool's folder."""
-    kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-    return kept | {"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
 def _shut_down(workers: list[_Worker], folder: str, owner_pid: int) -> None:

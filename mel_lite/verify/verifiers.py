@@ -16,8 +16,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,15 +25,20 @@ from mel_lite.errors import VerifierError
 from mel_lite.imports import load_object
 from mel_lite.text import did_you_mean
 from mel_lite.types import Verdict
-from mel_lite.verify import extract, gym
+from mel_lite.verify import choices, extract, gym, markup, numbers, words
 from mel_lite.verify.extract import extract_answer
+from mel_lite.verify.thoughts import THINK_TAGS, answer_part
 
 RIGHT_SCORE = 0.99
-"""Least score of a verifier that returns a number which counts as RIGHT: partial credit is not a right answer."""
+"""Least score of `reasoning-gym` that counts as RIGHT: partial credit is not a right answer."""
+TINY = 1e-3
+"""Size below which numbers that math-verify calls equal are also compared relatively."""
 MAX_ANSWER_CHARS = 2_000
 """Longest final answer that is read. A longer one is WRONG: parsers of nested text are not linear."""
 _MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
 """Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
+_PLAIN_NUMBER = re.compile(r"[^=!\\()]*")
+"""Text of two answers in which nothing but a number can be meant: no equation, factorial or command."""
 TAIL_CHARS = 2_000
 """Length of the end of a completion that `math` searches when no answer is marked."""
 
@@ -47,7 +52,9 @@ def exact(completion: str, answer: str) -> Verdict:
     if not gold:
         return Verdict.ABSTAIN
     marked = extract_answer(completion)
-    candidates = [marked] if marked is not None else [completion, extract.last_line(completion)]
+    candidates = (
+        [marked, extract.first_sentence(marked)] if marked is not None else [completion, extract.last_line(completion)]
+    )
     return _verdict(any(extract.normalize(candidate) == gold for candidate in candidates))
 
 
@@ -57,12 +64,12 @@ def numeric(completion: str, answer: str) -> Verdict:
     A marked answer must hold one number (after its last `=`): `3, 4 or 5` is no answer. Without a marked answer, the
     last number of the completion is read.
     """
-    gold = extract.sole_number(extract.marked_or_whole(answer))
+    gold = numbers.sole_number(extract.marked_or_whole(answer))
     if gold is None:
         return Verdict.ABSTAIN
     marked = extract_answer(completion)
-    found = extract.last_number(completion) if marked is None else extract.sole_number(marked)
-    return _verdict(found is not None and extract.same_number(found, gold))
+    found = numbers.last_number(completion) if marked is None else numbers.sole_number(marked)
+    return _verdict(found is not None and numbers.same_number(found, gold))
 
 
 def multiple_choice(completion: str, answer: str) -> Verdict:
@@ -70,11 +77,11 @@ def multiple_choice(completion: str, answer: str) -> Verdict:
 
     Without a marked answer, a lone letter or the only `(X)` of the completion is read.
     """
-    gold = extract.choice_letter(extract.marked_or_whole(answer))
+    gold = choices.choice_letter(extract.marked_or_whole(answer))
     if gold is None:
         return Verdict.ABSTAIN
     marked = extract_answer(completion)
-    found = extract.sole_choice(completion) if marked is None else extract.choice_letter(marked)
+    found = choices.sole_choice(completion) if marked is None else choices.choice_letter(marked)
     return _verdict(found == gold)
 
 
@@ -86,30 +93,44 @@ def math_verify(completion: str, answer: str) -> Verdict:
 
     Has no deadline of its own. Raises: MemoryError, which the pool counts.
     """
-    gold_text = extract.marked_or_whole(answer)
+    gold_text = markup.join_thousands(extract.marked_or_whole(answer))
     if extract.is_word(gold_text):  # a letter product would make anagrams equal
         return exact(completion, gold_text)
     gold = _parse_formula(gold_text)
     if gold is None:
-        return Verdict.ABSTAIN
+        return exact(completion, gold_text) if words.words_of(gold_text) else Verdict.ABSTAIN
     marked = extract_answer(completion)
     if marked is None:
-        return _verdict(_equal(gold, _parse_prose(extract.clean(completion)[-TAIL_CHARS:])))
+        prose = markup.join_thousands(markup.plain(completion[-TAIL_CHARS:]))
+        if words.names_something(gold_text):
+            last = extract.normalize(extract.last_line(completion))
+            return _verdict(f" {last}".endswith(f" {extract.normalize(gold_text)}") and not numbers.denies(last))
+        return _verdict(_equal(gold, _parse_prose(prose)))
     if len(marked) > MAX_ANSWER_CHARS:
         return Verdict.WRONG
-    marked = extract.first_sentence(marked)
+    marked = markup.join_thousands(extract.first_sentence(marked))
     if extract.normalize(marked) == extract.normalize(gold_text):
         return Verdict.RIGHT
-    if _MISREAD.search(marked):
+    if _MISREAD.search(marked) or _words_rule_out(marked, gold_text):
         return Verdict.WRONG
+    value, gold_value = numbers.sole_number(marked), numbers.sole_number(gold_text)
+    if value is not None and gold_value is not None and _PLAIN_NUMBER.fullmatch(marked + gold_text):
+        return _verdict(numbers.same_number(value, gold_value))
     if _equal(
         gold, _parse_prose(marked, latex_only=True) if extract.has_math_delimiters(marked) else _parse_formula(marked)
     ):
         return Verdict.RIGHT
     if "=" in marked or "=" in gold_text:  # which variable has the value matters, and math-verify has looked at it
         return Verdict.WRONG
-    value, gold_value = extract.sole_number(marked), extract.sole_number(gold_text)  # "5 apples", "$1,234.50"
-    return _verdict(value is not None and gold_value is not None and extract.same_number(value, gold_value))
+    # "5 apples", "$1,234.50"
+    return _verdict(value is not None and gold_value is not None and numbers.same_number(value, gold_value))
+
+
+def _words_rule_out(marked: str, gold_text: str) -> bool:
+    """Return True when words make the answers differ: other units, a name that only the reference has, a denial."""
+    if words.words_differ(marked, gold_text) or (words.names_something(gold_text) and not words.words_of(marked)):
+        return True
+    return bool(numbers.denies(marked)) and not numbers.denies(gold_text)
 
 
 @lru_cache(maxsize=4096)
@@ -117,7 +138,7 @@ def _parse_formula(text: str) -> Any:
     """Return the sympy object of a bare formula, or None when it does not parse."""
     from math_verify import LatexExtractionConfig, parse
 
-    text = text.strip().strip("$").strip()
+    text = text.strip().strip("$").strip().replace("**", "^")
     if not text or len(text) > MAX_ANSWER_CHARS:
         return None
     found = parse(
@@ -142,11 +163,35 @@ def _equal(gold: Any, found: Any) -> bool:
     if found is None:
         return False
     try:
-        return verify(gold, found, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
+        if verify(gold, found, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True):
+            return not _differ_when_tiny(gold, found)
+        return _agree_when_huge(gold, found)
     except MemoryError:
         raise
     except Exception:
         return False
+
+
+def _differ_when_tiny(gold: Any, found: Any) -> bool:
+    """Return True for numbers that only math-verify's rounding to six decimals makes equal, in sets and tuples too."""
+    parts = [getattr(one, "args", ()) for one in (gold, found)]
+    if not all(getattr(one, "is_number", False) for one in (gold, found)):
+        kinds = {type(one).__name__ for one in (gold, found)}
+        if not kinds <= {"FiniteSet", "Tuple"} or len(parts[0]) != len(parts[1]):
+            return False
+        return any(_differ_when_tiny(*pair) for pair in zip(*parts, strict=True))
+    size = max(abs(complex(one.evalf(15))) for one in (gold, found))
+    return size < TINY and abs(complex((gold - found).evalf(15))) > float(numbers.TOLERANCE) * size
+
+
+def _agree_when_huge(gold: Any, found: Any) -> bool:
+    """Return True for huge numbers, not both integers, whose relative difference is within the tolerance."""
+    if not all(getattr(one, "is_number", False) for one in (gold, found)) or (gold.is_integer and found.is_integer):
+        return False
+    size = abs(complex(gold.evalf(15)))
+    if not numbers.HUGE <= size < math.inf:
+        return False
+    return abs(complex(found.evalf(15)) - complex(gold.evalf(15))) <= float(numbers.TOLERANCE) * size
 
 
 def reasoning_gym(completion: str, answer: str, gym_entry: str) -> Verdict:
@@ -182,12 +227,16 @@ class Verifier:
     """Names of the dataset columns the function takes; None = all of them."""
     by_keyword: bool
     """True when its parameters are called `completion` and `answer`: it is then called by keyword."""
+    think_tags: tuple[tuple[str, str], ...] = ()
+    """Start and end tags of the thoughts that a built-in verifier does not read. Your own gets the whole text."""
 
     def __call__(self, completion: str, answer: str, /, **columns: Any) -> Verdict:
         """Return the verdict on one completion.
 
-        Raises: whatever the function raises; VerifierError for another return type.
+        Raises: whatever the function raises; VerifierError for a return value that is not a verdict.
         """
+        if self.think_tags:
+            completion = answer_part(completion, self.think_tags) or ""
         taken = {
             name: value
             for name, value in columns.items()
@@ -198,30 +247,38 @@ class Verifier:
         return self._as_verdict(self.function(completion, answer, **taken))
 
     def _as_verdict(self, result: Any) -> Verdict:
-        if result is None:
-            return Verdict.ABSTAIN
         if isinstance(result, str) and result in tuple(Verdict):
             return Verdict(result)
-        if hasattr(result, "__float__") and not isinstance(result, str):
-            score = float(result)
-            return Verdict.ABSTAIN if math.isnan(score) else _verdict(score >= RIGHT_SCORE)
+        if isinstance(result, bool) or (type(result).__name__ == "bool" and type(result).__module__ == "numpy"):
+            return _verdict(bool(result))
         raise VerifierError(
-            f"verifier = {self.name!r} returned {type(result).__name__} {repr(result)[:80]}. "
-            "Return a Verdict, a bool, a score (right from 0.99), or None to abstain."
+            f"verifier = {self.name!r} returned {type(result).__name__} {repr(result)[:80]}. Return 'right', 'wrong', "
+            "'abstain', a Verdict or a bool; turn a score into a bool with your own threshold, such as score >= 0.99."
         )
 
 
-def get_verifier(name: str) -> Verifier:
-    """Return the verifier called `name`: a built-in, or a dotted path.
+def get_verifier(name: str | Callable[..., Any], *, think_tags: Sequence[tuple[str, str]] = THINK_TAGS) -> Verifier:
+    """Return the verifier called `name`: a built-in, a dotted path, or a function itself.
 
-    The path is `package.module:function` or `package.module.function`.
+    The path is `package.module:function` or `package.module.function`. `think_tags` are the (start, end) tags around
+    the thoughts of a completion, which built-in verifiers do not read.
 
     Raises: VerifierError when there is none of that name, it cannot be imported, or it cannot be called.
     """
+    if not isinstance(name, str):
+        if not callable(name):
+            raise VerifierError(
+                f"verifier = {name!r} is a {type(name).__name__}. Set a name ({', '.join(BUILT_IN)}), a dotted path, "
+                "or a function (completion, answer)."
+            )
+        built_in = next((key for key, function in BUILT_IN.items() if function is name), None)
+        if built_in is None:
+            return _wrap(callable_name(name), name)
+        name = built_in
     if name in BUILT_IN:
         if name == "reasoning-gym":
             gym.require()
-        return _wrap(name, BUILT_IN[name])
+        return replace(_wrap(name, BUILT_IN[name]), think_tags=tuple(think_tags))
     if ":" not in name and "." not in name:
         raise VerifierError(
             f"verifier = {name!r} is not known.{did_you_mean(name, BUILT_IN)} Built in: {', '.join(BUILT_IN)}; "
@@ -231,6 +288,12 @@ def get_verifier(name: str) -> Verifier:
     if not callable(function):
         raise VerifierError(f"verifier = {name!r} is a {type(function).__name__}, not a function.")
     return _wrap(name, function)
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    """Return the dotted path of a function or class instance, as messages and saved options show it."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _wrap(name: str, function: Callable[..., Any]) -> Verifier:

@@ -31,7 +31,7 @@ def main() -> None:
     sys.path[:] = setup["sys_path"]
     _find_our_package(setup["package_folder"])
     try:
-        verifier = _load(setup["verifier"])
+        verifier = _load(setup)
     except BaseException as error:  # including SystemExit during import: the parent must report it
         _send(replies, {"fatal": str(error) or repr(error)})
         return
@@ -67,10 +67,12 @@ def _send(replies: BinaryIO, message: dict[str, Any]) -> None:
     replies.flush()
 
 
-def _load(name: str) -> Any:
+def _load(setup: dict[str, Any]) -> Any:
+    from mel_lite.verify.transport import unpack
     from mel_lite.verify.verifiers import BUILT_IN, get_verifier
 
-    verifier = get_verifier(name)
+    name = setup["verifier"]
+    verifier = get_verifier(unpack(setup), think_tags=[(start, end) for start, end in setup["think_tags"]])
     if name in BUILT_IN and name != "reasoning-gym":
         verifier(r"\boxed{\frac{1}{2}}", "0.5")  # load imports and grammar tables now, not on the first answer's time
     return verifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mel_lite.verify import extract
+from mel_lite.verify import numbers
 from mel_lite.verify.extract import extract_answer
 
 
@@ -58,7 +58,7 @@ def test_extract_answer(text: str, expected: str | None) -> None:
     ],
 )
 def test_numbers_are_read_exactly(text: str, value: str, percent: bool) -> None:
-    number = extract.sole_number(text)
+    number = numbers.sole_number(text)
     assert number is not None
     assert (str(number.value), number.percent) == (value, percent)
 
@@ -68,4 +68,4 @@ def test_numbers_are_read_exactly(text: str, value: str, percent: bool) -> None:
     ["3 or 4", "3, 4", "(1, 2)", "3^2", r"3\pi", r"\sqrt{4}", "<5", "5x", "1e9999", "9" * 500, "2+3", "no", "1/0"],
 )
 def test_texts_that_are_not_a_single_number(text: str) -> None:
-    assert extract.sole_number(text) is None
+    assert numbers.sole_number(text) is None

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from answer_pairs import ATTACKS, PAIRS
@@ -15,11 +16,19 @@ from cpu_limit import cpu_limit
 from mel_lite.errors import VerifierError
 from mel_lite.types import Verdict
 from mel_lite.verify.verifiers import BUILT_IN, MAX_ANSWER_CHARS, get_verifier
+from reported_answers import REPORTED, columns_of
 
 
 @pytest.mark.parametrize(("verifier", "completion", "answer", "verdict"), PAIRS)
 def test_labeled_pairs(verifier: str, completion: str, answer: str, verdict: str) -> None:
     assert get_verifier(verifier)(completion, answer) == verdict
+
+
+@pytest.mark.parametrize(("verifier", "completion", "answer", "verdict"), REPORTED)
+def test_answers_of_public_reports(verifier: str, completion: str, answer: str, verdict: str) -> None:
+    if verifier == "reasoning-gym":
+        pytest.importorskip("reasoning_gym")
+    assert get_verifier(verifier)(completion, answer, **columns_of(verifier, answer)) == verdict
 
 
 def test_enough_pairs_of_every_kind() -> None:
@@ -104,13 +113,50 @@ def test_broken_dotted_paths(rules: Path) -> None:
 def test_return_values_become_verdicts_or_errors(rules: Path) -> None:
     write_module(rules, "def echo(completion, answer, result):\n    return result\n")
     verifier = get_verifier("my_rules:echo")
-    given = [True, False, 1, 0.99, 0.98, 0.0, float("nan"), None, Verdict.ABSTAIN, "right", "wrong"]
+    given = [True, False, np.True_, np.False_, Verdict.ABSTAIN, "right", "wrong", "abstain"]
     assert [str(verifier("", "", result=result)) for result in given] == (
-        ["right", "wrong", "right", "right", "wrong", "wrong", "abstain", "abstain", "abstain", "right", "wrong"]
+        ["right", "wrong", "right", "wrong", "abstain", "right", "wrong", "abstain"]
     )
-    for result in ("correct", [True], {"score": 1}):
-        with pytest.raises(VerifierError, match=f"'my_rules:echo' returned {type(result).__name__}"):
+    for result in ("correct", [True], {"score": 1}, 1.0, 0.0, float("nan"), 1, None, np.float32(1)):
+        with pytest.raises(VerifierError, match=f"'my_rules:echo' returned {type(result).__name__}") as error:
             verifier("", "", result=result)
+        assert repr(result) in str(error.value)
+
+
+def test_a_function_is_a_verifier_by_itself() -> None:
+    def same(completion: str, answer: str, level: int = 0) -> bool:
+        return completion == answer and level == 3
+
+    class Rule:
+        def __call__(self, text: str, gold: str) -> str:
+            return "right" if text == gold else "wrong"
+
+    verifier = get_verifier(same)
+    assert verifier.name.endswith(":test_a_function_is_a_verifier_by_itself.<locals>.same")
+    assert verifier.columns == frozenset({"level"})
+    assert [str(verifier("a", "a", level=3)), str(verifier("a", "a", level=2))] == ["right", "wrong"]
+    assert [str(get_verifier(Rule())(text, "a")) for text in "ab"] == ["right", "wrong"]
+    assert get_verifier(BUILT_IN["numeric"]).name == "numeric"
+    with pytest.raises(VerifierError, match=r"verifier = 3 is a int. Set a name"):
+        get_verifier(3)  # type: ignore[arg-type]
+    with pytest.raises(VerifierError, match="must take two arguments"):
+        get_verifier(lambda completion: True)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "reasoning-gym"])
+def test_built_in_verifiers_read_the_part_after_the_configured_tags(name: str) -> None:
+    right, wrong = {"exact": ("Paris", "London"), "multiple-choice": ("B", "C")}.get(name, ("7", "5"))
+    text = f"<plan>Answer: {wrong}</plan> Answer: {right}"
+    own = get_verifier(name, think_tags=(("<plan>", "</plan>"),))
+    assert [str(own(text, right)), str(own(text, wrong))] == ["right", "wrong"]
+    assert own(f"<plan>Answer: {right}", right) is Verdict.WRONG
+    assert get_verifier(name)(f"<plan>Answer: {right}", right) is Verdict.RIGHT  # not one of the usual tags
+    whole = get_verifier(name, think_tags=())
+    assert whole(f"<think>Answer: {right}", right) is Verdict.RIGHT
+
+
+def test_your_own_verifier_gets_the_thoughts_too() -> None:
+    assert get_verifier(lambda completion, answer: completion == answer)("<think>a</think>b", "<think>a</think>b")
 
 
 def test_columns_go_only_to_verifiers_that_take_them(rules: Path) -> None:

@@ -1,0 +1,203 @@
+"""Read which option A-J a text chooses, in the sentences that people and models write. Ambiguity is no choice."""
+
+from __future__ import annotations
+
+import re
+
+from mel_lite.verify import markup
+from mel_lite.verify.extract import TEXT_COMMAND, last_line
+
+_L = r"['\"\u201c\u2018]?[(\[{<]{0,2}[ ]?(?P<letter>[A-J])\b[ ]?[)\]}>]{0,2}['\"\u201d\u2019]?"
+_NOUN = r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response)"
+_LABEL = re.compile(
+    r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:(?:option|choice|letter|answer)\s*:?\s*)?"
+    r"(?:[(\[{<]{1,2}[ ]?(?P<bracketed>[A-Ja-j])[ ]?[)\]}>]{1,2}|"
+    r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?]|\s+[-\u2014]\s|\s*\u2014))"
+    r"[.:),;!?\u2014-]*(?P<rest>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+_ANOTHER = re.compile(
+    r"\W{0,4}(?:(?i:or|and|maybe|perhaps|possibly|also|then|vs\.?)\b\W{0,4}){0,3}"
+    r"(?i:(?:option|choice|letter)\s+)?(?:[(\[][A-J][)\]]|[A-J](?=\W*$|[).:,;]))",
+)
+_ALTERNATIVE = re.compile(
+    r"(?:\b(?i:or|maybe|perhaps|possibly|could(?: also)? be|might(?: also)? be|alternatively|as well as)\b|[&/])"
+    r"[^.\n]{0,30}?(?<![A-Za-z'])[(\[]?[A-J](?![A-Za-z'])(?!\s+[a-z])",
+)
+_REASON = re.compile(
+    r"\b(?:because|since|as|due to|given|while|whereas|for|which)\b|[;\u2014\u2013]|\s-\s|[.!?](?=\s)|\n"
+)
+_MENTION = re.compile(
+    r"(?<![A-Za-z0-9\\-])(?<![A-Za-z]['\u2019])(?P<open>[(\[{]?)(?P<letter>[A-J])(?P<close>[)\]}]?)(?![A-Za-z0-9]|['\u2019][A-Za-z])"
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:(?:any|every)thing but|any but|all but|doubt(?: that)?|if|whether|not|neither|"
+    r"nor|never|except|than|excludes?|excluding|eliminated?|eliminating|eliminates|reject(?:ed)?|"
+    r"rule out|ruled out|instead of|unlike|without)|"
+    r"n['\u2019]t(?: be| (?:think|believe|say)(?: that)?(?: it(?:['\u2019]s| is))?)?)"
+    r"\W{1,3}(?:(?:option|choice|letter|answer|be|the)\W{1,2}){0,2}$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[)\]}]?\W{0,2}(?:(?:is|are|was|seems|looks)\s+(?:also\s+|clearly\s+|definitely\s+)?"
+    r"(?:wrong|incorrect|not|false|too|out\b|ruled|"
+    r"eliminated|impossible|excluded|invalid)|"
+    r"(?:is|are|was|does|do|did|can|could|would)n['\u2019]t|cannot|fails?\b|(?:does|do|can) not)",
+    re.IGNORECASE,
+)
+_ASSERTIONS = (
+    re.compile(
+        rf"(?<!wrong )(?<!incorrect )(?<!false )\b{_NOUN}(?:\s+that\s[^.\n]{{1,40}}?)?\s*"
+        rf"(?:(?:is|was|would be|must be|should be|has to be|will be|seems to be)\b\s*|[:=]\s*)?"
+        rf"(?:(?:clearly|definitely|therefore|thus|indeed|likely|probably|option|choice|letter)\b[\s,:]*){{0,3}}{_L}",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        rf"{_L}\W{{0,3}}(?:is|must be|should be|would be|has to be|seems|looks)\s+"
+        r"(?:clearly\s+|indeed\s+|therefore\s+|definitely\s+|also\s+|obviously\s+)?(?:the\s+)?(?:only\s+|most\s+)?"
+        r"(?:correct|right|best|answer|true|valid|one\b|solution|my\s+(?:final\s+)?(?:answer|choice))",
+        re.IGNORECASE,
+    ),
+    re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches)\b", re.IGNORECASE),
+    re.compile(
+        rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+with|went\s+with|opt(?:ing)?\s+for|"
+        rf"settle\s+on|settled\s+on|vote\s+for)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        rf"\b(?:it['\u2019]?s|it\s+is|it\s+must\s+be|that['\u2019]?s|that\s+is|must\s+be|therefore|thus|hence|so|then|"
+        rf"leaves(?:\s+us\s+with)?|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
+        rf"[\s,:]*(?:it\s+is\s+|it['\u2019]s\s+|only\s+)?(?:(?:option|choice|letter|answer)\s+)?{_L}(?=\W*$|\W*[.;,!\n])",
+        re.IGNORECASE,
+    ),
+)
+_REVISION = re.compile(
+    r"\b(?:actually|wait|instead|correction|on second thought|no,|rather|finally|in the end)", re.IGNORECASE
+)
+_SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
+_FUNCTION_WORDS = (
+    "is|was|or|and|but|not|then|nor|to|through|if|when|since|because|as|works|fits|holds|matches|seems|has|must|should|"
+    "would|could|can|cannot|fails|are"
+)
+_MAX_CHARS = 2_000
+
+
+def choice_letter(text: str) -> str | None:
+    """Return the option that a short text names, in upper case. None when it names none, or two."""
+    text = _prepared(text[:_MAX_CHARS])
+    if label := _LABEL.match(text):
+        return _labelled(label)
+    reason = _REASON.search(text)
+    head, rest = (text[: reason.start()], text[reason.end() :]) if reason else (text, "")
+    chosen = _stated(head)
+    if len(chosen) != 1 or _ALTERNATIVE.search(rest):
+        return _asserted(text) if not chosen else None
+    return chosen.pop()
+
+
+def sole_choice(text: str) -> str | None:
+    """Return the option that a text without markers names, or None.
+
+    The last line or the whole text must name it, a sentence must choose it and no other, or exactly one bracketed
+    letter must occur in the text.
+    """
+    last = _prepared(last_line(text)[-_MAX_CHARS:])
+    if (label := _LABEL.match(last)) and (letter := _labelled(label)):
+        return letter
+    text = _prepared(text[-_MAX_CHARS:])
+    if (label := _LABEL.match(text)) and "\n" not in text:
+        return _labelled(label)
+    if letter := _asserted(last) or _asserted(text):
+        return letter
+    if _mentions_in_assertions(text):
+        return None  # of two options, or of one that is denied
+    bracketed = {m["letter"] for m in _MENTION.finditer(text) if m["open"] == "(" and m["close"] == ")"}
+    denied = {m["letter"] for m in _MENTION.finditer(text) if _is_denied(text, m)}
+    return bracketed.pop() if len(bracketed) == 1 and not bracketed & denied else None
+
+
+def _prepared(text: str) -> str:
+    text = TEXT_COMMAND.sub(r"\1", markup.plain(text))
+    for latex in ("\\(", "\\)", "\\[", "\\]", "\\ ", "\\,", "\\;", "$"):
+        text = text.replace(latex, " ")
+    return markup.strip(" ".join(line for line in text.split("\n")) if len(text) < 40 else text)
+
+
+def _labelled(label: re.Match[str]) -> str | None:
+    """Return the letter of `B) Paris`. None for an article ('a dog'), a second letter, or a denial (`B is wrong`)."""
+    rest = label["rest"]
+    letter = label["bracketed"] or label["plain"]
+    if letter.islower() and label["plain"] and rest.strip() and label.string[label.end("plain")] not in ").:":
+        return None
+    if _ANOTHER.match(rest) or _ALTERNATIVE.search(rest) or _DENIED_AFTER.match(rest):
+        return None
+    return str(letter.upper())
+
+
+def _stated(head: str) -> set[str]:
+    """Return the letters that a clause names and does not deny."""
+    lower = re.fullmatch(rf"(?:{_NOUN}\s*:?\s*)?[(\[]?([a-j])[)\]]?", head.strip())
+    if lower:
+        return {lower[1].upper()}
+    found = set()
+    for mention in _MENTION.finditer(head):
+        letter, bare = mention["letter"], not (mention["open"] or mention["close"])
+        after = head[mention.end() :]
+        if not (bare and _is_word(letter, after)) and not _is_denied(head, mention):
+            found.add(letter)
+    return found
+
+
+def _is_word(letter: str, after: str) -> bool:
+    """Return True for the article in `A dog` and the pronoun in `I think`."""
+    return letter in "AI" and re.match(rf"\s+(?!(?:{_FUNCTION_WORDS})\b)[a-z]", after[:40]) is not None
+
+
+def _is_denied(text: str, mention: re.Match[str]) -> bool:
+    before, after = text[max(0, mention.start() - 40) : mention.start("letter")], text[mention.end("letter") :]
+    if _DENIED_BEFORE.search(before.rstrip("([{")) or _DENIED_AFTER.match(after[:60]):
+        return True
+    together = re.match(r"[)\]}]?\s*(?:,|and|or|nor)\s*[(\[]?[A-J][)\]]?", after[:20])
+    if together and _DENIED_AFTER.match(after[together.end() : together.end() + 60]):
+        return True  # 'A and C are wrong'
+    return re.search(r"\bneither\b[^.]*\bnor\W{1,3}(?:option\W)?$", before, re.IGNORECASE) is not None
+
+
+def _asserted(text: str) -> str | None:
+    """Return the only option that the sentences of a text choose; a sentence that revises counts alone."""
+    chosen: set[str] = set()
+    for sentence in _SENTENCE.split(text):
+        if sentence.rstrip().endswith("?"):
+            continue
+        letters = _mentions_in_assertions(sentence)
+        if letters and _REVISION.search(sentence):
+            chosen = set()
+        chosen |= letters
+    return chosen.pop() if len(chosen) == 1 and not _is_torn(text) else None
+
+
+def _mentions_in_assertions(text: str) -> set[str]:
+    found = set()
+    for pattern in _ASSERTIONS:
+        for match in pattern.finditer(text):
+            letter, position = match["letter"], match.start("letter")
+            bare = text[position - 1 : position] not in ("(", "[", "{")
+            if letter.islower() and (bare and not match[0].lower().startswith(("option", "choice", "letter"))):
+                continue
+            if bare and _is_word(letter, text[position + 1 :]):
+                continue
+            mention = _MENTION.match(text, position)
+            if mention is not None and not _is_denied(text, mention):
+                found.add(letter.upper())
+                if also := re.match(
+                    r"[)\]}]?\s*(?:,|/|&|and|or)\s*[(\[]?([A-J])\b(?!\s+(?:is|are|was)\b)", text[position + 1 :][:20]
+                ):
+                    found.add(also[1])
+    return found
+
+
+def _is_torn(text: str) -> bool:
+    return (
+        re.search(r"\b(?:either|both|between)\b[^.\n]{0,30}\b[A-J]\b[^.\n]{0,12}\b(?:or|and)\W{1,3}[A-J]\b", text)
+        is not None
+    )

@@ -1,0 +1,78 @@
+r"""Remove what surrounds an answer without being part of it: emphasis, code marks, quotes, tags, LaTeX spacing.
+
+Every pass is linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
+_PLAIN = _FULL_WIDTH | {0x2212: "-", 0x2013: "-", 0xA0: " ", 0x202F: " ", 0x2009: " ", 0x3002: "."}
+
+_STRUCK = re.compile(r"~~[^~\n]{1,300}~~")
+_TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|span|big|center|p)(?:\s[^<>\n]{0,100})?>", re.IGNORECASE)
+_BREAK = re.compile(r"<br\s{0,9}/?>", re.IGNORECASE)
+_OPENING = re.compile(r"(?:(?<=[\s(\[{\"'>:,=$~|\u201c\u2018])|^)(?:\*{2,3}|_{2,3})(?=[^\s*_])", re.MULTILINE)
+_CLOSING = re.compile(
+    r"(?<=[^\s*_])(?:\*{2,3}|_{2,3})(?:[!?,;]+(?=\s*$)|(?=[\s.,;:!?)\]}\"'$|<\u2014\u201d\u2019]|$))",
+    re.MULTILINE,
+)
+_LABEL = re.compile(r"(?<=\w)(\s{0,2})\*\*(?=\s{0,2}[:=])|(?<=[:=])\*\*")
+_SINGLE = re.compile(
+    r"(?:(?<=[\s(\[{\"'>:,=$|])|^)(?P<mark>[*_])(?=[^\s*_])(?P<inside>[^*_\n]+)(?<=[^\s*_])(?P=mark)"
+    r"(?=[\s.,;:!?)\]}\"'$|<\u2014]|$)",
+    re.MULTILINE,
+)
+_AT_ENDS = " \t\r\n*`_"
+QUOTES = "\"'\u201c\u201d\u2018\u2019\u00ab\u00bb\u201e"
+_THOUSANDS = (
+    re.compile(
+        r"(?<=\d)(?:\{,\}(?:\\!)*|,(?:\\!)+[ ]?"
+        r"|(?:\\[,:;> ]|\\(?:thin|med|thick|en)space(?![A-Za-z])|\\hspace\*?\{[^{}]{1,12}\}|~)[ ]?)(?=\d{3}(?!\d))"
+    ),
+    re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\\![ ]?\d{3})+)(?!\d)"),
+)
+
+
+def clean(text: str) -> str:
+    """Replace control and direction characters by spaces, and full-width characters by their ASCII forms."""
+    return _INVISIBLE.sub(" ", text).translate(_PLAIN)
+
+
+def plain(text: str) -> str:
+    """Return cleaned text without emphasis, code marks, tags of HTML and struck-out words."""
+    text = clean(text)
+    if "<" in text:
+        text = _BREAK.sub("\n", _TAG.sub("", text))
+    if "~~" in text:
+        text = _STRUCK.sub(" ", text)
+    text = text.replace("`", "")
+    if "*" in text or "_" in text:
+        text = _CLOSING.sub("", _OPENING.sub("", _LABEL.sub(r"\1", text)))
+        text = _SINGLE.sub(r"\g<inside>", text)
+    return text
+
+
+def strip(text: str) -> str:
+    """Remove spaces, marks, quotes around the whole, and one final dot, in whatever order they occur at the ends."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip(_AT_ENDS)
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1]
+        if len(text) > 1 and text[0] in QUOTES and text[-1] in QUOTES:
+            text = text[1:-1]
+        elif text.endswith((*"!?", ",", ";")) and len(text) > 1 and text[-2] in "*`_" + QUOTES:
+            text = text[:-1]  # punctuation behind the marks is the sentence's, not the answer's
+    return text
+
+
+def join_thousands(text: str) -> str:
+    r"""Remove what LaTeX and typography put between groups of three digits: `10,\!000`, `10\,000`, `10{,}000`."""
+    if "\\" in text or "~" in text or "{" in text:
+        text = _THOUSANDS[0].sub("", text)
+        text = _THOUSANDS[1].sub(lambda match: re.sub(r"\\![ ]?", "", match[0]), text)
+    return text

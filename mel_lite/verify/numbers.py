@@ -1,0 +1,156 @@
+"""Read an answer as a number, and compare numbers. Exact: values are fractions, and nothing is evaluated."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from mel_lite.verify import markup
+from mel_lite.verify.extract import TEXT_COMMAND, first_sentence
+
+TOLERANCE = Fraction(2, 10**6)
+"""Largest difference between equal numbers that are not integers: absolute from 1 on, relative below 1 and if huge."""
+HUGE = 10**15
+"""Size from which decimals and scientific notation are compared by their relative difference."""
+MAX_DIGITS = 400
+"""Longest number that is read, and the largest power of ten. No honest answer exceeds it."""
+_FLOAT_TOLERANCE = Fraction(1, 10**9)
+
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = re.compile(
+    r"(?<![\w.^])(?P<sign>(?<![\w)])[-+][ ]?)?(?:[$\u20ac\u00a3\u00a5\u20b9][ ]?)?(?P<inner>-)?"
+    rf"(?:(?P<whole>[0-9]{{1,9}})[ ]+(?=[0-9]+[ ]?/))?(?P<value>{_DECIMAL})(?:[ ]?/[ ]?(?P<denominator>{_DECIMAL}))?"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]{1,4})(?![\w.])"
+    r"|[ ]?(?:\*|x|\u00d7|\\times|\\cdot)[ ]?10\^\{?(?P<power>[-+]?[0-9]{1,4})\}?)?"
+    r"(?:[ ]{1,3}(?P<scale>hundred|thousand|million|billion|trillion)\b)?"
+    r"(?P<percent>[ ]?%|[ ]percent\b)?"
+)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FRACTION = re.compile(r"(?P<left>[0-9])?\s*\\[dt]?frac\s*(?:\{\s*([0-9.]+)\s*\}\s*\{\s*([0-9.]+)\s*\}|([0-9])([0-9]))")
+_LATEX_NOISE = re.compile(
+    r"\\[,;!:> ]|\\(?:left|right|displaystyle|q?quad|thinspace|pounds|euro|yen|textdollar|texteuro|textsterling)\b"
+    r"|\^\s*\{?\\circ\}?|~|\u00b0"
+)
+_NAMED_UNIT = re.compile(
+    r"\\(?:text|mathrm|textrm|mathit|mbox|operatorname)\s*\{([^{}]*)\}\s*\^\s*(?:\{[-0-9 ]{1,4}\}|[0-9])"
+)
+_CURRENCY = re.compile(
+    r"\b(?:US|USD|EUR|GBP|INR|Rs|CAD|AUD|JPY|CNY|RMB|HK|AU|CA|NZ)\b\.?[ ]?(?=[$\u20ac\u00a3\u00a5\u20b9]?[ ]?-?[0-9.])"
+)
+_LENGTH = r"(?:[mckd]?m|in|ft|yd|mi|inch(?:es)?|feet|foot|yards?|miles?|[a-z]{0,6}met(?:er|re)s?|units?)"
+_UNIT = re.compile(
+    rf"(?<![A-Za-z])(?:{_LENGTH}\s*(?:\^\s*(?:\{{-?[23]\}}|[23])|[\u00b2\u00b3])"
+    r"|(?:[a-z]{2,12}|[mgsLJNWVA])\s*/\s*(?:[a-z]{2,12}|[hsmgL]|kg)\b\s*(?:\^\s*(?:\{[23]\}|[23])|[\u00b2\u00b3])?)"
+)
+_POWER_OF_TEN = re.compile(
+    r"(?P<times>(?:\*|x|\u00d7|\\times|\\cdot)\s?)?(?<![\w.^}])10\s?\^\s?"
+    r"(?:\{\s?(?P<braced>[-+]?[0-9]{1,4})\s?\}|(?P<bare>[-+]?[0-9]{1,4}))"
+    r"(?![\w.^])"
+)
+_ORDINAL = re.compile(r"(?<=[0-9])(?:st|nd|rd|th)\b")
+_NEGATIVE = re.compile(r"\b(?:minus|negative)[ ]+(?=[$\u20ac\u00a3]?[0-9])", re.IGNORECASE)
+_NOT_A_NUMBER = re.compile(r"[\\^*/+<>\u2264\u2265\u221a\u03c0\[\]{}|\u00b2\u00b3\u2260]|\b(?:pi|sqrt|i)\b")
+_VARIABLE = re.compile(r"[0-9][abnpqrtxyz]\b")
+_NO_STATEMENT = re.compile(
+    r"\b(?:not|never|neither|nor|except|unknown|(?:is|was|are|does|do|did|can|could)n['\u2019]t|cannot"
+    r"|(?:(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|up to|no more than"
+    r"|between|above|below|over|under|almost|nearly)\s{1,3}[$\u20ac\u00a3]?[0-9]))",
+    re.IGNORECASE,
+)
+"""A denial, or a bound: `not 5` and `at least 5` do not state the number 5."""
+_GROUPED = re.compile(r"[^0-9]{0,40}?(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?[^0-9]*")
+_BRACKETED = re.compile(r"\s*[\[({]\s*([^\[\](){},]*)[\])}]\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """Number as an answer states it: `50%` is (50, percent)."""
+
+    value: Fraction
+    percent: bool = False
+    rounded: bool = field(default=False, compare=False)
+    """True for scientific notation, whose digits are those that are known."""
+
+
+def same_number(left: Number, right: Number) -> bool:
+    """Return True for equal numbers: exactly for two integers, else within TOLERANCE.
+
+    If only one has a percent sign, `50%` equals both 50 and 0.5.
+    """
+    if left.percent != right.percent:
+        as_share, plain = (left, right) if left.percent else (right, left)
+        return _close(as_share.value, plain.value) or _close(as_share.value / 100, plain.value)
+    return _close(left.value, right.value, exact=not (left.rounded or right.rounded))
+
+
+def _close(left: Fraction, right: Fraction, *, exact: bool = True) -> bool:
+    size = max(abs(left), abs(right))
+    if left.denominator == right.denominator == 1 and (exact or size < HUGE):
+        return left == right
+    allowed = TOLERANCE * size if size < 1 or size >= HUGE else max(TOLERANCE, _FLOAT_TOLERANCE * size)
+    return abs(left - right) <= allowed
+
+
+def last_number(text: str) -> Number | None:
+    """Return the last number in the last 2,000 characters of the text."""
+    text = _without_latex(text[-2_000:])
+    return next((number for match in reversed(list(_NUMBER.finditer(text))) if (number := _read(match))), None)
+
+
+def sole_number(text: str) -> Number | None:
+    """Return the only number the text states after its last `=`. None for several, a bound, a denial or a formula."""
+    if len(text) > 2_000:
+        return None
+    text = _without_latex(first_sentence(text))
+    text = re.split(r"=|\u2248|\\approx|\\equiv", text)[-1]
+    if bracketed := _BRACKETED.fullmatch(text):
+        text = bracketed[1]
+    if _GROUPED.fullmatch(text):
+        text = re.sub(r"(?<=[0-9]) (?=[0-9])", "", text)
+    matches = list(_NUMBER.finditer(text))
+    numbers = {_read(match) for match in matches}
+    if len(numbers) != 1 or _VARIABLE.search(text) or _NO_STATEMENT.search(text):
+        return None
+    if _NOT_A_NUMBER.search(_NUMBER.sub(" ", text)):
+        return None
+    return numbers.pop()
+
+
+def denies(text: str) -> bool:
+    """Return True when the text denies or bounds what it names (`not 5`, `at least 5`) rather than states it."""
+    return _NO_STATEMENT.search(_without_latex(text)) is not None
+
+
+def _without_latex(text: str) -> str:
+    """Rewrite LaTeX fractions as plain text and remove LaTeX spacing, currencies and units."""
+    text = markup.join_thousands(markup.plain(text))
+    for latex, plain in (("\\$", "$"), ("\\%", "%"), ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " ")):
+        text = text.replace(latex, plain)
+    text = TEXT_COMMAND.sub(r" \1 ", _NAMED_UNIT.sub(r" \1 ", text))
+    text = _UNIT.sub(" ", _CURRENCY.sub("", _LATEX_NOISE.sub(" ", text)))
+    text = _NEGATIVE.sub("-", _ORDINAL.sub("", text))
+    text = _POWER_OF_TEN.sub(
+        lambda match: match[0] if match["times"] else f"1e{match['braced'] or match['bare']}", text
+    )
+
+    def fraction(match: re.Match[str]) -> str:
+        left = f"{match['left']} " if match["left"] else ""
+        return f"{left}{match[2] or match[4]}/{match[3] or match[5]}"
+
+    return _FRACTION.sub(fraction, text)
+
+
+def _read(match: re.Match[str]) -> Number | None:
+    power = int(match["exponent"] or match["power"] or 0) + _SCALES.get(match["scale"] or "", 0)
+    if len(match[0]) > MAX_DIGITS or abs(power) > MAX_DIGITS:
+        return None
+    try:
+        value = Fraction(match["value"].replace(",", ""))
+        if match["denominator"]:
+            value /= Fraction(match["denominator"].replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+    value = (value + int(match["whole"] or 0)) * Fraction(10) ** power
+    negative = (match["sign"] or "").startswith("-") != (match["inner"] is not None)
+    return Number(-value if negative else value, match["percent"] is not None, power != 0)
