@@ -78,7 +78,7 @@ def type_name(hint: Any) -> str:
         return "null"
     if get_origin(hint) is Literal:
         return listed(get_args(hint))
-    if get_origin(hint) is Sequence:
+    if get_origin(hint) in (Sequence, list):
         return "list"
     if get_args(hint):
         values = [value for member in get_args(hint) if get_origin(member) is Literal for value in get_args(member)]
@@ -119,7 +119,7 @@ def section(name: str, kind: type) -> str:
 def train() -> str:
     """Return the part of the page about MELConfig's own options."""
     own = [f for f in fields(MELConfig) if f.name in MELConfig.__annotations__]
-    hints = get_type_hints(type("Own", (), {"__annotations__": MELConfig.__annotations__}))
+    hints = get_type_hints(type("Own", (), {"__annotations__": MELConfig.__annotations__}), {"Callable": Callable})
     types = {f.name: listed(f.metadata.get("choices", ())) or type_name(hints[f.name]) for f in own}
     rows = ((f.name, types[f.name], default_of(f), f.metadata["help"]) for f in own)
     return f"{TRAIN}\n{table(rows)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -70,18 +70,18 @@ class MELConfig(GRPOConfig):
     meta_experience: bool | None = _option(
         None, "Learn from meta-experiences next to the policy term. None: with `mel` only."
     )
-    verifier: str | Callable | None = _option(  # type: ignore[type-arg]  # noqa: RUF009
+    verifier: str | None | Callable = _option(  # type: ignore[type-arg]  # noqa: RUF009, RUF036
         None,
         f"Verifier that calls a completion right or wrong: {', '.join(BUILT_IN)}, a dotted path to "
         "`verifier(completion, answer) -> right | wrong | abstain`, or in Python the function itself. None: math if "
         "the dataset has an `answer` or `solution` column, else a completion is right when its reward reaches "
         "`verifier_threshold`.",
     )
-    think_tags: Sequence[str] | None = _option(
+    think_tags: list[str] | None = _option(  # noqa: RUF009
         None,
-        "Tags around a completion's thoughts, each as `START END`: built-in verifiers read what follows the last "
-        "END, and nothing after a START without an END. None: those of the usual reasoning models, such as `<think> </think>` "
-        "and `[THINK] [/THINK]`. An empty list: the whole completion is the answer.",
+        "Tags around a completion's thoughts, each as `START END`: built-in verifiers read what follows the last END, "
+        "and nothing if a START has no END. None: those of the usual reasoning models, such as `<think> </think>` and "
+        "`[THINK] [/THINK]`. An empty list: the whole completion is the answer.",
     )
     verifier_threshold: float = _option(
         1.0, "With no verifier and no answer column: least weighted reward that counts as right."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -170,12 +170,14 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     elif isinstance(value, (int, float, str)) and float in allowed:
         with suppress(ValueError):
             return float(value)
-    elif isinstance(value, list) and Sequence in allowed:
+    elif isinstance(value, list) and (Sequence in allowed or list in allowed):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and str in allowed:
         return str(value)  # a revision that looks like a number
-    names = {NoneType: "null", Sequence: "a list"}
-    wanted = choices or [names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in allowed]
+    names = {NoneType: "null", Sequence: "a list", list: "a list"}
+    wanted = choices or [
+        names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in allowed if kind is not Callable
+    ]
     raise ConfigError(f"{key}={value!r} must be {' or '.join(map(str, wanted))}. Set {key}.")
 
 
@@ -238,7 +240,7 @@ def build_args(recipe: Recipe, output_dir: Path) -> Any:
             raise ConfigError(f"unknown key train.{key}.{suggest(key, known)}")
     numeric = {f.name for f in fields(MELConfig) if "float" in str(f.type)}
     # TRL's fields are checked by TRL; their annotations do not all resolve without optional packages.
-    ours = get_type_hints(type("Ours", (), {"__annotations__": MELConfig.__annotations__}))
+    ours = get_type_hints(type("Ours", (), {"__annotations__": MELConfig.__annotations__}), {"Callable": Callable})
     options = {}
     for key, value in recipe.train.items():
         options[key] = value

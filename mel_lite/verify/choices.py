@@ -8,11 +8,11 @@ from mel_lite.verify import markup
 from mel_lite.verify.extract import TEXT_COMMAND, last_line
 
 _L = r"['\"\u201c\u2018]?[(\[{<]{0,2}[ ]?(?P<letter>[A-J])\b[ ]?[)\]}>]{0,2}['\"\u201d\u2019]?"
-_NOUN = r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response)"
+_NOUN = r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt)"
 _LABEL = re.compile(
     r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:(?:option|choice|letter|answer)\s*:?\s*)?"
     r"(?:[(\[{<]{1,2}[ ]?(?P<bracketed>[A-Ja-j])[ ]?[)\]}>]{1,2}|"
-    r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?]|\s+[-\u2014]\s|\s*\u2014))"
+    r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?]|\s+(?:[-\u2014=\u2192]|[-=]>)\s|\s*\u2014|\s+(?:because|since)\s))"
     r"[.:),;!?\u2014-]*(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
@@ -24,6 +24,7 @@ _ALTERNATIVE = re.compile(
     r"(?:\b(?i:or|maybe|perhaps|possibly|could(?: also)? be|might(?: also)? be|alternatively|as well as)\b|[&/])"
     r"[^.\n]{0,30}?(?<![A-Za-z'])[(\[]?[A-J](?![A-Za-z'])(?!\s+[a-z])",
 )
+_WRONG = re.compile(r"\W{0,3}(?:incorrect|wrong|false)\b", re.IGNORECASE)
 _REASON = re.compile(
     r"\b(?:because|since|as|due to|given|while|whereas|for|which)\b|[;\u2014\u2013]|\s-\s|[.!?](?=\s)|\n"
 )
@@ -55,18 +56,18 @@ _ASSERTIONS = (
     re.compile(
         rf"{_L}\W{{0,3}}(?:is|must be|should be|would be|has to be|seems|looks)\s+"
         r"(?:clearly\s+|indeed\s+|therefore\s+|definitely\s+|also\s+|obviously\s+)?(?:the\s+)?(?:only\s+|most\s+)?"
-        r"(?:correct|right|best|answer|true|valid|one\b|solution|my\s+(?:final\s+)?(?:answer|choice))",
+        r"(?:correct|right|best|answer|true|valid|one\b|solution|better|likely|plausible|my\s+(?:final\s+)?(?:answer|choice))",
         re.IGNORECASE,
     ),
-    re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches)\b", re.IGNORECASE),
+    re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|it\s+is(?=\W*$))", re.IGNORECASE),
     re.compile(
         rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+with|went\s+with|opt(?:ing)?\s+for|"
-        rf"settle\s+on|settled\s+on|vote\s+for)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
+        rf"settle\s+on|settled\s+on|vote\s+for|mark)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
         re.IGNORECASE,
     ),
     re.compile(
         rf"\b(?:it['\u2019]?s|it\s+is|it\s+must\s+be|that['\u2019]?s|that\s+is|must\s+be|therefore|thus|hence|so|then|"
-        rf"leaves(?:\s+us\s+with)?|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
+        rf"leaves(?:\s+us\s+with)?|left\s+with|has\s+to\s+be|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
         rf"[\s,:]*(?:it\s+is\s+|it['\u2019]s\s+|only\s+)?(?:(?:option|choice|letter|answer)\s+)?{_L}(?=\W*$|\W*[.;,!\n])",
         re.IGNORECASE,
     ),
@@ -129,7 +130,7 @@ def _labelled(label: re.Match[str]) -> str | None:
     letter = label["bracketed"] or label["plain"]
     if letter.islower() and label["plain"] and rest.strip() and label.string[label.end("plain")] not in ").:":
         return None
-    if _ANOTHER.match(rest) or _ALTERNATIVE.search(rest) or _DENIED_AFTER.match(rest):
+    if _ANOTHER.match(rest) or _ALTERNATIVE.search(rest) or _DENIED_AFTER.match(rest) or _WRONG.match(rest):
         return None
     return str(letter.upper())
 
@@ -158,7 +159,8 @@ def _is_denied(text: str, mention: re.Match[str]) -> bool:
     if _DENIED_BEFORE.search(before.rstrip("([{")) or _DENIED_AFTER.match(after[:60]):
         return True
     together = re.match(r"[)\]}]?\s*(?:,|and|or|nor)\s*[(\[]?[A-J][)\]]?", after[:20])
-    if together and _DENIED_AFTER.match(after[together.end() : together.end() + 60]):
+    rest = after[together.end() :] if together else ""
+    if _DENIED_AFTER.match(rest[:60]) and not re.match(r"\W{0,3}(?:is|was|does|isn)", rest):
         return True  # 'A and C are wrong'
     return re.search(r"\bneither\b[^.]*\bnor\W{1,3}(?:option\W)?$", before, re.IGNORECASE) is not None
 
@@ -185,6 +187,9 @@ def _mentions_in_assertions(text: str) -> set[str]:
             if letter.islower() and (bare and not match[0].lower().startswith(("option", "choice", "letter"))):
                 continue
             if bare and _is_word(letter, text[position + 1 :]):
+                continue
+            if letter.islower() and re.match(r"[a-j][)\]]?[.!]?\s*(?:$|\n)", text[position:]):
+                found.add(letter.upper())
                 continue
             mention = _MENTION.match(text, position)
             if mention is not None and not _is_denied(text, mention):

@@ -11,7 +11,6 @@ import unicodedata
 from dataclasses import dataclass
 
 from mel_lite.verify import markup
-from mel_lite.verify.markup import clean
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _DENIED = r"(?<!wrong )(?<!incorrect )(?<!false )"
@@ -128,9 +127,13 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 def _line_after(text: str, match: re.Match[str] | None) -> _Mark | None:
     if match is None:
         return None
-    end = text.find("\n", match.end())
+    start = match.end()
+    for opening, closing in (("$$", "$$"), (r"\[", r"\]")):  # a displayed formula may take several lines
+        if text.startswith(opening, start) and (stop := text.find(closing, start + 2)) >= 0:
+            return _Mark(match.start(), stop + 2, markup.strip(text[start + 2 : stop]))
+    end = text.find("\n", start)
     end = len(text) if end < 0 else end
-    return _Mark(match.start(), end, markup.strip(text[match.end() : end]))
+    return _Mark(match.start(), end, markup.strip(text[start:end]))
 
 
 def first_sentence(text: str) -> str:
@@ -140,7 +143,7 @@ def first_sentence(text: str) -> str:
 
 def last_line(text: str) -> str:
     """Return the last non-blank line, or an empty string."""
-    stripped = clean(text).rstrip()
+    stripped = markup.clean(text).rstrip()
     return stripped[stripped.rfind("\n") + 1 :].strip()
 
 

@@ -14,6 +14,8 @@ _PLAIN = _FULL_WIDTH | {0x2212: "-", 0x2013: "-", 0xA0: " ", 0x202F: " ", 0x2009
 _STRUCK = re.compile(r"~~[^~\n]{1,300}~~")
 _TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|span|big|center|p)(?:\s[^<>\n]{0,100})?>", re.IGNORECASE)
 _BREAK = re.compile(r"<br\s{0,9}/?>", re.IGNORECASE)
+_COLOR = re.compile(r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}")
+_SIUNITX = re.compile(r"\\(?:SI|qty|num|unit)\{([^{}]{1,60})\}(?:\{[^{}]{0,60}\})?")
 _OPENING = re.compile(r"(?:(?<=[\s(\[{\"'>:,=$~|\u201c\u2018])|^)(?:\*{2,3}|_{2,3})(?=[^\s*_])", re.MULTILINE)
 _CLOSING = re.compile(
     r"(?<=[^\s*_])(?:\*{2,3}|_{2,3})(?:[!?,;]+(?=\s*$)|(?=[\s.,;:!?)\]}\"'$|<\u2014\u201d\u2019]|$))",
@@ -48,6 +50,8 @@ def plain(text: str) -> str:
         text = _BREAK.sub("\n", _TAG.sub("", text))
     if "~~" in text:
         text = _STRUCK.sub(" ", text)
+    if "\\" in text:
+        text = _SIUNITX.sub(r"\1 ", _COLOR.sub("", text))
     text = text.replace("`", "")
     if "*" in text or "_" in text:
         text = _CLOSING.sub("", _OPENING.sub("", _LABEL.sub(r"\1", text)))

@@ -27,7 +27,9 @@ _NUMBER = re.compile(
     r"(?P<percent>[ ]?%|[ ]percent\b)?"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_FRACTION = re.compile(r"(?P<left>[0-9])?\s*\\[dt]?frac\s*(?:\{\s*([0-9.]+)\s*\}\s*\{\s*([0-9.]+)\s*\}|([0-9])([0-9]))")
+_FRACTION = re.compile(
+    r"(?P<left>[0-9])?\s*\\[dt]?frac\s*(?:\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}|([0-9])([0-9]))"
+)
 _LATEX_NOISE = re.compile(
     r"\\[,;!:> ]|\\(?:left|right|displaystyle|q?quad|thinspace|pounds|euro|yen|textdollar|texteuro|textsterling)\b"
     r"|\^\s*\{?\\circ\}?|~|\u00b0"

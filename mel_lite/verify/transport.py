@@ -46,7 +46,7 @@ def unpack(setup: dict[str, Any]) -> str | Callable[..., Any]:
     """Return the verifier of a worker's setup: a name, or the function itself."""
     if "code" not in setup:
         return str(setup["verifier"])
-    import dill
+    import dill  # type: ignore[import-untyped]
 
     function: Callable[..., Any] = dill.loads(base64.b64decode(setup["code"]))
     return function

@@ -31,12 +31,18 @@ from mel_lite.verify.thoughts import THINK_TAGS, answer_part
 
 RIGHT_SCORE = 0.99
 """Least score of `reasoning-gym` that counts as RIGHT: partial credit is not a right answer."""
+MAX_LABEL_WORDS = 2
+"""Most words in an unmarked last line that is read as an answer with its unit rather than as a sentence."""
 TINY = 1e-3
 """Size below which numbers that math-verify calls equal are also compared relatively."""
 MAX_ANSWER_CHARS = 2_000
 """Longest final answer that is read. A longer one is WRONG: parsers of nested text are not linear."""
 _MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
 """Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
+_BECAUSE = re.compile(r",?\s(?:because|since)\s")
+_WORDS = frozenset({"yes", "no", "odd", "all", "any", "one", "two", "six", "ten", "red"})
+"""Answers that are words although they could be products of variables."""
+_SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,4})(?![0-9.A-Za-z])")
 _PLAIN_NUMBER = re.compile(r"[^=!\\()]*")
 """Text of two answers in which nothing but a number can be meant: no equation, factorial or command."""
 TAIL_CHARS = 2_000
@@ -52,9 +58,10 @@ def exact(completion: str, answer: str) -> Verdict:
     if not gold:
         return Verdict.ABSTAIN
     marked = extract_answer(completion)
-    candidates = (
-        [marked, extract.first_sentence(marked)] if marked is not None else [completion, extract.last_line(completion)]
-    )
+    if marked is None:
+        candidates = [completion, extract.last_line(completion)]
+    else:
+        candidates = [marked, extract.first_sentence(marked), _BECAUSE.split(marked, maxsplit=1)[0]]
     return _verdict(any(extract.normalize(candidate) == gold for candidate in candidates))
 
 
@@ -94,7 +101,9 @@ def math_verify(completion: str, answer: str) -> Verdict:
     Has no deadline of its own. Raises: MemoryError, which the pool counts.
     """
     gold_text = markup.join_thousands(extract.marked_or_whole(answer))
-    if extract.is_word(gold_text):  # a letter product would make anagrams equal
+    if (
+        extract.is_word(gold_text) or extract.normalize(gold_text) in _WORDS
+    ):  # a letter product would make anagrams equal
         return exact(completion, gold_text)
     gold = _parse_formula(gold_text)
     if gold is None:
@@ -105,12 +114,17 @@ def math_verify(completion: str, answer: str) -> Verdict:
         if words.names_something(gold_text):
             last = extract.normalize(extract.last_line(completion))
             return _verdict(f" {last}".endswith(f" {extract.normalize(gold_text)}") and not numbers.denies(last))
+        last = extract.last_line(completion)
+        if len(words.words_of(last)) <= MAX_LABEL_WORDS and words.words_differ(last, gold_text):
+            return Verdict.WRONG
         return _verdict(_equal(gold, _parse_prose(prose)))
     if len(marked) > MAX_ANSWER_CHARS:
         return Verdict.WRONG
     marked = markup.join_thousands(extract.first_sentence(marked))
     if extract.normalize(marked) == extract.normalize(gold_text):
         return Verdict.RIGHT
+    if extract.normalize(marked) in _WORDS:
+        return Verdict.WRONG
     if _MISREAD.search(marked) or _words_rule_out(marked, gold_text):
         return Verdict.WRONG
     value, gold_value = numbers.sole_number(marked), numbers.sole_number(gold_text)
@@ -139,6 +153,7 @@ def _parse_formula(text: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     text = text.strip().strip("$").strip().replace("**", "^")
+    text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)
     if not text or len(text) > MAX_ANSWER_CHARS:
         return None
     found = parse(
@@ -202,7 +217,7 @@ def reasoning_gym(completion: str, answer: str, gym_entry: str) -> Verdict:
     `gym_entry` is the generated entry as JSON, as `load_tasks` stores it.
     """
     marked = extract_answer(completion)
-    candidate = extract.clean(completion if marked is None else marked).strip()
+    candidate = markup.clean(completion if marked is None else marked).strip()
     if len(candidate) > MAX_ANSWER_CHARS:
         return Verdict.WRONG
     return _verdict(gym.score(candidate, gym_entry) >= RIGHT_SCORE)
