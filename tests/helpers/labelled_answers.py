@@ -6,6 +6,8 @@ import random
 from fractions import Fraction
 
 from answer_pairs import ATTACKS, PAIRS
+from answer_variants import VARIANTS
+from reported_answers import REPORTED
 
 R, W = "right", "wrong"
 LabelledAnswer = tuple[str, str, str, str]
@@ -74,7 +76,7 @@ def _choices() -> list[LabelledAnswer]:
 
 
 LABELLED: tuple[LabelledAnswer, ...] = tuple(
-    dict.fromkeys((*PAIRS, *_integers(), *_fractions(), *_expressions(), *_choices()))
+    dict.fromkeys((*PAIRS, *_integers(), *_fractions(), *_expressions(), *_choices(), *REPORTED, *VARIANTS))
 )
 
 
