@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from mel_lite.data import demo_tasks
+from mel_lite.data.files import SUFFIXES, Row, Source, open_file, read_lines
 from mel_lite.errors import DataError
 from mel_lite.text import did_you_mean, first_line
 
-Row = dict[str, Any]
 GYM_INSTRUCTION = "Give the final answer between <answer> and </answer>."
 GYM_SIZE = 500
 """Number of rows of a generated task if neither the spec nor the limit sets it."""
 GYM_SPLIT_SEEDS = {"train": 0, "validation": 1_000_000_007, "test": 2_000_000_011}
 """Offsets of the seed, so that splits differ. Tasks with few questions can still repeat some across splits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Rows of one source, numbered from 1."""
-
-    name: str
-    rows: Iterator[tuple[int, Row]]
-    unit: str = "row"
-    """Unit of the row numbers: `row`, or `line` of a JSON Lines file."""
 
 
 def open_source(spec: str, *, split: str | None, config: str | None, seed: int, limit: int | None) -> Source:
@@ -43,17 +32,17 @@ def open_source(spec: str, *, split: str | None, config: str | None, seed: int, 
     if kind == "reasoning-gym":
         return _open_gym(spec, rest, split or "train", seed, limit)
     path = Path(spec)
-    if path.suffix.lower() in _READERS:
+    if path.suffix.lower() in SUFFIXES:
         return _open_file(path, split)
     if path.is_file() or (spec.startswith((".", "/", "~")) and not path.is_dir()):
-        raise DataError(f"dataset = {spec!r}: give a file ending in {', '.join(_READERS)}, or a folder in Hub layout.")
+        raise DataError(f"dataset = {spec!r}: give a file ending in {', '.join(SUFFIXES)}, or a folder in Hub layout.")
     return _open_hub(spec, kind, config, split or "train")
 
 
 def _open_demo(spec: str, split: str) -> Source:
     if split not in demo_tasks.SPLITS:
         raise DataError(f"dataset = {spec!r}: the demo has no split {split!r}; it has {', '.join(demo_tasks.SPLITS)}.")
-    return Source(f"demo:{split}", _read_jsonl(demo_tasks.path(split)), "line")
+    return replace(read_lines(demo_tasks.path(split)), name=f"demo:{split}")
 
 
 def _open_file(path: Path, split: str | None) -> Source:
@@ -61,74 +50,7 @@ def _open_file(path: Path, split: str | None) -> Source:
         raise DataError(f"dataset = {str(path)!r}: there is no such file (looked in {Path.cwd()}).")
     if split not in (None, "train"):
         raise DataError(f"split = {split!r}: a file has no splits; put those rows into a separate file.")
-    suffix = path.suffix.lower()
-    return Source(path.name, _READERS[suffix](path), "line" if suffix == ".jsonl" else "row")
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _object(path, "line", number, _from_json(path, "line", number, line))
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    content = _from_json(path, "row", 1, path.read_bytes())
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else content
-    if not isinstance(content, list):
-        raise DataError(f"{path.name}: holds a {type(content).__name__}; a .json file must be a list of objects.")
-    for number, value in enumerate(content, 1):
-        yield number, _object(path, "row", number, value)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        number = 0
-        try:
-            for number, row in enumerate(csv.DictReader(file), 1):
-                if None in row:
-                    raise DataError(f"{path.name}, row {number}: has more cells than the header has columns.")
-                yield number, dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name}, row {number + 1}: is not readable as UTF-8 CSV ({error}).") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1_000):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}, row {number + 1}: is not readable as Parquet ({first_line(error)}).") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _from_json(path: Path, unit: str, number: int, content: bytes) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        shown = content[:60].decode("utf-8", errors="replace").strip()
-        raise DataError(f"{path.name}, {unit} {number}: {shown!r} is not JSON ({first_line(error)}).") from error
-
-
-def _object(path: Path, unit: str, number: int, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{path.name}, {unit} {number}: {str(value)[:60]!r} is not an object with columns.")
-    return value
+    return open_file(path)
 
 
 def _open_gym(spec: str, rest: str, split: str, seed: int, limit: int | None) -> Source:
@@ -170,17 +92,24 @@ def _value(text: str) -> Any:
 
 
 def _open_hub(spec: str, hub_id: str, config: str | None, split: str) -> Source:
-    """Open a dataset of the Hub, or a folder in Hub layout: `datasets` looks for the folder first."""
-    from datasets import load_dataset
+    """Open a dataset of the Hub, a folder in Hub layout (`datasets` looks for it first), or one of `save_to_disk`."""
+    from datasets import load_dataset, load_from_disk
 
     try:
-        dataset = load_dataset(hub_id, config, split=split)
+        if any((Path(hub_id) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            dataset = load_from_disk(hub_id)
+        else:
+            dataset = load_dataset(hub_id, config, split=split)
     except Exception as error:
         raise DataError(
             f"dataset = {spec!r}, split {split!r}: could not be loaded from the Hugging Face Hub "
             f"({type(error).__name__}: {first_line(error)}). Check the id and the network; for your own data, give "
-            f"a file ending in {', '.join(_READERS)}; 'demo' needs no network."
+            f"a file ending in {', '.join(SUFFIXES)}; 'demo' needs no network."
         ) from error
+    if isinstance(dataset, dict):  # a DatasetDict, as `save_to_disk` writes it
+        if split not in dataset:
+            raise DataError(f"dataset = {spec!r} has no split {split!r}; it has {', '.join(dataset)}.")
+        dataset = dataset[split]
     return Source(spec, _arrow_rows(dataset))
 
 

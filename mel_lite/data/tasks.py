@@ -11,25 +11,36 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from mel_lite.data.sources import Row, Source, open_source
+from mel_lite.data.cells import (
+    IMAGE_COLUMNS,
+    NO_USER_TURN,
+    REWARD_ARGUMENTS,
+    UNREAD_COLUMNS,
+    Fault,
+    free_name,
+    has_user_turn,
+    read_answer,
+    read_prompt,
+    with_system,
+)
+from mel_lite.data.files import PROMPT_COLUMNS, Row, Source, repair_note, row_error
+from mel_lite.data.sources import open_source
 from mel_lite.errors import DataError
-from mel_lite.text import shorten
-from mel_lite.types import Message, Prompt
+from mel_lite.types import Prompt
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
 
-PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 MAX_PROMPT_CHARS = 100_000
 """Longest prompt, as JSON with all its messages. Rows with a longer one are skipped and counted."""
@@ -37,8 +48,11 @@ MAX_ROW_CHARS = 1_000_000
 """Largest size of a row's other columns as JSON. Larger rows are skipped and counted."""
 MAX_ANSWER_CHARS = 20_000
 """Longest reference answer. Rows with a longer one are skipped and counted."""
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_RESERVED = ("prompt", "answer", *REWARD_ARGUMENTS, *UNREAD_COLUMNS, *IMAGE_COLUMNS)
+"""Names of columns that mean something else to the trainer. Others of the same name are renamed."""
 _PEEK = 100
+_INTEGERS = range(-(2**63), 2**64)
+"""Integers that a column can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +157,17 @@ def _pick(kind: str, candidates: Iterable[str], columns: list[str], source: Sour
     if found:
         raise DataError(
             f"{source.name}: columns {', '.join(map(repr, found))} could each be the {kind}. "
-            f"Choose one with {kind}_column = {found[0]!r} (or the other)."
+            f"Choose one with {option(kind)} {found[0]!r} (or the other)."
         )
     raise DataError(
         f"{source.name}: none of the columns {', '.join(map(repr, columns))} is called "
-        f"{' or '.join(repr(name) for name in candidates)}. Name the column of the {kind} with {kind}_column."
+        f"{' or '.join(repr(name) for name in candidates)}. Name the column of the {kind} with {option(kind)}."
     )
+
+
+def option(kind: str) -> str:
+    """Return the option that names the column of a `kind` (prompt, answer, completion): in Python, and as a flag."""
+    return f"{kind}_column (--{kind}-column)"
 
 
 @dataclass
@@ -164,13 +183,17 @@ class _Plan:
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     dropped_columns: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
+    """Row numbers of the tasks in the source."""
 
     def check_columns(self, columns: list[str]) -> None:
         """Check that the chosen columns exist. Raises: DataError."""
-        for option, name in (("prompt_column", self.prompt), ("answer_column", self.answer)):
+        for kind, name in (("prompt", self.prompt), ("answer", self.answer)):
             if name.partition(".")[0] not in columns:
                 raise DataError(
-                    f"{self.source.name}: {option} = {name!r} is not a column; it has {', '.join(map(repr, columns))}."
+                    f"{self.source.name}: {name!r}, given as {option(kind)}, is not a column; it has "
+                    f"{', '.join(map(repr, columns))}."
                 )
 
     def tasks(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Row]:
@@ -197,43 +220,31 @@ class _Plan:
                 if key in seen:
                     continue
                 seen.add(key)
+            self.numbers.append(number)
             yield {"prompt": prompt, "answer": answer, **others}
 
     def _prompt(self, number: int, row: Row) -> Prompt:
-        value = reach(row, self.prompt)
-        if isinstance(value, str) and value.strip():
+        try:
+            prompt = read_prompt(reach(row, self.prompt))
+        except Fault as fault:
+            raise self._error(number, self.prompt, row, fault) from fault
+        if isinstance(prompt, str):
             if self.preset and self.preset.instruction:
-                value = f"{value.rstrip()}\n\n{self.preset.instruction}"
-            return self._messages([{"role": "user", "content": value}]) if self.conversational else value
-        if isinstance(value, list) and value:
-            return self._messages([self._message(number, row, message) for message in value])
-        fault = "is empty" if value in (None, [], "") or isinstance(value, str) else "is neither text nor messages"
-        raise self._error(number, self.prompt, row, fault)
-
-    def _message(self, number: int, row: Row, message: Any) -> Message:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in _ROLES or not isinstance(content, str):
-            fault = f"has a message that is not {{'role': {'|'.join(_ROLES)}, 'content': text}}"
-            raise self._error(number, self.prompt, row, fault)
-        return {"role": role, "content": content}
-
-    def _messages(self, messages: list[Message]) -> list[Message]:
-        if self.system_prompt is None:
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *(m for m in messages if m["role"] != "system")]
+                prompt = f"{prompt.rstrip()}\n\n{self.preset.instruction}"
+            if not self.conversational:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        prompt = with_system(prompt, self.system_prompt)
+        if not has_user_turn(prompt):
+            raise self._error(number, self.prompt, row, NO_USER_TURN)
+        return prompt
 
     def _answer(self, number: int, row: Row) -> str:
         """Return the reference answer as text, or an empty string when the row has none."""
-        value = reach(row, self.answer)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return ""
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, str | int | float):
-            raise self._error(number, self.answer, row, f"is a {type(value).__name__}, not a text or number")
-        text = str(value).strip()
+        try:
+            text = read_answer(reach(row, self.answer))
+        except Fault as fault:
+            raise self._error(number, self.answer, row, fault) from fault
         if self.preset and self.preset.answer_after:
             text = text.rpartition(self.preset.answer_after)[2].strip() if self.preset.answer_after in text else ""
         return text
@@ -242,20 +253,25 @@ class _Plan:
         """Return the other columns as JSON values. Columns that JSON cannot represent (images, bytes) are dropped."""
         others: Row = {}
         for name, value in row.items():
-            if name in (self.prompt, self.answer) and not (self.preset and self.preset.answer_after):
+            if name == self.prompt or (name == self.answer and not (self.preset and self.preset.answer_after)):
                 continue
-            if name == self.prompt:
-                continue
-            kept = "rationale" if name == self.answer else f"{name}_original" if name in ("prompt", "answer") else name
             try:
-                others[kept] = value if isinstance(value, str | int | float | None) else json.loads(json.dumps(value))
+                value = value if isinstance(value, str | int | float | None) else json.loads(json.dumps(value))
             except (TypeError, ValueError):
                 self.dropped_columns.add(name)
+                continue
+            kept = name
+            if name == self.answer:
+                kept = "rationale"
+            elif name in _RESERVED:
+                kept = free_name(name, row)
+                if name not in ("prompt", "answer"):
+                    self.renamed[name] = kept
+            others[kept] = value
         return others
 
-    def _error(self, number: int, column: str, row: Row, fault: str) -> DataError:
-        value = shorten(repr(reach(row, column)))
-        return DataError(f"{self.source.name}, {self.source.unit} {number}, column {column!r}: {value} {fault}.")
+    def _error(self, number: int, column: str, row: Row, fault: object) -> DataError:
+        return row_error(self.source, number, column, reach(row, column), str(fault))
 
 
 def reach(row: Row, column: str) -> Any:
@@ -274,28 +290,61 @@ def _as_dataset(tasks: list[Row], plan: _Plan) -> datasets.Dataset:
     if not tasks or lost * 2 > plan.read:
         raise DataError(
             f"{plan.source.name}: {lost} of {plan.read} rows cannot be used ({counts}). The answer was read from "
-            f"column {plan.answer!r}; name another with answer_column."
+            f"column {plan.answer!r}; name another with {option('answer')}."
         )
-    if lost:
-        warnings.warn(f"{plan.source.name}: skipped {counts} of {plan.read} rows.", stacklevel=3)
-    if plan.dropped_columns:
-        names = ", ".join(sorted(plan.dropped_columns))
-        warnings.warn(f"{plan.source.name}: dropped columns that JSON cannot represent: {names}.", stacklevel=3)
-    log.info("%s: %d tasks from %d rows", plan.source.name, len(tasks), plan.read)
     table = {name: [task.get(name) for task in tasks] for name in dict.fromkeys(n for task in tasks for n in task)}
+    notes = [f"skipped {counts} of {plan.read} rows"] if lost else []
+    if plan.dropped_columns:
+        notes.append(f"dropped columns that JSON cannot represent: {', '.join(sorted(plan.dropped_columns))}")
+    for name, kept in plan.renamed.items():
+        notes.append(f"column {name!r} is called {kept!r}, since TRL passes values of its own as {name!r}")
+    for name, values in table.items():
+        at = next((i for i, value in enumerate(values) if isinstance(value, int) and value not in _INTEGERS), None)
+        if at is not None:
+            table[name] = [value if value is None else str(value) for value in values]
+            where = f"{plan.source.unit} {plan.numbers[at]}"
+            notes.append(f"column {name!r} is kept as text, since {where} has an integer beyond 64 bits")
+    for note in notes:
+        warnings.warn(f"{plan.source.name}: {note}.", stacklevel=3)
+    if plan.source.repaired:
+        warnings.warn(repair_note(plan.source), stacklevel=3)
+    log.info("%s: %d tasks from %d rows", plan.source.name, len(tasks), plan.read)
     try:
         return Dataset.from_dict(table)
     except Exception as error:
-        raise DataError(f"{plan.source.name}: {_mixed_column(table)}.") from error
+        raise _column_error(table, plan) from error
 
 
-def _mixed_column(table: dict[str, list[Any]]) -> str:
-    """Return the message about the column with values of different types."""
+def _has_large_integer(value: Any) -> bool:
+    """Return True when a value holds an integer, at any depth, that does not fit 64 bits."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (isinstance(value, int) and value not in _INTEGERS) or any(map(_has_large_integer, items))
+
+
+def _column_error(table: dict[str, list[Any]], plan: _Plan) -> DataError:
+    """Return the error that names the first value which does not have the type of the values before it."""
+    from datasets import Dataset
+
+    def fits(name: str, count: int) -> bool:
+        try:
+            Dataset.from_dict({name: table[name][:count]})
+        except Exception:
+            return False
+        return True
+
     for name, values in table.items():
+        if fits(name, len(values)):
+            continue
+        at = bisect_left(range(len(values)), True, key=lambda i: not fits(name, i + 1))
         kinds = Counter(type(value).__name__ for value in values if value is not None)
-        if len(kinds) > 1:
-            return f"column {name!r} mixes {' and '.join(kinds)}; use one type for all its values"
-    return "a nested column has values of different types in different rows; use one type"
+        fault = "has parts of other types than the rows before it; use one type for all rows"
+        if _has_large_integer(values[at]):
+            fault = "has an integer beyond 64 bits inside; write it as text"
+        elif len(kinds) > 1:
+            fault = f"is of another type: the column mixes {' and '.join(kinds)}; use one type for all its values"
+        column = plan.prompt if name == "prompt" else name
+        return row_error(plan.source, plan.numbers[at], column, values[at], fault)
+    return DataError(f"{plan.source.name}: its columns cannot be put into one table.")
 
 
 __all__ = ["PRESETS", "Preset", "load_tasks", "recommended_verifier"]

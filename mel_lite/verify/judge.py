@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mel_lite.data.cells import Fault, read_answer
 from mel_lite.data.tasks import ANSWER_COLUMNS
+from mel_lite.errors import DataError
 from mel_lite.seeds import prompt_hash
+from mel_lite.text import shorten
 from mel_lite.types import Group, Verdict
 from mel_lite.verify.pool import VerifyPool
 
@@ -23,10 +26,16 @@ def group_of(row: Mapping[str, Any], answer_column: str | None) -> Group:
     """Return the question of a dataset row as a Group without rollouts.
 
     `answer` is the text of `answer_column`, None where it has none; `columns` are all others but `prompt`.
+
+    Raises: DataError for an answer that `read_answer` refuses.
     """
-    answer = None if answer_column is None else row.get(answer_column)
+    value = None if answer_column is None else row.get(answer_column)
+    try:
+        answer = read_answer(value) or None
+    except Fault as fault:
+        raise DataError(f"column {answer_column!r}: {shorten(repr(value))} {fault}.") from fault
     columns = {name: value for name, value in row.items() if name not in ("prompt", answer_column)}
-    return Group(row["prompt"], prompt_hash(row["prompt"]), (), None if answer is None else str(answer), columns)
+    return Group(row["prompt"], prompt_hash(row["prompt"]), (), answer, columns)
 
 
 class AnswerJudge:
