@@ -71,7 +71,7 @@ class CollapseAction(Choice):
     STOP = "stop", "Stop the run with an error that names the metrics."
 
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | list[Message]
 """Question of a dataset row: plain text, or a conversation (`[{"role": ..., "content": ...}, ...]`)."""
 

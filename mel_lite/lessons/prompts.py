@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.models.chat import neutralize, question_text, render
+from mel_lite.models.chat import neutralize, question_text, render, turn_text
 from mel_lite.text import suggest
 from mel_lite.types import Group, Pair, Prompt
 
@@ -183,7 +183,7 @@ def replay_prompt(
     users = [turn for turn in turns if turn["role"] == "user"]
     if not users:
         raise DataError(f"prompt {group.prompt_hash} has no message with role 'user' to ask the question. Add one.")
-    users[-1]["content"] = _fill(templates.replay_user, experience=notes, question=users[-1]["content"])
+    users[-1]["content"] = _fill(templates.replay_user, experience=notes, question=turn_text(users[-1]))
     return render(turns, tokenizer, chat_template_kwargs=chat_template_kwargs)
 
 

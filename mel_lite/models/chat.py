@@ -7,8 +7,9 @@ or close a chat turn in it, because control tokens spelled in the text are broke
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ModelError
@@ -45,6 +46,19 @@ def render(
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def render_tasks(
+    prompts: Iterable[Prompt], render_one: Callable[[Prompt], tuple[int, ...]], source: str
+) -> list[tuple[int, ...]]:
+    """Return the token ids of every prompt of `source`. Raises: ModelError of `render_one`, with task and column."""
+    rendered = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            rendered.append(render_one(prompt))
+        except ModelError as error:
+            raise ModelError(f"{source}, task {number}, column 'prompt': {error}") from error
+    return rendered
+
+
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = list(tokenizer(text)["input_ids"])
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -56,8 +70,6 @@ def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
 
 
 def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    from jinja2.exceptions import TemplateError
-
     if not (tokenizer.chat_template or kwargs.get("chat_template")):
         raise ModelError(
             "The prompts are conversations, but the tokenizer has no chat template. Take an instruction-tuned model, "
@@ -65,24 +77,31 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
         )
 
     def apply(turns: list[Turn]) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
+        except Exception as error:  # a template is a program: besides its own errors it may raise any other
+            raise _Rejected(str(error) or type(error).__name__) from error
 
     systems = [i for i, turn in enumerate(turns) if turn.get("role") == "system"] if is_text(turns) else []
-    failure: TemplateError | None = None
+    failure: _Rejected | None = None
     try:
         text = apply(turns)
         if all(_is_used(turns, i, text, apply) for i in systems):
             return text
-    except TemplateError as error:
+    except _Rejected as error:
         failure = error
     if systems:
         try:
             return apply(_without_system_turns(turns))
-        except TemplateError as error:
+        except _Rejected as error:
             failure = error
     raise ModelError(
         f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order."
     ) from failure
+
+
+class _Rejected(Exception):
+    """Raised when the chat template cannot render a conversation."""
 
 
 def _is_used(turns: list[Turn], index: int, text: str, apply: Callable[[list[Turn]], str]) -> bool:
@@ -91,14 +110,12 @@ def _is_used(turns: list[Turn], index: int, text: str, apply: Callable[[list[Tur
     Searching `text` for the turn would not do: a template may interpret a system turn (`/no_think`) without printing
     it, and the words of a turn that it ignores may also be elsewhere.
     """
-    from jinja2.exceptions import TemplateError
-
     if not turns[index]["content"].strip():
         return True  # there is nothing to lose
     changed = {**turns[index], "content": _OTHER_SYSTEM_TEXT}
     try:
         return apply([*turns[:index], changed, *turns[index + 1 :]]) != text
-    except TemplateError:
+    except _Rejected:
         return True
 
 
@@ -139,21 +156,45 @@ def neutralize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
 
 
 def safe_turns(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-    """Return the conversation with the special tokens in its text broken up; content that is not text is kept."""
-    return [
-        {**turn, "content": neutralize(turn["content"], tokenizer, special_only=True)}
-        if isinstance(turn.get("content"), str)
-        else dict(turn)
-        for turn in messages
-    ]
+    """Return the conversation as a template gets it, with the special tokens in all its texts broken up.
+
+    Keys that are null are left out at every depth: a dataset adds them where other rows have the key. Missing content,
+    as in a turn of tool calls alone, is an empty text.
+    """
+    return [{"content": "", **_safe(turn, tokenizer)} for turn in messages]
+
+
+def _safe(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if isinstance(value, str):
+        return neutralize(value, tokenizer, special_only=True)
+    if isinstance(value, Mapping):
+        return {name: _safe(item, tokenizer) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_safe(item, tokenizer) for item in value]
+    return value
 
 
 # ---- prompts as text ----
 
 
 def is_text(prompt: Any) -> bool:
-    """Return True for plain text and for a conversation whose turns all have text as content."""
-    return isinstance(prompt, str) or all(isinstance(turn.get("content"), str) for turn in prompt)
+    """Return True for plain text and for a conversation whose turns all have text (or null) as content."""
+    return isinstance(prompt, str) or all(isinstance(turn.get("content"), str | None) for turn in prompt)
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """Return the text of a turn: its content, or the text parts of it, and its tool calls as JSON."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text") or "" for part in content)
+    calls = [json.dumps(_without_nulls(call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+    return "\n".join([content, *calls] if content else calls)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def question_text(prompt: Prompt) -> str:
@@ -165,13 +206,13 @@ def question_text(prompt: Prompt) -> str:
         return prompt
     turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
     if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        return turn_text(turns[0])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn_text(turn)}" for turn in turns)
 
 
 def prompt_text(prompt: Prompt) -> str:
     """Return all that the policy was shown: the text of every turn, system turns included, without roles."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(turn_text(turn) for turn in prompt)
 
 
-__all__ = ["is_text", "neutralize", "prompt_text", "question_text", "render", "safe_turns"]
+__all__ = ["is_text", "neutralize", "prompt_text", "question_text", "render", "render_tasks", "safe_turns", "turn_text"]

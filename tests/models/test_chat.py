@@ -92,7 +92,7 @@ def test_content_that_is_not_text_is_left_to_the_template():
     assert rendered(parts, source) == rendered(WITH_SYSTEM)
     pictures = [{"role": "user", "content": [{"type": "image"}]}]
     assert not is_text(pictures) and safe_turns(pictures, TOKENIZER) == pictures
-    assert not is_text([{"role": "assistant", "content": None}])
+    assert is_text([{"role": "assistant", "content": None}]), "null content is an empty text"
 
 
 # ---- plain text
