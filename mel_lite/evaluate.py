@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.models.chat import render
+from mel_lite.models.chat import render, render_tasks
 from mel_lite.seeds import seed_for
 from mel_lite.types import Finish, Group, Verdict
 from mel_lite.verify.judge import AnswerJudge, Judge, answer_column, group_of
@@ -170,7 +171,8 @@ def evaluate(
     tasks = tasks if limit is None else tasks.select(range(min(limit, len(tasks))))
     column = answer_column(tasks.column_names)
     questions = [group_of(row, column) for row in tasks]
-    prompts = [render(g.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs) for g in questions]
+    as_ids = functools.partial(render, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
+    prompts = render_tasks((g.prompt for g in questions), as_ids, "evaluation tasks")
     room_tokens = math.inf if context_tokens is None else context_tokens - max_new_tokens
     fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room_tokens]
     if not fitting:
@@ -275,7 +277,10 @@ def evaluate_model(
     dataset: str,
     *,
     verifier: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
     system_prompt: str | None = None,
+    conversational: bool | None = None,
     split: str | None = None,
     limit: int | None = None,
     **options: Any,
@@ -285,7 +290,8 @@ def evaluate_model(
     Args:
         spec: the base model; None = the one that `adapter` was trained on, loaded with the same options.
         adapter: a run, checkpoint or adapter folder; None = the base model alone.
-        dataset: task spec for `mel_lite.data.tasks.load_tasks`.
+        dataset, prompt_column, answer_column, system_prompt, split, limit: as in `mel_lite.data.tasks.load_tasks`.
+        conversational: turn plain questions into a user turn; None = when the tokenizer has a chat template.
         verifier: None = the one recommended for the dataset, or else `math`.
     Raises: ConfigError if neither model nor adapter is given; errors of loading, data and verifier.
     """
@@ -300,9 +306,16 @@ def evaluate_model(
         if adapter is None:
             raise ConfigError("nothing to evaluate: pass a model, an adapter, or both.")
         spec = adapter_base(adapter)
-    tokenizer = load_tokenizer(spec)
-    conversational = tokenizer.chat_template is not None
-    tasks = load_tasks(dataset, split=split, limit=limit, system_prompt=system_prompt, conversational=conversational)
+    tokenizer = load_tokenizer(spec, saved_in=adapter)
+    tasks = load_tasks(
+        dataset,
+        split=split,
+        limit=limit,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        system_prompt=system_prompt,
+        conversational=tokenizer.chat_template is not None if conversational is None else conversational,
+    )
     model: Any = load_base(spec)
     stops = eos_ids(model, tokenizer)
     if adapter is not None:

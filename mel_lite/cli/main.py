@@ -12,11 +12,23 @@ import typer
 
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
-from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, loading
+from mel_lite.cli.shared import (
+    AnswerColumnOption,
+    ConfigOption,
+    ConversationalOption,
+    EngineOption,
+    PromptColumnOption,
+    SetOption,
+    SystemPromptOption,
+    TemplateKwargsOption,
+    VerifierOption,
+    console,
+    loading,
+    template_kwargs,
+)
 from mel_lite.errors import ConfigError, MelLiteError, check_choice
 from mel_lite.text import printable
 from mel_lite.types import Algorithm, Status
-from mel_lite.verify.verifiers import BUILT_IN
 
 app = typer.Typer(
     name="mel-lite",
@@ -59,6 +71,8 @@ def train(
         str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
+    prompt_column: PromptColumnOption = None,
+    answer_column: AnswerColumnOption = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     algorithm: Annotated[str | None, typer.Option(help=", ".join(Algorithm))] = None,
@@ -92,6 +106,8 @@ def train(
         "model.engine": engine,
         "data.train": dataset,
         "data.split": split,
+        "data.prompt_column": prompt_column,
+        "data.answer_column": answer_column,
         "lora.start_from": None if adapter is None else str(adapter),
         "train.max_steps": max_steps,
         "train.algorithm": algorithm,
@@ -130,11 +146,10 @@ def train(
 
 def _dry_run(recipe: Any) -> None:
     """Check options and data, and print the recipe and the number of tasks."""
-    from mel_lite.models.load import load_tokenizer
     from mel_lite.run import train as run
 
     args = run.check(recipe, Path("runs"))
-    tasks = run.load_run_tasks(recipe, args, load_tokenizer(recipe.model))
+    tasks = run.load_run_tasks(recipe, args, run.run_tokenizer(recipe))
     held_out = "none" if tasks.held_out is None else len(tasks.held_out)
     typer.echo(recipe.as_yaml())
     counts = f"{len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}"
@@ -148,17 +163,18 @@ def evaluate(
         Path | None, typer.Option(help="LoRA adapter to evaluate. Without --model, its own base model is used.")
     ] = None,
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
-    verifier: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's."),
-    ] = None,
+    verifier: VerifierOption = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature for Avg@k and Pass@k.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 1024,
     split: Annotated[str | None, typer.Option(help="Split of the dataset. Default: train.")] = None,
+    prompt_column: PromptColumnOption = None,
+    answer_column: AnswerColumnOption = None,
+    conversational: ConversationalOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of tasks.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to NF4.")] = False,
-    system_prompt: Annotated[str | None, typer.Option(help="System message before each task.")] = None,
+    system_prompt: SystemPromptOption = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling and for the bootstrap intervals.")] = 42,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON to this file.")] = None,
 ) -> None:
@@ -170,6 +186,7 @@ def evaluate(
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: folder {output.parent} does not exist. Create it, or use another file.")
     spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
+    rendering = template_kwargs(chat_template_kwargs)
     result = evaluate_model(
         spec,
         adapter,
@@ -179,6 +196,10 @@ def evaluate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         split=split,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        conversational=conversational,
+        chat_template_kwargs=rendering,
         limit=limit,
         system_prompt=system_prompt,
         seed=seed,
@@ -190,7 +211,9 @@ def evaluate(
 
 @app.command()
 def warmup(
-    examples: Annotated[Path, typer.Argument(help='JSONL of {"prompt": text or messages, "completion": text}.')],
+    examples: Annotated[
+        str, typer.Argument(help='File or Hub id of {"prompt": text or messages, "completion": text}.')
+    ],
     output_dir: Annotated[Path, typer.Option(help="New folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id, local folder, or `demo`.")] = "demo",
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to continue training.")] = None,
@@ -198,6 +221,15 @@ def warmup(
         str | None, typer.Option(help="Evaluate before and after: Hub id, file, `demo:test`, or reasoning-gym:<task>.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of evaluation tasks.")] = None,
+    verifier: VerifierOption = None,
+    split: Annotated[str | None, typer.Option(help="Split of the examples. Default: train.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split of the evaluation tasks. Default: train.")] = None,
+    prompt_column: PromptColumnOption = None,
+    answer_column: AnswerColumnOption = None,
+    completion_column: Annotated[str, typer.Option(help="Column of the text to learn.")] = "completion",
+    system_prompt: SystemPromptOption = None,
+    conversational: ConversationalOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1 = as many as --epochs needs.")] = -1,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
@@ -217,6 +249,9 @@ def warmup(
         from mel_lite.models.load import ModelSpec
         from mel_lite.warmup import train as warmup_train
 
+    evaluation = None
+    if eval_dataset is not None:
+        evaluation = warmup_train.WarmupEval(eval_dataset, verifier, eval_split, prompt_column, answer_column, limit)
     result = warmup_train.warmup(
         examples,
         output_dir,
@@ -227,7 +262,11 @@ def warmup(
             epochs, max_steps, batch_size, micro_batch_size, learning_rate,
             max_length_tokens=max_length, save_steps=save_steps, seed=seed,
         ),
-        evaluation=None if eval_dataset is None else warmup_train.WarmupEval(eval_dataset, limit=limit),
+        data=warmup_train.WarmupData(
+            split, prompt_column, completion_column, system_prompt, conversational,
+            chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        ),
+        evaluation=evaluation,
         console=console(),
     )  # fmt: skip
     typer.echo(result.summary())

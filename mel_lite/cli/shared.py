@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mel_lite.errors import ConfigError
+from mel_lite.text import first_line
+from mel_lite.verify.verifiers import BUILT_IN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,9 +19,39 @@ ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that override
 EngineOption = Annotated[
     str | None, typer.Option(help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.")
 ]
+PromptColumnOption = Annotated[
+    str | None, typer.Option(help="Column of the question, dots for nested ones. Default: by its usual names.")
+]
+AnswerColumnOption = Annotated[
+    str | None, typer.Option(help="Column of the reference answer. Default: by its usual names.")
+]
+SystemPromptOption = Annotated[str | None, typer.Option(help="System message before each task.")]
+ConversationalOption = Annotated[
+    bool | None, typer.Option(help="Turn plain questions into a user turn. Default: if there is a chat template.")
+]
+TemplateKwargsOption = Annotated[
+    str | None,
+    typer.Option(help="Variables of the chat template as YAML or JSON, such as '{enable_thinking: false}'."),
+]
+VerifierOption = Annotated[str | None, typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
 ]
+
+
+def template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Return the value of --chat-template-kwargs. Raises: ConfigError unless it is a mapping of names."""
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--chat-template-kwargs {text!r} is not YAML ({first_line(error)}).") from error
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"--chat-template-kwargs {text!r} must map names to values, such as '{{a: 1}}'.")
+    return value
 
 
 def console() -> Console:

@@ -105,20 +105,14 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer with left padding, and a pad token other than the eos token if the vocabulary has one.
 
-    A tokenizer saved in the folder `saved_in` (a checkpoint or adapter) replaces the base model's, so that a chat
-    template changed for training is kept. The vocabulary is never extended. Logs a warning when there is no chat
-    template, and when the template ends an assistant turn with another token than eos, since generation would continue.
+    A tokenizer saved in the folder `saved_in` (a checkpoint or adapter) replaces the base model's, and a chat template
+    saved there is used even without a tokenizer, so that prompts stay those of the training. The vocabulary is never
+    extended. Logs a warning when there is no chat template, and when the template ends an assistant turn with another
+    token than eos, since generation would continue.
 
     Raises: ModelError when it cannot be loaded or has no eos token.
     """
-    from transformers import AutoTokenizer
-
-    if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
-        path, revision = str(saved_in), None
-    else:
-        path, revision = locate(spec.name), spec.revision
-    with model_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    path, tokenizer = _tokenizer_files(spec, saved_in)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"tokenizer of {spec.name!r} has no eos token, so a completion could never end. Set `eos_token` in its "
@@ -139,6 +133,27 @@ def load_tokenizer(spec: ModelSpec, *, saved_in: Path | None = None) -> PreTrain
             tokenizer.eos_token,
         )
     return tokenizer
+
+
+def _tokenizer_files(spec: ModelSpec, saved_in: Path | None) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return where the tokenizer was found, and the tokenizer with the chat template of `saved_in`, else the base's."""
+    from transformers import AutoTokenizer
+
+    def load(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+        with model_errors(path):
+            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+    if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
+        saved = load(str(saved_in), None)
+        if saved.chat_template is None:
+            saved.chat_template = load(locate(spec.name), spec.revision).chat_template
+        return str(saved_in), saved
+    path = locate(spec.name)
+    tokenizer = load(path, spec.revision)
+    if saved_in is not None and (file := saved_in / "chat_template.jinja").is_file():
+        with model_errors(str(file)):
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return path, tokenizer
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from mel_lite.config import MELConfig
 from mel_lite.data.tasks import load_tasks, recommended_verifier
@@ -33,8 +34,8 @@ from mel_lite.lessons.prompts import load_templates
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
-from mel_lite.models.adapters import lora_config
-from mel_lite.models.chat import render
+from mel_lite.models.adapters import find_adapter, lora_config
+from mel_lite.models.chat import render, render_tasks
 from mel_lite.models.load import context_length, load_config, load_tokenizer
 from mel_lite.recipe import Recipe, build_args, resolve
 from mel_lite.resilience import checkpoint_files
@@ -80,9 +81,10 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
         held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
     room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
-
-    kwargs = args.chat_template_kwargs
-    lengths = [len(render(row["prompt"], tokenizer, chat_template_kwargs=kwargs)) for row in train]
+    as_ids = partial(render, tokenizer=tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+    lengths = [len(ids) for ids in render_tasks(train["prompt"], as_ids, options.train)]
+    if held_out is not None:
+        render_tasks(held_out["prompt"], as_ids, options.eval or "")  # fail before a model is loaded
     fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
     if len(fits) == 0:
         raise DataError(
@@ -97,6 +99,12 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
         )
     longest = max(length for length in lengths if length <= room_tokens)
     return Tasks(fits, held_out, len(train) - len(fits), longest)
+
+
+def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run: with the chat template of the adapter it starts from. Raises: ModelError."""
+    start = None if recipe.lora is None else recipe.lora.start_from
+    return load_tokenizer(recipe.model, saved_in=None if start is None else find_adapter(start))
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
@@ -152,7 +160,7 @@ def train(
         started_s = time.monotonic()
         resume = distributed.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         gauge = _gauge(worst_case, console)  # before the model allocates anything
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = run_tokenizer(recipe)
         tasks = load_run_tasks(recipe, args, tokenizer)
         _announce(recipe, args, tasks, folder, console)
         trainer = _build_trainer(recipe, args, tokenizer, tasks, console)

@@ -1,18 +1,20 @@
-"""Read and check the examples of a warm-up from JSONL, and tokenize them."""
+"""Read and check the examples of a warm-up, and tokenize them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mel_lite.data.cells import Fault, read_message, read_prompt, with_system
+from mel_lite.data.files import PROMPT_COLUMNS, SUFFIXES, Source, read_lines, repair_note, row_error
+from mel_lite.data.sources import open_source
+from mel_lite.data.tasks import option
 from mel_lite.errors import DataError
 from mel_lite.models.chat import render
 from mel_lite.types import Prompt
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,73 +25,76 @@ class Example:
     completion: str
 
 
-def load_examples(file: Path) -> list[Example]:
-    """Read a JSONL file of `{"prompt": text or messages, "completion": text}`. Other columns are ignored.
+def load_examples(
+    source: Path | str,
+    *,
+    split: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str = "completion",
+    system_prompt: str | None = None,
+) -> list[Example]:
+    """Read examples by the rules for tasks: prompt (text or messages), completion (text, or one assistant message).
 
-    Raises: DataError for a file that cannot be read or is empty, and for a malformed row, with file, line and column.
+    Args:
+        source: as `spec` of `mel_lite.data.tasks.load_tasks`. A file of unknown ending is read as JSON Lines.
+        split: split of a Hub dataset.
+        prompt_column: None = `prompt`, `question` or `problem`.
+        system_prompt: system message before every prompt, replacing the prompt's own; makes prompts conversational.
+    Raises: DataError for a source that cannot be read or is empty, and for a malformed row, with row and column.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"examples={str(file)!r} cannot be read: {error}. Give a JSONL file in UTF-8.") from error
-    examples = [_read_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = _open(source, split)
+    examples = []
+    for number, row in rows.rows:
+        column = prompt_column or next((name for name in PROMPT_COLUMNS if name in row), PROMPT_COLUMNS[0])
+        for kind, name in (("prompt", column), ("completion", completion_column)):
+            if name not in row:
+                raise DataError(
+                    f"{rows.name}, {rows.unit} {number}: column {name!r} is missing; it has "
+                    f"{', '.join(map(repr, row)) or 'none'}. Name another with {option(kind)}."
+                )
+        for name, read in ((column, _read_prompt), (completion_column, _read_completion)):
+            try:
+                row[name] = read(row[name])
+            except Fault as fault:
+                raise row_error(rows, number, name, row[name], str(fault)) from fault
+        examples.append(Example(with_system(row[column], system_prompt), row[completion_column]))
     if not examples:
-        raise DataError(f"examples={str(file)!r} holds no examples. Write one JSON object per line.")
+        raise DataError(f"{rows.name} holds no examples. Write one JSON object per line.")
+    if rows.repaired:
+        warnings.warn(repair_note(rows), stacklevel=2)
     return examples
 
 
-def _read_row(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}). Write one object per line.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object with `prompt` and `completion`.")
-    for column in ("prompt", "completion"):
-        if column not in row:
-            raise DataError(f"{where}: column {column!r} is missing; it has {', '.join(map(repr, row)) or 'none'}.")
-    return Example(_read_prompt(row["prompt"], where), _read_completion(row["completion"], where))
+def _open(source: Path | str, split: str | None) -> Source:
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        return read_lines(path)
+    return open_source(str(source), split=split, config=str(source).partition(":")[2] or None, seed=0, limit=None)
 
 
-def _read_prompt(prompt: Any, where: str) -> Prompt:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise DataError(f"{where}, column 'prompt': empty. Give text or messages.")
-        return prompt
-    if not isinstance(prompt, list) or not prompt:
-        raise DataError(f"{where}, column 'prompt': {_short(prompt)} is neither text nor a list of messages.")
-    for number, message in enumerate(prompt, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(
-                f"{where}, column 'prompt': message {number} is {_short(message)}; it must be an object with a `role` "
-                "and `content` as text."
-            )
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"{where}, column 'prompt': message {number} has the role {_short(message.get('role'))}, which is not "
-                f"one of {', '.join(ROLES)}."
-            )
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}, column 'prompt': ends with an assistant turn. Move it to `completion`.")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _read_prompt(value: Any) -> Prompt:
+    prompt = read_prompt(value)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise Fault("ends with an assistant turn. Move it to the completion")
+    return prompt
 
 
-def _read_completion(completion: Any, where: str) -> str:
-    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-        if completion[0].get("role") == "assistant":  # TRL's conversational form
-            completion = completion[0].get("content")
-    if not isinstance(completion, str) or not completion.strip():
-        raise DataError(f"{where}, column 'completion': {_short(completion)} is not text to learn. Give a text.")
-    return completion
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _read_completion(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        if value[0].get("role") == "assistant":  # TRL's conversational form
+            value = read_message(value[0])["content"]
+    if not isinstance(value, str) or not value.strip():
+        raise Fault("is not text to learn")
+    return value
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Any, *, max_length_tokens: int, turn_end: int | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length_tokens: int,
+    turn_end: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Tokenize examples into `input_ids` and `labels` (-100 on the prompt).
 
@@ -101,7 +106,7 @@ def tokenize(
     """
     rows, lengths = [], []
     for example in examples:
-        prompt_ids = list(render(example.prompt, tokenizer))
+        prompt_ids = list(render(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs))
         end = tokenizer.eos_token_id if isinstance(example.prompt, str) or turn_end is None else turn_end
         completion_ids = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end]
         lengths.append(len(prompt_ids) + len(completion_ids))

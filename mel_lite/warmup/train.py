@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mel_lite.data.tasks import load_tasks, recommended_verifier
 from mel_lite.errors import ConfigError
 from mel_lite.evaluate import EvalResult, evaluate
-from mel_lite.models.adapters import LoraSpec, attach_adapter, lora_config, write_fingerprint
+from mel_lite.models.adapters import LoraSpec, attach_adapter, find_adapter, lora_config, write_fingerprint
 from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer, turn_end_id
 from mel_lite.training.packing import Block
 from mel_lite.training.scoring import install_scoring_head
@@ -68,12 +68,32 @@ class WarmupOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmupData:
+    """How to read the examples, and how to render them and the evaluation tasks."""
+
+    split: str | None = None
+    """Split of the examples; None = its training split."""
+    prompt_column: str | None = None
+    """Column of the examples' prompt; None = by its usual names."""
+    completion_column: str = "completion"
+    system_prompt: str | None = None
+    """System message before every prompt, of examples and of evaluation tasks."""
+    conversational: bool | None = None
+    """Turn plain questions into a user turn in the evaluation; None = when the tokenizer has a chat template."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, for examples and evaluation tasks."""
+
+
+@dataclass(frozen=True, slots=True)
 class WarmupEval:
     """Tasks to evaluate the model on before and after; fields as in `mel_lite.evaluate.evaluate`."""
 
     dataset: str
     verifier: str | None = None
     """None = the recommended verifier of the dataset."""
+    split: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
     limit: int | None = None
     k: int = 8
     temperature: float = 0.6
@@ -108,12 +128,13 @@ class WarmupResult:
 
 
 def warmup(
-    examples_file: Path,
+    examples_file: Path | str,
     output_dir: Path,
     *,
     model: ModelSpec,
     lora: LoraSpec | None = None,
     adapter: Path | None = None,
+    data: WarmupData | None = None,
     options: WarmupOptions | None = None,
     evaluation: WarmupEval | None = None,
     console: Console | None = None,
@@ -127,27 +148,41 @@ def warmup(
     Raises: ConfigError when `output_dir` is not empty or `lora` is given together with `adapter`; DataError for
         examples and tasks that cannot be used; ModelError for a model or adapter that cannot be used.
     """
-    options = options or WarmupOptions()
+    options, data = options or WarmupOptions(), data or WarmupData()
     if lora is not None and adapter is not None:
         raise ConfigError("lora and adapter together: an adapter has its own shape. Give only one of them.")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={str(output_dir)!r} is not empty. Give a new folder; nothing is overwritten.")
-    examples = load_examples(examples_file)
-    tokenizer = load_tokenizer(model)
+    examples = load_examples(
+        examples_file,
+        split=data.split,
+        prompt_column=data.prompt_column,
+        completion_column=data.completion_column,
+        system_prompt=data.system_prompt,
+    )
+    adapter = None if adapter is None else find_adapter(adapter)
+    tokenizer = load_tokenizer(model, saved_in=adapter)
     base = load_base(model)
     install_scoring_head(base)
     room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
-    rows, skipped = tokenize(examples, tokenizer, max_length_tokens=room_tokens, turn_end=turn_end_id(tokenizer))
+    rows, skipped = tokenize(
+        examples,
+        tokenizer,
+        max_length_tokens=room_tokens,
+        turn_end=turn_end_id(tokenizer),
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
     if skipped:
         _say(console, f"{skipped} of {len(examples)} examples left out: longer than {room_tokens} tokens.")
     stops = eos_ids(base, tokenizer)
     peft_model = _adapted(base, lora, adapter)
-    measure = _measure(peft_model, tokenizer, stops, evaluation, seed=options.seed)
+    measure = _measure(peft_model, tokenizer, stops, evaluation, data, seed=options.seed)
     before = measure("before", console)
     started_s = time.monotonic()
     trainer = _train(peft_model, tokenizer, rows, output_dir, options, console)
     took_s = time.monotonic() - started_s
     save(peft_model, output_dir, revision=model.revision)
+    tokenizer.save_pretrained(output_dir)  # keeps the chat template that the adapter was trained with
     return WarmupResult(
         adapter=output_dir,
         examples=len(rows),
@@ -178,7 +213,13 @@ def _adapted(base: Any, lora: LoraSpec | None, adapter: Path | None) -> Any:
 
 
 def _measure(
-    model: Any, tokenizer: Any, stops: tuple[int, ...], tasks: WarmupEval | None, *, seed: int
+    model: Any,
+    tokenizer: Any,
+    stops: tuple[int, ...],
+    tasks: WarmupEval | None,
+    data: WarmupData,
+    *,
+    seed: int,
 ) -> Callable[[str, Console | None], EvalResult | None]:
     """Return a function that evaluates the current model. Tasks are loaded now, so that errors come before training."""
     if tasks is None:
@@ -186,8 +227,16 @@ def _measure(
     from mel_lite.engines.hf import HFEngine
     from mel_lite.verify.pool import VerifyPool
 
-    conversational = tokenizer.chat_template is not None
-    questions = load_tasks(tasks.dataset, limit=tasks.limit, conversational=conversational)
+    has_template = tokenizer.chat_template is not None
+    questions = load_tasks(
+        tasks.dataset,
+        split=tasks.split,
+        limit=tasks.limit,
+        prompt_column=tasks.prompt_column,
+        answer_column=tasks.answer_column,
+        system_prompt=data.system_prompt,
+        conversational=has_template if data.conversational is None else data.conversational,
+    )
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
 
     def measure(name: str, console: Console | None) -> EvalResult:
@@ -201,6 +250,7 @@ def _measure(
                 temperature=tasks.temperature,
                 max_new_tokens=tasks.max_new_tokens,
                 seed=seed,
+                chat_template_kwargs=data.chat_template_kwargs,
                 context_tokens=context_length(model),
             )
         if console is not None:
@@ -327,4 +377,4 @@ def _say(console: Console | None, text: str) -> None:
         console.print(text)
 
 
-__all__ = ["WarmupEval", "WarmupOptions", "WarmupResult", "save", "warmup"]
+__all__ = ["WarmupData", "WarmupEval", "WarmupOptions", "WarmupResult", "save", "warmup"]

@@ -204,14 +204,20 @@ def test_examples_render_to_the_tokens_of_a_mel_step(examples: list[dict[str, An
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"rows\.jsonl, line 2: not JSON"),
-        ("[1]", "line 2: a list, not an object"),
+        ("{", r"rows\.jsonl, line 2: '{' is not JSON"),
+        ("[1]", r"line 2: '\[1\]' is not an object"),
         ('{"prompt": "x"}', r"line 2: column 'completion' is missing; it has 'prompt'"),
-        ('{"prompt": "", "completion": "y"}', "line 2, column 'prompt': empty"),
-        ('{"prompt": 3, "completion": "y"}', "line 2, column 'prompt': 3 is neither text nor a list"),
+        ('{"prompt": "", "completion": "y"}', "line 2, column 'prompt': '' is empty"),
+        ('{"prompt": 3, "completion": "y"}', "line 2, column 'prompt': 3 is neither text nor messages"),
         ('{"prompt": [], "completion": "y"}', "line 2, column 'prompt'"),
-        ('{"prompt": [{"role": "user"}], "completion": "y"}', "column 'prompt': message 1 is .*`content`"),
-        ('{"prompt": [{"role": "robot", "content": "a"}], "completion": "y"}', "message 1 has the role 'robot'"),
+        (
+            '{"prompt": [{"role": "user"}], "completion": "y"}',
+            "column 'prompt': .* has a message that is not .*'content'",
+        ),
+        (
+            '{"prompt": [{"role": "robot", "content": "a"}], "completion": "y"}',
+            "'robot'.* has a message that is not {'role': system",
+        ),
         ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y"}', "ends with an assistant turn"),
         ('{"prompt": "x", "completion": "  "}', "line 2, column 'completion': '  ' is not text"),
         ('{"prompt": "x", "completion": null}', "line 2, column 'completion': None is not text"),
@@ -225,7 +231,7 @@ def test_malformed_rows_are_named(tmp_path: Path, row: str, message: str) -> Non
 
 
 def test_unreadable_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="there is no such file"):
         load_examples(tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no examples"):
