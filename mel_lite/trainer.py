@@ -61,6 +61,7 @@ from mel_lite.training.assemble import (
     default_args,
     engine_generates,
     follow_sampling_options,
+    free_reward_arguments,
     prepare_weights,
 )
 from mel_lite.training.engine_probe import EngineProbe
@@ -152,6 +153,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             )
         check_support(self)
         follow_sampling_options(self)
+        free_reward_arguments(self)
         prepare_weights(self)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored

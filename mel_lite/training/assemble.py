@@ -11,6 +11,7 @@ from typing import Any
 from trl.models import unwrap_model_for_generation
 
 from mel_lite.config import MELConfig
+from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS, check_dataset, without_columns
 from mel_lite.data.tasks import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -47,6 +48,7 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
         )
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
+    check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)
     if args.with_meta_experience and multi_turn:
         raise ConfigError(
             "tools or environment_factory with meta-experience: analyses of multi-turn rollouts are not supported. "
@@ -67,6 +69,13 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
             rounds,
             rounds // math.gcd(rounds, args.gradient_accumulation_steps),
         )
+
+
+def free_reward_arguments(trainer: Any) -> None:
+    """Leave out columns of the datasets that TRL would confuse with values of its own. Warns with their names."""
+    names = REWARD_ARGUMENTS if trainer._is_vlm else (*REWARD_ARGUMENTS, *IMAGE_COLUMNS)
+    trainer.train_dataset = without_columns(trainer.train_dataset, names)
+    trainer.eval_dataset = without_columns(trainer.eval_dataset, names)
 
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -152,6 +161,11 @@ def prepare_weights(trainer: Any) -> None:
                 weight.data = weight.data.float()
 
 
+def columns_of(dataset: Any) -> list[str]:
+    """Return the column names of a dataset; of a streamed one without names, those of its first row."""
+    return list(getattr(dataset, "column_names", None) or next(iter(dataset or []), {}))
+
+
 def build_judge(
     args: MELConfig, train_dataset: Any, rewards_of: Callable[[Sequence[Group], Sequence[str]], list[float]]
 ) -> tuple[Judge, str | None]:
@@ -159,7 +173,7 @@ def build_judge(
 
     Raises: DataError when `verifier` is set and the dataset has no answer; VerifierError for an unknown verifier.
     """
-    columns = list(getattr(train_dataset, "column_names", None) or next(iter(train_dataset or []), {}))
+    columns = columns_of(train_dataset)
     column = answer_column(columns)
     if args.verifier is None and column is None:
         if args.world_size > 1 and args.with_meta_experience:
