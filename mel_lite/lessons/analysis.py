@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mel_lite.engines.base import Request
 from mel_lite.errors import EngineError
 from mel_lite.lessons.context import LessonContext
-from mel_lite.lessons.prompts import PromptTooLong, analysis_prompt
+from mel_lite.lessons.prompts import UnfitPair, analysis_prompt
 from mel_lite.seeds import seed_for
 from mel_lite.types import Analysis, Pair
 
@@ -19,7 +19,7 @@ def write_analyses(
 
     `batch` is the number of the generation batch that seeds count from.
 
-    Returns: the analyses in pair order, and the pairs that do not fit `max_context_tokens`, each with the reason.
+    Returns: the analyses in pair order, and the pairs that no lesson can be drawn from, each with the reason.
     Raises: EngineError when the engine returns another number of completions than were requested.
     """
     tokenizer, templates = context.tokenizer, context.templates
@@ -35,7 +35,7 @@ def write_analyses(
                 max_context_tokens=context.max_context_tokens,
                 chat_template_kwargs=context.chat_template_kwargs,
             )
-        except PromptTooLong as reason:
+        except UnfitPair as reason:
             skipped.append((pair, str(reason)))
             continue
         prompt_hash = pair.group.prompt_hash

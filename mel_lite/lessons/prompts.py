@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.data.cells import NO_USER_TURN, has_user_turn
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.models.chat import neutralize, question_text, render, turn_text
 from mel_lite.text import suggest
@@ -104,8 +105,8 @@ _PLACEHOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class PromptTooLong(Exception):
-    """Raised when C_retro cannot be trimmed enough; the message has its token count and the limit."""
+class UnfitPair(Exception):
+    """Raised when no lesson can be drawn from a pair; the message is the reason."""
 
 
 def load_templates(path: str | None) -> Templates:
@@ -200,7 +201,8 @@ def analysis_prompt(
     Long solutions lose the middle of their common prefix first, then the middle of the rest. The tokens around the
     point where they part and the end of each solution are always kept. A plain-text question gives a plain-text prompt.
 
-    Raises: PromptTooLong when cutting everything that may be cut is not enough.
+    Raises: UnfitPair when cutting everything that may be cut is not enough, and for a conversation without a user turn,
+        into which no lesson could be put.
     """
 
     def build(wrong: str, right: str) -> tuple[int, ...]:
@@ -217,6 +219,8 @@ def analysis_prompt(
             messages, tokenizer, prefill=templates.analysis_prefill, chat_template_kwargs=chat_template_kwargs
         )
 
+    if not has_user_turn(pair.group.prompt):
+        raise UnfitPair(f"the prompt {NO_USER_TURN}")
     ids = whole = build(pair.wrong.text, pair.right.text)
     remove_tokens = 0
     for _ in range(_TRIM_ROUNDS):
@@ -232,7 +236,7 @@ def analysis_prompt(
             _trimmed(pair.wrong.completion_ids, pair.common_prefix_tokens, shared, wrong_rest, tokenizer, templates),
             _trimmed(pair.right.completion_ids, pair.common_prefix_tokens, shared, right_rest, tokenizer, templates),
         )
-    raise PromptTooLong(
+    raise UnfitPair(
         f"the analysis prompt has {len(whole)} tokens, {max_context_tokens} fit, and the rest may not be trimmed"
     )
 
@@ -287,8 +291,8 @@ def _trimmed(
 
 __all__ = [
     "DEFAULT_TEMPLATES",
-    "PromptTooLong",
     "Templates",
+    "UnfitPair",
     "analysis_prompt",
     "load_templates",
     "question_prompt",

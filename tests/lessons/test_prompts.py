@@ -17,7 +17,7 @@ from mel_lite.lessons.prompts import (
     BEFORE_PARTING_TOKENS,
     DEFAULT_TEMPLATES,
     REST_TOKENS,
-    PromptTooLong,
+    UnfitPair,
     analysis_prompt,
     load_templates,
     question_prompt,
@@ -227,19 +227,19 @@ def test_the_smallest_prompt_fits_and_one_token_less_raises():
     def fits(limit: int) -> bool:
         try:
             return bool(analysis_text(LONG, limit))
-        except PromptTooLong:
+        except UnfitPair:
             return False
 
     smallest = bisect.bisect_left(range(full_tokens), True, key=fits)
     assert smallest < full_tokens - 2500
-    with pytest.raises(PromptTooLong, match=f"has {full_tokens} tokens, {smallest - 1} fit"):
+    with pytest.raises(UnfitPair, match=f"has {full_tokens} tokens, {smallest - 1} fit"):
         analysis_text(LONG, smallest - 1)
     assert all(fits(limit) for limit in range(smallest, full_tokens, 97))
 
 
 def test_a_long_question_is_not_cut():
     pair = pair_of("5", "6", prompt="why " * 500)
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(UnfitPair):
         analysis_text(pair, 1500)
 
 
