@@ -19,7 +19,8 @@ from mel_lite.evaluate import EvalResult, bootstrap_interval, evaluate, evaluate
 from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.types import Finish, Group, Verdict
-from tiny_models import save_tiny, tiny_tokenizer
+from tiny_adapters import make_adapter
+from tiny_models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 # --- estimators ------------------------------------------------------------------------------------------------------
 
@@ -279,3 +280,44 @@ def test_evaluate_model_from_files(tmp_path: Path) -> None:
     assert context_length(load_base(ModelSpec(str(base)))) == 512
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         evaluate_model(None, None, str(file))
+
+
+def test_an_adapter_is_evaluated_on_the_prompts_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own chat template, the data options of `train`, and variables of the template."""
+    spec = ModelSpec(str(save_tiny(tmp_path / "base")))
+    adapter = make_adapter(spec, tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n'", "assistant\n' + (mode or 'none') + '>'")
+    tokenizer.save_pretrained(adapter)
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"query": "2+2?", "target": 4}))
+    asked: list[str] = []
+    generate = HFEngine.generate
+
+    def spy(engine: HFEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        asked.extend(tokenizer.decode(request.prompt_ids) for request in requests)
+        return generate(engine, requests, sampling)
+
+    monkeypatch.setattr(HFEngine, "generate", spy)
+    result = evaluate_model(
+        None,
+        adapter,
+        str(file),
+        verifier="numeric",
+        prompt_column="query",
+        answer_column="target",
+        system_prompt="Be brief.",
+        chat_template_kwargs={"mode": "fast"},
+        k=1,
+        max_new_tokens=2,
+        bootstrap=9,
+    )
+    system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n2+2?<|im_end|>\n"
+    assert result.n == 1 and asked == [f"{system}{user}<|im_start|>assistant\nfast>"] * 2
+    evaluate_model(
+        None, adapter, str(file), verifier="numeric", prompt_column="query", answer_column="target",
+        conversational=False, k=1, max_new_tokens=2, bootstrap=9,
+    )  # fmt: skip
+    assert asked[2:] == ["2+2?"] * 2

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from trl import GRPOConfig, GRPOTrainer
 
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite import MELConfig, MELTrainer
+from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.scoring import install_scoring_head
@@ -358,6 +360,55 @@ def test_bad_arguments_are_refused_before_training(
 ) -> None:
     with pytest.raises(error, match=message):
         build(tmp_path, **options)
+
+
+def rows_with(**columns: Any) -> Dataset:
+    return Dataset.from_list([{**row, **columns} for row in sums()])
+
+
+SYSTEM_ONLY = [{"role": "system", "content": "What is 3 plus 2?"}]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DatasetDict(train=sums(), test=sums()), r"is a DatasetDict with the splits train, test. .*data\['train'\]"),
+        (rows_with(answer=["5", "five"]), r"train_dataset, row 1, column 'answer': \['5', 'five'\] is a list of 2"),
+        (rows_with(prompt=SYSTEM_ONLY), r"train_dataset, row 1, column 'prompt': .* has no user turn"),
+    ],
+    ids=["DatasetDict", "answers", "no user turn"],
+)
+def test_datasets_are_checked_by_the_rules_for_files(tmp_path: Path, data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        build(tmp_path, train_dataset=data)
+
+
+def test_answers_in_a_list_of_one_are_that_answer(tmp_path: Path) -> None:
+    lists = Dataset.from_list([{**row, "answer": [row["answer"]]} for row in sums()])
+    rewards = []
+    for data in (sums(), lists):
+        trainer = build(tmp_path, train_dataset=data, output_dir=tmp_path / str(len(rewards)), max_steps=1)
+        trainer.train()
+        rewards.append(next(log["reward"] for log in trainer.state.log_history if "reward" in log))
+    assert rewards[0] == rewards[1] and 0 < rewards[0] < 1
+
+
+def test_a_streamed_prompt_without_a_user_turn_trains_without_lessons(tmp_path: Path) -> None:
+    rows = rows_with(prompt=SYSTEM_ONLY, answer="5").to_iterable_dataset()
+    trainer = build(tmp_path, train_dataset=rows, max_steps=1, accelerator_config={"dispatch_batches": False})
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "reward" in log)
+    assert 0 < log["reward"] < 1 and log["mel/unfit_pairs"] == 2 and len(trainer.store.list()) == 0
+
+
+@pytest.mark.parametrize("name", [*REWARD_ARGUMENTS, *IMAGE_COLUMNS, "completion", "completion_ids"])
+def test_a_column_with_the_name_of_an_argument_changes_nothing(tmp_path: Path, name: str) -> None:
+    dropped = name not in ("completion", "completion_ids")
+    with pytest.warns(UserWarning, match=f"columns '{name}' are left out") if dropped else nullcontext():
+        trainer = build(tmp_path, train_dataset=rows_with(**{name: "x"}), max_steps=1)
+    assert (name in trainer.train_dataset.column_names) is not dropped
+    trainer.train()
+    assert 0 < next(log["reward"] for log in trainer.state.log_history if "reward" in log) < 1
 
 
 def test_a_config_of_trls_is_refused(tmp_path: Path) -> None:

@@ -26,8 +26,6 @@ REWARD_ARGUMENTS = (
 """Names under which TRL and the verifier's reward pass values of their own to reward functions."""
 IMAGE_COLUMNS = ("image", "images")
 """Columns that TRL takes for images."""
-UNREAD_COLUMNS = ("completion", "completion_ids")
-"""Columns that TRL keeps from reward functions."""
 
 
 class Fault(Exception):
@@ -39,7 +37,11 @@ def read_prompt(value: Any) -> Prompt:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value:
-        return [read_message(message) for message in value]
+        turns = [read_message(message) for message in value]
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        if asked and not any(text.strip() for text in asked):
+            raise Fault("has no text in its user turn")
+        return turns
     raise Fault("is empty" if value in (None, [], "") or isinstance(value, str) else "is neither text nor messages")
 
 
@@ -89,14 +91,11 @@ def with_system(prompt: Prompt, system_prompt: str | None) -> Prompt:
 
 
 def has_user_turn(prompt: Any) -> bool:
-    """Return True for plain text, and for a conversation in which a user says something."""
-    return not isinstance(prompt, list) or any(
-        turn.get("role") == "user" and (turn["content"].strip() if isinstance(turn.get("content"), str) else True)
-        for turn in prompt
-    )
+    """Return True for plain text, and for a conversation with a user turn."""
+    return not isinstance(prompt, list) or any(turn.get("role") == "user" for turn in prompt)
 
 
-NO_USER_TURN = "has no user turn with text, where a lesson would be put. Give the question the role 'user'"
+NO_USER_TURN = "has no user turn, where a lesson would be put. Give the question the role 'user'"
 
 
 def read_answer(value: Any) -> str:

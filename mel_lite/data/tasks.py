@@ -23,7 +23,6 @@ from mel_lite.data.cells import (
     IMAGE_COLUMNS,
     NO_USER_TURN,
     REWARD_ARGUMENTS,
-    UNREAD_COLUMNS,
     Fault,
     free_name,
     has_user_turn,
@@ -48,10 +47,10 @@ MAX_ROW_CHARS = 1_000_000
 """Largest size of a row's other columns as JSON. Larger rows are skipped and counted."""
 MAX_ANSWER_CHARS = 20_000
 """Longest reference answer. Rows with a longer one are skipped and counted."""
-_RESERVED = ("prompt", "answer", *REWARD_ARGUMENTS, *UNREAD_COLUMNS, *IMAGE_COLUMNS)
+_RESERVED = ("prompt", "answer", *REWARD_ARGUMENTS, *IMAGE_COLUMNS)
 """Names of columns that mean something else to the trainer. Others of the same name are renamed."""
 _PEEK = 100
-_INTEGERS = range(-(2**63), 2**64)
+_INTEGERS = range(-(2**63), 2**63)
 """Integers that a column can hold."""
 
 

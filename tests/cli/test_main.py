@@ -16,6 +16,7 @@ import mel_lite
 from command_line import cold_mel_lite_command, mel_lite_command
 from mel_lite.cli.main import app
 from mel_lite.lessons.store import ExperienceStore
+from tiny_models import save_tiny
 
 SURFACE = Path(__file__).parent / "cli_surface.json"
 
@@ -96,3 +97,40 @@ def test_an_empty_store_lists_nothing(tmp_path: Path) -> None:
     ExperienceStore(tmp_path / "experiences.sqlite").close()
     done = mel_lite_command("experiences", "list", "--run", tmp_path)
     assert done.returncode == 0 and "0 meta-experiences" in done.stdout
+
+
+def test_every_command_that_reads_tasks_has_the_options_its_errors_name(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"query": "2+2?", "target": "4"}\n' * 2)
+    file, base = str(tmp_path / "t.jsonl"), str(save_tiny(tmp_path / "base"))
+    recipe = ("--set", f"model.name={base}", "--set", "lora.start_from=null", "--dry-run")
+    commands = {
+        "train": ("train", "--gpu", "cpu", "--dataset", file, *recipe),
+        "eval": ("eval", "--model", base, "--dataset", file),
+        "warmup": ("warmup", file, "--output-dir", str(tmp_path / "out"), "--model", base),
+    }
+    for name, arguments in commands.items():
+        done = mel_lite_command(*arguments)
+        flags = re.findall(r"--[a-z]+-column", done.stderr)
+        assert done.returncode != 0 and flags, done.stderr
+        assert set(flags) <= set(surface()[f"mel-lite {name}"])
+
+
+def test_eval_reads_own_columns_and_template_variables(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"query": "2+2?", "target": "4"}\n')
+    base, output = save_tiny(tmp_path / "base"), tmp_path / "result.json"
+    options = ("--prompt-column", "query", "--answer-column", "target", "--k", "1", "--max-new-tokens", "2")
+    arguments = (
+        "eval",
+        "--model",
+        str(base),
+        "--dataset",
+        str(tmp_path / "t.jsonl"),
+        *options,
+        "--output",
+        str(output),
+    )
+    done = mel_lite_command(*arguments, "--chat-template-kwargs", "{enable_thinking: false}")
+    assert done.returncode == 0 and json.loads(output.read_text())["n"] == 1, done.stderr
+    for text in ("[1]", "{", "5"):
+        done = mel_lite_command(*arguments, "--chat-template-kwargs", text)
+        assert done.returncode == 2 and f"--chat-template-kwargs {text!r}" in done.stderr

@@ -187,3 +187,86 @@ def test_a_hub_dataset_in_the_same_layout_needs_no_preset(publish: Publish) -> N
     publish("somebody/mirror", [row], config="small", split="validation")
     tasks = load_tasks("somebody/mirror:small", split="validation")
     assert list(tasks) == [{"prompt": prompt, "answer": "7", "reward_model": {"ground_truth": ["7"]}}]
+
+
+# ---- messages and answers ----
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "unit": None}}}
+
+
+def talk(*turns: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": "Weather?"}, *turns], "answer": "5"}
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_tool_calls_are_kept(content: str | None, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    reply = {"role": "tool", "name": "weather", "tool_call_id": "a1", "content": "5 C"}
+    tasks = load_tasks(write(tmp_path / "tasks.jsonl", [talk(call, reply), talk()]))
+    user, asked, answered = tasks[0]["prompt"]
+    assert asked["tool_calls"] == [CALL] and asked["content"] == ""
+    assert (answered["name"], answered["tool_call_id"], answered["content"]) == ("weather", "a1", "5 C")
+    assert user["content"] == "Weather?"
+
+
+def test_text_parts_become_their_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "answer": "4"}
+    assert load_tasks(write(tmp_path / "a.jsonl", [row]))[0]["prompt"] == [{"role": "user", "content": "2+2?"}]
+
+
+@pytest.mark.parametrize(
+    ("turn", "fault"),
+    [
+        ({"role": "assistant", "content": None}, "has a message that is not"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "has a message that is not"),
+        ({"role": "assistant", "content": "", "tool_calls": "weather()"}, "tool_calls are not a list of objects"),
+        ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "part of type 'image', but only text"),
+        ({"role": "user", "content": [{"type": "text"}]}, "part of type 'text', but only text"),
+        ({"role": "user", "content": {"text": "x"}}, "has a message that is not"),
+        ({"from": "human", "value": "x"}, "has a message that is not"),
+    ],
+)
+def test_messages_no_template_reads_are_refused(turn: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"^a.jsonl, line 2, column 'prompt': \[.* {fault}"):
+        load_tasks(write(tmp_path / "a.jsonl", [talk(), talk(turn)]))
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool"])
+def test_a_conversation_without_a_user_turn_is_refused(role: str, tmp_path: Path) -> None:
+    user, other = {"role": "user", "content": "x"}, {"role": role, "content": "2+2?"}
+    for turns, fault in (([other], "user turn, where"), ([other, user | {"content": " "}], "text in its user turn")):
+        rows = [{"prompt": [user], "answer": "1"}, {"prompt": turns, "answer": "4"}]
+        with pytest.raises(DataError, match=f"a.jsonl, line 2, column 'prompt': .* has no {fault}"):
+            load_tasks(write(tmp_path / "a.jsonl", rows))
+    rows = [{"prompt": [other, user], "answer": "1"}]
+    assert load_tasks(write(tmp_path / "a.jsonl", rows))[0]["prompt"] == [other, user]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(["7"], "7"), ([["7"]], "7"), (["7", 7, 7.0], "7"), (7.0, "7"), (True, "True"), (1e20, "1" + "0" * 20)],
+)
+def test_answers_that_are_one_answer(answer: Any, expected: str, tmp_path: Path) -> None:
+    assert load_tasks(write(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer}]))[0]["answer"] == expected
+
+
+def test_lists_without_one_answer(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "answer": ["1"]}, {"prompt": "x", "answer": []}, {"prompt": "x", "answer": [None]}]
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used"):
+        load_tasks(write(tmp_path / "a.jsonl", rows))
+    rows[1]["answer"] = ["1", "one"]
+    with pytest.raises(DataError, match=r"a.jsonl, line 2, column 'answer': \['1', 'one'\] is a list of 2 different"):
+        load_tasks(write(tmp_path / "a.jsonl", rows))
+
+
+def test_columns_with_names_of_reward_arguments_are_renamed(tmp_path: Path) -> None:
+    row = {"prompt": "x", "answer": "1", "completions": "c", "self": 2, "completions_original": "d", "level": 3}
+    with pytest.warns(UserWarning) as warned:
+        tasks = load_tasks(write(tmp_path / "a.jsonl", [row]))
+    kept = {"prompt": "x", "answer": "1", "completions_original_": "c", "self_original": 2, "level": 3}
+    assert list(tasks) == [kept | {"completions_original": "d"}]
+    assert [str(each.message) for each in warned] == [
+        f"a.jsonl: column {old!r} is called {new!r}, since TRL passes values of its own as {old!r}."
+        for old, new in (("completions", "completions_original_"), ("self", "self_original"))
+    ]

@@ -21,7 +21,7 @@ from mel_lite.models.adapters import (
 )
 from mel_lite.models.load import ModelSpec, context_length, load_base, load_config, load_tokenizer, turn_end_id
 from tiny_adapters import make_adapter
-from tiny_models import save_tiny, set_lora, tiny_config, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, save_tiny, set_lora, tiny_config, tiny_tokenizer
 
 IDS_BT = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
 
@@ -120,6 +120,27 @@ def test_pad_token_differs_from_eos(tmp_path: Path, eos: str, pad: str | None, e
     tokenizer = load_tokenizer(ModelSpec(str(tmp_path)))
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == (expected, eos, "left")
     assert len(tokenizer) == 260  # no token was added
+
+
+def test_the_chat_template_of_an_adapter_is_used(tmp_path: Path) -> None:
+    """With a tokenizer saved in the folder, with its template alone, and with a tokenizer that has none."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_config().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    adapter.mkdir()
+
+    def template() -> str:
+        return load_tokenizer(ModelSpec(str(base)), saved_in=adapter).chat_template
+
+    assert template() == CHAT_TEMPLATE
+    (adapter / "chat_template.jinja").write_text("{{ 'own' }}")
+    assert template() == "{{ 'own' }}"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'saved' }}"
+    tokenizer.save_pretrained(adapter)
+    assert template() == "{{ 'saved' }}"
+    (adapter / "chat_template.jinja").unlink()
+    assert template() == CHAT_TEMPLATE
 
 
 def test_template_that_ends_a_turn_with_another_token_is_reported(tmp_path: Path, caplog) -> None:

@@ -13,13 +13,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mel_lite.cli.main import app
-from mel_lite.errors import EngineError
-from mel_lite.models.load import load_tokenizer
+from mel_lite.errors import EngineError, ModelError
+from mel_lite.models.load import ModelSpec, load_tokenizer
 from mel_lite.recipe import resolve
 from mel_lite.resilience import worst_step as worst_step_module
 from mel_lite.run import finish
 from mel_lite.run import train as run
-from tiny_models import save_tiny
+from tiny_adapters import make_adapter
+from tiny_models import CHAT_TEMPLATE, save_tiny
 
 
 def command(folder: Path, *flags: str, **settings: Any) -> Any:
@@ -149,6 +150,35 @@ def test_a_failed_export_in_a_subprocess_says_why_and_how_to_try_again(
     assert first == message
     command = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
     assert second.endswith(f"CUDA_VISIBLE_DEVICES= {command} --format merged-16bit --dtype auto")
+
+
+def test_a_run_takes_the_chat_template_of_the_adapter_it_starts_from(tmp_path: Path) -> None:
+    spec = ModelSpec(str(save_tiny(tmp_path / "base")))
+    adapter = make_adapter(spec, tmp_path / "adapter")
+    overrides: list[tuple[str, Any]] = [("model.name", spec.name), ("data.eval", None)]
+    (adapter / "chat_template.jinja").write_text("{{ 'own' }}")
+    for start, template in ((str(adapter), "{{ 'own' }}"), (None, CHAT_TEMPLATE)):
+        recipe = resolve(preset="cpu", overrides=[*overrides, ("lora.start_from", start)])
+        assert run.run_tokenizer(recipe).chat_template == template
+
+
+def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    text = "(m['content'] if m['role'] != 'tool' else raise_exception('no tools'))"
+    picky = CHAT_TEMPLATE.replace("m['content']", text)
+    (tmp_path / "base" / "chat_template.jinja").write_text(picky)
+    user = {"role": "user", "content": "x"}
+    rows = [{"prompt": [user], "answer": "1"}, {"prompt": [user, {"role": "tool", "content": "y"}], "answer": "1"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "ok.jsonl").write_text("\n".join([json.dumps(rows[0])] * 8))
+    for train, held_out in (("t", None), ("ok", str(tmp_path / "t.jsonl"))):
+        overrides: list[tuple[str, Any]] = [
+            ("model.name", str(tmp_path / "base")), ("data.train", str(tmp_path / f"{train}.jsonl")),
+            ("data.eval", held_out), ("data.eval_split", None), ("lora.start_from", None),
+        ]  # fmt: skip
+        recipe = resolve(preset="cpu", overrides=overrides)
+        with pytest.raises(ModelError, match=r"t.jsonl, task 2, column 'prompt': .* no tools"):
+            run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), run.run_tokenizer(recipe))
 
 
 def test_long_prompts_are_dropped(tmp_path: Path) -> None:

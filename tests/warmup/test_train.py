@@ -35,7 +35,7 @@ from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from mel_lite.verify.verifiers import get_verifier
 from mel_lite.warmup.examples import Example, load_examples, tokenize
 from mel_lite.warmup.train import WarmupEval, WarmupOptions, in_batches, warmup
-from tiny_models import save_tiny, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 COUNTS = {"solve": 30, "chain": 10, "analyse": 60, "replay": 30}
 
@@ -245,6 +245,30 @@ def test_trl_conversational_completions_are_read(tmp_path: Path) -> None:
     assert load_examples(tmp_path / "rows.jsonl") == [Example(prompt, "four")]
 
 
+def test_examples_are_read_by_the_rules_for_tasks(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+             {"role": "tool", "name": "add", "content": "4"}]  # fmt: skip
+    rows = [{"question": "2+2?", "reply": "four"}, {"question": turns, "reply": "five"}]
+    plain, asked = "2+2?", [turns[0], turns[1] | {"content": ""}, turns[2]]
+    for name, content in (("a.json", json.dumps(rows, indent=1)), ("b.jsonl", "\r\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_text(content)
+        examples = load_examples(tmp_path / name, completion_column="reply")
+        assert examples == [Example(plain, "four"), Example(asked, "five")]
+    with_system = load_examples(tmp_path / "a.json", completion_column="reply", system_prompt="Be brief.")
+    system = {"role": "system", "content": "Be brief."}
+    assert [example.prompt for example in with_system] == [
+        [system, {"role": "user", "content": plain}],
+        [system, *asked],
+    ]
+    with pytest.raises(
+        DataError, match=r"a.json, row 1: column 'completion' is missing; .*completion_column \(--compl"
+    ):
+        load_examples(tmp_path / "a.json")
+    with pytest.raises(DataError, match=r"row 1: column 'ask' is missing; .* prompt_column \(--prompt-column\)"):
+        load_examples(tmp_path / "a.json", prompt_column="ask", completion_column="reply")
+
+
 def test_only_the_completion_is_learned_and_it_ends_the_turn() -> None:
     tokenizer = tiny_tokenizer()
     chat = Example([{"role": "user", "content": "2 + 2?"}], "four")
@@ -346,6 +370,8 @@ def test_training_continues_from_the_adapter(trained: tuple[Path, Any, Path], tm
     spec = ModelSpec(str(folder / "base"))
     assert json.loads((result.adapter / RECORD).read_text())["base"]["name"] == spec.name
     assert (result.adapter / "checkpoint-30" / WEIGHTS).is_file()
+    own = CHAT_TEMPLATE + "{# of the adapter #}"
+    (result.adapter / "chat_template.jinja").write_text(own)
     again = warmup(
         file,
         tmp_path / "more",
@@ -353,6 +379,7 @@ def test_training_continues_from_the_adapter(trained: tuple[Path, Any, Path], tm
         adapter=result.adapter,
         options=WarmupOptions(max_steps=10, batch_size=1, learning_rate=1e-3),
     )
+    assert load_tokenizer(spec, saved_in=again.adapter).chat_template == own
     assert again.final_loss_nats < 0.1  # it started where the first warm-up ended
     assert nll_nats(attach_adapter(load_base(spec), again.adapter), load_tokenizer(spec), file) < 0.1
 
