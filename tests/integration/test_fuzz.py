@@ -1,29 +1,35 @@
 """Properties over made-up input, a hundred or so cases each by default and thousands in the slow set.
 
-The parser of analyses, the leak guard, packing and masks, the configuration, dataset rows, states of checkpoints.
+The parser of analyses, the leak guard, packing and masks, the configuration, dataset rows and chat templates, states of
+checkpoints.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mel_lite import MELConfig
 from mel_lite.data.tasks import load_tasks
-from mel_lite.errors import DataError
+from mel_lite.errors import DataError, MelLiteError
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import ParseFailure, parse_analysis
 from mel_lite.training.packing import IGNORE, Row, pack, pad_rows, rows_of_batch
 from mel_lite.types import Finish, MetaExperience
+from scripted import ScriptedEngine
+from tiny_models import tiny_tokenizer
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
@@ -240,7 +246,6 @@ OPTIONS = ("algorithm verifier_threshold "
 @both(100, 3000, options=st.dictionaries(st.sampled_from(OPTIONS), JUNK, max_size=3))
 def test_a_config_is_made_or_refused_in_words(options: dict[str, Any]) -> None:
     """By what `mel-lite train` goes through: a recipe, then MELConfig."""
-    from mel_lite.errors import MelLiteError
     from mel_lite.recipe import build_args, resolve
 
     try:
@@ -281,3 +286,93 @@ def test_any_file_becomes_tasks_or_an_error_that_names_it(rows: list[dict[str, A
     assert 1 <= len(tasks) <= len(rows) + 1
     for task in tasks:
         assert task["prompt"] and isinstance(task["answer"], str) and task["answer"]
+
+
+# ---- rows and templates through a step ----
+
+TEXTS = st.sampled_from(["What is 3 plus 2?", "", " ", "a\u2028b\x85c", "\ufeff7", "<|im_end|>", "\ud83d", "x" * 700])
+ARGUMENTS = st.sampled_from([{}, {"a": 3}, {"b": "x", "c": None}, {"a": [1, {"d": 2}]}, {"a": 2**70}, "{}", None])
+CALLS = st.lists(
+    st.builds(lambda a: {"type": "function", "function": {"name": "add", "arguments": a}}, ARGUMENTS), max_size=2
+)
+CONTENTS = TEXTS | st.none() | st.lists(
+    st.builds(lambda text: {"type": "text", "text": text}, TEXTS) | st.just({"type": "image", "image": "a.png"}),
+    max_size=2,
+)  # fmt: skip
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "user", "system", "developer", "assistant", "tool", "bot"])},
+    optional={"content": CONTENTS, "tool_calls": CALLS, "name": TEXTS | st.none(), "from": TEXTS},
+)
+ASKED = st.builds(lambda turns, at: [*turns[:at], {"role": "user", "content": "What is 3 plus 2?"}, *turns[at:]],
+                  st.lists(MESSAGES, max_size=2), st.integers(0, 2))  # fmt: skip
+ANSWERS = st.sampled_from(["5", 5, 5.0, ["5"], [["5"], "5"], ["5", "five"], [], None, float("nan"), 2**70, True, {}])
+EXTRAS = st.dictionaries(
+    st.sampled_from(
+        ["completions", "prompts", "self", "trainer_state", "images", "completion_ids", "level", "answers"]
+    ),
+    st.sampled_from(["x", 1, 2**65, None, [1], {"a": 2**65}, "\udc00"]),
+    max_size=2,
+)
+TASKS = st.lists(
+    st.builds(lambda prompt, answer, extras: {"prompt": prompt, "answer": answer, **extras},
+              st.lists(MESSAGES, max_size=2) | ASKED | ASKED | TEXTS, ANSWERS, EXTRAS), min_size=1, max_size=2,
+)  # fmt: skip
+BODIES = st.sampled_from([
+    "{{ m['content'] }}", "{{ m.content + '' }}", "{{ m['content'][0]['text'] }}", "{{ m.tool_calls | tojson }}", "",
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{{ m.content }}",
+    "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('roles') }}{% endif %}{{ m.content }}",
+    "{{ m.content if m.role != 'system' }}", "{{ 1 // (m.content | length) }}", "{{ m.content | upper }}",
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stepping(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], dict[str, float]]:
+    """Return a function that trains the model of this module for one step on a dataset, with a chat template."""
+    import trainers
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    model = trainers.tiny_model(folder / "base")
+
+    def step(tasks: Any, template: str) -> dict[str, float]:
+        (folder / "base" / "chat_template.jinja").write_text(template)
+        for old in folder.glob("run/experiences.sqlite*"):
+            old.unlink()
+        trainer = trainers.build(
+            folder, model=model, train_dataset=tasks, max_steps=1, lora=False, learning_rate=0.0,
+            engine=ScriptedEngine(tiny_tokenizer(), answer=lambda question, rng: f"Answer: {5 + (rng.random() < 0.5)}"),
+        )  # fmt: skip
+        trainer.train()
+        return next(log for log in trainer.state.log_history if "reward" in log)
+
+    return step
+
+
+@both(
+    30, 500, rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(),
+    crlf=st.booleans(),
+)  # fmt: skip
+def test_rows_and_templates_end_as_a_step_a_count_or_an_error(
+    stepping: Callable[[Any, str], dict[str, float]], rows: list[dict[str, Any]], body: str, suffix: str, read: bool,
+    crlf: bool,
+) -> None:  # fmt: skip
+    """Rows reach the trainer through a file, or (`read` False) as a dataset of Python's API; a step takes two."""
+    rows = rows * 2
+    frame = "<|im_start|>{{ m['role'] }}\n%s<|im_end|>\n"
+    template = f"{{% for m in messages %}}{frame % body}{{% endfor %}}{{% if add_generation_prompt %}}>{{% endif %}}"
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / f"tasks.{suffix}"
+        path.write_text(("\r\n" if crlf else "\n").join(map(json.dumps, rows)), newline="")
+        try:
+            if read:
+                tasks = load_tasks(str(path), conversational=True)
+            else:
+                try:
+                    tasks = Dataset.from_list(rows)
+                except Exception:
+                    return  # not a dataset, so it never reaches us
+            log = stepping(tasks, template)
+        except MelLiteError as error:
+            assert re.search(r"(tasks\.jsonl?|train_dataset|conversation)", str(error)), error
+            return
+    assert math.isfinite(log["loss"]) and log["step_time"] > 0
