@@ -5,6 +5,8 @@ Reads configs and modules by name and imports no model code. N rows, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +111,8 @@ def head_logprobs(
     check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
     check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
     with torch.set_grad_enabled(torch.is_grad_enabled() and compute_u):
-        vocab = getattr(head, "out_features", None) or head(hidden_NH[:1]).shape[-1]
+        sized = getattr(head, "original_module", head)  # PEFT swaps the sizes of a tied head's copy
+        vocab = getattr(sized, "out_features", None) or head(hidden_NH[:1]).shape[-1]
         index_K = live_rows(target_N, vocab, keep_N)
         hidden_KH, target_K = take(hidden_NH, index_K), take(target_N, index_K)
         scored = reference_head(head, vocab, hidden_KH, target_K, transform, keep_rng=True)
@@ -117,21 +120,34 @@ def head_logprobs(
     return logp_N, entropy_N if entropy_grad else entropy_N.detach(), lse_N.detach()
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def check_head_spec(model: Any, spec: HeadSpec, token_ids: list[int] | None = None) -> None:
     """Compare a model's own log-probabilities on a few tokens with those of its last hidden state under `spec`.
 
-    Detects what no config contains: a custom logit transform, a hidden state scaled or normalized before the head.
+    Detects what no config contains: a custom logit transform, a hidden state scaled or normalized before the head. Runs
+    in evaluation mode, since dropout would make two forwards differ, and restores the mode of every module.
 
     Raises: ValueError with the largest difference, if it is larger than rounding explains.
     """
     head = model.get_output_embeddings()
     ids_1T = torch.tensor([token_ids or list(range(1, 9))], device=head.weight.device)
-    logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
-    hidden_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-    top_T = logits_TV.argmax(1)
-    expected_T = logits_TV.log_softmax(1).gather(1, top_T[:, None])[:, 0]
-    found_T, _, _ = head_logprobs(head, hidden_TH, top_T, spec=spec, compute_u=False, impl="reference")
+    with _evaluating(model):
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        hidden_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        top_T = logits_TV.argmax(1)
+        expected_T = logits_TV.log_softmax(1).gather(1, top_T[:, None])[:, 0]
+        found_T, _, _ = head_logprobs(head, hidden_TH, top_T, spec=spec, compute_u=False, impl="reference")
     # The model rounds its logits to its own dtype: a few units in the last place of the largest.
     allowed = 8 * torch.finfo(head.weight.dtype).eps * float(logits_TV.abs().max()) + 1e-4
     difference = float((found_T - expected_T).abs().max())

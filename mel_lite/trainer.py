@@ -44,6 +44,7 @@ from mel_lite.lessons.internalise import (
 from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
+from mel_lite.models.peft_support import building_adapter
 from mel_lite.resilience.checkpoints import AtomicCheckpoints
 from mel_lite.resilience.collapse import CollapseWatch
 from mel_lite.resilience.nonfinite import NonFiniteGuard
@@ -132,7 +133,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if reward_funcs is None and not isinstance(self.judge, RewardJudge):
             reward_funcs = self._verifier_reward
         own_rollouts = rollout_func is None and engine_generates(args, tools, environment_factory)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), building_adapter(self, model, peft_config):
             # TRL marks the hook as experimental; following its changes is our task, not the user's.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -29,10 +31,10 @@ class Tools:
     quantizer: Path | None
 
 
-def find_tools(kind: str, source: Path) -> Tools:
+def find_tools(kind: str, source: Path, options: Sequence[str] = ()) -> Tools:
     """Find the programs that write a GGUF file of this type, in $LLAMA_CPP or on $PATH.
 
-    Raises: ExportError when one is missing, with the commands that install it and export `source` again.
+    Raises: ExportError when one is missing, with the commands that install it and export `source` again with `options`.
     """
     converter, quantizer = _find(CONVERTER), _find(QUANTIZER)
     needs_quantizer = kind == "q4_k_m"
@@ -44,7 +46,7 @@ def find_tools(kind: str, source: Path) -> Tools:
             "export again:\n"
             f"  git clone --depth 1 https://github.com/ggml-org/llama.cpp{build if needs_quantizer else ''}\n"
             f"  {sys.executable} -m pip install gguf sentencepiece\n"
-            f"  {FOLDER}=llama.cpp mel-lite export {source} --format {kind}"
+            f"  {FOLDER}=llama.cpp {shlex.join(['mel-lite', 'export', str(source), '--format', kind, *options])}"
         )
     return Tools(converter, quantizer if needs_quantizer else None)
 

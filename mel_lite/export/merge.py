@@ -82,7 +82,10 @@ def export(
     spec = _training_base(adapter_dir, base)
     _check_adapter_weights(adapter_dir, allow_untrained=allow_untrained)
     _check_target(out_dir)
-    tools = find_tools(format, source) if format in GGUF_TYPES else None
+    options = [] if out_dir == source / format else ["--output", str(out_dir)]
+    options += [] if base is None else ["--base", base.name]
+    options += ["--allow-untrained"] if allow_untrained else []
+    tools = find_tools(format, source, options) if format in GGUF_TYPES else None
     with _staging(out_dir) as staging:
         if format == "adapter":
             _copy(adapter_dir, staging, ("adapter_config.json", WEIGHTS, RECORD, *_TOKENIZER_FILES))
@@ -124,7 +127,10 @@ def _check_adapter_weights(adapter_dir: Path, *, allow_untrained: bool) -> None:
     weights = load_file(adapter_dir / WEIGHTS)
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ExportError(f"adapter {adapter_dir} holds NaN or infinity in {broken[0]}. Export an earlier checkpoint.")
-    changes = any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora_embedding_B" in name)
+    # Weights other than LoRA's are whole modules or tokens that were trained.
+    zero_at_first = ("lora_B", "lora_embedding_A")
+    whole = any("lora_" not in name for name in weights)
+    changes = whole or any(weight.any() for name, weight in weights.items() if any(z in name for z in zero_at_first))
     if not changes and not allow_untrained:
         raise ExportError(
             f"adapter {adapter_dir} has learned nothing: every LoRA-B is zero, so it does not change the base. Look "
@@ -294,6 +300,8 @@ def merge(adapter_dir: Path, spec: ModelSpec, dtype: str = "auto") -> PreTrained
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         merged = model.merge_and_unload(safe_merge=True).to(target)
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = False  # modules_to_save trained one of them
     if not all(bool(torch.isfinite(weight).all()) for weight in merged.parameters()):
         raise ExportError(f"a merged weight exceeds the range of {dtype} ({target}). Set dtype to bfloat16.")
     return merged
@@ -317,8 +325,10 @@ def _untie_adapted_head(base: PreTrainedModel) -> None:
 
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     adapted = any(hasattr(module, "base_layer") for module in (embedding, head))
-    if adapted and embedding.weight is head.weight:
-        layer = getattr(head, "base_layer", head)
+    tokens, head_tokens = (getattr(module, "token_adapter", None) for module in (embedding, head))
+    adapted |= getattr(head_tokens, "tied_adapter", None) is not tokens  # trained tokens of one of them
+    layer = getattr(head_tokens or head, "base_layer", head)
+    if adapted and layer.weight is getattr(tokens or embedding, "base_layer", embedding).weight:
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
 

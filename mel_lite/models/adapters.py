@@ -122,7 +122,7 @@ def base_fingerprint(model: Any) -> str:
     core, linear = hashlib.sha256(), hashlib.sha256()
     core.update(json.dumps([[name, getattr(config, name, None)] for name in _ARCHITECTURE]).encode())
     kind = "float"
-    for name, weight in sorted(_base_weights(model), key=lambda item: item[0]):
+    for name, weight in sorted(base_weights(model), key=lambda item: item[0]):
         if (quant_state := getattr(weight, "quant_state", None)) is not None:
             kind = quant_state.quant_type
             continue
@@ -131,12 +131,24 @@ def base_fingerprint(model: Any) -> str:
     return f"{core.hexdigest()[:16]}-{kind}-{linear.hexdigest()[:16] if kind == 'float' else '0' * 16}"
 
 
-def _base_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
+_BASE_PARTS = ("token_adapter.", "base_layer.", "original_module.")
+"""Parts of the names that PEFT's wrappers insert before a weight of the base."""
+
+
+def base_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return the weights of the base by the names they have without an adapter."""
+    wrapped, marks = [], ["lora_", ".modules_to_save.", ".trainable_tokens_"]
+    if hasattr(model, "peft_config"):  # PEFT's other methods have weights of any name, but only in these modules
+        wrapped = [f"{name}." for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
+        marks += filter(None, [getattr(model.base_model, "prefix", None)])
     found = []
     for name, weight in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
+        inside = [name.removeprefix(prefix) for prefix in wrapped if name.startswith(prefix)]
+        if any(mark in name for mark in marks) or not all(rest.startswith(_BASE_PARTS) for rest in inside):
             continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        name = name.removeprefix("base_model.model.")
+        for part in _BASE_PARTS:
+            name = name.replace(f".{part}", ".")
         found.append((name, weight))
     return found
 
@@ -175,7 +187,7 @@ def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = N
 def _describe_base(model: Any, revision: str | None) -> ModelSpec:
     config = model.config
     name = config._name_or_path or "unknown"
-    weights = [weight for _, weight in _base_weights(model)]
+    weights = [weight for _, weight in base_weights(model)]
     dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
     four_bit = next((weight.quant_state for weight in weights if getattr(weight, "quant_state", None)), None)
     return ModelSpec(
@@ -231,7 +243,7 @@ def adapter_base(adapter_dir: Path) -> ModelSpec:
     return ModelSpec(name=config.get("base_model_name_or_path") or "unknown", revision=config.get("revision"))
 
 
-def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read_adapter(adapter_dir: Path, *, only_lora: bool = True) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read PEFT's configuration in an adapter folder, and the content of `mel_lite.json` if it exists."""
     if not (adapter_dir / "adapter_config.json").is_file():
         raise ModelError(f"adapter={str(adapter_dir)!r} has no adapter_config.json. Give the folder PEFT saved.")
@@ -251,7 +263,7 @@ def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | N
         raise ModelError(
             f"adapter={str(adapter_dir)!r}: unreadable adapter_config.json or {RECORD} ({error})."
         ) from error
-    if config.get("peft_type") != "LORA":
+    if only_lora and config.get("peft_type") != "LORA":
         raise ModelError(f"adapter={str(adapter_dir)!r} is of type {config.get('peft_type')}; only LoRA is supported.")
     return config, record
 
@@ -292,7 +304,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
 
 def check_base(model: Any, adapter_dir: Path) -> None:
     """Check the base of the adapter in a folder. Raises: ModelError when it is not the base of `model`."""
-    _check_base(model, adapter_dir, *_read_adapter(adapter_dir))
+    _check_base(model, adapter_dir, *_read_adapter(adapter_dir, only_lora=False))
 
 
 def _base_name(config: dict[str, Any], record: dict[str, Any] | None) -> str:

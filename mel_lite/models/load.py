@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from mel_lite.errors import ConfigError, MelLiteError, ModelError, check_choice
 from mel_lite.models.attention import attention_for
 from mel_lite.models.demo import demo_model_dir
+from mel_lite.models.generation import make_generation_config_valid
 
 if TYPE_CHECKING:
     import torch
@@ -250,6 +251,7 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
                 raise
             model = load(attn_implementation=None)  # one of the few architectures without SDPA
     keep_four_bit_layout(model)
+    make_generation_config_valid(model)
     return model
 
 
@@ -311,6 +313,30 @@ def locate(name: str) -> str:
     if not (path / "config.json").is_file():
         raise ModelError(f"model={name!r} has no config.json, so it is not a model folder. Check the path.")
     return str(path)
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """Check that the base has weights to load, without loading them: in its folder, or offline in the Hub cache.
+
+    Raises: ModelError, also for a base that cannot be found.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    path = locate(spec.name)
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if Path(path).is_dir():
+        found = any(Path(path).glob("*.safetensors"))
+    elif constants.HF_HUB_OFFLINE:
+        with model_errors(spec.name):
+            load_config(spec)
+            found = any(isinstance(try_to_load_from_cache(path, n, revision=spec.revision), str) for n in names)
+    else:
+        return
+    if not found:
+        raise ModelError(
+            f"model={spec.name!r}: it has no safetensors weights {'here' if Path(path).is_dir() else 'in the cache'}, "
+            "and pickled ones are never loaded. Download or convert it (`save_pretrained`)."
+        )
 
 
 @contextmanager

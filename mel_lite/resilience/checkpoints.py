@@ -129,7 +129,19 @@ class AtomicCheckpoints:
             checkpoint_files.set_aside_after(run_dir, state["step"])
             truncate_metrics(run_dir / "metrics.jsonl", state["step"])
             if state["last_experience_id"] is not None:
-                self.store.truncate_after(state["last_experience_id"])  # type: ignore[attr-defined]
+                self._roll_back_store(path, run_dir, state["last_experience_id"])
+
+    def _roll_back_store(self, path: Path, run_dir: Path, last_id: int) -> None:
+        """Delete later experiences. A checkpoint of another folder continues with a new store: none is read back."""
+        store: Any = self.store  # type: ignore[attr-defined]
+        if path.resolve().parent != run_dir.resolve() and store.last_id() == 0:
+            if last_id:
+                logger.warning(
+                    "%s is a checkpoint of another folder: the %s earlier lessons stay in that folder's "
+                    "experiences.sqlite, and new ones are stored in %s.", path, last_id, run_dir,
+                )  # fmt: skip
+            return
+        store.truncate_after(last_id)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_weights(Path(resume_from_checkpoint))

@@ -47,6 +47,7 @@ from mel_lite.run.finish import export_trained, print_summary, release, save
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
 from mel_lite.run.progress import LiveDisplay
+from mel_lite.run.services import check_services
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.verify.verifiers import get_verifier
@@ -110,7 +111,7 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def check(recipe: Recipe, folder: Path) -> MELConfig:
     """Validate everything in a recipe that can be checked before a model is loaded, and return the trainer's arguments.
 
-    Raises: ConfigError, VerifierError; ExportError if the export needs programs that are not installed.
+    Raises: ConfigError, VerifierError, ModelError; ExportError if the export needs programs that are not installed.
     """
     for key in DEFAULTS:
         option_of(recipe, key)
@@ -125,6 +126,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     get_internalisation(args.internalisation)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
+    check_services(recipe, args)
     return args
 
 
@@ -183,7 +185,8 @@ def train(
             release(trainer)
             exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
             elapsed_s = time.monotonic() - started_s
-            print_summary(trainer, folder, adapter_dir, exported, baseline.result, after, elapsed_s, console)
+            before = baseline.result or _stored_evaluation(path)  # a finished run is not trained again
+            print_summary(trainer, folder, adapter_dir, exported, before, after, elapsed_s, console)
         trainer.accelerator.end_training()
 
 
@@ -337,7 +340,7 @@ def _evaluation(
     if tasks.held_out is None:
         return None
     if reuse:  # the model has been trained since, so it cannot be evaluated as the baseline
-        return EvalResult.from_json(path.read_text()) if path.is_file() else None
+        return _stored_evaluation(path)
     with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"), trainer.engine.uncounted():
         result = evaluate(
             SplitEngine(trainer.engine) if distributed.world() > 1 else trainer.engine,
@@ -355,3 +358,7 @@ def _evaluation(
         path.parent.mkdir(exist_ok=True)
         path.write_text(result.to_json() + "\n")
     return result
+
+
+def _stored_evaluation(path: Path) -> EvalResult | None:
+    return EvalResult.from_json(path.read_text()) if path.is_file() else None

@@ -19,7 +19,9 @@ from mel_lite.engines.unsloth import is_unsloth, unsloth_engine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import load_templates
+from mel_lite.models.generation import make_generation_config_valid
 from mel_lite.models.load import context_length, keep_four_bit_layout
+from mel_lite.models.peft_support import is_peft
 from mel_lite.training.scoring import balances_experts
 from mel_lite.types import Group
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
@@ -155,6 +157,8 @@ def prepare_weights(trainer: Any) -> None:
     TRL keeps the adapter of a 4-bit base in bfloat16, on which the gradient scaler of fp16 training fails.
     """
     keep_four_bit_layout(trainer.model)
+    base = trainer.model.get_base_model() if is_peft(trainer.model) else trainer.model
+    make_generation_config_valid(base)  # a checkpoint of the full model contains it
     if trainer.args.fp16:
         for weight in trainer.model.parameters():
             if weight.requires_grad:

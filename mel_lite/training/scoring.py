@@ -119,7 +119,7 @@ def _score(
     if head.weight.dtype.is_floating_point:
         hidden_NH = hidden_NH.to(head.weight.dtype)
     # The operator accumulates in float32; autocast would round its products to 16 bits.
-    with maybe_gather_lm_head_ctx(head.weight, head.bias), _no_autocast(device.type):
+    with maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)), _no_autocast(device.type):
         logp_N, entropy_N, _ = head_logprobs(
             head,
             hidden_NH,
