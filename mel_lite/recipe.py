@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -14,11 +16,21 @@ import yaml
 
 from mel_lite.errors import ConfigError
 from mel_lite.models.adapters import LoraSpec
-from mel_lite.models.load import ModelSpec
+from mel_lite.models.load import DEMO, ModelSpec
 from mel_lite.text import suggest
+
+logger = logging.getLogger(__name__)
 
 GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
 """`--gpu` value -> file in `mel_lite/configs/`."""
+CARD_GIB = {
+    "3060": 12, "4070": 12, "2080ti": 11, "3080": 10, "t4": 16, "v100": 16, "p100": 16, "4060ti": 16, "4080": 16,
+    "5080": 16, "5070ti": 16, "a4000": 16, "3090": 24, "4090": 24, "5090": 32, "a10": 24, "a10g": 24, "l4": 24,
+    "a30": 24, "a5000": 24, "7900xtx": 24, "v10032gb": 32, "6000ada": 48, "a6000": 48, "a40": 48, "l40": 48, "l40s": 48,
+    "a100": 40, "a10040gb": 40, "a10080gb": 80, "h100": 80, "h800": 80, "h20": 96, "gh200": 96, "h200": 141,
+    "b200": 180,
+}  # fmt: skip
+"""Memory of common cards by their names in lower case without maker, series and separators; the smallest variant."""
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
 """Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` creates the third from an f16."""
 MergedDtype = Literal["auto", "bfloat16", "float16"]
@@ -120,6 +132,11 @@ def resolve(
         _merge(values, {section: {key: value}}, f"--set {dotted}")
     if "name" not in values["model"]:
         raise ConfigError("No model is named. Use --gpu, --model, or set model.name in the --config file.")
+    chosen = "lora.start_from" in {key for key, _ in overrides} or value_in(config, "lora.start_from") is not None
+    lora, name = values["lora"] or {}, values["model"]["name"]
+    if lora.get("start_from") == DEMO and name != DEMO and not chosen:
+        logger.warning("The preset's adapter fits only the demo model, so %s starts without it.", name)
+        values["lora"] = {**lora, "start_from": None}
     return _build(values)
 
 
@@ -184,8 +201,20 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def _load_preset(preset: str) -> dict[str, Any]:
     name = GPU_PRESETS.get(preset)
     if name is None:
-        raise ConfigError(f"--gpu {preset!r} is not a preset.{suggest(preset, GPU_PRESETS)}")
+        raise ConfigError(f"--gpu {preset!r} is not a preset.{suggest_preset(preset)}")
     return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
+
+
+def suggest_preset(name: str) -> str:
+    """Return a hint for an unknown `--gpu`: the largest preset that fits a named card or size, else the known ones."""
+    card = re.sub(r"nvidia|geforce|rtx|gtx|tesla|quadro|sxm\d?|pcie|[\s_-]", "", name.lower())
+    size = re.fullmatch(r"(\d+)(g|gb|gib)?", card)
+    gib = CARD_GIB.get(card) or CARD_GIB.get(re.sub(r"\d+gb$", "", card)) or (int(size[1]) if size else None)
+    if gib is None or gib > 1000:
+        return suggest(name, [*GPU_PRESETS, "auto"])
+    sizes = [preset for preset in GPU_PRESETS if preset != "cpu"]
+    fitting = [preset for preset in sizes if int(preset.removesuffix("gb")) <= gib]
+    return f" Did you mean {(fitting or sizes[:1])[-1]!r}? Presets are named by memory: {', '.join(sizes)}, auto, cpu."
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

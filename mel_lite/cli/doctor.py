@@ -304,7 +304,11 @@ def check_hub(facts: Facts) -> Check:
         found = f"{where} has {facts.hub_free_bytes / GIB:.1f} GiB free; {facts.model} takes "
         fix = "Set HF_HOME to a folder on a larger disk, or free some space (hf cache ls, hf cache rm)."
         return Check("Hugging Face Hub", "warn", found + f"{facts.model_bytes / GIB:.1f} GiB", fix)
-    return Check("Hugging Face Hub", "ok", f"{where}, {facts.hub_free_bytes / GIB:.1f} GiB free, online")
+    found = f"{where}, {facts.hub_free_bytes / GIB:.1f} GiB free"
+    if facts.hub_answers is False:
+        fix = "Connect to the network (or set HTTPS_PROXY), give a local folder as --model, or use the demo model."
+        return Check("Hugging Face Hub", "warn", f"{found}; the Hub cannot be reached, {facts.model} is missing", fix)
+    return Check("Hugging Face Hub", "ok", found + (", online" if facts.hub_answers else ""))
 
 
 CHECKS: tuple[Callable[[Facts], Check], ...] = (

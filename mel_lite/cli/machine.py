@@ -68,10 +68,13 @@ class Facts:
     hub_free_bytes: int
     hub_writable: bool
     offline: bool
+    hub_answers: bool | None = None
+    """True if the Hub answered a request; None if it was not asked, because nothing is downloaded."""
 
 
 def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
-    """Collect the facts about this machine. Imports torch and TRL; uses no network and writes nothing."""
+    """Collect the facts about this machine. Imports torch and TRL; asks the Hub for one answer if the model is not
+    cached, and writes nothing."""
     loaded_early = tuple(name for name in ("unsloth", "unsloth_zoo") if name in sys.modules)
     import torch
     from huggingface_hub import constants
@@ -101,6 +104,7 @@ def gather(run_folder: Path, model: str, packages: tuple[str, ...]) -> Facts:
         hub_free_bytes=shutil.disk_usage(nearest_existing_folder(hub_cache)).free,
         hub_writable=os.access(nearest_existing_folder(hub_cache), os.W_OK),
         offline=bool(constants.HF_HUB_OFFLINE),
+        hub_answers=None if constants.HF_HUB_OFFLINE or _is_cached(model) else _hub_answers(),
     )
 
 
@@ -196,6 +200,18 @@ def _is_cached(model: str) -> bool:
         return isinstance(try_to_load_from_cache(model, "config.json"), str)
     except errors.HFValidationError:  # neither a folder nor a Hub id; loading it raises the proper error
         return False
+
+
+def _hub_answers(timeout_s: float = 3.0) -> bool:
+    """Return True if any answer of the Hub arrives in time, through the client that downloads would use."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout_s)
+    except Exception:  # no route, no name, a proxy's refusal: the client has many errors for it
+        return False
+    return True
 
 
 def _model_bytes(model: str) -> int | None:

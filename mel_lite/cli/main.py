@@ -83,6 +83,9 @@ def train(
     engine: EngineOption = None,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's newest intact checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Resume the run in --output-dir if there is one, else start it.")
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +104,9 @@ def train(
     from mel_lite.recipe import parse_set
     from mel_lite.run.folder import default_output_dir
 
+    if auto_resume and output_dir is None:
+        raise ConfigError("--auto-resume needs --output-dir: each start without it makes another folder in runs/.")
+    resumes_again = auto_resume and output_dir is not None and (output_dir / "config.yaml").is_file()
     flags = {
         "model.name": model,
         "model.engine": engine,
@@ -118,7 +124,8 @@ def train(
         # The preset's held-out set belongs to the preset's dataset.
         overrides += [("data.eval", None), ("data.eval_split", None)]
     overrides += [parse_set(text) for text in set_ or []]
-    if allow_change and not resume:
+    resume |= resumes_again  # after the flags, which must give the same recipe at each start
+    if allow_change and not resume and not auto_resume:
         raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
         output_dir = output_dir or _newest_run()

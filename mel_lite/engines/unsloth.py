@@ -104,8 +104,9 @@ def _check_context(granted_tokens: int, needed_tokens: int) -> None:
     sequences.
     """
     if granted_tokens < needed_tokens:
+        room = f"sequences of {granted_tokens} tokens" if granted_tokens > 0 else "the model, but for no sequence"
         raise EngineError(
-            f"vLLM has memory for sequences of {granted_tokens} tokens, but this run needs {needed_tokens}. Raise "
+            f"vLLM has memory for {room}, but this run needs {needed_tokens} tokens. Raise "
             "model.gpu_memory_utilization; set or lower model.max_seq_length, train.max_context_tokens, "
             "train.max_completion_length or data.max_prompt_tokens; or use --engine hf."
         )

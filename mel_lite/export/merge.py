@@ -326,7 +326,8 @@ def _untie_adapted_head(base: PreTrainedModel) -> None:
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     adapted = any(hasattr(module, "base_layer") for module in (embedding, head))
     tokens, head_tokens = (getattr(module, "token_adapter", None) for module in (embedding, head))
-    adapted |= getattr(head_tokens, "tied_adapter", None) is not tokens  # trained tokens of one of them
+    one_tokens = tokens is not None and getattr(head_tokens, "tied_adapter", None) is tokens
+    adapted |= not one_tokens and (tokens or head_tokens) is not None
     layer = getattr(head_tokens or head, "base_layer", head)
     if adapted and layer.weight is getattr(tokens or embedding, "base_layer", embedding).weight:
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

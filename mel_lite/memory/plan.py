@@ -22,8 +22,7 @@ from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.search import BATCH, GROUP, Search, value_of
 from mel_lite.memory.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
 from mel_lite.models.adapters import lora_config
-from mel_lite.recipe import Recipe, keys_of, resolve, value_in
-from mel_lite.text import suggest
+from mel_lite.recipe import Recipe, keys_of, resolve, suggest_preset, value_in
 
 BUDGETS = {
     "12gb": int(11.6 * GIB),
@@ -152,6 +151,8 @@ def _group(recipe: Recipe) -> int:
 def _obstacle(load: Workload) -> str:
     if load.vllm is None or load.vllm_granted_tokens >= load.vllm_context_tokens:
         return ""
+    if load.vllm_granted_tokens <= 0:
+        return f"a share of {load.share_bytes / GIB:.1f} GiB holds vLLM's copy of the model but no tokens of a sequence"
     return (
         f"with a share of {load.share_bytes / GIB:.1f} GiB, vLLM accepts sequences of up to {load.vllm_granted_tokens} "
         f"tokens, but the longest has {load.vllm_context_tokens}"
@@ -223,7 +224,7 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     if name == "cpu":
         raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Use one of {', '.join(BUDGETS)} or auto.")
     if name != "auto" and name not in BUDGETS:
-        raise ConfigError(f"--gpu {name!r} is not a preset.{suggest(name, [*BUDGETS, 'auto', 'cpu'])}")
+        raise ConfigError(f"--gpu {name!r} is not a preset.{suggest_preset(name)}")
     if name in BUDGETS and not run_here:
         return _nominal_card(name)
     import torch
