@@ -35,10 +35,19 @@ def publish_dir(staging: Path, target: Path) -> None:
 
     Raises: OSError when `target` exists and is not an empty folder.
     """
+    share_weights(staging)
     for path in [*staging.rglob("*"), staging]:
         flush(path)
     os.rename(staging, target)
     flush(target.parent)
+
+
+def share_weights(folder: Path) -> None:
+    """Give weight files the mode of other new files: safetensors creates them readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

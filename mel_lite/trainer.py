@@ -256,6 +256,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         row_ids = broadcast_object_list([row_ids], from_process=0)[0]
         self.log_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
         self.collapse.idle.saw(groups)
+        self.collapse.saw_analyses(experiences)
         return DrawnBatch(tuple(zip(row_ids, experiences, strict=True)), tuple(groups), self.lesson_context, len(pairs))
 
     def _internalise(self, drawn: DrawnBatch, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:

@@ -313,15 +313,16 @@ def export_(
 def list_(
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
 ) -> None:
     """List meta-experiences, including dropped ones."""
     from mel_lite.run.display import experiences_table, store_line
 
     wanted = _status(status)
+    drawn_after = None if step is None else step - 1  # the store counts the updates before a lesson
     with _store(run) as store:
-        console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
+        console().print(experiences_table(store.list(status=wanted, step=drawn_after, limit=limit)))
         console().print(store_line(store.funnel()))
 
 

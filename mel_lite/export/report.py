@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mel_lite.export.gguf import GGUF_TYPES
-from mel_lite.models.adapters import RECORD
+from mel_lite.models.adapters import RECORD, hub_id_of
 from mel_lite.models.load import ModelSpec
 
 if TYPE_CHECKING:
@@ -83,13 +82,14 @@ class ExportReport:
 
 def card(report: ExportReport) -> str:
     """Write a model card with the origin of the model and the figures of its check."""
-    name = report.base.name
-    hub_base = [f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
+    hub_id = hub_id_of(report.base.name)
+    name = hub_id or Path(report.base.name).name
+    hub_base = [f"base_model: {hub_id}"] if hub_id else []
     library = "peft" if report.format == "adapter" else "transformers"
     front = ["---", f"library_name: {library}", *hub_base, "tags: [mel-lite, mel, grpo]", "---"]
     body = ["# Trained with MEL-Lite", ""]
     if report.fidelity is None:
-        body.append(f"A LoRA adapter for `{Path(name).name if not hub_base else name}`, loaded as given in {RECORD}.")
+        body.append(f"A LoRA adapter for `{name}`, loaded as given in {RECORD}.")
     else:
         body.append(
             f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError, ModelError, check_choice
+from mel_lite.files import share_weights
 from mel_lite.models.demo import DEMO_ADAPTER, demo_path
 from mel_lite.models.load import DEMO, ModelSpec
 
@@ -171,7 +172,10 @@ def same_base(one: str, other: str) -> bool:
 
 
 def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = None) -> None:
-    """Write `mel_lite.json` next to an adapter: the base of `model`, how it was loaded, and its fingerprint."""
+    """Write `mel_lite.json` next to an adapter: the base of `model`, how it was loaded, and its fingerprint.
+
+    Also replaces local paths in PEFT's files, which name nothing on another machine, and PEFT's unfilled model card.
+    """
     from mel_lite import __version__
 
     base = _describe_base(model, revision)
@@ -182,6 +186,31 @@ def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = N
         "base_fingerprint": base_fingerprint(model),
     }
     (adapter_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    config_file = adapter_dir / "adapter_config.json"
+    if not config_file.is_file():
+        return
+    hub_id = hub_id_of(base.name)
+    config = json.loads(config_file.read_text(encoding="utf-8")) | {"base_model_name_or_path": hub_id}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (adapter_dir / "README.md").write_text(adapter_card(hub_id), encoding="utf-8")
+    share_weights(adapter_dir)
+
+
+def hub_id_of(name: str) -> str | None:
+    """Return the Hub id of a base's name or of its folder in the Hub cache; None for any other folder."""
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", Path(name).as_posix()):
+        return f"{cached[1]}/{cached[2]}"
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
+    return name if is_id else None
+
+
+def adapter_card(hub_id: str | None) -> str:
+    """Return the model card of an adapter folder. `hub_id`: its base on the Hub, if it is there."""
+    base = [f"base_model: {hub_id}"] if hub_id else []
+    front = ["---", "library_name: peft", *base, "tags: [lora, mel-lite, mel, grpo]", "---"]
+    origin = f"of `{hub_id}`" if hub_id else "of a local base model"
+    text = f"A LoRA adapter {origin}. {RECORD} identifies the exact base and how it was loaded."
+    return "\n".join([*front, "", "# Trained with MEL-Lite", "", text, ""])
 
 
 def _describe_base(model: Any, revision: str | None) -> ModelSpec:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import CheckpointError
-from mel_lite.files import flush, sha256_of
+from mel_lite.files import flush, sha256_of, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def commit(staged: Path, run_dir: Path, state: dict[str, Any]) -> Path:
     repeated after falling back to an older checkpoint) is replaced.
     """
     _write_json(staged / STATE, state)
+    share_weights(staged)
     files = sorted(p for p in staged.rglob("*") if p.is_file())
     _write_json(staged / MANIFEST, {str(p.relative_to(staged)): sha256_of(p) for p in files})
     for path in [*files, staged / MANIFEST, staged]:

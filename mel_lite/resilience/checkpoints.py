@@ -193,6 +193,16 @@ class AtomicCheckpoints:
         if (folder / "adapter_config.json").is_file():
             write_fingerprint(folder, self.accelerator.unwrap_model(self.model))
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card without the names it cannot know: a base in a local folder, a model that is not pushed."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        card = Path(self.args.output_dir) / "README.md"
+        if not card.is_file():
+            return
+        text = card.read_text(encoding="utf-8")
+        text = text.replace("[None](https://huggingface.co/None)", "a local base model")
+        card.write_text(text.replace('model="None"', f'model="{Path(self.args.output_dir).name}"'), encoding="utf-8")
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint once it is committed: its files must not be renamed during the upload."""
         if self._staging is None:

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from mel_lite.errors import DivergedError
 from mel_lite.resilience import checkpoint_files
-from mel_lite.types import CollapseAction, Group
+from mel_lite.types import CollapseAction, Experience, Finish, Group
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ SPIKE = 10.0
 """A gradient norm this many times the median of the last WINDOW is an outlier. It was clipped; it is reported."""
 IDLE_FIRST, IDLE_AGAIN = 10, 50
 """Consecutive steps with nothing to learn from before the first warning, and between later ones, if nothing stops."""
+LEAST_ANALYSES, CUT_OFF = 8, 0.5
+"""Analyses looked at together, and the share of them cut off at the token limit that needs advice."""
 LEAST_WRITTEN = 20
 """Fewest meta-experiences in the window for keeping none of them to mean something."""
 
@@ -281,6 +283,8 @@ class CollapseWatch:
         self._learns = False
         """True when the current generation batch, on this rank, has an advantage or a lesson."""
 
+        self._analyses, self._cut_off, self._cut_windows = 0, 0, 0
+
     def state_dict(self) -> dict[str, Any]:
         return {"tripwires": self.checks.state_dict()}
 
@@ -296,6 +300,23 @@ class CollapseWatch:
         advantages = batch["advantages"]
         per_row = advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(dim=1)
         self._learns = has_lessons or bool((per_row * batch["completion_mask"].sum(dim=1)).any())
+
+    def saw_analyses(self, experiences: Sequence[Experience]) -> None:
+        """Count a batch's analyses, and warn when many do not end within `analysis_max_tokens`."""
+        self._analyses += len(experiences)
+        self._cut_off += sum(each.analysis.finish is Finish.LENGTH for each in experiences)
+        if self._analyses < LEAST_ANALYSES:
+            return
+        if self._cut_off >= CUT_OFF * self._analyses:
+            if self._cut_windows % AGAIN == 0 and self._trainer.accelerator.is_main_process:
+                limit = self._trainer.args.analysis_max_tokens
+                logger.warning(
+                    "%s of the last %s analyses were cut off at analysis_max_tokens=%s, and no lesson is read from "
+                    "those. Raise it (--set train.analysis_max_tokens=%s), or start from a warmed-up model, which "
+                    "writes shorter ones.", self._cut_off, self._analyses, limit, 2 * limit,
+                )  # fmt: skip
+            self._cut_windows += 1
+        self._analyses = self._cut_off = 0
 
     def after_update(self) -> None:
         """Warn when a run learns nothing, and stop it after `max_idle_steps`. Raises: DivergedError."""

@@ -18,6 +18,7 @@ from mel_lite.errors import ExportError
 from mel_lite.evaluate import EvalResult
 from mel_lite.export.merge import export
 from mel_lite.export.report import ExportReport
+from mel_lite.files import share_weights
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.adapters import write_fingerprint
 from mel_lite.recipe import Recipe
@@ -33,6 +34,7 @@ def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
     target = folder / ("adapter" if adapted else "model")
     trainer.model.save_pretrained(target)
     trainer.processing_class.save_pretrained(target)
+    share_weights(target)
     if adapted:
         write_fingerprint(target, trainer.model, revision=recipe.model.revision)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from mel_lite.models.adapters import (
     adapter_base,
     attach_adapter,
     base_fingerprint,
+    hub_id_of,
     lora_config,
     same_base,
     write_fingerprint,
@@ -121,6 +123,9 @@ def test_an_adapter_without_record_is_checked_by_name_and_shape(
 ) -> None:
     adapter = make_adapter(ModelSpec(str(base_dir)), tmp_path / "adapter")
     (adapter / "mel_lite.json").unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None  # a local folder is no name elsewhere
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base_dir)}))
     attach_adapter(load_base(ModelSpec(str(base_dir))), adapter)
     assert "was trained on" not in caplog.text
     same_shape = save_tiny(tmp_path / "same_shape", "qwen3", seed=5)
@@ -176,3 +181,28 @@ def test_adapted_head_can_be_used_but_not_trained(tmp_path: Path) -> None:
         assert torch.equal(attached(IDS_BT).logits, model.eval()(IDS_BT).logits)
     with pytest.raises(ModelError, match="output head"):
         attach_adapter(load_base(base), tmp_path / "adapter", trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("Qwen/Qwen3-4B-Base", "Qwen/Qwen3-4B-Base"),
+        ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-4B-Base/snapshots/0123abcd", "Qwen/Qwen3-4B-Base"),
+        ("/data/models/mine", None),
+        ("./mine", None),
+        ("../models/mine", None),
+        ("demo", None),
+    ],
+)
+def test_saved_files_name_a_base_on_the_hub_or_none(name: str, hub_id: str | None) -> None:
+    assert hub_id_of(name) == hub_id
+
+
+def test_a_saved_adapter_is_readable_and_names_no_local_path(base_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(ModelSpec(str(base_dir)), tmp_path / "adapter")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in adapter.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+    card = (adapter / "README.md").read_text()
+    assert str(tmp_path.parent) not in card + (adapter / "adapter_config.json").read_text()
+    assert "None" not in card
+    assert "base_model" not in card
