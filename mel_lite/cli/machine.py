@@ -204,8 +204,7 @@ def _is_cached(model: str) -> bool:
 
 def _hub_answers(timeout_s: float = 3.0) -> bool:
     """Return True if any answer of the Hub arrives in time, through the client that downloads would use."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout_s)

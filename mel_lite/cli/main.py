@@ -12,6 +12,7 @@ import typer
 
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
+from mel_lite.cli.experiences import experiences
 from mel_lite.cli.shared import (
     AnswerColumnOption,
     ConfigOption,
@@ -24,11 +25,13 @@ from mel_lite.cli.shared import (
     VerifierOption,
     console,
     loading,
+    newest_run,
     template_kwargs,
 )
-from mel_lite.errors import ConfigError, MelLiteError, check_choice
+from mel_lite.errors import ConfigError, MelLiteError
+from mel_lite.files import atomic_write_text
 from mel_lite.text import printable
-from mel_lite.types import Algorithm, Status
+from mel_lite.types import Algorithm
 
 app = typer.Typer(
     name="mel-lite",
@@ -37,14 +40,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
 app.add_typer(experiences, name="experiences")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(gpu_commands.plan)
 app.command()(gpu_commands.doctor)
-
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
 
 
 def _version(shown: bool) -> None:
@@ -128,7 +128,7 @@ def train(
     if allow_change and not resume and not auto_resume:
         raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
-        output_dir = output_dir or _newest_run()
+        output_dir = output_dir or newest_run()
         # Reuse the run's own config unless a preset or file is given.
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
@@ -213,7 +213,7 @@ def evaluate(
     )
     console().print(result.as_table())
     if output is not None:
-        output.write_text(result.to_json() + "\n")
+        atomic_write_text(output, result.to_json() + "\n")
 
 
 @app.command()
@@ -297,7 +297,7 @@ def export_(
     ] = False,
 ) -> None:
     """Write a clean adapter or a merged model, reload it, and compare it with the base model plus adapter."""
-    source = adapter or _newest_run()
+    source = adapter or newest_run()
     with loading("loading"):
         from mel_lite.export.merge import export
         from mel_lite.models.load import ModelSpec
@@ -307,56 +307,6 @@ def export_(
     report = export(source, target, format=format_, base=spec, dtype=dtype, allow_untrained=allow_untrained)
     console().print(report.as_table())
     typer.echo(str(report.path))
-
-
-@experiences.command("list")
-def list_(
-    run: RunOption = None,
-    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
-    step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
-) -> None:
-    """List meta-experiences, including dropped ones."""
-    from mel_lite.run.display import experiences_table, store_line
-
-    wanted = _status(status)
-    drawn_after = None if step is None else step - 1  # the store counts the updates before a lesson
-    with _store(run) as store:
-        console().print(experiences_table(store.list(status=wanted, step=drawn_after, limit=limit)))
-        console().print(store_line(store.funnel()))
-
-
-@experiences.command("show")
-def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
-    """Show one meta-experience in full, with both rollouts and its replays."""
-    from mel_lite.run.display import experience_page
-
-    with _store(run) as store:
-        console().print(experience_page(store.get(id_)))
-
-
-@experiences.command("search")
-def search(
-    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50
-) -> None:
-    """Search the text of meta-experiences."""
-    from mel_lite.run.display import experiences_table
-
-    with _store(run) as store:
-        console().print(experiences_table(store.search(text, limit=limit)))
-
-
-@experiences.command("export")
-def export_experiences(
-    output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
-    run: RunOption = None,
-    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
-) -> None:
-    """Write meta-experiences to a JSONL or parquet file."""
-    wanted = _status(status)
-    with _store(run) as store:
-        rows = store.export(output, status=wanted)
-    typer.echo(f"wrote {rows} rows to {output}")
 
 
 @bench.command("kernel")
@@ -373,25 +323,6 @@ def bench_kernel(
     # By name: in a checkout the folder is outside the package, where the type checker does not find its modules.
     run = importlib.import_module("mel_lite.kernels.bench").run
     run(device or ("cuda" if torch.cuda.is_available() else "cpu"), rounds=rounds, json_path=json_path)
-
-
-def _status(name: str | None) -> str | None:
-    if name is not None:
-        check_choice("--status", name, Status)
-    return name
-
-
-def _store(run: Path | None) -> Any:
-    from mel_lite.lessons.store import ExperienceStore
-
-    folder = run or _newest_run()
-    return ExperienceStore(folder / "experiences.sqlite", read_only=True)
-
-
-def _newest_run() -> Path:
-    from mel_lite.run.folder import newest_run
-
-    return newest_run()
 
 
 def _quiet_libraries() -> None:

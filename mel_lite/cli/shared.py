@@ -66,3 +66,10 @@ def loading(what: str) -> Status:
     from rich.console import Console
 
     return Console(stderr=True).status(what)
+
+
+def newest_run() -> Path:
+    """Return the newest run folder in `runs/`. Raises ConfigError if there is none."""
+    from mel_lite.run.folder import newest_run as newest
+
+    return newest()

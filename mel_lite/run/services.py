@@ -61,7 +61,7 @@ def check_push(args: Any) -> None:
     try:
         HfApi().whoami(token=token)
     except errors.HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+        if error.response.status_code in (401, 403):
             raise ConfigError(
                 f"push_to_hub=true: the Hub does not accept the token. Run `hf auth login` again, {later}"
             ) from error

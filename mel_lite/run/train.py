@@ -356,7 +356,7 @@ def _evaluation(
         )
     if distributed.rank() == 0:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(result.to_json() + "\n")
+        atomic_write_text(path, result.to_json() + "\n")
     return result
 
 

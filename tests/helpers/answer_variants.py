@@ -40,7 +40,8 @@ _ANSWERS: tuple[LabelledAnswer, ...] = (
     ("math", "<think>\\boxed{7}", "7", W), ("numeric", "hmm 5</think>7", "7", R),
     ("exact", "<think>Paris", "Paris", W), ("multiple-choice", "<think>B</think>", "B", W),
  
-      ("numeric", "<|channel|>analysis<|message|>5?<|end|><|start|>assistant<|channel|>final<|message|>7<|return|>", "7", R),
+    ("numeric", "<|channel|>analysis<|message|>5?<|end|><|start|>assistant<|channel|>final<|message|>7<|return|>",
+     "7", R),
     ("numeric", "<|channel|>analysis<|message|>7", "7", W), ("numeric", "analysisIt is 5.assistantfinal7", "7", R),
     ("exact", "<|channel|>final<|message|>Paris<|return|>", "Paris", R),
     ("exact", "analysisHmm.assistantfinalParis", "Paris", R), ("math", "Answer: 5th of May", "May 5", R),

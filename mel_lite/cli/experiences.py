@@ -1,0 +1,79 @@
+"""`mel-lite experiences`: browse the meta-experiences of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mel_lite.cli.shared import console, newest_run
+from mel_lite.errors import check_choice
+from mel_lite.types import Status
+
+experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
+
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+
+
+@experiences.command("list")
+def list_(
+    run: RunOption = None,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
+) -> None:
+    """List meta-experiences, including dropped ones."""
+    from mel_lite.run.display import experiences_table, store_line
+
+    wanted = _status(status)
+    drawn_after = None if step is None else step - 1  # the store counts the updates before a lesson
+    with _store(run) as store:
+        console().print(experiences_table(store.list(status=wanted, step=drawn_after, limit=limit)))
+        console().print(store_line(store.funnel()))
+
+
+@experiences.command("show")
+def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
+    """Show one meta-experience in full, with both rollouts and its replays."""
+    from mel_lite.run.display import experience_page
+
+    with _store(run) as store:
+        console().print(experience_page(store.get(id_)))
+
+
+@experiences.command("search")
+def search(
+    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50
+) -> None:
+    """Search the text of meta-experiences."""
+    from mel_lite.run.display import experiences_table
+
+    with _store(run) as store:
+        console().print(experiences_table(store.search(text, limit=limit)))
+
+
+@experiences.command("export")
+def export_experiences(
+    output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
+    run: RunOption = None,
+    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+) -> None:
+    """Write meta-experiences to a JSONL or parquet file."""
+    wanted = _status(status)
+    with _store(run) as store:
+        rows = store.export(output, status=wanted)
+    typer.echo(f"wrote {rows} rows to {output}")
+
+
+def _status(name: str | None) -> str | None:
+    if name is not None:
+        check_choice("--status", name, Status)
+    return name
+
+
+def _store(run: Path | None) -> Any:
+    from mel_lite.lessons.store import ExperienceStore
+
+    folder = run or newest_run()
+    return ExperienceStore(folder / "experiences.sqlite", read_only=True)
