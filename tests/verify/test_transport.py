@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from mel_lite.errors import ConfigError, VerifierError
 from mel_lite.verify import verifiers
 from mel_lite.verify.pool import VerifyPool
 from mel_lite.verify.transport import pack
+from trainers import build, judged_rollouts
 
 ITEMS = [("Seven", "seven", {"level": 3}), ("eight", "seven", {"level": 3}), ("seven", "seven", {"level": 4})]
 
@@ -114,3 +116,21 @@ def test_a_config_with_a_function_can_be_saved_copied_and_pickled(tmp_path: Path
         MELConfig(str(tmp_path), verifier=7, use_cpu=True, bf16=False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="think_tags has '<plan>'"):
         MELConfig(str(tmp_path), think_tags=["<plan>"], use_cpu=True, bf16=False)
+
+
+def test_a_function_judges_the_rollouts_and_the_run_can_be_saved(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "report_to": "none"}
+    rewards = []
+    for verifier in ("numeric", lambda completion, answer: re.findall(r"\d+", completion)[-1:] == [answer]):
+        trainer = build(tmp_path, verifier=verifier, output_dir=tmp_path / f"run-{len(rewards)}", **options)
+        rollouts = judged_rollouts(trainer)
+        trainer.train()
+        rewards.append([str(rollout.verdict) for _, rollout in rollouts])
+        assert (Path(trainer.args.output_dir) / "checkpoint-1").is_dir()
+    assert rewards[0] == rewards[1] and {"right", "wrong"} <= set(rewards[0])
+
+
+def test_a_function_that_cannot_reach_a_worker_stops_the_construction(tmp_path: Path) -> None:
+    lines = (line for line in "ab")
+    with pytest.raises(VerifierError, match="cannot be copied into a worker process"):
+        build(tmp_path, verifier=lambda completion, answer: completion in lines)
