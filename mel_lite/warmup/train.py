@@ -21,7 +21,7 @@ from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, 
 from mel_lite.training.packing import Block
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.verify.judge import AnswerJudge
-from mel_lite.warmup.examples import load_examples, tokenize
+from mel_lite.warmup.examples import Example, load_examples, tokenize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,13 +153,7 @@ def warmup(
         raise ConfigError("lora and adapter together: an adapter has its own shape. Give only one of them.")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"output_dir={str(output_dir)!r} is not empty. Give a new folder; nothing is overwritten.")
-    examples = load_examples(
-        examples_file,
-        split=data.split,
-        prompt_column=data.prompt_column,
-        completion_column=data.completion_column,
-        system_prompt=data.system_prompt,
-    )
+    examples = _examples(examples_file, data)
     adapter = None if adapter is None else find_adapter(adapter)
     tokenizer = load_tokenizer(model, saved_in=adapter)
     base = load_base(model)
@@ -195,6 +189,16 @@ def warmup(
         took_s=took_s,
         before=before,
         after=measure("after", console),
+    )
+
+
+def _examples(source: Path | str, data: WarmupData) -> list[Example]:
+    return load_examples(
+        source,
+        split=data.split,
+        prompt_column=data.prompt_column,
+        completion_column=data.completion_column,
+        system_prompt=data.system_prompt,
     )
 
 
