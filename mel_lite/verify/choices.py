@@ -61,7 +61,7 @@ _ASSERTIONS = (
     ),
     re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|it\s+is(?=\W*$))", re.IGNORECASE),
     re.compile(
-        rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+with|went\s+with|opt(?:ing)?\s+for|"
+        rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+(?:with|for)|went\s+(?:with|for)|opt(?:ing)?\s+for|"
         rf"settle\s+on|settled\s+on|vote\s+for|mark)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
         re.IGNORECASE,
     ),

@@ -53,7 +53,7 @@ _POWER_OF_TEN = re.compile(
 _ORDINAL = re.compile(r"(?<=[0-9])(?:st|nd|rd|th)\b")
 _NEGATIVE = re.compile(r"\b(?:minus|negative)[ ]+(?=[$\u20ac\u00a3]?[0-9])", re.IGNORECASE)
 _NOT_A_NUMBER = re.compile(r"[\\^*/+<>\u2264\u2265\u221a\u03c0\[\]{}|\u00b2\u00b3\u2260]|\b(?:pi|sqrt|i)\b")
-_VARIABLE = re.compile(r"[0-9][abnpqrtxyz]\b")
+_VARIABLE = re.compile(r"[0-9][abknpqrtxyz]\b")
 _NO_STATEMENT = re.compile(
     r"\b(?:not|never|neither|nor|except|unknown|(?:is|was|are|does|do|did|can|could)n['\u2019]t|cannot"
     r"|(?:(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|up to|no more than"
