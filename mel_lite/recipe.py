@@ -206,15 +206,18 @@ def _load_preset(preset: str) -> dict[str, Any]:
 
 
 def suggest_preset(name: str) -> str:
-    """Return a hint for an unknown `--gpu`: the largest preset that fits a named card or size, else the known ones."""
+    """Return a hint for an unknown `--gpu`: the preset of a named card, or nearest a size, or all."""
     card = re.sub(r"nvidia|geforce|rtx|gtx|tesla|quadro|sxm\d?|pcie|[\s_-]", "", name.lower())
-    size = re.fullmatch(r"(\d+)(g|gb|gib)?", card)
-    gib = CARD_GIB.get(card) or CARD_GIB.get(re.sub(r"\d+gb$", "", card)) or (int(size[1]) if size else None)
-    if gib is None or gib > 1000:
+    size = re.fullmatch(r"(\d{1,3})(g|gb|gib)?", card)
+    memory = CARD_GIB.get(card) or CARD_GIB.get(re.sub(r"\d+gb$", "", card))
+    presets = {int(preset.removesuffix("gb")): preset for preset in GPU_PRESETS if preset != "cpu"}
+    if memory is not None:
+        near = max((gib for gib in presets if gib <= memory), default=min(presets))
+    elif size is not None:
+        near = min(presets, key=lambda gib: abs(gib - int(size[1])))
+    else:
         return suggest(name, [*GPU_PRESETS, "auto"])
-    sizes = [preset for preset in GPU_PRESETS if preset != "cpu"]
-    fitting = [preset for preset in sizes if int(preset.removesuffix("gb")) <= gib]
-    return f" Did you mean {(fitting or sizes[:1])[-1]!r}? Presets are named by memory: {', '.join(sizes)}, auto, cpu."
+    return f" Did you mean {presets[near]!r}? Presets are named by memory: {', '.join(presets.values())}, auto, cpu."
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

@@ -138,3 +138,21 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         preset="cpu", overrides=[parse_set("model.revision=1234e567"), parse_set("data.system_prompt=nan")]
     )
     assert recipe.model.revision == "1234e567" and recipe.data.system_prompt == "nan"
+
+
+@pytest.mark.parametrize(
+    ("given", "preset"),
+    [("4090", "24gb"), ("RTX-3060", "12gb"), ("NVIDIA A100-40GB", "40gb"), ("H100", "80gb"), ("5090", "24gb"),
+     ("l40s", "40gb"), ("8gb", "12gb"), ("8", "12gb"), ("23gb", "24gb"), ("96gb", "80gb"), ("t4", "16gb")],
+)  # fmt: skip
+def test_a_card_or_size_suggests_its_preset(given: str, preset: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean '{preset}'"):
+        resolve(preset=given)
+
+
+def test_another_model_drops_the_demos_adapter(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve(preset="cpu").lora.start_from == "demo"
+    assert resolve(preset="cpu", overrides=[("model.name", "a/b")]).lora.start_from is None
+    assert caplog.text.count("fits only the demo model") == 1
+    kept = resolve(preset="cpu", overrides=[("model.name", "a/b"), ("lora.start_from", "demo")])
+    assert kept.lora.start_from == "demo"

@@ -8,6 +8,7 @@ length of C_retro and, as a last resort, halves the groups. Other lengths, model
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from mel_lite.memory.search import BATCH, GROUP, Search, value_of
 from mel_lite.memory.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
 from mel_lite.models.adapters import lora_config
 from mel_lite.recipe import Recipe, keys_of, resolve, suggest_preset, value_in
+
+logger = logging.getLogger(__name__)
 
 BUDGETS = {
     "12gb": int(11.6 * GIB),
@@ -231,6 +234,10 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
 
     if not torch.cuda.is_available():
         if name in BUDGETS:
+            logger.warning(
+                "--gpu %s: PyTorch sees no GPU here; `mel-lite doctor` finds out why. Use --gpu cpu to run without.",
+                name,
+            )
             return _nominal_card(name)
         raise ConfigError("--gpu auto: PyTorch sees no GPU here (`mel-lite doctor` says why). Name a preset instead.")
     free_bytes, total_bytes = torch.cuda.mem_get_info()

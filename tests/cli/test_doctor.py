@@ -306,3 +306,12 @@ def test_the_command_exits_with_one_when_something_fails(monkeypatch: pytest.Mon
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["failed"] is False
     assert json.loads(done.stdout)["checks"] == [dataclasses.asdict(well.checks[0])]
+
+
+def test_the_hub_is_online_only_if_it_answered() -> None:
+    missing = {"model_cached": False, "offline": False}
+    assert "online" in visit(**missing, hub_answers=True)["Hugging Face Hub"].found
+    silent = visit(**missing, hub_answers=False)["Hugging Face Hub"]
+    assert silent.outcome == "warn"
+    assert "cannot be reached" in silent.found
+    assert "online" not in visit(**missing, hub_answers=None)["Hugging Face Hub"].found

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 from mel_lite.errors import ConfigError, DivergedError
 from mel_lite.resilience import collapse
 from mel_lite.resilience.checkpoint_files import read_state
-from mel_lite.resilience.collapse import AGAIN, WINDOW, CollapseChecks
+from mel_lite.resilience.collapse import AGAIN, WINDOW, CollapseChecks, CollapseWatch
+from mel_lite.types import Finish
 from scripted import ScriptedEngine
 from tiny_models import tiny_tokenizer
 from trainers import assert_learned, build, digest, trainable
@@ -249,3 +251,18 @@ def test_a_run_that_learns_is_never_idle(tmp_path: Path, algorithm: str) -> None
 def test_the_choice_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on_collapse='ignore' is not one of warn, lower_lambda, stop"):
         build(tmp_path, on_collapse="ignore")
+
+
+@pytest.mark.parametrize(("cut_off", "advised"), [(8, True), (4, True), (3, False)])
+def test_analyses_cut_off_at_the_limit_give_advice(
+    caplog: pytest.LogCaptureFixture, cut_off: int, advised: bool
+) -> None:
+    args = SimpleNamespace(mel_weight=1.0, analysis_max_tokens=600)
+    watch = CollapseWatch(SimpleNamespace(args=args, accelerator=SimpleNamespace(is_main_process=True)))
+    finishes = [Finish.LENGTH] * cut_off + [Finish.STOP] * (8 - cut_off)
+    analyses = [SimpleNamespace(analysis=SimpleNamespace(finish=finish)) for finish in finishes]
+    watch.saw_analyses(analyses[:5])
+    assert caplog.text == ""
+    watch.saw_analyses(analyses[5:])
+    assert (f"{cut_off} of the last 8 analyses" in caplog.text) is advised
+    assert ("train.analysis_max_tokens=1200" in caplog.text) is advised

@@ -356,11 +356,14 @@ def test_warmup_learns_the_example_and_measures_it(trained: tuple[Path, Any, Pat
     assert result.before.pass_at_1.value == 0.0 and result.after.pass_at_1.value == 1.0
 
 
-def test_warmup_loss_is_the_mean_over_completion_tokens(trained: tuple[Path, Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_steps", [3, 10])
+def test_warmup_loss_is_the_mean_over_completion_tokens(
+    trained: tuple[Path, Any, Path], tmp_path: Path, max_steps: int
+) -> None:
     folder, _, file = trained
     spec = ModelSpec(str(folder / "base"))
     expected = nll_nats(load_base(spec), load_tokenizer(spec), file)
-    options = WarmupOptions(max_steps=10, batch_size=1, learning_rate=1e-12)
+    options = WarmupOptions(max_steps=max_steps, batch_size=1, learning_rate=1e-12)
     result = warmup(file, tmp_path / "out", model=spec, lora=LoraSpec(r=4), options=options)
     assert math.isclose(result.final_loss_nats, expected, rel_tol=1e-3)
 
