@@ -131,7 +131,7 @@ def test_without_llama_cpp_the_error_has_the_commands_and_nothing_is_written(
         export(run, tmp_path / "out", format=kind)
     said = str(error.value)
     assert "git clone --depth 1 https://github.com/ggml-org/llama.cpp" in said
-    assert f"LLAMA_CPP=llama.cpp mel-lite export {run} --format {kind}" in said
+    assert f"LLAMA_CPP=llama.cpp mel-lite export {run} --format {kind} --output {tmp_path / 'out'}" in said
     assert ("cmake --build" in said) == (kind == "q4_k_m") and not (tmp_path / "out").exists()
 
 
