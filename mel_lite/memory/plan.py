@@ -154,8 +154,15 @@ def _group(recipe: Recipe) -> int:
 def _obstacle(load: Workload) -> str:
     if load.vllm is None or load.vllm_granted_tokens >= load.vllm_context_tokens:
         return ""
+    if load.share_bytes <= 0:
+        return (
+            f"training on sequences of {load.vllm_context_tokens} tokens takes the whole card, so vLLM gets no memory"
+        )
     if load.vllm_granted_tokens <= 0:
-        return f"a share of {load.share_bytes / GIB:.1f} GiB holds vLLM's copy of the model but no tokens of a sequence"
+        return (
+            f"a share of {load.share_bytes / GIB:.1f} GiB holds vLLM's copy of the model but no sequence, and the "
+            f"longest has {load.vllm_context_tokens} tokens"
+        )
     return (
         f"with a share of {load.share_bytes / GIB:.1f} GiB, vLLM accepts sequences of up to {load.vllm_granted_tokens} "
         f"tokens, but the longest has {load.vllm_context_tokens}"

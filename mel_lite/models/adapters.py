@@ -148,8 +148,9 @@ def base_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
         if any(mark in name for mark in marks) or not all(rest.startswith(_BASE_PARTS) for rest in inside):
             continue
         name = name.removeprefix("base_model.model.")
-        for part in _BASE_PARTS:
-            name = name.replace(f".{part}", ".")
+        while any(f".{part}" in name for part in _BASE_PARTS):  # wrappers may be nested, as around fused experts
+            for part in _BASE_PARTS:
+                name = name.replace(f".{part}", ".")
         found.append((name, weight))
     return found
 

@@ -267,7 +267,7 @@ def test_vllm_that_does_not_start_is_an_error_with_the_fix(
 def test_a_context_that_unsloth_shortens_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsloth silently shortens the context if it estimates that the share is too small. Answers would be truncated."""
     monkeypatch.setattr(fake_unsloth, "shortened_by", 12)
-    with pytest.raises(EngineError, match="sequences of 321 tokens, but this run needs 333. Raise model.gpu_mem"):
+    with pytest.raises(EngineError, match="sequences of 321 tokens, but this run needs 333 tokens. Raise model.gpu_"):
         fake_load(tmp_path, monkeypatch, GPU, **{"model.max_seq_length": 333, "train.algorithm": "grpo"}, **SHORT)
 
 

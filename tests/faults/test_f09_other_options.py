@@ -107,7 +107,7 @@ def test_options_that_change_a_run() -> None:
     assert changes(resolve(preset="cpu"), other_engine) == [], "a run whose engine failed may resume with another"
     model = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x"), ("eval.k", 2)])
     assert [str(change) for change in changes(resolve(preset="cpu"), model)] == [
-        "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "train.seed: 42 -> 1",
+        "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "lora.start_from: 'demo' -> None", "train.seed: 42 -> 1",
     ]  # fmt: skip
 
     old, new = recipe(mel_train_on="experience"), recipe(internalisation="experience")

@@ -148,8 +148,8 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
     _, too_little, load = planned("24gb", pinned=(key,), model__gpu_memory_utilization=0.31)
     assert not too_little.fits and too_little.peak_bytes < BUDGETS["24gb"]
     assert not any("cache holds" in note for note in too_little.notes)
-    room = f"vLLM accepts sequences of up to {load.vllm_granted_tokens} tokens, but the longest has 6144"
-    assert room in too_little.refusal()
+    assert load.vllm_granted_tokens <= 0
+    assert "holds vLLM's copy of the model but no sequence, and the longest has 6144 tokens" in too_little.refusal()
     assert too_little.advice[:2] == (f"--set {key}={chosen}", "--engine hf")
     assert too_much.advice[0].startswith(f"--set {key}=0.7") and too_much.advice[1] == "--engine hf"
     assert too_little.choices["model.max_num_seqs"] == too_much.choices["model.max_num_seqs"] == 64
@@ -188,7 +188,7 @@ def test_what_unsloth_would_cut_is_refused() -> None:
     _, made, load = planned("24gb", **options)
     assert made.fits and load.vllm_granted_tokens >= 3072
     _, made, _ = planned("24gb", model__max_seq_length=200_000)
-    assert not made.fits and "the longest has 200000" in made.refusal()
+    assert not made.fits and "training on sequences of 200000 tokens takes the whole card" in made.refusal()
 
 
 def test_pinned_sequences_are_kept() -> None:
