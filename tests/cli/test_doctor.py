@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import re
@@ -12,16 +11,14 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mel_lite.cli import doctor, machine
+from mel_lite.cli import doctor
 from mel_lite.cli.doctor import CHECKS, GPU_EXTRAS, TESTED, Check, Report, examine
 from mel_lite.cli.machine import Facts, Gpu
 from mel_lite.cli.main import app
 from mel_lite.engines.choice import VLLM_CAPABILITY
 from mel_lite.memory.formulas import GIB
-from tiny_models import save_tiny, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,70 +227,12 @@ def test_the_tested_versions_are_those_of_the_lock_and_fit_the_metadata() -> Non
         assert wanted[name].contains(version), f"{name}=={version} is not allowed by {wanted[name]}"
 
 
-def test_the_compiled_caches_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("UNSLOTH_COMPILE_LOCATION", raising=False)
-    assert machine._compiled_cache() is None
-    folder = tmp_path / machine.COMPILED_CACHE
-    folder.mkdir()
-    assert machine._compiled_cache() is None, "an empty folder holds nothing stale"
-    (folder / "UnslothGRPOTrainer.py").write_text(
-        '"""\n2026.10.9\n2026.10.6\n5.17.0\n1.15.0\n__UNSLOTH_VERSIONING__\n"""\n'
-    )
-    assert machine._compiled_cache() == folder
-    assert machine._compiled_for(folder) == ("2026.10.9", "2026.10.6", "5.17.0", "1.15.0")
-    (folder / "UnslothGRPOTrainer.py").write_text("x = 1\n")
-    assert machine._compiled_for(folder) is None
-    monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path / "elsewhere"))
-    assert machine._compiled_cache() is None
-
-
-def test_the_driver_is_asked_for_its_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Driver:
-        def cuDriverGetVersion(self, number: Any) -> int:
-            number._obj.value = 12080
-            return 0
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    assert machine._driver_cuda() == (12, 8)
-
-    def missing(name: str) -> Any:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert machine._driver_cuda() is None
-
-
-def test_a_shadowed_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shadowed_by_me").mkdir()
-    (tmp_path / "shadowed_by_me" / "__init__.py").write_text("raise ImportError")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert machine._origin("shadowed_by_me") == str(tmp_path / "shadowed_by_me" / "__init__.py")
-    assert machine._origin("no_such_package_at_all") is None
-
-
-def test_an_unfit_trl_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine._trl_problem() is None
-    monkeypatch.setattr("mel_lite.trl_compat.SUPPORTED", ("0.1", "0.2"))
-    assert "trl==1.15.0 is installed" in str(machine._trl_problem())
-
-
 def test_a_visit_to_this_machine(tmp_path: Path) -> None:
     report = examine(tmp_path / "not" / "there")
     assert [check.outcome for check in report.checks if check.name == "required packages"] == ["ok"]
     assert len(report.checks) == len(CHECKS) and len({check.name for check in report.checks}) == len(CHECKS)
     assert not (tmp_path / "not").exists()
     assert not [c for c in report.checks if c.name == "TRL and import order" and c.outcome != "ok"]
-
-
-def test_models_of_every_kind_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_tiny(tmp_path / "base", "qwen3")
-    assert machine._is_cached(str(folder)) and machine._is_cached("demo")
-    assert not machine._is_cached("./no/such/folder") and not machine._is_cached("nobody/nothing")
-    weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(tiny_config("qwen3")).parameters())
-    assert machine._model_bytes(str(folder)) == 2 * weights
-    assert machine._model_bytes("demo") == 2 * 134_515_008
-    assert machine._model_bytes("nobody/nothing") is None and machine._model_bytes("./no/such/folder") is None
 
 
 def test_the_command_exits_with_one_when_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:

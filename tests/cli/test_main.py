@@ -36,7 +36,7 @@ def surface() -> dict[str, list[str]]:
 
 
 def test_the_surface_is_frozen() -> None:
-    """A changed option breaks scripts: change tests/cli_surface.json only on purpose."""
+    """A changed option breaks scripts: change cli_surface.json only on purpose."""
     assert surface() == json.loads(SURFACE.read_text())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mel_lite.engines.metered import PhaseClock
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.memory.formulas import GIB
 from mel_lite.run.display import experience_page, funnel_table, plain, plan_view, sample_panel, step_line
-from mel_lite.training.metrics import GradientMeter, funnel, truncate_metrics
+from mel_lite.training.metrics import funnel
 from mel_lite.types import (
     Analysis,
     Experience,
@@ -102,43 +100,6 @@ def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) ->
 def test_the_funnel_table_shows_what_each_stage_left() -> None:
     text = shown(funnel_table({"mel/groups": 8, "mel/mixed_groups": 4, "mel/pairs": 4, "mel/parsed": 1}))
     assert "50%" in text and "25%" in text and "replay valid" in text
-
-
-def test_phases_are_timed_separately_and_drained() -> None:
-    clock = PhaseClock()
-    with clock("rollout"):
-        clock.generated_tokens += 10
-    with pytest.raises(KeyError), clock("analysis"):
-        raise KeyError
-    metrics = clock.drain()
-    assert metrics["time/rollout_s"] >= 0 and "time/analysis_s" in metrics and metrics["mel/generated_tokens"] == 10
-    assert clock.drain() == {"mel/generated_tokens": 0.0}
-
-
-def test_gradients_of_a_term_add_up_over_micro_batches() -> None:
-    import torch
-
-    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    unused = torch.nn.Parameter(torch.ones(3))
-    meter = GradientMeter([weight, unused])
-    for scale in (1.0, 2.0):
-        meter.add("policy", scale * weight[0])
-    meter.add("nll", 4.0 * weight[1] - 3.0 * weight[0])
-    metrics = meter.drain(lambda t: t)
-    assert metrics == {
-        "mel/grad_norm_policy": 3.0,
-        "mel/grad_norm_nll": 5.0,
-        "mel/grad_cosine": pytest.approx(-9 / 15),
-    }
-    assert meter.drain(lambda t: t) == {} and weight.grad is None
-
-
-def test_resuming_drops_later_and_half_written_metrics(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2}\n{"step": 3}\n{"step": 2, "rew')
-    truncate_metrics(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    truncate_metrics(tmp_path / "none.jsonl", 2)
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:

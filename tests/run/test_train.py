@@ -1,45 +1,21 @@
-"""`mel-lite train` on a tiny model: tasks, the worst step, evaluations, the saved adapter and the export."""
+"""`mel-lite train` on a tiny model: tasks, the worst step, evaluations and the saved adapter."""
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
-from mel_lite.cli.main import app
 from mel_lite.errors import EngineError, ModelError
 from mel_lite.models.load import ModelSpec, load_tokenizer
 from mel_lite.recipe import resolve
 from mel_lite.resilience import worst_step as worst_step_module
-from mel_lite.run import finish
 from mel_lite.run import train as run
 from tiny_adapters import make_adapter
 from tiny_models import CHAT_TEMPLATE, save_tiny
-
-
-def command(folder: Path, *flags: str, **settings: Any) -> Any:
-    """One step of `mel-lite train` in `folder`."""
-    save_tiny(folder / "base", "qwen3")
-    tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(4)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    values = {
-        "model.name": folder / "base", "model.dtype": "float32", "lora.start_from": "null",
-        "data.train": folder / "tasks.jsonl", "data.eval": "null", "data.eval_split": "null",
-        "data.max_prompt_tokens": 60, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
-        "train.max_context_tokens": 480, "train.max_steps": 1, "train.per_device_train_batch_size": 8,
-        "train.gradient_accumulation_steps": 1, "export.format": "null",
-        **{key.replace("__", "."): value for key, value in settings.items()},
-    }  # fmt: skip
-    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = CliRunner().invoke(app, ["train", "--gpu", "cpu", *flags, *options, "--output-dir", str(folder / "run")])
-    assert done.exit_code == 0, done.output
-    return done
+from train_command import command
 
 
 def test_the_worst_step_comes_first_where_asked(tmp_path: Path) -> None:
@@ -48,33 +24,6 @@ def test_the_worst_step_comes_first_where_asked(tmp_path: Path) -> None:
         line = next(line for line in shown.splitlines() if phase in line)
         assert float(line.split()[1]) > 0.1, line  # GiB: the whole process, libraries included
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"reward"') == 1
-
-
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_the_trained_model_is_given_up_before_the_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, four_bit: bool
-) -> None:
-    """Its tensors hold nothing any more; those of the test process itself are not counted."""
-    before = {id(each) for each in gc.get_objects()}
-    seen: list[tuple[int, int]] = []
-
-    def held() -> int:
-        tensors = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-    release = finish.release
-
-    def watched(trainer: Any) -> None:
-        with_model = held()
-        release(trainer)
-        seen.append((with_model, held()))
-
-    monkeypatch.setattr(run, "release", watched)
-    monkeypatch.setattr(finish, "export", lambda *_, **__: None)
-    command(tmp_path, model__load_in_4bit=str(four_bit).lower(), export__format="merged-16bit")
-    ((with_model, without),) = seen
-    assert with_model > 100_000 and without < 0.1 * with_model, seen
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def evaluated(folder: Path, *flags: str, **settings: Any) -> Any:
@@ -131,25 +80,20 @@ def test_the_adapter_is_saved_before_anything_else_can_go_wrong(
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        ("kill -9 $$", "not exported: the process was killed, probably because the host ran out of memory"),
-        ("echo 'error: no room on the disk' >&2; exit 5", "not exported: no room on the disk"),
-    ],
-)
-def test_a_failed_export_in_a_subprocess_says_why_and_how_to_try_again(
-    program: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
-    (tmp_path / "python").chmod(0o700)
-    monkeypatch.setattr(finish.sys, "executable", str(tmp_path / "python"))
-    recipe, console = resolve(preset="24gb"), Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
-    assert finish.export_trained(recipe, tmp_path / "adapter", tmp_path, console, in_subprocess=True) is None
-    first, second = console.export_text().strip().splitlines()
-    assert first == message
-    command = f"mel-lite export {tmp_path / 'adapter'} --output {tmp_path / 'merged-16bit'}"
-    assert second.endswith(f"CUDA_VISIBLE_DEVICES= {command} --format merged-16bit --dtype auto")
+def test_long_prompts_are_dropped(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "qwen3")
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 10, 200, 15)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides: list[tuple[str, Any]] = [
+        ("model.name", str(folder)), ("data.train", str(tmp_path / "tasks.jsonl")), ("data.eval", None),
+        ("data.conversational", False), ("train.per_device_train_batch_size", 8), ("train.num_generations", 8),
+        ("train.gradient_accumulation_steps", 1),
+    ]  # fmt: skip
+    for limit, dropped in ((None, 0), (100, 1), (12, 2)):
+        recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
+        tasks = run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
+        assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
+        assert tasks.longest_prompt_tokens == (5, 10, 15, 200)[3 - dropped] == max(map(len, tasks.train["prompt"]))
 
 
 def test_a_run_takes_the_chat_template_of_the_adapter_it_starts_from(tmp_path: Path) -> None:
@@ -179,19 +123,3 @@ def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(t
         recipe = resolve(preset="cpu", overrides=overrides)
         with pytest.raises(ModelError, match=r"t.jsonl, task 2, column 'prompt': .* no tools"):
             run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), run.run_tokenizer(recipe))
-
-
-def test_long_prompts_are_dropped(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "base", "qwen3")
-    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 10, 200, 15)]
-    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    overrides: list[tuple[str, Any]] = [
-        ("model.name", str(folder)), ("data.train", str(tmp_path / "tasks.jsonl")), ("data.eval", None),
-        ("data.conversational", False), ("train.per_device_train_batch_size", 8), ("train.num_generations", 8),
-        ("train.gradient_accumulation_steps", 1),
-    ]  # fmt: skip
-    for limit, dropped in ((None, 0), (100, 1), (12, 2)):
-        recipe = resolve(preset="cpu", overrides=[*overrides, ("data.max_prompt_tokens", limit)])
-        tasks = run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), load_tokenizer(recipe.model))
-        assert tasks.dropped_long == dropped and len(tasks.train) == 4 - dropped
-        assert tasks.longest_prompt_tokens == (5, 10, 15, 200)[3 - dropped] == max(map(len, tasks.train["prompt"]))
