@@ -185,7 +185,9 @@ def test_reported_figures_are_the_measured_ones(base_dir: Path, adapter_dir: Pat
     assert (saved["dtype"], saved["format"], saved["base"]["dtype"]) == ("bfloat16", "merged-16bit", "float32")
 
 
-def test_a_lossy_merge_is_reported(base_dir: Path, adapter_dir: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+def test_a_lossy_merge_is_reported(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = export_module.merge
 
     def spoiled(*args: Any) -> Any:
@@ -326,7 +328,7 @@ def test_unknown_format_and_dtype_are_rejected(adapter_dir: Path, tmp_path: Path
 
 
 def test_wrong_base_short_disk_and_overflow_leave_nothing_behind(
-    base_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch
+    base_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = ModelSpec(str(save_tiny(tmp_path / "other", seed=7)))
     with pytest.raises(ModelError, match="was trained on"):
@@ -341,7 +343,9 @@ def test_wrong_base_short_disk_and_overflow_leave_nothing_behind(
     assert nothing_left(tmp_path, {"other", "large"})
 
 
-def test_an_interrupted_export_is_never_visible(adapter_dir: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_export_is_never_visible(
+    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any) -> None:
         assert next(tmp_path.glob(".out.*.partial/model.safetensors"))  # written, not yet checked
         raise KeyboardInterrupt

@@ -65,7 +65,7 @@ def write(
     return write_analyses(pairs, lesson_context(TOKENIZER, **options), batch=batch)
 
 
-def test_one_batch_writes_all_analyses():
+def test_one_batch_writes_all_analyses() -> None:
     engine = Scripted("A step.", "Another.")
     pairs = [pair(0), pair(1, "4+4?")]
     analyses, skipped = write(engine, pairs)
@@ -80,7 +80,7 @@ def test_one_batch_writes_all_analyses():
     assert analyses[1].text == "## Bifurcation\nAnother."
 
 
-def test_a_pair_that_does_not_fit_is_skipped_with_the_reason():
+def test_a_pair_that_does_not_fit_is_skipped_with_the_reason() -> None:
     engine = Scripted("A step.")
     pairs = [pair(0, "why " * 900), pair(1)]
     analyses, skipped = write(engine, pairs)
@@ -89,14 +89,14 @@ def test_a_pair_that_does_not_fit_is_skipped_with_the_reason():
     assert unfit == pairs[0] and "4000 fit, and the rest may not be trimmed" in reason
 
 
-def test_no_pair_asks_nobody_and_no_log_probs_give_nan():
+def test_no_pair_asks_nobody_and_no_log_probs_give_nan() -> None:
     engine = Scripted("A step.", logprobs=False)
     assert write(engine, []) == ([], []) and engine.calls == []
     (analysis,), _ = write(engine, [pair()])
     assert analysis.nll_nats != analysis.nll_nats
 
 
-def test_seeds_depend_on_run_step_prompt_and_pair():
+def test_seeds_depend_on_run_step_prompt_and_pair() -> None:
     def seeds(*pairs: Pair, **kwargs: int) -> list[int]:
         engine = Scripted(*["A step."] * len(pairs))
         write(engine, list(pairs), **kwargs)
@@ -117,6 +117,6 @@ def test_seeds_depend_on_run_step_prompt_and_pair():
     )
 
 
-def test_a_short_answer_of_the_engine_is_an_error():
+def test_a_short_answer_of_the_engine_is_an_error() -> None:
     with pytest.raises(EngineError, match="'scripted' answered 1 of 2 analysis requests"):
         write(Scripted("A step."), [pair(0), pair(1)])

@@ -16,7 +16,7 @@ from mel_lite.lessons.leak_guard import REDACTED, check_leak
 from mel_lite.types import LeakReport, MetaExperience
 
 
-def test_recall_and_false_positives_on_the_corpus():
+def test_recall_and_false_positives_on_the_corpus() -> None:
     wrong = {True: [], False: []}
     for case in CORPUS:
         if check_case(case).leaks != case["leak"]:
@@ -27,7 +27,7 @@ def test_recall_and_false_positives_on_the_corpus():
     assert len(wrong[False]) <= 0.03 * (len(CORPUS) - leaks), f"false alarms: {wrong[False]}"
 
 
-def test_redaction_cleans_every_leak_of_the_corpus_and_keeps_the_rest():
+def test_redaction_cleans_every_leak_of_the_corpus_and_keeps_the_rest() -> None:
     rest = "\nThe other habits of this solver are sound."
     for case in (case for case in CORPUS if case["leak"]):
         report = check_case(case | {"text": case["text"] + rest}, policy="redact")
@@ -49,7 +49,7 @@ def test_redaction_cleans_every_leak_of_the_corpus_and_keeps_the_rest():
         ("So \\boxed{474} ends a long solution.", "So [...] ends a long solution."),
     ],
 )
-def test_only_the_offending_span_goes(text, redacted):
+def test_only_the_offending_span_goes(text: str, redacted: str) -> None:
     report = check(text, policy="redact")
     assert report.redacted is not None and report.redacted.critique == redacted
 
@@ -59,14 +59,14 @@ def test_a_part_that_is_only_the_leak_cannot_be_redacted():
     assert report.leaks and report.redacted is None
 
 
-def test_the_reason_names_rule_part_and_span():
+def test_the_reason_names_rule_part_and_span() -> None:
     assert check("So it is 474 then.", part="heuristic").reasons == ("the answer as a number: the heuristic has '474'",)
     assert check("see \\boxed{12}", answer=None).reasons == ("final-answer markup: the critique has '\\\\boxed{12}'",)
     two = check("First 474, then four hundred seventy-four.")
     assert len(two.reasons) == 2 and "'four hundred seventy-four'" in two.reasons[1]
 
 
-def test_policies():
+def test_policies() -> None:
     leak = "So it is 474 then."
     assert check(leak, policy="off") == LeakReport()
     assert check(leak, policy="reject").redacted is None
@@ -75,7 +75,7 @@ def test_policies():
         check(leak, policy="drop")
 
 
-def test_what_the_analysis_says_around_its_parts_counts_too():
+def test_what_the_analysis_says_around_its_parts_counts_too() -> None:
     raw = "## Bifurcation\nA step.\n## Heuristics\nIf unsure, read.\n\nFinal Answer: 474"
     rejected = check("A rushed reading.", raw=raw)
     assert rejected.reasons == ("final-answer markup: the analysis around its parts has '474'",)
@@ -84,7 +84,7 @@ def test_what_the_analysis_says_around_its_parts_counts_too():
     )
 
 
-def test_copied_spans_have_the_stated_length():
+def test_copied_spans_have_the_stated_length() -> None:
     right = "alpha beta gamma delta epsilon zeta eta theta iota kappa lamda mu nu xi omikron"
     words = right.split()
     assert not check("He wrote " + " ".join(words[:8]) + ".", right=right).leaks
@@ -95,7 +95,7 @@ def test_copied_spans_have_the_stated_length():
     assert check(f"Then {formula}", right=f"We have {formula}.").leaks
 
 
-def test_a_quotation_of_the_question_is_no_copy():
+def test_a_quotation_of_the_question_is_no_copy() -> None:
     question = "A farmer has a field that is forty metres long and thirty metres wide, and walks around it twice."
     right = question + " So I add the sides."
     assert not check("It read: " + question, right=right, question=question).leaks
@@ -113,24 +113,24 @@ def test_a_quotation_of_the_question_is_no_copy():
         (".5 of 2.5e3 at 5/0", ["1/2", "2500"]),
     ],
 )
-def test_numbers_are_read_however_they_are_written(text, values):
+def test_numbers_are_read_however_they_are_written(text: str, values: list[str]) -> None:
     assert [str(found.number.value) for found in numbers_in(fold(text))] == values
 
 
 @given(st.integers(0, 999_999))
-def test_every_spelling_of_an_integer_is_found(number):
+def test_every_spelling_of_an_integer_is_found(number: int) -> None:
     for written in (str(number), f"{number:,}", f"{number}.0", f"{number:,}".replace(",", "{,}")):
         assert [found.number.value for found in numbers_in(written)] == [number], written
 
 
 @given(st.text(max_size=200))
-def test_folding_keeps_every_position(text):
+def test_folding_keeps_every_position(text: str) -> None:
     assert len(fold(text)) == len(text)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=120), st.text(max_size=30), st.text(max_size=60))
-def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text, answer, right):
+def test_any_text_gets_a_report_and_a_redaction_that_is_clean(text: str, answer: str, right: str) -> None:
     report = check(text + " and more words here", answer=answer, right=right, policy="redact")
     if report.redacted is not None:
         again = check_leak(report.redacted, answer=answer, right_text=right, prompt_text="How many?", policy="reject")
@@ -166,7 +166,7 @@ def test_a_stated_answer_leaks_and_a_mentioned_value_does_not(answer, question, 
     assert check(leak, answer=answer, question=question).leaks
 
 
-def test_an_empty_answer_leaves_the_other_rules():
+def test_an_empty_answer_leaves_the_other_rules() -> None:
     assert read_gold(" $ ", "") is None
     assert not check("It is 474.", answer="").leaks
     assert check("The answer is 474.", answer="").leaks
@@ -194,14 +194,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("answer", ["7", "x^2+1", "\\sqrt{2}", "B"])
-def test_hostile_text_takes_no_quadratic_time(name, answer):
+def test_hostile_text_takes_no_quadratic_time(name: str, answer: str) -> None:
     check("warm up $1+1$", answer=answer)
     with cpu_limit(4):
         report = check(HOSTILE[name], answer=answer, right=HOSTILE[name][:2_000])
     assert isinstance(report.reasons, tuple) and len(report.reasons) < 40_000
 
 
-def test_the_guard_works_off_the_main_thread():
+def test_the_guard_works_off_the_main_thread() -> None:
     reports: list[LeakReport] = []
     thread = threading.Thread(target=lambda: reports.append(check("It is $\\sqrt{50}$ long.", answer="5\\sqrt{2}")))
     thread.start()

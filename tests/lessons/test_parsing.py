@@ -79,19 +79,19 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_small_models_are_read_the_same(shape):
+def test_shapes_of_small_models_are_read_the_same(shape: str) -> None:
     assert parse(SHAPES[shape]) == WANT
 
 
-def test_a_reflection_alone_is_the_critique():
+def test_a_reflection_alone_is_the_critique() -> None:
     assert parse(f"## Bifurcation\n{B}\n## Reflection\n{R}\n## Heuristics\n{H}").critique == R
 
 
-def test_a_missing_reflection_is_not_missed():
+def test_a_missing_reflection_is_not_missed() -> None:
     assert parse(f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristics\n{H}").critique == C
 
 
-def test_subheadings_stay_in_their_part():
+def test_subheadings_stay_in_their_part() -> None:
     text = (
         f"## Bifurcation\n{B}\n## Critique\n### Root cause\nIt hurried.\n### Insight\nThe other one waited.\n"
         "### What protected it\nA plan.\n## Heuristics\n### Rule 1: Order\nIf signs mix, then bind.\n"
@@ -105,7 +105,7 @@ def test_subheadings_stay_in_their_part():
     assert parsed.bifurcation == B
 
 
-def test_headings_of_the_heuristics_are_all_theirs():
+def test_headings_of_the_heuristics_are_all_theirs() -> None:
     text = (
         f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristic 1: Order\nBind first.\n## Heuristic 2: Signs\nLook twice."
     )
@@ -113,7 +113,7 @@ def test_headings_of_the_heuristics_are_all_theirs():
     assert "Bind first." in parsed.heuristic and "Look twice." in parsed.heuristic
 
 
-def test_sentences_that_begin_with_a_name_are_text():
+def test_sentences_that_begin_with_a_name_are_text() -> None:
     text = (
         f"## Bifurcation\nCritique of such steps is hard.\nHeuristics can mislead here.\n{B}\n"
         f"## Critique\nReflection on it shows a rush. Analysis shows more.\n## Heuristics\n{H}"
@@ -142,13 +142,13 @@ def test_sentences_that_begin_with_a_name_are_text():
         ("## Bifurcation\n" + "x" * MAX_CHARS, "runaway: 40015 characters"),
     ],
 )
-def test_what_holds_no_experience_is_refused_with_the_reason(text, reason):
+def test_what_holds_no_experience_is_refused_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(ParseFailure) as failure:
         parse(text)
     assert str(failure.value).startswith(reason)
 
 
-def test_numbered_failures_do_not_blame_honest_analyses():
+def test_numbered_failures_do_not_blame_honest_analyses() -> None:
     rules = "\n".join(
         f"- If a {thing} is unclear, then {act} it before going on."
         for thing, act in zip(
@@ -160,7 +160,7 @@ def test_numbered_failures_do_not_blame_honest_analyses():
     assert parse(f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristics\n{rules}").heuristic == rules
 
 
-def test_parroted_instructions_are_refused_and_quoting_a_little_is_not():
+def test_parroted_instructions_are_refused_and_quoting_a_little_is_not() -> None:
     told = DEFAULT_TEMPLATES.analysis_user
     asked = re.search(r"## Bifurcation\n(.*)\n\n## Critique\n(.*)\n\n## Reflection\n.*\n\n## Heuristics\n(.*)", told)
     assert asked
@@ -181,7 +181,7 @@ def test_parroted_instructions_are_refused_and_quoting_a_little_is_not():
         parse_analysis(analysis(critique=own), finish=Finish.STOP, instructions=f"Critique: {own}")
 
 
-def test_cut_off_before_the_heuristics():
+def test_cut_off_before_the_heuristics() -> None:
     text = f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heur"
     with pytest.raises(ParseFailure, match="cut off at the token limit before the heuristics"):
         parse(text, Finish.LENGTH)
@@ -189,7 +189,7 @@ def test_cut_off_before_the_heuristics():
         parse(text)
 
 
-def test_cut_off_within_the_heuristics_loses_the_unfinished_rule_only():
+def test_cut_off_within_the_heuristics_loses_the_unfinished_rule_only() -> None:
     text = f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristics\n{H}\n- When a"
     assert parse(text, Finish.LENGTH).heuristic == H
     assert parse(text).heuristic == f"{H}\n- When a"
@@ -215,7 +215,7 @@ PIECES = [
 
 @pytest.mark.parametrize("length", [MAX_CHARS, 200_000])
 @pytest.mark.parametrize("piece", [*PIECES, "If a b, then c d. ", "rule of ", "[", '"', "(ivx", "failure ", "</think>"])
-def test_time_is_linear(piece, length):
+def test_time_is_linear(piece: str, length: int) -> None:
     head = f"## Bifurcation\n{B}\n## Critique\n{C}\n## Heuristics\n"
     text = (head + piece * (length // len(piece)))[:length]
     for finish in Finish:
@@ -228,7 +228,7 @@ def test_time_is_linear(piece, length):
     st.lists(st.sampled_from([*PIECES, B, C, R, H]) | st.text(max_size=8), max_size=30).map("".join),
     st.sampled_from(Finish),
 )
-def test_any_text_is_read_or_refused(text, finish):
+def test_any_text_is_read_or_refused(text: str, finish: Finish) -> None:
     try:
         parsed = parse(text, finish)
     except ParseFailure as failure:

@@ -54,7 +54,7 @@ def special_ids(ids) -> list[int]:
 # ---- what the prompts say
 
 
-def test_the_analysis_prompt_as_a_conversation():
+def test_the_analysis_prompt_as_a_conversation() -> None:
     text = analysis_text(pair_of("Two and three make five.", "Two and three make six."))
     assert text.startswith(f"<|im_start|>system\n{DEFAULT_TEMPLATES.analysis_system}<|im_end|>\n<|im_start|>user\n")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n## Bifurcation\n")
@@ -66,12 +66,12 @@ def test_the_analysis_prompt_as_a_conversation():
     assert re.findall(r"^## (\w+)$", text, re.M) == [*headings, "Bifurcation"]
 
 
-def test_the_instructions_are_compact():
+def test_the_instructions_are_compact() -> None:
     words = f"{DEFAULT_TEMPLATES.analysis_system} {DEFAULT_TEMPLATES.analysis_user}".split()
     assert len(words) < 240, "about 4 tokens per 3 words; context is dear on one GPU"
 
 
-def test_the_analysis_prompt_of_plain_text_needs_no_chat_template():
+def test_the_analysis_prompt_of_plain_text_needs_no_chat_template() -> None:
     pair = pair_of("It is 5.", "It is 6.", prompt="Question: 2+3?\nAnswer:")
     text = analysis_text(pair, tokenizer=tokenizer_with(None))
     assert text.startswith(DEFAULT_TEMPLATES.analysis_system + "\n\nQuestion:\nQuestion: 2+3?\nAnswer:\n")
@@ -91,7 +91,7 @@ def test_a_dialogue_is_rendered_with_its_roles_and_without_its_system_turn():
     assert "Be brief." not in text
 
 
-def test_the_replay_prompt_puts_the_notes_before_the_question_in_the_last_user_turn():
+def test_the_replay_prompt_puts_the_notes_before_the_question_in_the_last_user_turn() -> None:
     prompt = [{"role": "system", "content": "Be brief."}, *CHAT]
     group = Group(prompt, "h", ())
     text = TOKENIZER.decode(replay_prompt(group, " Notes of mine. ", TOKENIZER, DEFAULT_TEMPLATES))
@@ -103,26 +103,26 @@ def test_the_replay_prompt_puts_the_notes_before_the_question_in_the_last_user_t
     assert control == TOKENIZER.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
-def test_only_the_last_of_several_user_turns_gets_the_notes():
+def test_only_the_last_of_several_user_turns_gets_the_notes() -> None:
     prompt = [*CHAT, {"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure?"}]
     text = TOKENIZER.decode(replay_prompt(Group(prompt, "h", ()), "M", TOKENIZER, DEFAULT_TEMPLATES))
     assert text.startswith("<|im_start|>user\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n")
     assert text.count("<notes>") == 1
 
 
-def test_a_plain_replay_prompt_ends_with_the_question_as_it_is():
+def test_a_plain_replay_prompt_ends_with_the_question_as_it_is() -> None:
     group = Group("Q: 2+3?\nA:", "h", ())
     text = TOKENIZER.decode(replay_prompt(group, "M", TOKENIZER, DEFAULT_TEMPLATES))
     assert text == DEFAULT_TEMPLATES.replay_user.replace("{experience}", "M").replace("{question}", "Q: 2+3?\nA:")
     assert TOKENIZER.decode(question_prompt(group, TOKENIZER)) == "Q: 2+3?\nA:"
 
 
-def test_a_conversation_without_a_user_turn_cannot_be_replayed():
+def test_a_conversation_without_a_user_turn_cannot_be_replayed() -> None:
     with pytest.raises(DataError, match="prompt h has no message with role 'user'"):
         replay_prompt(Group([{"role": "system", "content": "x"}], "h", ()), "M", TOKENIZER, DEFAULT_TEMPLATES)
 
 
-def test_values_are_not_searched_for_placeholders():
+def test_values_are_not_searched_for_placeholders() -> None:
     pair = pair_of("{wrong} {question} \\boxed{5}", "{right} \\1 {", prompt="{right} {experience}?")
     text = analysis_text(pair)
     assert "<correct>\n{wrong} {question} \\boxed{5}\n</correct>" in text and "{right} {experience}?" in text
@@ -134,7 +134,7 @@ def test_values_are_not_searched_for_placeholders():
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_the_lesson_prompts_keep_every_system_turn(kind):
+def test_the_lesson_prompts_keep_every_system_turn(kind: str) -> None:
     tokenizer = tokenizer_with(TEMPLATES[kind].source)
     group = Group([{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}], "h", ())
     control = TOKENIZER.decode(question_prompt(group, tokenizer))
@@ -145,7 +145,7 @@ def test_the_lesson_prompts_keep_every_system_turn(kind):
 
 
 @pytest.mark.parametrize("kind", ["rejects", "drops"])
-def test_the_analysis_instruction_is_folded_like_any_system_turn(kind):
+def test_the_analysis_instruction_is_folded_like_any_system_turn(kind: str) -> None:
     text = analysis_text(pair_of("5", "6"), tokenizer=tokenizer_with(TEMPLATES[kind].source))
     assert text.startswith(f"<|im_start|>user\n{DEFAULT_TEMPLATES.analysis_system}\n\nQuestion:\nWhat is 2+3?\n")
     assert text.count(DEFAULT_TEMPLATES.analysis_system) == 1
@@ -157,7 +157,7 @@ FORGERY = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "im_end", "<", "a", " 
 
 
 @given(FORGERY, FORGERY, FORGERY, FORGERY)
-def test_prompts_hold_the_special_ids_of_harmless_ones(question, right, wrong, notes):
+def test_prompts_hold_the_special_ids_of_harmless_ones(question: str, right: str, wrong: str, notes: str) -> None:
     def prompts(question: str, right: str, wrong: str, notes: str) -> list[list[int]]:
         chat = [{"role": "system", "content": question}, {"role": "user", "content": question}]
         pair, plain = pair_of(right, wrong, chat), pair_of(right, wrong, question)
@@ -190,14 +190,14 @@ def solutions(text: str) -> tuple[str, str]:
     return wrong[1], right[1]
 
 
-def test_what_fits_is_not_trimmed():
+def test_what_fits_is_not_trimmed() -> None:
     full_ids = analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6)
     assert analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=len(full_ids)) == full_ids
     assert solutions(analysis_text(LONG)) == (SHARED + WRONG_REST, SHARED + RIGHT_REST)
 
 
 @pytest.mark.parametrize("less", [1, 200, 700, 1300])
-def test_the_middle_of_the_common_prefix_goes_first(less):
+def test_the_middle_of_the_common_prefix_goes_first(less: int) -> None:
     full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
     wrong, right = solutions(analysis_text(LONG, full_tokens - less))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
@@ -211,7 +211,7 @@ def test_the_middle_of_the_common_prefix_goes_first(less):
         assert less > 1200 or abs(len(head) - len(before)) <= 1, "the middle is cut"
 
 
-def test_then_the_middle_of_the_rest_goes_and_the_ends_stay():
+def test_then_the_middle_of_the_rest_goes_and_the_ends_stay() -> None:
     full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
     wrong, right = solutions(analysis_text(LONG, full_tokens - 2100))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
@@ -221,7 +221,7 @@ def test_then_the_middle_of_the_rest_goes_and_the_ends_stay():
     assert len(counts) == 2 and counts[0] > counts[1], "the longer solution gives more"
 
 
-def test_the_smallest_prompt_fits_and_one_token_less_raises():
+def test_the_smallest_prompt_fits_and_one_token_less_raises() -> None:
     full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
 
     def fits(limit: int) -> bool:
@@ -237,13 +237,13 @@ def test_the_smallest_prompt_fits_and_one_token_less_raises():
     assert all(fits(limit) for limit in range(smallest, full_tokens, 97))
 
 
-def test_a_long_question_is_not_cut():
+def test_a_long_question_is_not_cut() -> None:
     pair = pair_of("5", "6", prompt="why " * 500)
     with pytest.raises(UnfitPair):
         analysis_text(pair, 1500)
 
 
-def test_a_cut_through_a_character_leaves_no_debris():
+def test_a_cut_through_a_character_leaves_no_debris() -> None:
     shared = "\u03b1\u03b2\u03b3" * 300  # two tokens per letter
     pair = pair_of(shared + "R", shared + "W")
     pair = dataclasses.replace(pair, common_prefix_tokens=len(shared) * 2)
@@ -262,12 +262,12 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_no_file_means_the_defaults():
+def test_no_file_means_the_defaults() -> None:
     assert load_templates(None) is DEFAULT_TEMPLATES
     assert DEFAULT_TEMPLATES.version == "1"
 
 
-def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path):
+def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path, "analysis_prefill: 'So '\nreplay_user: '{question} \\boxed{x} {experience}'\n")
     loaded = load_templates(path)
     assert (loaded.analysis_prefill, loaded.analysis_user) == ("So ", DEFAULT_TEMPLATES.analysis_user)
@@ -290,11 +290,11 @@ def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path):
         ("a: [", "cannot be read"),
     ],
 )
-def test_a_file_that_cannot_work_says_why(tmp_path, text, message):
+def test_a_file_that_cannot_work_says_why(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_templates(write(tmp_path, text))
 
 
-def test_a_missing_file_is_an_error(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml' cannot be read"):
         load_templates(str(tmp_path / "nowhere.yaml"))

@@ -63,7 +63,7 @@ def run(
 ITEMS = [(pair("one", 0), "notes 1"), (pair("two", 1), "notes 2")]
 
 
-def test_one_batch_serves_attempts_and_control_of_all_items():
+def test_one_batch_serves_attempts_and_control_of_all_items() -> None:
     replays, engine, judged = run(ITEMS, attempts=2, control=True, verdict=lambda text: R if text < "a3" else A)
     ((requests, sampling),) = engine.calls
     assert sampling == SAMPLING
@@ -75,14 +75,14 @@ def test_one_batch_serves_attempts_and_control_of_all_items():
     assert replays == [Replay((R, R), ("a0", "a1"), (R, A)), Replay((A, A), ("a4", "a5"), (A, A))]
 
 
-def test_the_control_has_the_seeds_of_the_attempts_and_no_others_repeat():
+def test_the_control_has_the_seeds_of_the_attempts_and_no_others_repeat() -> None:
     _, engine, _ = run(ITEMS, attempts=3, control=True)
     seeds = [request.seed for request in engine.calls[0][0]]
     assert seeds[0:3] == seeds[3:6] and seeds[6:9] == seeds[9:12]
     assert len(set(seeds)) == 6
 
 
-def test_seeds_depend_on_run_step_and_pair_only():
+def test_seeds_depend_on_run_step_and_pair_only() -> None:
     def seeds(items, **kwargs: int) -> list[int]:
         return [request.seed for request in run(items, **kwargs)[1].calls[0][0]]
 
@@ -92,23 +92,23 @@ def test_seeds_depend_on_run_step_and_pair_only():
     assert twice[0] != twice[1], "two pairs of one group are tried apart"
 
 
-def test_without_control_there_are_no_control_verdicts():
+def test_without_control_there_are_no_control_verdicts() -> None:
     replays, engine, _ = run(ITEMS, verdict=lambda text: R)
     assert len(engine.calls[0][0]) == 2
     assert [(each.verdicts, each.control_verdicts, each.uplift) for each in replays] == [((R,), (), None)] * 2
 
 
-def test_nothing_to_replay_asks_nobody():
+def test_nothing_to_replay_asks_nobody() -> None:
     replays, engine, judged = run([])
     assert (replays, engine.calls, judged) == ([], [], [])
 
 
-def test_a_short_answer_of_the_engine_is_an_error():
+def test_a_short_answer_of_the_engine_is_an_error() -> None:
     with pytest.raises(EngineError, match="'echo' answered 1 of 2 replay requests"):
         run(ITEMS, engine=Echo(lost=1))
 
 
-def test_no_attempts_is_an_error():
+def test_no_attempts_is_an_error() -> None:
     with pytest.raises(ConfigError, match="replay_attempts=0 must be 1 or more"):
         run(ITEMS, attempts=0)
 
@@ -129,11 +129,11 @@ def test_no_attempts_is_an_error():
         ((R, A), (A, A), "uplift", True),
     ],
 )
-def test_criteria(verdicts, control, criterion, kept):
+def test_criteria(verdicts: tuple[Verdict, ...], control: tuple[Verdict, ...], criterion: str, kept: bool) -> None:
     assert is_kept(Replay(verdicts, ("",) * len(verdicts), control), criterion)[0] is kept
 
 
-def test_the_reason_names_both_counts():
+def test_the_reason_names_both_counts() -> None:
     texts = ("",) * 4
     assert is_kept(Replay((R, W, W, W), texts), "solved")[1] == "1 of 4 replays right, more than half needed"
     assert is_kept(Replay((R, W), ("", ""), (R, R)), "uplift")[1] == (
@@ -141,7 +141,7 @@ def test_the_reason_names_both_counts():
     )
 
 
-def test_uplift_without_control_and_unknown_criteria_are_errors():
+def test_uplift_without_control_and_unknown_criteria_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"needs the control attempts\. Set replay_control=True"):
         is_kept(Replay((R,), ("",)), "uplift")
     with pytest.raises(ConfigError, match="replay_criterion='better' is not one of solved, uplift"):

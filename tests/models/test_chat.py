@@ -28,14 +28,14 @@ def rendered(prompt, template: str = CHAT_TEMPLATE, **options) -> str:
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_no_system_turn_is_lost(kind):
+def test_no_system_turn_is_lost(kind: str) -> None:
     template = TEMPLATES[kind]
     assert rendered(WITH_SYSTEM, template.source) == template.expected
     assert rendered(WITH_SYSTEM, template.source, prefill="So") == f"{template.expected}So"
 
 
 @pytest.mark.parametrize("kind", [kind for kind, template in TEMPLATES.items() if template.uses_system])
-def test_templates_that_use_the_system_turn_render_it_themselves(kind):
+def test_templates_that_use_the_system_turn_render_it_themselves(kind: str) -> None:
     tokenizer = tokenizer_with(TEMPLATES[kind].source)
     for system in (SYSTEM, "Say brief things.\n\n  Twice. ", "brief", ""):
         prompt = [{"role": "system", "content": system}, *CHAT]
@@ -44,7 +44,7 @@ def test_templates_that_use_the_system_turn_render_it_themselves(kind):
 
 
 @pytest.mark.parametrize("kind", ["rejects", "drops"])
-def test_where_a_folded_system_turn_goes(kind):
+def test_where_a_folded_system_turn_goes(kind: str) -> None:
     source = TEMPLATES[kind].source
     later = [{"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure?"}]
     text = rendered([*WITH_SYSTEM, *later], source)
@@ -56,18 +56,18 @@ def test_where_a_folded_system_turn_goes(kind):
     assert alone == f"<|im_start|>user\n{SYSTEM}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_several_dropped_system_turns_are_folded_in_order():
+def test_several_dropped_system_turns_are_folded_in_order() -> None:
     prompt = [*WITH_SYSTEM, {"role": "system", "content": "In English."}]
     text = rendered(prompt, TEMPLATES["drops"].source)
     assert text.startswith(f"<|im_start|>user\n{SYSTEM}\n\nIn English.\n\n{QUESTION}<|im_end|>")
 
 
-def test_a_dropped_system_turn_is_folded_although_its_words_are_elsewhere_in_the_prompt():
+def test_a_dropped_system_turn_is_folded_although_its_words_are_elsewhere_in_the_prompt() -> None:
     prompt = [{"role": "system", "content": "user"}, *CHAT]
     assert rendered(prompt, TEMPLATES["drops"].source) == UNFOLDED.replace("user\n", "user\nuser\n\n")
 
 
-def test_a_conversation_needs_a_chat_template():
+def test_a_conversation_needs_a_chat_template() -> None:
     with pytest.raises(ModelError, match=r"no chat template.*chat_template_path"):
         render(CHAT, tokenizer_with(None))
     assert TOKENIZER.decode(
@@ -75,20 +75,20 @@ def test_a_conversation_needs_a_chat_template():
     ) == (UNFOLDED)
 
 
-def test_a_template_that_rejects_the_conversation_is_named():
+def test_a_template_that_rejects_the_conversation_is_named() -> None:
     tokenizer = tokenizer_with("{{ raise_exception('roles must alternate') }}")
     for prompt in (CHAT, WITH_SYSTEM):
         with pytest.raises(ModelError, match="rejects the conversation: roles must alternate"):
             render(prompt, tokenizer)
 
 
-def test_chat_template_kwargs_reach_the_template():
+def test_chat_template_kwargs_reach_the_template() -> None:
     source = CHAT_TEMPLATE + "{% if think is false %}<think></think>{% endif %}"
     assert rendered(CHAT, source, chat_template_kwargs={"think": False}) == f"{UNFOLDED}<think></think>"
     assert rendered(CHAT, source) == UNFOLDED
 
 
-def test_content_that_is_not_text_is_left_to_the_template():
+def test_content_that_is_not_text_is_left_to_the_template() -> None:
     source = CHAT_TEMPLATE.replace("m['content']", "m['content'][0]['text']")
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in WITH_SYSTEM]
     assert not is_text(parts) and is_text(WITH_SYSTEM) and is_text(QUESTION)
@@ -164,7 +164,7 @@ def test_any_error_of_a_template_is_an_error_in_words(body: str) -> None:
     ],
     ids=["none", "begin", "begin already there", "end is taken off"],
 )
-def test_plain_text_begins_once_and_does_not_end(single, text, ids):
+def test_plain_text_begins_once_and_does_not_end(single: str, text: str, ids: list[int]) -> None:
     assert list(render(text, tokenizer_that_adds(single))) == ids + list(TOKENIZER("ab")["input_ids"])
 
 
@@ -178,7 +178,7 @@ def special_ids(ids) -> list[int]:
 
 
 @given(FORGERY)
-def test_no_control_token_survives(text):
+def test_no_control_token_survives(text: str) -> None:
     safe = neutralize(text, TOKENIZER)
     assert special_ids(TOKENIZER(safe)["input_ids"]) == []
     assert safe.replace(" ", "") == text.replace(" ", "")
@@ -186,7 +186,7 @@ def test_no_control_token_survives(text):
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 @given(system=FORGERY, question=FORGERY)
-def test_turns_cannot_be_forged_in_any_template(kind, system, question):
+def test_turns_cannot_be_forged_in_any_template(kind: str, system: str, question: str) -> None:
     tokenizer = tokenizer_with(TEMPLATES[kind].source)
     forged, honest = (
         render([{"role": "system", "content": s}, {"role": "user", "content": q}], tokenizer)
@@ -195,7 +195,7 @@ def test_turns_cannot_be_forged_in_any_template(kind, system, question):
     assert special_ids(forged) == special_ids(honest)
 
 
-def test_markup_is_broken_up_in_model_text_and_kept_in_questions():
+def test_markup_is_broken_up_in_model_text_and_kept_in_questions() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<think>", "    ", "because"])
     assert neutralize("<think>    because", tokenizer) == "< think>    because"
@@ -203,7 +203,7 @@ def test_markup_is_broken_up_in_model_text_and_kept_in_questions():
     assert "<think>" in tokenizer.decode(render([{"role": "user", "content": "Use <think>."}], tokenizer))
 
 
-def test_breaking_up_one_token_does_not_make_another():
+def test_breaking_up_one_token_does_not_make_another() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["[x]", "[ x]", "  ", "a "]})
     assert neutralize("1[x]2", tokenizer) == "1[  x]2"
@@ -229,6 +229,6 @@ def test_breaking_up_one_token_does_not_make_another():
     ],
     ids=["plain", "one turn", "system turn", "system turn alone", "dialogue"],
 )
-def test_prompts_as_text(prompt, question, everything):
+def test_prompts_as_text(prompt: Prompt, question: str, everything: str) -> None:
     assert question_text(prompt) == question
     assert prompt_text(prompt) == everything

@@ -151,7 +151,9 @@ def test_template_that_ends_a_turn_with_another_token_is_reported(tmp_path: Path
     assert "ends a turn with <|im_end|> but eos is <|endoftext|>" in caplog.text
 
 
-def test_a_missing_chat_template_is_reported_and_a_missing_eos_rejected(tmp_path: Path, caplog) -> None:
+def test_a_missing_chat_template_is_reported_and_a_missing_eos_rejected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny_config().save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
