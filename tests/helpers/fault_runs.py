@@ -71,7 +71,7 @@ class Run:
     def __init__(self, folder: Path, pid: int, farm: Farm) -> None:
         self.folder, self.pid, self._farm = folder, pid, farm
 
-    def wait_for(self, phase: str, step: int, timeout_s: float = 30) -> None:
+    def wait_for(self, phase: str, step: int, timeout_s: float = 300) -> None:
         """Wait until the run has entered a phase of a step."""
         give_up_s = time.monotonic() + timeout_s
         while f"phase {phase} {step}\n" not in self._phases():

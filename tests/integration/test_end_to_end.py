@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_where_it_stopped(finished: tuple[Path, str], tmp_p
     folder = tmp_path / "killed"
     command = [str(Path(sys.executable).with_name("mel-lite")), "train", "--gpu", "cpu", "--output-dir", str(folder)]
     process = subprocess.Popen([*command, *SMALL], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    give_up_s = time.monotonic() + 600
+    give_up_s = time.monotonic() + 1800
     while not (folder / "checkpoint-1" / "manifest.json").exists():
         assert process.poll() is None and time.monotonic() < give_up_s, process.communicate()[1]
         time.sleep(0.2)

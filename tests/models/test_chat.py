@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from chat_templates import QUESTION, SYSTEM, TEMPLATES, tokenizer_that_adds, tokenizer_with
 from mel_lite.errors import ModelError
 from mel_lite.models.chat import is_text, neutralize, prompt_text, question_text, render, render_tasks, safe_turns
+from mel_lite.types import Prompt
 from tiny_models import CHAT_TEMPLATE, SPECIAL, tiny_tokenizer
 
 TOKENIZER = tokenizer_with()
