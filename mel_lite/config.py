@@ -33,6 +33,8 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Sampling options with the values that leave the policy's distribution whole; the first is the default."""
 _INTERNALISATION = "analysis"
+_OLD_VALUES = ("analysis", "experience")
+"""Values of the deprecated `mel_train_on`."""
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -92,9 +94,8 @@ class MELConfig(GRPOConfig):
     mel_normalization: str = _choice(LessonNormalization.KEPT, "Divisor of a step's meta-experience NLL.")
     internalisation: str = _option(
         _INTERNALISATION,
-        "How lessons enter the weights: NLL of the whole `analysis` as sampled (the paper), of the parsed `experience` "
-        "(s*, C, H), of the right `replay` given the question, of the pair's `right` solution (a control), of `both` "
-        "analysis and replay, or a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`.",
+        "How lessons enter the weights: a name in `mel_lite.lessons.internalise.INTERNALISATIONS` (listed in "
+        "docs/configuration.md), or a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`.",
     )
     mel_train_on: str | None = _option(None, "Deprecated name of `internalisation`.")
     pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
@@ -172,9 +173,9 @@ class MELConfig(GRPOConfig):
     def _rename_deprecated(self) -> None:
         if self.mel_train_on is None:
             return
-        if self.mel_train_on not in ("analysis", "experience"):
+        if self.mel_train_on not in _OLD_VALUES:
             raise ConfigError(
-                f"mel_train_on={self.mel_train_on!r} is not one of analysis, experience. Set internalisation instead."
+                f"mel_train_on={self.mel_train_on!r} is not one of {', '.join(_OLD_VALUES)}. Set internalisation."
             )
         if self.internalisation not in (_INTERNALISATION, self.mel_train_on):
             raise ConfigError(

@@ -254,7 +254,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if self.is_world_process_zero():
             row_ids = self.store.add(experiences)
         row_ids = broadcast_object_list([row_ids], from_process=0)[0]
-        self.log_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
+        self.add_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
         self.collapse.idle.saw(groups)
         self.collapse.saw_analyses(experiences)
         return DrawnBatch(tuple(zip(row_ids, experiences, strict=True)), tuple(groups), self.lesson_context, len(pairs))
@@ -273,7 +273,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         experiences = [each for _, each in drawn.experiences]
         trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
         stages = funnel(drawn.groups, drawn.pairs, experiences, trained_tokens)
-        self.log_metrics(stages)
+        self.add_metrics(stages)
         self.funnel_totals.add(stages)
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
         return batch | checked_entries(
@@ -299,7 +299,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if not self.model.training:
             return policy_loss
         steps = self.current_gradient_accumulation_steps
-        self.log_metrics({"mel/policy_loss": policy_loss.item() * steps})
+        self.add_metrics({"mel/policy_loss": policy_loss.item() * steps})
         measured = self.gradient_meter.is_due(self.state.global_step)
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if measured and scaler is not None else 1.0
@@ -328,11 +328,11 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
 
     def after_update(self) -> None:
         """Log the gradient norms, and the NLL of the step's lessons before and after the update."""
-        self.log_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
+        self.add_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
         trained, self.trained_lessons = self.trained_lessons, []
         with self.clock("rescore") if trained else nullcontext():
             after = self.score_texts([lesson for lesson, _ in trained])
-        self.log_metrics(self.clock.drain())
+        self.add_metrics(self.clock.drain())
         rows = gather_object(
             [
                 (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))
@@ -345,7 +345,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if self.is_world_process_zero():
             self.store.set_nll(ids, before=before_nats, after=after_nats)
             self.store.set_trained(ids, tokens)
-        self.log_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
+        self.add_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
 
     def forget_update(self) -> None:
         """Drop what `after_update` would log: the update was skipped."""
@@ -374,7 +374,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         kept = self._store.list(status=Status.KEPT, step=newest[0].step, limit=1) if newest else []
         return next(iter(kept + newest), None)
 
-    def log_metrics(self, metrics: dict[str, float]) -> None:
+    def add_metrics(self, metrics: dict[str, float]) -> None:
         """Add to the training metrics that TRL averages and logs."""
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))

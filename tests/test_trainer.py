@@ -441,3 +441,14 @@ def test_a_dataset_without_mixed_groups_is_named(tmp_path: Path, caplog: pytest.
     trainer.train()
     assert trainer.collapse.idle.idle_batches == 5
     assert "too hard, or answers are not found" in caplog.text and "0% right" in caplog.text
+
+
+def test_the_end_of_a_trl_script_works(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_steps=1)
+    metrics = trainer.train().metrics
+    assert_learned(trainer)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    saved = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert saved["train_loss"] == metrics["train_loss"]

@@ -83,7 +83,7 @@ class NonFiniteGuard:
                 parameter.grad = None  # optimizers skip weights without gradient, with their moments and decay
         elif norm.isfinite():  # a loss that is not finite on another rank
             self._spoil_gradients()
-        trainer.log_metrics({"mel/skipped": self.skipped_steps})
+        trainer.add_metrics({"mel/skipped": self.skipped_steps})
         where = self._dump(batches, losses.tolist(), float(norm)) if self._has_bad_batch(losses) else None
         what = f"loss {', '.join(f'{loss:g}' for loss in losses.tolist())}, gradient norm {float(norm):g}"
         if self._skipped_in_row >= IN_A_ROW or trainer.is_deepspeed_enabled:

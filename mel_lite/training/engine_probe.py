@@ -124,7 +124,7 @@ class EngineProbe:
         logged = {"mel/probe_logp_diff": found.mean, "mel/probe_logp_diff_max": found.highest}
         if found.share_is_seen:
             logged["mel/probe_adapter"] = found.adapter_share
-        trainer.log_metrics(logged)
+        trainer.add_metrics(logged)
         if reason := verdict(found, trainer.args.probe_max_diff, engine=trainer.engine.name, step=step):
             raise EngineError(reason)
 
