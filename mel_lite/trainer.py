@@ -33,6 +33,7 @@ from mel_lite import signals
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
+from mel_lite.errors import DataError
 from mel_lite.lessons.internalise import (
     DrawnBatch,
     RolloutBatch,
@@ -181,6 +182,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's rollout hook: one completion per prompt, seeded by (run seed, step, prompt, row over all ranks)."""
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        if not all(prompt_ids):
+            raise DataError("train_dataset or eval_dataset has a prompt without tokens. Remove prompts that are empty.")
         first = self.accelerator.process_index * len(prompts)
         step, purpose = (self._batch, "rollout") if self.model.training else (self.state.global_step, "eval_rollout")
         requests = [

@@ -452,3 +452,9 @@ def test_the_end_of_a_trl_script_works(tmp_path: Path) -> None:
     trainer.save_state()
     saved = json.loads((tmp_path / "run" / "train_results.json").read_text())
     assert saved["train_loss"] == metrics["train_loss"]
+
+
+def test_an_empty_prompt_is_named(tmp_path: Path) -> None:
+    trainer = build(tmp_path, train_dataset=Dataset.from_list([{"prompt": "", "answer": "5"}] * 2))
+    with pytest.raises(DataError, match="prompt without tokens. Remove prompts that are empty"):
+        trainer.train()

@@ -347,9 +347,9 @@ def stepping(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], d
     return step
 
 
-@both(
-    30, 500, rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(),
-    crlf=st.booleans(),
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(
+    rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(), crlf=st.booleans()
 )  # fmt: skip
 def test_rows_and_templates_end_as_a_step_a_count_or_an_error(
     stepping: Callable[[Any, str], dict[str, float]], rows: list[dict[str, Any]], body: str, suffix: str, read: bool,
