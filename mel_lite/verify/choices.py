@@ -87,7 +87,7 @@ def choice_letter(text: str) -> str | None:
     """Return the option that a short text names, in upper case. None when it names none, or two."""
     text = _prepared(text[:_MAX_CHARS])
     if label := _LABEL.match(text):
-        return _labelled(label)
+        return _labeled(label)
     reason = _REASON.search(text)
     head, rest = (text[: reason.start()], text[reason.end() :]) if reason else (text, "")
     chosen = _stated(head)
@@ -103,11 +103,11 @@ def sole_choice(text: str) -> str | None:
     letter must occur in the text.
     """
     last = _prepared(last_line(text)[-_MAX_CHARS:])
-    if (label := _LABEL.match(last)) and (letter := _labelled(label)):
+    if (label := _LABEL.match(last)) and (letter := _labeled(label)):
         return letter
     text = _prepared(text[-_MAX_CHARS:])
     if (label := _LABEL.match(text)) and "\n" not in text:
-        return _labelled(label)
+        return _labeled(label)
     if letter := _asserted(last) or _asserted(text):
         return letter
     if _mentions_in_assertions(text):
@@ -124,7 +124,7 @@ def _prepared(text: str) -> str:
     return markup.strip(" ".join(line for line in text.split("\n")) if len(text) < 40 else text)
 
 
-def _labelled(label: re.Match[str]) -> str | None:
+def _labeled(label: re.Match[str]) -> str | None:
     """Return the letter of `B) Paris`. None for an article ('a dog'), a second letter, or a denial (`B is wrong`)."""
     rest = label["rest"]
     letter = label["bracketed"] or label["plain"]

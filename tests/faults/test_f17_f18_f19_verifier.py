@@ -14,7 +14,7 @@ import psutil
 import pytest
 from math_verify import parse, verify
 
-from labelled_answers import HOSTILE, LABELLED
+from labeled_answers import HOSTILE, LABELED
 from mel_lite.types import Verdict
 from mel_lite.verify.pool import VerifyPool
 from mel_lite.verify.verifiers import get_verifier
@@ -34,29 +34,29 @@ def rule(completion, answer):
 
 
 def test_agreement_with_the_labeled_answers(record_property: Any) -> None:
-    assert len(LABELLED) >= 1_500 and len(set(LABELLED)) == len(LABELLED)
+    assert len(LABELED) >= 1_500 and len(set(LABELED)) == len(LABELED)
     wrong = []
-    for verifier, completion, answer, verdict in LABELLED:
+    for verifier, completion, answer, verdict in LABELED:
         if verifier == "reasoning-gym":
             pytest.importorskip("reasoning_gym")
         got = get_verifier(verifier)(completion, answer, **columns_of(verifier, answer))
         if got != verdict:
             wrong.append((verifier, completion, answer, verdict, str(got)))
-    record_property("labeled_answers", len(LABELLED))
-    record_property("agreement", 1 - len(wrong) / len(LABELLED))
-    assert len(wrong) <= 0.005 * len(LABELLED), wrong
+    record_property("labeled_answers", len(LABELED))
+    record_property("agreement", 1 - len(wrong) / len(LABELED))
+    assert len(wrong) <= 0.005 * len(LABELED), wrong
     assert not [case for case in wrong if case[-1] == "right"], "no wrong answer may be called right"
 
 
 def test_agreement_of_math_verify_alone(record_property: Any) -> None:
     """The figures of docs/tasks.md: our verifiers and bare math-verify on the same answers to questions of numbers."""
-    cases = [case for case in LABELLED if case[0] in ("math", "numeric") and case[3] != "abstain"]
+    cases = [case for case in LABELED if case[0] in ("math", "numeric") and case[3] != "abstain"]
     ours = sum(get_verifier(verifier)(text, answer) == verdict for verifier, text, answer, verdict in cases)
     alone = sum(_math_verify_alone(text, answer) == (verdict == "right") for _, text, answer, verdict in cases)
     record_property("math_verify_cases", len(cases))
     record_property("math_verify_agreement", alone / len(cases))
     page = " ".join((Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8").split())
-    assert f"On {len(cases)} labelled answers" in page
+    assert f"On {len(cases)} labeled answers" in page
     assert (
         f"agree with the labels on {ours / len(cases):.1%} and math-verify alone on {alone / len(cases):.1%}." in page
     )

@@ -1,15 +1,15 @@
-"""Variants of reported answers, written and labelled without regard to what the verifiers say of them.
+"""Variants of reported answers, written and labeled without regard to what the verifiers say of them.
 
 A few are still misjudged, all as wrong: the agreement with them is measured, not asserted case by case.
 """
 
 from __future__ import annotations
 
-from reported_answers import LabelledAnswer
+from reported_answers import LabeledAnswer
 
 R, W = "right", "wrong"
 
-_ANSWERS: tuple[LabelledAnswer, ...] = (
+_ANSWERS: tuple[LabeledAnswer, ...] = (
     ("numeric", "**Answer**: **$1,200**.", "1200", R), ("numeric", "The answer is $\\boxed{7}$.", "7", R),
     ("numeric", "Answer:  *7* apples.", "7", R), ("numeric", "The answer is **7 apples**.", "7", R),
     ("numeric", "Answer: **7** apples.", "7", R), ("numeric", "Answer: (7).", "7", R),
@@ -218,11 +218,11 @@ _CHOICES: tuple[tuple[str, str | None], ...] = (
 )  # fmt: skip
 
 
-def _choices() -> list[LabelledAnswer]:
+def _choices() -> list[LabeledAnswer]:
     found = []
     for text, letter in _CHOICES:
         found += [("multiple-choice", text, option, R if option == letter else W) for option in "ABCDE"]
     return found
 
 
-VARIANTS: tuple[LabelledAnswer, ...] = tuple(dict.fromkeys((*_ANSWERS, *_choices())))
+VARIANTS: tuple[LabeledAnswer, ...] = tuple(dict.fromkeys((*_ANSWERS, *_choices())))

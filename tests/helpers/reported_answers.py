@@ -1,4 +1,4 @@
-"""Answers of the kinds that users of verifiers reported as misjudged, labelled by what a reader says.
+"""Answers of the kinds that users of verifiers reported as misjudged, labeled by what a reader says.
 
 Each kind is a small template or a list, in both directions: texts a reader accepts, and texts that differ from them in
 one thing that matters. `math`, `numeric`, `exact`, `multiple-choice` and `reasoning-gym` all occur.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 R, W, A = "right", "wrong", "abstain"
-LabelledAnswer = tuple[str, str, str, str]
+LabeledAnswer = tuple[str, str, str, str]
 """(verifier, completion, reference answer, verdict)"""
 
 WRAPPERS = (
@@ -45,7 +45,7 @@ def columns_of(verifier: str, answer: str) -> dict[str, str]:
     return {"gym_entry": json.dumps(entry)}
 
 
-def _wrapped() -> list[LabelledAnswer]:
+def _wrapped() -> list[LabeledAnswer]:
     found = []
     for verifier, right, wrong, _ in SUBJECTS:
         for wrapper in WRAPPERS:
@@ -56,7 +56,7 @@ def _wrapped() -> list[LabelledAnswer]:
     return found
 
 
-def _thoughts() -> list[LabelledAnswer]:
+def _thoughts() -> list[LabeledAnswer]:
     found = []
     for verifier, right, wrong, sentence in SUBJECTS:
         for start, end in THOUGHTS:
@@ -75,7 +75,7 @@ def _thoughts() -> list[LabelledAnswer]:
     return found
 
 
-def _thousands() -> list[LabelledAnswer]:
+def _thousands() -> list[LabeledAnswer]:
     written = (r"10,\!000", r"10\,000", "10{,}000", "10,000", r"10\ 000", "10~000", "10\u202f000", r"10\;000")
     found = []
     for verifier in ("math", "numeric"):
@@ -102,7 +102,7 @@ def _thousands() -> list[LabelledAnswer]:
     return found
 
 
-def _currency_and_units() -> list[LabelledAnswer]:
+def _currency_and_units() -> list[LabeledAnswer]:
     right = (
         r"\boxed{\$18}", "Answer: $18", "Answer: $18.00.", "Answer: **$18**", "Answer: 18 dollars", "Answer: €18",
         "Answer: 18€", "Answer: 18 €.", "Answer: £18", "Answer: USD 18", "Answer: 18 USD", "Answer: US$18",
@@ -122,7 +122,7 @@ def _currency_and_units() -> list[LabelledAnswer]:
     ]
 
 
-def _words() -> list[LabelledAnswer]:
+def _words() -> list[LabeledAnswer]:
     differ = (
         ("June 5", "May 5"), (r"\text{June 5}", r"\text{May 5}"), ("5", "May 5"), ("Team 2", "Group 2"),
         (r"\text{Team 2}", r"\text{Group 2}"), (r"\text{Figure } 2", "Option 2"),
@@ -151,7 +151,7 @@ def _words() -> list[LabelledAnswer]:
     ]
 
 
-def _tiny_and_huge() -> list[LabelledAnswer]:
+def _tiny_and_huge() -> list[LabeledAnswer]:
     same = (
         ("1e-9", "0.000000001"), ("2.5e-8", r"2.5 \times 10^{-8}"), ("0.00000012", "1.2e-7"), ("6.02e23", "6.02e23"),
         (r"6.02 \times 10^{23}", "6.02e23"), ("3e8", "300000000"), ("299792458.0", "299792458"),
@@ -196,7 +196,7 @@ UNDECIDED = (
 )  # fmt: skip
 
 
-def _choices() -> list[LabelledAnswer]:
+def _choices() -> list[LabeledAnswer]:
     found = []
     letters = "ABCD"
     for i, template in enumerate(CHOSEN):
@@ -219,5 +219,5 @@ def _choices() -> list[LabelledAnswer]:
 
 
 _KINDS = (_wrapped, _thoughts, _thousands, _currency_and_units, _words, _tiny_and_huge, _choices)
-REPORTED: tuple[LabelledAnswer, ...] = tuple(dict.fromkeys(case for kind in _KINDS for case in kind()))
+REPORTED: tuple[LabeledAnswer, ...] = tuple(dict.fromkeys(case for kind in _KINDS for case in kind()))
 """All of these answers, without repetitions."""

@@ -10,14 +10,14 @@ from answer_variants import VARIANTS
 from reported_answers import REPORTED
 
 R, W = "right", "wrong"
-LabelledAnswer = tuple[str, str, str, str]
+LabeledAnswer = tuple[str, str, str, str]
 """(verifier, completion, reference answer, verdict)"""
 
 INTEGERS = (0, 7, -12, 42, 100, 365, 1024, -2500, 98765, 1234567)
 FRACTIONS = tuple(Fraction(*pair) for pair in ((1, 2), (-3, 4), (7, 8), (22, 7), (5, 16), (-9, 20)))
 
 
-def _integers() -> list[LabelledAnswer]:
+def _integers() -> list[LabeledAnswer]:
     found = []
     for n in INTEGERS:
         right = [f"Answer: {n}", rf"So it is \boxed{{{n}}}.", f"The final answer is ${n}$.", f"**Answer: {n}**",
@@ -34,7 +34,7 @@ def _integers() -> list[LabelledAnswer]:
     return [case for case in found if "know" not in case[1]]
 
 
-def _fractions() -> list[LabelledAnswer]:
+def _fractions() -> list[LabeledAnswer]:
     found = []
     for q in FRACTIONS:
         sign, n, d = ("-" if q < 0 else ""), abs(q.numerator), q.denominator
@@ -53,7 +53,7 @@ def _fractions() -> list[LabelledAnswer]:
     return found
 
 
-def _expressions() -> list[LabelledAnswer]:
+def _expressions() -> list[LabeledAnswer]:
     same = [(r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)"), (r"\frac{\pi}{4}", r"\pi/4"), ("2^{10}", "1024"),
             (r"e^{2}", "e^2"), (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}"), ("3x+6", "3(x+2)"),
             ("4!", "24")]  # fmt: skip
@@ -64,7 +64,7 @@ def _expressions() -> list[LabelledAnswer]:
     return found
 
 
-def _choices() -> list[LabelledAnswer]:
+def _choices() -> list[LabeledAnswer]:
     found = []
     for i, letter in enumerate("ABCDE"):
         other = "ABCDE"[(i + 1) % 5]
@@ -75,7 +75,7 @@ def _choices() -> list[LabelledAnswer]:
     return found
 
 
-LABELLED: tuple[LabelledAnswer, ...] = tuple(
+LABELED: tuple[LabeledAnswer, ...] = tuple(
     dict.fromkeys((*PAIRS, *_integers(), *_fractions(), *_expressions(), *_choices(), *REPORTED, *VARIANTS))
 )
 
