@@ -7,7 +7,7 @@ One generation batch, top to bottom:
         _calculate_rewards                verdicts along with the rewards (`rewards.py`)
         _estimated                        advantages of REINFORCE++ or RFT, where they replace GRPO's
         _draw                             pairs -> meta-experiences -> leak guard -> replay -> store
-        _internalise                      lessons, and changes to the rollout batch (`lessons/internalise.py`)
+        _internalise                      lessons, and changes to the rollout batch (`lessons/internalise/`)
     training_step                       one micro-batch: forward and backward
       compute_loss                        in parts, within the memory limit (`micro_batches.py`)
         _compute_loss                       TRL's policy loss + the internalisation's loss

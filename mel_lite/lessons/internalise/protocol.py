@@ -1,0 +1,141 @@
+"""Protocol of an internalization: what a training step passes to it, and what it may return.
+
+A training step calls a way three times:
+
+    lessons         the texts that the batch's meta-experiences become; each is one row of the training forward
+    batch_entries   changes to the rollout batch, such as token advantages, from scoring passes without gradient
+    loss            the term added to the policy loss of each micro-batch
+
+Shapes: B rollouts of this rank (or of one micro-batch), C padded completion width, T tokens of one text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from mel_lite.errors import ConfigError
+from mel_lite.lessons.context import LessonContext
+from mel_lite.types import Experience, Group, Lesson, LessonShare, Rollout, Status
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnBatch:
+    """The meta-experiences of one generation batch, the same on every rank."""
+
+    experiences: tuple[tuple[int, Experience], ...]
+    """Row id in the store and experience, kept or not, in pair order."""
+    groups: tuple[Group, ...]
+    """All groups of the batch, over all ranks."""
+    context: LessonContext
+    pairs: int
+    """Number of pairs, including those that did not fit the context."""
+
+    @property
+    def kept(self) -> list[tuple[int, Experience]]:
+        """The meta-experiences that passed every stage: M*."""
+        return [(row_id, each) for row_id, each in self.experiences if each.status is Status.KEPT]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """This rank's rollouts, in the row order of `entries`."""
+
+    rows: tuple[tuple[Group, Rollout], ...]
+    entries: Mapping[str, Any]
+    """TRL's batch: `advantages` (B,) or (B, C) float32, `completion_ids` and `completion_mask` (B, C), ..."""
+
+
+class Scorer(Protocol):
+    """Scores texts with the model being trained, without gradient."""
+
+    def __call__(self, texts: Sequence[Lesson], *, temperature: float = 1.0, adapter: bool = True) -> list[Tensor]:
+        """Return log pi(target_ids | context_ids) of each text, (T,) float32; `adapter=False` scores the base model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredMicroBatch:
+    """One micro-batch after the training forward; log-probs carry the gradient."""
+
+    entries: Mapping[str, Any]
+    """TRL's micro-batch, with what `batch_entries` added to its rows."""
+    logp_BC: Tensor
+    """Log-probs of the rollouts at the policy's temperature, 0 where masked."""
+    lessons: tuple[Lesson, ...]
+    lesson_logps: tuple[Tensor, ...]
+    """Per lesson (T,): log pi(target_ids | context_ids) at temperature 1."""
+    weight: float
+    """lambda / accumulation steps: the factor of a loss that is a mean over the micro-batch."""
+    lesson_weight: float
+    """The factor of a sum over lessons that makes the step's total lambda * mean over lessons (or prompts)."""
+
+
+class Internalisation:
+    """One way for lessons to enter the weights. Override what the way needs; the defaults are no-ops."""
+
+    trains_whole_analysis: ClassVar[bool] = False
+    """The text around the analysis's parsed parts is trained on, so the leak guard must read it."""
+    texts_per_experience: ClassVar[int] = 1
+    """Most texts that `lessons` returns per kept meta-experience; `mel-lite plan` reserves memory for them."""
+    needs_every_rollout: ClassVar[bool] = False
+    """`loss` uses rollouts whose advantage is 0, so `skip_zero_advantage` must not drop them."""
+
+    def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
+        """Return the texts to train on. Every rank gets the same `drawn` and must return the same list."""
+        return []
+
+    def batch_entries(self, drawn: DrawnBatch, batch: RolloutBatch, score: Scorer) -> dict[str, Tensor]:
+        """Return entries to replace in or add to the rollout batch; the first dimension of each is B.
+
+        New `advantages` may have shape (B,) or (B, C). Rows are shuffled and split together with the batch.
+        """
+        return {}
+
+    def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
+        """Return the weighted loss to add, or None.
+
+        Must be a sum over rows, since a micro-batch may be split into parts.
+        """
+        return None
+
+
+def checked_entries(way: Internalisation, entries: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what `batch_entries` returned. Raises: ConfigError for an entry that does not fit the B rollouts."""
+    rows, width = batch["completion_ids"].shape
+    for name, value in entries.items():
+        shape = tuple(getattr(value, "shape", ()))
+        fits = shape[:1] == (rows,) and (name != "advantages" or shape in ((rows,), (rows, width)))
+        if not fits:
+            wanted = f"({rows},) or ({rows}, {width})" if name == "advantages" else f"({rows}, ...)"
+            raise ConfigError(
+                f"{type(way).__name__}.batch_entries returned {name!r} of shape {shape}, but this batch has {rows} "
+                f"rollouts of width {width}. Return a tensor of shape {wanted}."
+            )
+    return entries
+
+
+def deal_lessons(
+    lessons: Sequence[Lesson],
+    *,
+    rank: int,
+    world: int,
+    micro_batches: int,
+    total_weight: float,
+    denominator: int,
+) -> list[LessonShare]:
+    """Deal lessons to ranks and micro-batches; their weighted losses add up to total_weight * sum / denominator.
+
+    The loss of each micro-batch is divided by the accumulation steps, and gradients are averaged over ranks; the weight
+    cancels both.
+    """
+    local = lessons[rank::world]
+    weight = total_weight * micro_batches * world / max(1, denominator)
+    return [
+        LessonShare(tuple(each for j, each in enumerate(local) if j * micro_batches // len(local) == i), weight)
+        for i in range(micro_batches)
+    ]
