@@ -110,6 +110,18 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Characters [start, end) of a text."""
+
+    start: int
+    end: int
+
+    def of(self, text: str) -> str:
+        """Return the characters of `text` in the span."""
+        return text[self.start : self.end]
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One completion of a prompt and its verdict."""
 
@@ -178,6 +190,8 @@ class Analysis:
     finish: Finish
     nll_nats: float
     """Mean over tokens of -log pi(M_t | C_retro, M_<t) when it was sampled; NaN if the engine gave no log-probs."""
+    templates_version: str = ""
+    """Identifies the prompt's texts; empty when unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +260,8 @@ class Experience:
     parsed: MetaExperience | None = None
     leak: LeakReport | None = None
     replay: Replay | None = None
+    quote: Span | None = None
+    """Characters of the wrong solution that the bifurcation quotes; None when it quotes none, or is not parsed."""
 
 
 @dataclass(frozen=True, slots=True)
