@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from mel_lite.lessons.store import SCHEMA_VERSION, ExperienceRow, ExperienceStor
 from mel_lite.types import (
     LeakReport,
     Replay,
+    Span,
     Status,
     Verdict,
 )
@@ -40,13 +42,16 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
     redacted = replace(PARSED, heuristic="If asked to count, then [...].")
     full = replace(
         experience(step=7),
+        quote=Span(6, 8),
         leak=LeakReport(("answer: '10' in heuristic",), redacted),
         replay=Replay(
             (Verdict.RIGHT, Verdict.WRONG), ("10", "12"), (Verdict.WRONG, Verdict.ABSTAIN, Verdict.WRONG, Verdict.RIGHT)
         ),
     )
+    full = replace(full, analysis=replace(full.analysis, templates_version="1+fork"))
     assert store.add([full]) == [1]
     row = store.get(1)
+    assert row.quoted_step == "11"
     expected = {
         "id": 1,
         "step": 7,
@@ -77,6 +82,9 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
         "nll_after": None,
         "trained_tokens": 0,
         "written_at": row.written_at,
+        "quote_start": 6,
+        "quote_end": 8,
+        "templates_version": "1+fork",
     }
     assert {field.name: getattr(row, field.name) for field in fields(ExperienceRow)} == expected
     assert row.written_at.endswith("+00:00")
@@ -89,6 +97,7 @@ def test_a_dropped_experience_has_only_what_was_reached(store: ExperienceStore) 
     assert (row.prompt, row.status, row.reason) == ("plain text", Status.UNPARSED, "dropped: unparsed")
     assert (row.bifurcation, row.critique, row.heuristic, row.uplift, row.nll_written) == (None,) * 5
     assert (row.leak_reasons, row.replay_verdicts, row.redacted) == ((), (), False)
+    assert (row.quote_start, row.quoted_step, row.templates_version) == (None,) * 3
 
 
 def test_ids_count_from_one_and_survive_reopening(tmp_path: Path) -> None:
@@ -269,13 +278,34 @@ def test_files_that_are_no_store_are_named(tmp_path: Path) -> None:
     ExperienceStore(newer).close()
     sqlite3.connect(newer, isolation_level=None).execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"schema version is 2, but this release of mel-lite reads 1"):
+        with pytest.raises(StoreError, match=r"schema version is 3, but this release of mel-lite reads 2"):
             ExperienceStore(newer, read_only=read_only)
 
     foreign = tmp_path / "foreign.sqlite"
     sqlite3.connect(foreign, isolation_level=None).execute("CREATE TABLE notes (text)")
     with pytest.raises(StoreError, match=r"schema version is 0"):
         ExperienceStore(foreign)
+
+
+OLD_STORE = Path(__file__).resolve().parents[1] / "resilience" / "old_runs" / "trainer" / "run" / "experiences.sqlite"
+
+
+def test_a_store_of_schema_1_is_read_as_it_is_and_extended_by_a_writer(tmp_path: Path) -> None:
+    path = Path(shutil.copy(OLD_STORE, tmp_path / "experiences.sqlite"))
+    (version,) = sqlite3.connect(path).execute("PRAGMA user_version").fetchone()
+    assert version == 1
+    with ExperienceStore(path, read_only=True) as reader:
+        old = reader.list()
+        digest = reader.digest()
+    assert len(old) > 3 and {row.quote_start for row in old} == {None}
+    with ExperienceStore(path) as store:
+        assert (store.list(), store.digest()) == (old, digest)
+        assert store.add([replace(experience(), quote=Span(0, 5))]) == [len(old) + 1]
+        assert store.get(len(old) + 1).quoted_step == "hence"
+    with ExperienceStore(path) as again:
+        assert again.last_id() == len(old) + 1
+    (version,) = sqlite3.connect(path).execute("PRAGMA user_version").fetchone()
+    assert version == SCHEMA_VERSION
 
 
 def test_read_only_stores_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
