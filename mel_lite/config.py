@@ -105,6 +105,11 @@ class MELConfig(GRPOConfig):
     max_context_tokens: int | None = _option(
         None, "Longest C_retro prompt in tokens; longer solutions are trimmed. None = what the model's context leaves."
     )
+    mark_fork: bool = _option(
+        True,
+        "Mark the first differing line of both solutions in the analysis prompt, and ask for the wrong step as an "
+        "exact quote. False: the paper's prompt.",
+    )
     leak_policy: str = _choice(LeakPolicy.REJECT, "Treatment of a meta-experience that contains the answer.")
     replay_attempts: int = _option(1, "k: attempts at the question with the meta-experience in the prompt.")
     replay_control: bool = _option(

@@ -20,7 +20,7 @@ from mel_lite.errors import ConfigError, DataError
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.types import Lesson, LessonShare
-from scripted import ScriptedEngine
+from scripted import ANALYSIS, ScriptedEngine
 from tiny_models import save_tiny, set_lora, tiny_tokenizer
 from trainers import assert_learned, build, digest, judged_rollouts, sums, tiny_model, trainable
 
@@ -137,6 +137,19 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
     assert len(kept) == totals["mel/replay_valid"]
     assert all(row.nll_after < row.nll_before and row.trained_tokens > 0 for row in kept)
     assert all(row.uplift is not None for row in kept)
+
+
+def test_the_quoted_step_is_located_counted_and_stored(tmp_path: Path) -> None:
+    analysis = ANALYSIS.replace("parts", "writes `{}` and parts", 1)
+    engine = ScriptedEngine(tiny_tokenizer(), analysis=lambda rng: analysis.format(rng.choice(("answer :", "nothing"))))
+    trainer = build(tmp_path, engine=engine, max_steps=3)
+    trainer.train()
+    assert_learned(trainer)
+    rows = trainer.store.list()
+    quoted = [row.quoted_step for row in rows if row.quote_start is not None]
+    parsed = sum(row.status != "unparsed" for row in rows)
+    assert set(quoted) == {"Answer:"} and 0 < len(quoted) < parsed
+    assert trainer.funnel_totals["mel/quoted"] == len(quoted)
 
 
 def test_gradient_norms_are_those_of_the_two_terms(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Conditions:
     temperature: float = 1.0
     analysis_temperature: float = 0.7
     max_context_tokens: int = 1024
+    mark_fork: bool = False
     dtype: str = "float32"
     seed: int = 1
 
@@ -122,6 +123,7 @@ def measure_engine(
             replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
             max_context_tokens=conditions.max_context_tokens,
             run_seed=conditions.seed,
+            mark_fork=conditions.mark_fork,
             replay_attempts=conditions.attempts,
             control=True,
         )

@@ -33,6 +33,7 @@ def write_analyses(
                 tokenizer,
                 templates,
                 max_context_tokens=context.max_context_tokens,
+                mark=context.mark_fork,
                 chat_template_kwargs=context.chat_template_kwargs,
             )
         except UnfitPair as reason:
@@ -54,6 +55,7 @@ def write_analyses(
             text=templates.analysis_prefill + str(tokenizer.decode(list(done.ids), skip_special_tokens=True)),
             finish=done.finish,
             nll_nats=-sum(done.logprobs) / len(done.logprobs) if done.logprobs else float("nan"),
+            templates_version=templates.version_of(marked=context.mark_fork),
         )
         for pair, request, done in zip(fitting, requests, completions, strict=True)
     ]

@@ -27,6 +27,7 @@ class LessonContext:
     replay: Sampling
     max_context_tokens: int
     run_seed: int
+    mark_fork: bool = True
     leak_policy: str = "reject"
     trains_whole_analysis: bool = True
     """The leak guard also reads the text around the parsed parts, since it is trained on."""

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from mel_lite.lessons.analysis import write_analyses
 from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.fork import find_fork
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import ParseFailure, parse_analysis
+from mel_lite.lessons.quotes import locate_quote
 from mel_lite.lessons.replay import is_kept, replay
 from mel_lite.models.chat import prompt_text
-from mel_lite.types import Analysis, Experience, LeakReport, MetaExperience, Pair, Status
+from mel_lite.types import Analysis, Experience, LeakReport, MetaExperience, Pair, Span, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class CheckedAnalysis:
     analysis: Analysis
     parsed: MetaExperience
     leak: LeakReport
+    quote: Span | None
 
     @property
     def text(self) -> str:
@@ -56,7 +59,7 @@ def draw_lessons(
         kept, reason = is_kept(result, context.replay_criterion)
         status = Status.KEPT if kept else Status.REPLAY_FAILED
         experiences.append(
-            Experience(step, item.analysis, status, "" if kept else reason, item.parsed, item.leak, result)
+            Experience(step, item.analysis, status, "" if kept else reason, item.parsed, item.leak, result, item.quote)
         )
     return experiences, unfit
 
@@ -64,18 +67,21 @@ def draw_lessons(
 def _check(analysis: Analysis, context: LessonContext, step: int) -> CheckedAnalysis | Experience:
     """Parse and leak-check one analysis; return it for replay, or the experience it ends as."""
     try:
-        parsed = parse_analysis(analysis.text, finish=analysis.finish, instructions=context.templates.analysis_user)
+        instructions = context.templates.instructions(marked=context.mark_fork)
+        parsed = parse_analysis(analysis.text, finish=analysis.finish, instructions=instructions)
     except ParseFailure as failure:
         return Experience(step, analysis, Status.UNPARSED, str(failure))
-    group = analysis.pair.group
+    group, right, wrong = analysis.pair.group, analysis.pair.right.text, analysis.pair.wrong.text
+    fork = find_fork(right, wrong).wrong
+    quote = locate_quote(parsed.bifurcation, wrong, fork=fork, mark=context.templates.fork_mark)
     leak = check_leak(
         parsed,
         answer=group.answer,
-        right_text=analysis.pair.right.text,
+        right_text=right,
         prompt_text=prompt_text(group.prompt),
         policy=context.leak_policy,
         raw_text=analysis.text if context.trains_whole_analysis else None,
     )
     if leak.leaks and leak.redacted is None:
-        return Experience(step, analysis, Status.LEAKED, leak.reasons[0], parsed, leak)
-    return CheckedAnalysis(analysis, parsed, leak)
+        return Experience(step, analysis, Status.LEAKED, leak.reasons[0], parsed, leak, quote=quote)
+    return CheckedAnalysis(analysis, parsed, leak, quote)

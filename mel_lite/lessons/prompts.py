@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.data.cells import NO_USER_TURN, has_user_turn
 from mel_lite.errors import ConfigError, DataError
+from mel_lite.lessons.fork import find_fork, fork_tokens, mark_fork, unit_of
 from mel_lite.models.chat import neutralize, question_text, render, turn_text
 from mel_lite.text import suggest
 from mel_lite.types import Group, Pair, Prompt
@@ -64,6 +65,10 @@ As "I": what I review, what I understand now, what I will do.
 Named rules for other problems: "If ..., then ..." or "When ..., I must check ...". No number, name, variable or \
 answer of this problem may appear in them.
 """
+_FORK_NOTE = """\
+The first line in which the two solutions differ begins with `{mark}` in each. Name the wrong step of the incorrect \
+solution in the bifurcation: quote its line exactly, in backticks, without that mark.
+"""
 _REPLAY_USER = """\
 You have studied this question before. These are your own notes, with pitfalls and rules to follow:
 
@@ -93,6 +98,25 @@ class Templates:
     """Replaces what was cut out of the common prefix."""
     trimmed_rest: str = "[... {count} tokens are left out ...]"
     """Replaces what was cut out after the point where the solutions part."""
+    fork_mark: str = "> "
+    """Precedes the first differing line of each solution, where `mark_fork` is on."""
+    fork_note: str = _FORK_NOTE
+    """Follows `analysis_user` there, with `{mark}`."""
+
+    def instructions(self, *, marked: bool) -> str:
+        """Return the instruction of an analysis, with placeholders for its texts."""
+        if not marked:
+            return self.analysis_user
+        return f"{self.analysis_user.rstrip()}\n\n{_fill(self.fork_note, mark=self.fork_mark.strip())}"
+
+    def version_of(self, *, marked: bool) -> str:
+        """Return the version of the texts in use."""
+        return f"{self.version}+fork" if marked else self.version
+
+    def texts(self, *, marked: bool) -> tuple[str, ...]:
+        """Return the version and the texts in use; without the mark, those of releases that had none."""
+        unused = () if marked else ("fork_mark", "fork_note")
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in unused)
 
 
 DEFAULT_TEMPLATES = Templates()
@@ -102,6 +126,7 @@ _PLACEHOLDERS: dict[str, tuple[str, ...]] = {
     "replay_user": ("experience", "question"),
     "trimmed_shared": ("count",),
     "trimmed_rest": ("count",),
+    "fork_note": ("mark",),
 }
 
 
@@ -134,6 +159,12 @@ def load_templates(path: str | None) -> Templates:
         if not isinstance(value, str):
             raise ConfigError(f"templates={path!r}: {name} is {value!r}, not text. Put it in quotes.")
         _check_placeholders(path, name, value)
+    mark = loaded.get("fork_mark", DEFAULT_TEMPLATES.fork_mark)
+    if not mark.strip() or len(mark.splitlines()) > 1:
+        raise ConfigError(
+            f"templates={path!r}: fork_mark is {mark!r}, but it must be visible text on one line. For prompts without "
+            "a mark, set mark_fork=False."
+        )
     if "version" not in loaded:
         digest = hashlib.blake2b(repr(sorted(loaded.items())).encode(), digest_size=4).hexdigest()
         loaded["version"] = f"custom-{digest}"
@@ -194,6 +225,7 @@ def analysis_prompt(
     templates: Templates,
     *,
     max_context_tokens: int,
+    mark: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """Return C_retro = [I, x, y+, y-] and the prefill, in at most `max_context_tokens` tokens.
@@ -201,13 +233,22 @@ def analysis_prompt(
     Long solutions lose the middle of their common prefix first, then the middle of the rest. The tokens around the
     point where they part and the end of each solution are always kept. A plain-text question gives a plain-text prompt.
 
+    Args: `mark`: mark the first differing line of each solution (`MELConfig.mark_fork`).
     Raises: UnfitPair when cutting everything that may be cut is not enough, and for a conversation without a user turn,
         into which no lesson could be put.
     """
+    if not has_user_turn(pair.group.prompt):
+        raise UnfitPair(f"the prompt {NO_USER_TURN}")
+    unit = unit_of(pair.right.text.strip(), pair.wrong.text.strip())
 
     def build(wrong: str, right: str) -> tuple[int, ...]:
+        wrong, right = wrong.strip(), right.strip()
+        if mark:
+            fork = find_fork(right, wrong, unit=unit)
+            wrong = mark_fork(wrong, fork.wrong, templates.fork_mark)
+            right = mark_fork(right, fork.right, templates.fork_mark)
         user = _fill(
-            templates.analysis_user,
+            templates.instructions(marked=mark),
             question=neutralize(question_text(pair.group.prompt), tokenizer, special_only=True).strip(),
             wrong=neutralize(wrong, tokenizer).strip(),
             right=neutralize(right, tokenizer).strip(),
@@ -219,37 +260,56 @@ def analysis_prompt(
             messages, tokenizer, prefill=templates.analysis_prefill, chat_template_kwargs=chat_template_kwargs
         )
 
-    if not has_user_turn(pair.group.prompt):
-        raise UnfitPair(f"the prompt {NO_USER_TURN}")
-    ids = whole = build(pair.wrong.text, pair.right.text)
+    whole = build(pair.wrong.text, pair.right.text)
+    if len(whole) <= max_context_tokens:
+        return whole
+    fitting = _trim_to_fit(pair, len(whole), max_context_tokens, build, tokenizer, templates, marked=mark)
+    if fitting is None:
+        raise UnfitPair(
+            f"the analysis prompt has {len(whole)} tokens, {max_context_tokens} fit, and the rest may not be trimmed"
+        )
+    return fitting
+
+
+def _trim_to_fit(
+    pair: Pair,
+    tokens: int,
+    max_tokens: int,
+    build: Callable[[str, str], tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Templates,
+    *,
+    marked: bool,
+) -> tuple[int, ...] | None:
+    """Return the prompt with cuts in the solutions, or None when it cannot fit."""
+    right_fork, wrong_fork = fork_tokens(pair, tokenizer if marked else None)
     remove_tokens = 0
     for _ in range(_TRIM_ROUNDS):
-        if len(ids) <= max_context_tokens:
-            return ids
         # Markers cost tokens, and decoded pieces may tokenize to a few tokens more or less: build, measure, repeat.
-        remove_tokens += len(ids) - max_context_tokens
-        cuts = _plan_cuts(pair, remove_tokens)
+        remove_tokens += tokens - max_tokens
+        cuts = _plan_cuts(pair, right_fork, wrong_fork, remove_tokens)
         if cuts is None:
-            break
+            return None
         shared, wrong_rest, right_rest = cuts
+        parting = pair.common_prefix_tokens
         ids = build(
-            _trimmed(pair.wrong.completion_ids, pair.common_prefix_tokens, shared, wrong_rest, tokenizer, templates),
-            _trimmed(pair.right.completion_ids, pair.common_prefix_tokens, shared, right_rest, tokenizer, templates),
+            _trimmed(pair.wrong.completion_ids, parting, wrong_fork, shared, wrong_rest, tokenizer, templates),
+            _trimmed(pair.right.completion_ids, parting, right_fork, shared, right_rest, tokenizer, templates),
         )
-    raise UnfitPair(
-        f"the analysis prompt has {len(whole)} tokens, {max_context_tokens} fit, and the rest may not be trimmed"
-    )
+        tokens = len(ids)
+        if tokens <= max_tokens:
+            return ids
+    return None
 
 
-def _plan_cuts(pair: Pair, remove_tokens: int) -> tuple[int, int, int] | None:
+def _plan_cuts(pair: Pair, right_fork: int, wrong_fork: int, remove_tokens: int) -> tuple[int, int, int] | None:
     """Return how many tokens to cut from the common prefix, the rest of y- and the rest of y+; None if too few can go.
 
-    A token cut from the common prefix counts twice, because both solutions show it.
+    The rest begins at the fork. A token cut from the common prefix counts twice, because both solutions show it.
     """
     shared_room = max(0, pair.common_prefix_tokens - BEFORE_PARTING_TOKENS)
-    untouchable = pair.common_prefix_tokens + 2 * REST_TOKENS
-    wrong_room = max(0, len(pair.wrong.completion_ids) - untouchable)
-    right_room = max(0, len(pair.right.completion_ids) - untouchable)
+    wrong_room = max(0, len(pair.wrong.completion_ids) - wrong_fork - 2 * REST_TOKENS)
+    right_room = max(0, len(pair.right.completion_ids) - right_fork - 2 * REST_TOKENS)
     shared = min(shared_room, -(-remove_tokens // 2))
     left = max(0, remove_tokens - 2 * shared)
     if left > wrong_room + right_room:
@@ -261,12 +321,13 @@ def _plan_cuts(pair: Pair, remove_tokens: int) -> tuple[int, int, int] | None:
 def _trimmed(
     ids: Sequence[int],
     parting: int,
+    fork: int,
     shared_cut: int,
     rest_cut: int,
     tokenizer: PreTrainedTokenizerBase,
     templates: Templates,
 ) -> str:
-    """Decode a solution with markers for `shared_cut` tokens cut before token `parting` and `rest_cut` cut after it."""
+    """Decode a solution with markers for `shared_cut` tokens cut before token `parting` and `rest_cut` after `fork`."""
 
     def text(piece: Sequence[int]) -> str:
         # A cut may split a character into bytes that decode to U+FFFD.
@@ -280,9 +341,9 @@ def _trimmed(
         start = parting - before
         pieces += [text(ids[: kept - before]), _fill(templates.trimmed_shared, count=str(shared_cut))]
     if rest_cut:
-        kept = len(ids) - parting - rest_cut
+        kept = len(ids) - fork - rest_cut
         after = kept // 2
-        pieces += [text(ids[start : parting + after]), _fill(templates.trimmed_rest, count=str(rest_cut))]
+        pieces += [text(ids[start : fork + after]), _fill(templates.trimmed_rest, count=str(rest_cut))]
         pieces.append(text(ids[len(ids) - (kept - after) :]))
     else:
         pieces.append(text(ids[start:]))

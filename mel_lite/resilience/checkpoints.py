@@ -6,7 +6,8 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mel_lite.errors import CheckpointError, DiskFullError
 from mel_lite.files import nearest_existing_folder
 from mel_lite.models.adapters import RECORD, check_base, write_fingerprint
 from mel_lite.resilience import checkpoint_files
-from mel_lite.resilience.resume_checks import check_inputs, inputs
+from mel_lite.resilience.resume_checks import began_unmarked, check_inputs, inputs
 from mel_lite.resilience.state_files import (
     OPTIMIZER,
     PICKLED_STATE,
@@ -56,6 +57,7 @@ class AtomicCheckpoints:
     model: Any
     optimizer: Any
     lr_scheduler: Any
+    lesson_context: Any
     stateful: tuple[Any, ...]
     """Parts of the run with `state_dict()` and `load_state_dict(state)`; their states share one JSON object."""
     side_service: SideService
@@ -118,6 +120,7 @@ class AtomicCheckpoints:
         state = checkpoint_files.read_state(path)
         if not state:
             return
+        self._keep_unmarked(state.get("inputs"), allow_change)
         check_inputs(state.get("inputs"), self._inputs, allow_change)
         steps = self.args.steps_per_generation
         # Counted in this run's micro-batches, whose size may differ from the checkpoint's.
@@ -130,6 +133,14 @@ class AtomicCheckpoints:
             truncate_metrics(run_dir / "metrics.jsonl", state["step"])
             if state["last_experience_id"] is not None:
                 self._roll_back_store(path, run_dir, state["last_experience_id"])
+
+    def _keep_unmarked(self, began: Mapping[str, str] | None, allow_change: Sequence[str]) -> None:
+        """Continue a run that began without marked forks, such as an older release's, without them."""
+        allowed = {"templates", "train.templates", "train.mark_fork"}.intersection(allow_change)
+        if self.lesson_context.mark_fork and not allowed and began_unmarked(began, self.lesson_context):
+            logger.warning("The run began with analysis prompts without marks (mark_fork=False) and continues so.")
+            self.lesson_context = replace(self.lesson_context, mark_fork=False)
+            self.__dict__.pop("_inputs", None)
 
     def _roll_back_store(self, path: Path, run_dir: Path, last_id: int) -> None:
         """Delete later experiences. A checkpoint of another folder continues with a new store: none is read back."""

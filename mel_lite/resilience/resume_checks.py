@@ -12,12 +12,14 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
 
 from mel_lite.errors import ConfigError
+from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.prompts import Templates
 from mel_lite.recipe import SECTIONS, Recipe
 from mel_lite.text import suggest
 
@@ -143,17 +145,27 @@ def _settle(found: Sequence[Change], refused: Sequence[Change], started: str) ->
 
 def inputs(trainer: Any) -> dict[str, str]:
     """Return the inputs of a run beyond its options, each as a short text that changes with it."""
-    args = trainer.args
-    chat_template, templates = trainer._tokenizer.chat_template, trainer.lesson_context.templates
+    args, lessons = trainer.args, trainer.lesson_context
+    chat_template = trainer._tokenizer.chat_template
     dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
     return {
         "dataset": _dataset(trainer.train_dataset, ("prompt", trainer.answer_column)),
-        "templates": f"{templates.version}, sha256 {_digest(astuple(templates))}",
+        "templates": _templates(lessons.templates, marked=lessons.mark_fork),
         "chat_template": "none" if chat_template is None else f"sha256 {_digest(chat_template)}",
         "dtype": f"{dtype}, mixed precision {trainer.accelerator.mixed_precision}",
         "batch": f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} completions "
         f"per update, {args.generation_batch_size} sampled at once",
     }
+
+
+def _templates(templates: Templates, *, marked: bool) -> str:
+    return f"{templates.version_of(marked=marked)}, sha256 {_digest(templates.texts(marked=marked))}"
+
+
+def began_unmarked(before: Mapping[str, str] | None, lessons: LessonContext) -> bool:
+    """Return True for a checkpoint whose analysis prompts had no mark, as in releases without `mark_fork`."""
+    recorded = (before or {}).get("templates")
+    return recorded is None or recorded == _templates(lessons.templates, marked=False)
 
 
 def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], allowed: Sequence[str]) -> None:

@@ -131,6 +131,7 @@ def experience_page(row: ExperienceRow) -> RenderableType:
         (f"right (rollout {row.right_index}), {row.common_prefix_tokens} tokens in common", row.right_text),
         (f"analysis as sampled ({row.analysis_tokens} tokens)", row.analysis),
         ("bifurcation", row.bifurcation),
+        ("wrong step it quotes", row.quoted_step),
         ("critique", row.critique),
         ("heuristic", row.heuristic),
         ("leaks", "\n".join(row.leak_reasons)),
@@ -158,6 +159,8 @@ def funnel_table(totals: Mapping[str, int]) -> Table:
         count = totals.get(f"mel/{stage}", 0)
         table.add_row(stage.replace("_", " "), str(count), f"{count / previous:.0%}" if previous else "")
         previous = count
+    quoted, parsed = totals.get("mel/quoted", 0), totals.get("mel/parsed", 0)
+    table.add_row("parsed ones that quote a step", str(quoted), f"{quoted / parsed:.0%} of parsed" if parsed else "")
     table.add_row("trained tokens", str(totals.get("mel/trained_tokens", 0)), "")
     return table
 

@@ -238,6 +238,7 @@ def build_context(trainer: Any) -> LessonContext:
         replay=Sampling(args.max_completion_length, temperature),
         max_context_tokens=_context_for_analysis(args, trainer.model, trainer.engine),
         run_seed=args.seed,
+        mark_fork=args.mark_fork,
         leak_policy=args.leak_policy,
         trains_whole_analysis=trainer.internalisation.trains_whole_analysis,
         replay_attempts=args.replay_attempts,

@@ -22,9 +22,19 @@ logger = logging.getLogger(__name__)
 
 FUNNEL_COUNTS = tuple(
     f"mel/{stage}"
-    for stage in ("groups", "mixed_groups", "pairs", "written", "parsed", "leak_free", "replay_valid", "trained_tokens")
+    for stage in (
+        "groups",
+        "mixed_groups",
+        "pairs",
+        "written",
+        "parsed",
+        "quoted",
+        "leak_free",
+        "replay_valid",
+        "trained_tokens",
+    )
 )
-"""The counts among the funnel's metrics, in the order of its stages."""
+"""The counts among the funnel's metrics, in the order of its stages. `quoted` is no stage: it filters nothing."""
 
 
 class FunnelTotals(Counter[str]):
@@ -47,8 +57,9 @@ def funnel(
 ) -> dict[str, float]:
     """Return the funnel of one step: each stage counts the meta-experiences left from the stage before.
 
-    `mel/retention_ratio` is kept / written, `mel/leak_rate` is leaked / parsed, and `mel/replay_uplift` is the mean,
-    over replayed ones, of the solved rate with M minus the rate without. A ratio with denominator 0 is left out.
+    `mel/quoted` counts the parsed ones whose bifurcation quotes the wrong solution. `mel/retention_ratio` is kept /
+    written, `mel/leak_rate` is leaked / parsed, and `mel/replay_uplift` is the mean, over replayed ones, of the solved
+    rate with M minus the rate without. A ratio with denominator 0 is left out.
     """
     counts = Counter(e.status for e in experiences)
     replayed = [e.replay for e in experiences if e.replay is not None]
@@ -59,6 +70,7 @@ def funnel(
         "mel/pairs": pairs,
         "mel/written": len(experiences),
         "mel/parsed": parsed,
+        "mel/quoted": sum(e.quote is not None for e in experiences),
         "mel/leak_free": len(replayed),
         "mel/replay_valid": counts[Status.KEPT],
         "mel/trained_tokens": trained_tokens,

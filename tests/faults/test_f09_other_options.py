@@ -186,7 +186,7 @@ def other_batch(folder: Path) -> dict[str, Any]:
     [
         (other_dataset, "dataset", ["24 rows, sha256 ", "25 rows, sha256 "]),
         (other_answer, "dataset", ["24 rows, sha256 ", "24 rows, sha256 "]),
-        (other_texts, "templates", ["'short, sha256 ", "'custom-"]),
+        (other_texts, "templates", ["'short+fork, sha256 ", "'custom-"]),
         (other_batch, "batch", ["8 completions per update", "16 completions per update"]),
     ],
 )
@@ -226,9 +226,18 @@ def test_another_chat_template_dtype_or_base_is_refused(tmp_path: Path, whole: A
     assert set(INPUTS) == set(trainer._inputs)
 
 
-def test_a_checkpoint_of_an_older_version_is_accepted(tmp_path: Path, whole: Any) -> None:
-    """A checkpoint without recorded inputs, like plain TRL's."""
-    begun(whole, tmp_path)
+@pytest.fixture(scope="module")
+def unmarked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same run with analysis prompts as older versions had them."""
+    folder = tmp_path_factory.mktemp("unmarked")
+    trainer = build(folder, **split(8, 1), mark_fork=False)
+    trainer.train()
+    return folder, trainer
+
+
+def test_a_checkpoint_of_an_older_version_is_accepted(tmp_path: Path, whole: Any, unmarked: Any) -> None:
+    """A checkpoint without recorded inputs, like plain TRL's; its analysis prompts had no marks."""
+    begun(unmarked, tmp_path)
     newest = checkpoint_files.committed(tmp_path / "run")[-1]
     state = json.loads((newest / checkpoint_files.STATE).read_text())
     for name in ("inputs", "steps_per_generation"):
@@ -237,4 +246,20 @@ def test_a_checkpoint_of_an_older_version_is_accepted(tmp_path: Path, whole: Any
     (newest / checkpoint_files.MANIFEST).unlink()
     resumed = build(tmp_path, **split(8, 1) | {"train_dataset": sums(24)})
     resumed.train(resume_from_checkpoint=str(newest))
-    assert run_state(resumed) == run_state(whole[1])
+    assert run_state(resumed) == run_state(unmarked[1]) != run_state(whole[1])
+
+
+def test_a_run_that_began_without_marks_continues_without_them(tmp_path: Path, whole: Any, unmarked: Any) -> None:
+    begun(unmarked, tmp_path)
+    resumed = build(tmp_path, **split(8, 1))
+    assert resumed.lesson_context.mark_fork
+    resumed.train(resume_from_checkpoint=True)
+    assert run_state(resumed) == run_state(unmarked[1]) != run_state(whole[1])
+    assert {row.templates_version for row in resumed.store.list()} == {"short"}
+
+
+def test_a_run_that_began_with_marks_is_not_resumed_without_them(tmp_path: Path, whole: Any) -> None:
+    begun(whole, tmp_path)
+    assert {row.templates_version for row in whole[1].store.list()} == {"short+fork"}
+    with pytest.raises(ConfigError, match=r"templates: 'short\+fork, sha256 .*' -> 'short, sha256 "):
+        build(tmp_path, **split(8, 1), mark_fork=False).train(resume_from_checkpoint=True)

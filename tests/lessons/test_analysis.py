@@ -75,9 +75,16 @@ def test_one_batch_writes_all_analyses() -> None:
     assert [first.prompt_ids, second.prompt_ids] == contexts
     assert [a.context_ids for a in analyses] == contexts
     assert analyses[0] == Analysis(
-        pairs[0], contexts[0], (*ids_of("A step."), EOS), "## Bifurcation\nA step.", Finish.STOP, 0.25 * 7 / 2
+        pairs[0], contexts[0], (*ids_of("A step."), EOS), "## Bifurcation\nA step.", Finish.STOP, 0.25 * 7 / 2, "1+fork"
     )
     assert analyses[1].text == "## Bifurcation\nAnother."
+
+
+def test_mark_fork_off_gives_the_prompt_without_a_mark() -> None:
+    (analysis,), _ = write(Scripted("A step."), [pair()], mark_fork=False)
+    unmarked = analysis_prompt(pair(), TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=4_000, mark=False)
+    assert (analysis.context_ids, analysis.templates_version) == (unmarked, "1")
+    assert unmarked != analysis_prompt(pair(), TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=4_000)
 
 
 def test_a_pair_that_does_not_fit_is_skipped_with_the_reason() -> None:

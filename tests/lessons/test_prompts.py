@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def pair_of(right: str, wrong: str, prompt: Prompt = CHAT) -> Pair:
     return Pair(Group(prompt, "h", rollouts), *rollouts, shared)
 
 
-def analysis_text(pair: Pair, limit: int = 100_000, tokenizer=TOKENIZER, templates=DEFAULT_TEMPLATES) -> str:
-    ids = analysis_prompt(pair, tokenizer, templates, max_context_tokens=limit)
+def analysis_text(
+    pair: Pair, limit: int = 100_000, tokenizer=TOKENIZER, templates=DEFAULT_TEMPLATES, mark: bool = False
+) -> str:
+    ids = analysis_prompt(pair, tokenizer, templates, max_context_tokens=limit, mark=mark)
     assert len(ids) <= limit
     return tokenizer.decode(ids)
 
@@ -166,6 +169,7 @@ def test_prompts_hold_the_special_ids_of_harmless_ones(question: str, right: str
             for ids in (
                 analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=99_999),
                 analysis_prompt(plain, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=99_999),
+                analysis_prompt(plain, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=99_999, mark=False),
                 replay_prompt(pair.group, notes, TOKENIZER, DEFAULT_TEMPLATES),
                 replay_prompt(Group("q", "h", ()), notes, TOKENIZER, DEFAULT_TEMPLATES),
                 question_prompt(pair.group, TOKENIZER),
@@ -191,14 +195,14 @@ def solutions(text: str) -> tuple[str, str]:
 
 
 def test_what_fits_is_not_trimmed() -> None:
-    full_ids = analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6)
-    assert analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=len(full_ids)) == full_ids
+    full_ids = analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False)
+    assert analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=len(full_ids), mark=False) == full_ids
     assert solutions(analysis_text(LONG)) == (SHARED + WRONG_REST, SHARED + RIGHT_REST)
 
 
 @pytest.mark.parametrize("less", [1, 200, 700, 1300])
 def test_the_middle_of_the_common_prefix_goes_first(less: int) -> None:
-    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
+    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False))
     wrong, right = solutions(analysis_text(LONG, full_tokens - less))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
         marker = re.search(r"\n?\[\.\.\. (\d+) tokens that both solutions share are left out \.\.\.\]\n", text)
@@ -212,7 +216,7 @@ def test_the_middle_of_the_common_prefix_goes_first(less: int) -> None:
 
 
 def test_then_the_middle_of_the_rest_goes_and_the_ends_stay() -> None:
-    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
+    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False))
     wrong, right = solutions(analysis_text(LONG, full_tokens - 2100))
     for text, rest in ((wrong, WRONG_REST), (right, RIGHT_REST)):
         window = SHARED[-BEFORE_PARTING_TOKENS:] + rest[:REST_TOKENS]
@@ -222,7 +226,7 @@ def test_then_the_middle_of_the_rest_goes_and_the_ends_stay() -> None:
 
 
 def test_the_smallest_prompt_fits_and_one_token_less_raises() -> None:
-    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
+    full_tokens = len(analysis_prompt(LONG, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False))
 
     def fits(limit: int) -> bool:
         try:
@@ -248,9 +252,66 @@ def test_a_cut_through_a_character_leaves_no_debris() -> None:
     pair = pair_of(shared + "R", shared + "W")
     pair = dataclasses.replace(pair, common_prefix_tokens=len(shared) * 2)
     for less in range(100, 108):
-        full = len(analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
+        full = len(analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False))
         text = analysis_text(pair, full - less)
         assert "\ufffd" not in text and "left out" in text
+
+
+# ---- the mark at the fork
+
+
+@pytest.mark.parametrize(
+    ("pair", "less", "digest"),
+    [
+        (pair_of("Two and three\n\nmake five.", "Two and three\n\nmake six."), 0, "08899ca475771b42"),
+        (pair_of("It is 5.", "It is 6.", prompt="Question: 2+3?\nAnswer:"), 0, "8f82bf90d9e5be14"),
+        (LONG, 2100, "1aabc6f7a1138af5"),
+    ],
+    ids=["chat", "plain", "trimmed"],
+)
+def test_without_the_mark_the_prompt_is_that_of_commit_48b4e81_byte_for_byte(pair: Pair, less: int, digest: str):
+    full = len(analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False))
+    assert hashlib.sha256(analysis_text(pair, full - less).encode()).hexdigest()[:16] == digest
+
+
+def test_the_first_differing_lines_are_marked_and_the_instruction_says_so() -> None:
+    text = analysis_text(pair_of("Add:\n2+3=5\nSo 5.", "Add:\n2+3=6\nSo 6."), mark=True)
+    assert "<incorrect>\nAdd:\n> 2+3=6\nSo 6.\n</incorrect>" in text
+    assert "<correct>\nAdd:\n> 2+3=5\nSo 5.\n</correct>" in text
+    note = (
+        "\n\nThe first line in which the two solutions differ begins with `>` in each. Name the wrong step of the "
+        "incorrect solution in the bifurcation: quote its line exactly, in backticks, without that mark."
+    )
+    unmarked = analysis_text(pair_of("Add:\n2+3=5\nSo 5.", "Add:\n2+3=6\nSo 6."))
+    assert text.replace("> 2", "2").replace(note, "", 1) == unmarked.replace("it.\n<|im_end|>", "it.<|im_end|>")
+
+
+def test_the_mark_of_the_templates_is_used(tmp_path: Path) -> None:
+    mine = load_templates(write(tmp_path, "fork_mark: 'HERE '\nfork_note: 'See {mark}!'"))
+    text = analysis_text(pair_of("It is 5.", "It is 6."), templates=mine, mark=True)
+    assert "<incorrect>\nIt is\nHERE 6.\n</incorrect>" in text and "\n\nSee HERE!<|im_end|>" in text
+    assert mine.version_of(marked=True) == mine.version_of(marked=False) + "+fork"
+
+
+@pytest.mark.parametrize("less", [0, 1, 300, 900, 1500])
+@pytest.mark.parametrize(
+    ("line_end", "blanks", "marked"),
+    [("\n", "", "rest"), ("\n", "   \n\n", "rest"), ("", "", "rest"), ("", "\n", "line")],
+    ids=["lines", "lines after blanks", "words", "one long line"],
+)
+def test_cuts_never_take_the_mark_or_move_it_to_another_line(less: int, line_end: str, blanks: str, marked: str):
+    shared = "".join(f"s{i:03d} {line_end}" for i in range(200))
+    pair = pair_of(shared + RIGHT_REST, shared + blanks + WRONG_REST)
+    full = len(analysis_prompt(pair, TOKENIZER, DEFAULT_TEMPLATES, max_context_tokens=10**6))
+    wrong, right = solutions(analysis_text(pair, full - less, mark=True))
+    for text, rest in ((wrong, "WRONGw000"), (right, "RIGHTr000")):
+        (line,) = re.findall("^ ?> (.*)$", text, re.M)
+        assert ("left out" in text) == (less > 0)
+        if marked == "rest":
+            assert line.startswith(rest)
+        else:
+            # The differing line begins in what both share; where its beginning is cut, what is left of it is marked.
+            assert "s199" in line and (less == 0) == line.startswith("s000")
 
 
 # ---- overrides
@@ -286,6 +347,8 @@ def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path: Path) -
         ("analysis_user: '{question} {rigth} {wrong}'", r"unknown placeholder \{rigth\}\. Did you mean 'right'\?"),
         ("analysis_system: 'You are {name}.'", r"analysis_system takes no placeholders"),
         ("analysis_prefill: 3", r"analysis_prefill is 3, not text"),
+        ("fork_mark: ' '", r"fork_mark is ' ', but it must be visible text on one line"),
+        ("fork_note: 'See the mark.'", r"fork_note is missing the placeholder \{mark\}"),
         ("- a", "has no fields"),
         ("a: [", "cannot be read"),
     ],

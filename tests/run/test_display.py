@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mel_lite.types import (
     Pair,
     Replay,
     Rollout,
+    Span,
     Status,
     Verdict,
 )
@@ -60,7 +62,9 @@ def test_the_funnel_counts_what_is_left_after_each_stage() -> None:
         experience(Status.REPLAY_FAILED, replay=Replay((W, W), ("", ""), (R, W))),
         experience(Status.KEPT, replay=Replay((R, R), ("", ""), (R, W))),
     ]
+    experiences[1:3] = [replace(each, quote=Span(0, 2)) for each in experiences[1:3]]
     metrics = funnel(groups, 4, experiences, 120)
+    assert metrics["mel/quoted"] == 2
     stages = ("groups", "mixed_groups", "pairs", "written", "parsed", "leak_free", "replay_valid", "trained_tokens")
     assert [metrics[f"mel/{stage}"] for stage in stages] == [4, 2, 4, 4, 3, 2, 1, 120]
     assert metrics["mel/pass_rate"] == pytest.approx(6 / 11) and metrics["mel/abstain_rate"] == pytest.approx(1 / 12)
@@ -100,6 +104,16 @@ def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) ->
 def test_the_funnel_table_shows_what_each_stage_left() -> None:
     text = shown(funnel_table({"mel/groups": 8, "mel/mixed_groups": 4, "mel/pairs": 4, "mel/parsed": 1}))
     assert "50%" in text and "25%" in text and "replay valid" in text
+    assert "0% of parsed" in text
+    assert "67% of parsed" in shown(funnel_table({"mel/parsed": 3, "mel/quoted": 2}))
+
+
+def test_the_page_of_an_experience_shows_the_step_it_quotes(tmp_path: Path) -> None:
+    with ExperienceStore(tmp_path / "s.sqlite") as store:
+        store.add([replace(experience(Status.LEAKED), quote=Span(6, 13)), experience(Status.LEAKED)])
+        pages = [shown(experience_page(store.get(id_))) for id_ in (1, 2)]
+    assert "wrong step it quotes" in pages[0] and "\n\u2502 rollout  " in pages[0].split("wrong step it quotes")[1]
+    assert "wrong step it quotes" not in pages[1]
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:

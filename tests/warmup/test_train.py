@@ -185,7 +185,7 @@ def test_examples_render_to_the_tokens_of_a_mel_step(examples: list[dict[str, An
         for i, (text, verdict) in enumerate(((right, Verdict.RIGHT), (wrong, Verdict.WRONG)))
     ]
     pair = Pair(group, *rollouts, common_prefix_tokens=0)
-    expected = analysis_prompt(pair, tokenizer, DEFAULT_TEMPLATES, max_context_tokens=10**6)
+    expected = analysis_prompt(pair, tokenizer, DEFAULT_TEMPLATES, max_context_tokens=10**6, mark=False)
     prefill = DEFAULT_TEMPLATES.analysis_prefill
     assert example["completion"].startswith(prefill)
     assert render(example["prompt"], tokenizer, prefill=prefill) == expected
