@@ -275,6 +275,26 @@ class Lesson:
 
 
 @dataclass(frozen=True, slots=True)
+class BankLesson:
+    """A kept heuristic with its running score (`lessons/bank.py`)."""
+
+    id: int
+    """Row id of its first experience in this run's store; negative for a lesson of another run."""
+    heuristic: str
+    """Text of H."""
+    question_text: str
+    """Question of its first experience."""
+    score: float
+    """Sum over its experiences and examinations, each in [-1, 1]."""
+    votes: int
+    """Number of experiences and examinations."""
+    retired: bool
+    """The score is below `retire_below`; it neither teaches nor is examined, until the same rule is kept again."""
+    step: int
+    """Optimizer step of its first experience."""
+
+
+@dataclass(frozen=True, slots=True)
 class LessonShare:
     """The lessons of one micro-batch."""
 
