@@ -29,12 +29,14 @@ def check_tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dt
     return value
 
 
-def check_like(name: str, value: Tensor, size: int, size_of: str, device: torch.device) -> None:
+def check_like(
+    name: str, value: Tensor, size: int, size_of: str, device: torch.device, device_of: str = "hidden_NH"
+) -> None:
     """Check that a vector has as many entries as `size_of` says, and is on the same device."""
     if value.shape[0] != size:
         raise ValueError(f"{name} has {value.shape[0]} entries: expected {size}, as many as {size_of}")
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}: expected {device}, the device of hidden_NH")
+        raise ValueError(f"{name} is on {value.device}: expected {device}, the device of {device_of}")
 
 
 def check_number(name: str, value: object) -> float:
@@ -55,25 +57,48 @@ def check_transform(temperature: object, logit_scale: object, softcap: object) -
     )
 
 
-def check_head(hidden_NH: object, weight_VH: object, target_N: object, bias_V: object) -> None:
-    """Check that shapes, dtypes and devices match; `rows.py` checks the values of the targets."""
-    hidden = check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
+def check_weight(hidden_NH: object, weight_VH: object, bias_V: object, name: str = "hidden_NH") -> Tensor:
+    """Return the hidden state, called `name` in messages, if weight and bias match it in shape, dtype and device."""
+    hidden = check_tensor(name, hidden_NH, "NH", FLOATS)
     weight = check_tensor("weight_VH", weight_VH, "VH", FLOATS)
-    target = check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"weight_VH is {str(weight.dtype).removeprefix('torch.')} and hidden_NH "
+            f"weight_VH is {str(weight.dtype).removeprefix('torch.')} and {name} "
             f"{str(hidden.dtype).removeprefix('torch.')}: expected one dtype; cast one of them"
         )
     if weight.device != hidden.device:
-        raise ValueError(f"weight_VH is on {weight.device}: expected {hidden.device}, the device of hidden_NH")
+        raise ValueError(f"weight_VH is on {weight.device}: expected {hidden.device}, the device of {name}")
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"weight_VH has shape {tuple(weight.shape)}: expected at least one token and one feature")
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"weight_VH has shape {tuple(weight.shape)} and hidden_NH {tuple(hidden.shape)}: expected equal last sizes"
+            f"weight_VH has shape {tuple(weight.shape)} and {name} {tuple(hidden.shape)}: expected equal last sizes"
         )
-    check_like("target_N", target, hidden.shape[0], "hidden_NH has rows", hidden.device)
     if bias_V is not None:
         bias = check_tensor("bias_V", bias_V, "V", FLOATS)
-        check_like("bias_V", bias, weight.shape[0], "weight_VH has rows", hidden.device)
+        check_like("bias_V", bias, weight.shape[0], "weight_VH has rows", hidden.device, name)
+    return hidden
+
+
+def check_head(hidden_NH: object, weight_VH: object, target_N: object, bias_V: object) -> None:
+    """Check that shapes, dtypes and devices match; `rows.py` checks the values of the targets."""
+    hidden = check_weight(hidden_NH, weight_VH, bias_V)
+    target = check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
+    check_like("target_N", target, hidden.shape[0], "hidden_NH has rows", hidden.device)
+
+
+def check_pair(student_NH: object, teacher_NH: object) -> None:
+    """Check that both hidden states have one shape, dtype and device."""
+    student = check_tensor("student_NH", student_NH, "NH", FLOATS)
+    teacher = check_tensor("teacher_NH", teacher_NH, "NH", FLOATS)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_NH has shape {tuple(teacher.shape)} and student_NH {tuple(student.shape)}: expected equal shapes"
+        )
+    if teacher.dtype != student.dtype:
+        raise TypeError(
+            f"teacher_NH is {str(teacher.dtype).removeprefix('torch.')} and student_NH "
+            f"{str(student.dtype).removeprefix('torch.')}: expected one dtype; cast one of them"
+        )
+    if teacher.device != student.device:
+        raise ValueError(f"teacher_NH is on {teacher.device}: expected {student.device}, the device of student_NH")

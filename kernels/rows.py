@@ -32,7 +32,23 @@ def live_rows(target_N: Tensor, vocab: int, keep_N: Tensor | None) -> Tensor | N
             f"target_N[{row}] is {int(target_N[row])}: expected a token id in [0, {vocab}) or {IGNORE} "
             f"({wrong} of {len(target_N)} rows are wrong)"
         )
-    if live == len(target_N):
+    return _indices(live_N, live)
+
+
+def kept_rows(keep_N: Tensor | None, like_NH: Tensor, name: str) -> Tensor | None:
+    """Return the indices of the rows where `keep_N` is true, ascending, or None for all rows.
+
+    Reads one counter from the device. `like_NH`, called `name` in messages, has as many rows as the batch.
+    """
+    if keep_N is None:
+        return None
+    check_tensor("keep_N", keep_N, "N", (torch.bool,))
+    check_like("keep_N", keep_N, len(like_NH), f"{name} has rows", like_NH.device, name)
+    return _indices(keep_N, int(keep_N.sum()))
+
+
+def _indices(live_N: Tensor, live: int) -> Tensor | None:
+    if live == len(live_N):
         return None
     return torch.argsort(live_N, descending=True, stable=True)[:live]
 
