@@ -30,14 +30,18 @@ if __name__ == "kernels":
 
 else:
     from .api import fused_logprobs, reference_logprobs
-    from .head import HeadSpec, check_head_spec, head_logprobs, head_spec, why_not_fused
+    from .head import HeadSpec, check_head_spec, head_kl, head_logprobs, head_spec, why_not_fused
+    from .kl import fused_kl, reference_kl
 
     __all__ = [
         "HeadSpec",
         "check_head_spec",
+        "fused_kl",
         "fused_logprobs",
+        "head_kl",
         "head_logprobs",
         "head_spec",
+        "reference_kl",
         "reference_logprobs",
         "why_not_fused",
     ]

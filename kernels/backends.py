@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .tiles import Scored, Steps, Tiling, frozen_head
+from .tiles import Divergence, Scored, Steps, Tiling, frozen_head, frozen_kl
 from .torch_steps import CPU_TILING, GPU_TILING, TorchSteps
 from .transform import LogitTransform
 
@@ -55,14 +55,36 @@ def run_frozen(
     want_u: bool,
 ) -> Scored:
     """Run `tiles.frozen_head` with the steps and tiles of an implementation."""
-    # Small components of u underflow in float16; bfloat16 has the range of float32.
-    u_dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
     steps, tiling = make_steps(impl, hidden_NH.dtype, hidden_NH.device, hidden_NH.shape[1], transform)
     with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
         return frozen_head(
             hidden_NH, weight_VH, target_N.contiguous(), None if bias_V is None else bias_V.contiguous(),
-            steps=steps, tiling=tiling, u_dtype=u_dtype if want_u else None,
+            steps=steps, tiling=tiling, u_dtype=_u_dtype(hidden_NH) if want_u else None,
         )  # fmt: skip
+
+
+def run_frozen_kl(
+    impl: str,
+    student_NH: Tensor,
+    teacher_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    transform: LogitTransform,
+    *,
+    want_u: bool,
+) -> Divergence:
+    """Run `tiles.frozen_kl` with the steps and tiles of an implementation."""
+    steps, tiling = make_steps("torch", student_NH.dtype, student_NH.device, student_NH.shape[1], transform)
+    with torch.cuda.device_of(student_NH):
+        return frozen_kl(
+            student_NH, teacher_NH, weight_VH, None if bias_V is None else bias_V.contiguous(),
+            steps=steps, tiling=tiling, u_dtype=_u_dtype(student_NH) if want_u else None,
+        )  # fmt: skip
+
+
+def _u_dtype(hidden_NH: Tensor) -> torch.dtype:
+    """Return the dtype of u: small components underflow in float16; bfloat16 has the range of float32."""
+    return torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
 
 
 def make_steps(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .api import Impl, fused_logprobs, reference_logprobs
 from .backends import warn_once
-from .checks import FLOATS, check_number, check_tensor, check_transform
-from .reference import reference_head
-from .rows import live_rows, spread, take
+from .checks import FLOATS, check_number, check_pair, check_tensor, check_transform
+from .kl import fused_kl
+from .reference import reference_head, reference_kl_head
+from .rows import kept_rows, live_rows, spread, take
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; Muse
@@ -104,20 +105,62 @@ def head_logprobs(
         if entropy_grad:
             return reference_logprobs(hidden_NH, head.weight, target_N, entropy_grad=True, **options)
         return fused_logprobs(hidden_NH, head.weight, target_N, compute_u=compute_u, impl=impl, **options)
-    if impl in ("triton", "torch"):
-        raise ValueError(f'impl is {impl!r} but this head cannot be fused: {problem}; expected "auto" or "reference"')
-    warn_once(f"log-probabilities use the slower reference path, because of the model's head: {problem}")
+    _warn_of_calls(impl, "log-probabilities use", problem)
     transform = check_transform(**options)
     check_tensor("hidden_NH", hidden_NH, "NH", FLOATS)
     check_tensor("target_N", target_N, "N", (torch.int64, torch.int32))
     with torch.set_grad_enabled(torch.is_grad_enabled() and compute_u):
-        sized = getattr(head, "original_module", head)  # PEFT swaps the sizes of a tied head's copy
-        vocab = getattr(sized, "out_features", None) or head(hidden_NH[:1]).shape[-1]
+        vocab = _vocab(head, hidden_NH)
         index_K = live_rows(target_N, vocab, keep_N)
         hidden_KH, target_K = take(hidden_NH, index_K), take(target_N, index_K)
         scored = reference_head(head, vocab, hidden_KH, target_K, transform, keep_rng=True)
         logp_N, entropy_N, lse_N = (spread(part_K, index_K, len(target_N)) for part_K in scored)
     return logp_N, entropy_N if entropy_grad else entropy_N.detach(), lse_N.detach()
+
+
+def head_kl(
+    head: Any,
+    student_NH: Tensor,
+    teacher_NH: Tensor,
+    *,
+    spec: HeadSpec,
+    temperature: float = 1.0,
+    compute_u: bool = True,
+    impl: Impl = "auto",
+    keep_N: Tensor | None = None,
+) -> Tensor:
+    """Compute `fused_kl` for a head module, fused or by calling it on blocks of rows, exactly as `head_logprobs`.
+
+    The teacher's distribution is a constant, also where the head is trained.
+
+    Returns: kl_N, KL(student || teacher) of every row in nats.
+    Raises: ValueError if `impl` is "triton" or "torch" and the head cannot be fused; otherwise as `fused_kl`.
+    """
+    problem = why_not_fused(head)
+    options: dict[str, Any] = {"temperature": temperature, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
+    if problem is None:
+        options |= {"bias_V": head.bias, "keep_N": keep_N, "compute_u": compute_u, "impl": impl}
+        return fused_kl(student_NH, teacher_NH, head.weight, **options)
+    _warn_of_calls(impl, "KL divergences use", problem)
+    transform = check_transform(**options)
+    check_pair(student_NH, teacher_NH)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and compute_u):
+        vocab = _vocab(head, student_NH)
+        index_K = kept_rows(keep_N, student_NH, "student_NH")
+        student_KH, teacher_KH = take(student_NH, index_K), take(teacher_NH, index_K)
+        kl_K = reference_kl_head(head, vocab, student_KH, teacher_KH, transform, keep_rng=True)
+        return spread(kl_K, index_K, len(student_NH))
+
+
+def _warn_of_calls(impl: str, results: str, problem: str) -> None:
+    if impl in ("triton", "torch"):
+        raise ValueError(f'impl is {impl!r} but this head cannot be fused: {problem}; expected "auto" or "reference"')
+    warn_once(f"{results} the slower reference path, because of the model's head: {problem}")
+
+
+def _vocab(head: Any, hidden_NH: Tensor) -> int:
+    sized = getattr(head, "original_module", head)  # PEFT swaps the sizes of a tied head's copy
+    return getattr(sized, "out_features", None) or head(hidden_NH[:1]).shape[-1]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from mel_lite.kernels.tiles import Scored
+from mel_lite.kernels.tiles import Divergence, Scored
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,6 +43,19 @@ def head_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: in
     return hidden_NH.to(dtype), weight_VH.to(dtype), target_N
 
 
+def pair_case(rows: int, vocab: int, width: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (student_NH, teacher_NH, weight_VH), students from open to certain, KL from about 1e-20 to 3, row 0 equal.
+
+    Teachers of neighboring rows are at very different distances.
+    """
+    student_NH, weight_VH, _ = head_case(rows, vocab, width, torch.float32, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    distance_N = 10 ** torch.linspace(-7, 0.5, rows)[torch.randperm(rows, generator=generator)]
+    distance_N[:1] = 0.0
+    noise_NH = torch.randn(rows, width, generator=generator) / width**0.5
+    return student_NH.to(dtype), (student_NH + distance_N[:, None] * noise_NH).to(dtype), weight_VH.to(dtype)
+
+
 def naive_head(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Scored:
     """Score like most training loops: logits in the model's dtype, log_softmax in float32, autograd."""
     hidden_NH = hidden_NH.detach().requires_grad_()
@@ -52,6 +65,16 @@ def naive_head(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Scored
     (u_NH,) = torch.autograd.grad(logp_N.sum(), hidden_NH)
     log_p_NV = log_p_NV.detach()
     return Scored(logp_N.detach(), -(log_p_NV.exp() * log_p_NV).sum(1), z_NV.detach().logsumexp(1), u_NH)
+
+
+def naive_kl(student_NH: Tensor, teacher_NH: Tensor, weight_VH: Tensor) -> Divergence:
+    """Compute the divergence like most training loops: both logits in the model's dtype, float32, autograd."""
+    student_NH = student_NH.detach().requires_grad_()
+    log_p_NV = (student_NH @ weight_VH.T).float().log_softmax(1)
+    log_q_NV = (teacher_NH.detach() @ weight_VH.T).float().log_softmax(1)
+    kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1)
+    (u_NH,) = torch.autograd.grad(kl_N.sum(), student_NH)
+    return Divergence(kl_N.detach(), u_NH)
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -85,3 +108,21 @@ def assert_exact(found: Scored, truth: Scored, *, u_bound: float = 1e-5, bound: 
         errors["u"] = (relative(found.u_NH, truth.u_NH), max(u_bound, bound))
     too_large = {name: pair for name, pair in errors.items() if not pair[0] < pair[1]}
     assert not too_large, f"(error, bound) of {too_large}"
+
+
+def assert_kl_exact(
+    found: Divergence, truth: Divergence, *, u_bound: float = 1e-5, bound: float = 3e-5, logit_error: float = 0.0
+) -> None:
+    """Assert that every KL is exact to `bound`, relative to itself, and that none is negative.
+
+    `logit_error` is the error of a difference of logits, in nats: eps times the largest logit where the teacher's
+    logits are subtracted from the student's, 0 where the difference of the states enters the product. It adds
+    logit_error sqrt(2 KL) to the error of a KL, and as much, relative to itself, to that of its gradient.
+    """
+    found_N, truth_N = found.kl_N.double(), truth.kl_N
+    allowed_N = bound * truth_N + logit_error * (2 * truth_N).sqrt() + logit_error**2 + 1e-18
+    wrong_N = (found_N - truth_N).abs()
+    assert bool((wrong_N <= allowed_N).all()), f"{wrong_N / allowed_N} times the bound at KL {truth_N}"
+    assert bool((found_N >= 0).all())
+    if found.u_NH is not None and truth.u_NH is not None:
+        assert relative(found.u_NH, truth.u_NH) < u_bound
