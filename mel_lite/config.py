@@ -90,12 +90,21 @@ class MELConfig(GRPOConfig):
     )
     verifier_workers: int = _option(2, "Worker processes that run the verifier.")
     verifier_deadline_s: float = _option(1.0, "Seconds a verifier may take for one answer before it is killed.")
-    mel_weight: float = _option(1.0, "lambda: weight of the meta-experience NLL next to the policy loss.")
+    mel_weight: float = _option(1.0, "lambda: weight of the internalisation's loss next to the policy loss.")
     mel_normalization: str = _choice(LessonNormalization.KEPT, "Divisor of a step's meta-experience NLL.")
-    internalisation: str = _option(
+    internalisation: str | None | dict = _option(  # type: ignore[type-arg]  # noqa: RUF009, RUF036
         _INTERNALISATION,
         "How lessons enter the weights: a name in `mel_lite.lessons.internalise.INTERNALISATIONS` (listed in "
-        "docs/configuration.md), or a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`.",
+        "docs/configuration.md), a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`, or "
+        "several with their weights, such as `{analysis: 0.1, distill: 0.3}`, each multiplied by `mel_weight`.",
+    )
+    internalisation_options: dict | None = _option(  # type: ignore[type-arg]  # noqa: RUF009
+        None,
+        "Options of the internalisation, such as `{context: sibling}` for `distill` (docs/internalisation.md). Of "
+        "several, by name: `{distill: {context: sibling}}`.",
+    )
+    mel_decay_steps: int = _option(
+        0, "Optimizer steps over which lambda falls linearly to 0 from the start of the run; 0 = it stays."
     )
     mel_train_on: str | None = _option(None, "Deprecated name of `internalisation`.")
     pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
@@ -113,9 +122,10 @@ class MELConfig(GRPOConfig):
     leak_policy: str = _choice(LeakPolicy.REJECT, "Treatment of a meta-experience that contains the answer.")
     replay_attempts: int = _option(1, "k: attempts at the question with the meta-experience in the prompt.")
     replay_control: bool = _option(
-        False, "Also attempt it k times without, on the same seeds, to know the uplift (always on for `uplift`)."
+        False,
+        "Also attempt it k times without, on the same seeds, to know the uplift (always on for `uplift` criteria).",
     )
-    replay_criterion: str = _choice(ReplayCriterion.SOLVED, "Condition for keeping a meta-experience after its replay.")
+    replay_criterion: str = _choice(ReplayCriterion.SOLVED, "Proof that keeps a meta-experience.")
     max_cache_tokens: int | None = _option(
         None,
         "Maximum KV-cache tokens while sampling; further sequences are queued. A sequence counts at full length. "
@@ -204,6 +214,7 @@ class MELConfig(GRPOConfig):
             ("verifier_workers", 1),
             ("grad_norm_every", 0),
             ("max_idle_steps", 0),
+            ("mel_decay_steps", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
@@ -315,4 +326,9 @@ class MELConfig(GRPOConfig):
     @property
     def needs_control(self) -> bool:
         """True when replays also run without the meta-experience."""
-        return self.replay_control or self.replay_criterion == ReplayCriterion.UPLIFT
+        return self.replay_control or ReplayCriterion(self.replay_criterion).compares
+
+    def mel_weight_at(self, step: int) -> float:
+        """Return lambda at an optimizer step: `mel_weight`, less its decay."""
+        left = max(0.0, 1.0 - step / self.mel_decay_steps) if self.mel_decay_steps else 1.0
+        return self.mel_weight * left

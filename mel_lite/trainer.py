@@ -58,6 +58,7 @@ from mel_lite.training.assemble import (
     build_engine,
     build_judge,
     check_arguments,
+    check_internalisation,
     check_support,
     correct_by_importance,
     default_args,
@@ -67,10 +68,13 @@ from mel_lite.training.assemble import (
     prepare_weights,
 )
 from mel_lite.training.engine_probe import EngineProbe
+from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel
-from mel_lite.training.micro_batches import MicroBatches, MicroBatchForward
+from mel_lite.training.micro_batch_forward import MicroBatchForward
+from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.sampler import EpochSampler
+from mel_lite.training.scorer import Scorer
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Status
@@ -127,7 +131,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     ) -> None:
         args = args or default_args(model)
         check_arguments(args, train_dataset, multi_turn=bool(tools or environment_factory))
-        self.internalisation = get_internalisation(args.internalisation)
+        self.internalisation = get_internalisation(args.internalisation, args.internalisation_options)
+        check_internalisation(args, self.internalisation)
         self.judge, self.answer_column = build_judge(args, train_dataset, self.rewards_of)
         self.clock = PhaseClock()
         self.side_service = SideService("A table of completions or an upload")
@@ -166,7 +171,10 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             self.engine_probe = EngineProbe(self)
             if self.engine.own_kernels:
                 correct_by_importance(self)
+        self.scorer = Scorer(self)
         self.lesson_context = build_context(self)
+        reads_start = args.with_meta_experience and self.internalisation.needs_frozen_reader
+        self.frozen_reader = FrozenReader(self.model) if reads_start else None
         self._store: ExperienceStore | None = None
         self.gradient_meter = GradientMeter(list(self.model.parameters()), every=args.grad_norm_every)
         self.trained_lessons = []
@@ -246,9 +254,11 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         """Draw and store this batch's meta-experiences. Ranks share the pairs; every rank gets every outcome."""
         args, batch = self.args, self._batch
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        pairs = select_pairs(
-            groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
-        )
+        pairs = []
+        if self.internalisation.writes_lessons:
+            pairs = select_pairs(
+                groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
+            )
         self.engine.wake()
         local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch)
         self.engine.sleep()  # what follows scores texts or trains, and needs the memory
@@ -260,7 +270,13 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.add_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
         self.collapse.idle.saw(groups)
         self.collapse.saw_analyses(experiences)
-        return DrawnBatch(tuple(zip(row_ids, experiences, strict=True)), tuple(groups), self.lesson_context, len(pairs))
+        return DrawnBatch(
+            tuple(zip(row_ids, experiences, strict=True)),
+            tuple(groups),
+            self.lesson_context,
+            len(pairs),
+            self.mel_weight,
+        )
 
     def _internalise(self, drawn: DrawnBatch, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:
         """Turn meta-experiences into what is trained on: lessons dealt to micro-batches, and batch entries."""
@@ -270,7 +286,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             micro_batches=self.args.steps_per_generation,
-            total_weight=self.args.mel_weight,
+            total_weight=drawn.weight,
             denominator=len(lessons) if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
         )
         experiences = [each for _, each in drawn.experiences]
@@ -279,9 +295,10 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.add_metrics(stages)
         self.funnel_totals.add(stages)
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
-        return batch | checked_entries(
-            self.internalisation, self.internalisation.batch_entries(drawn, rollouts, self.score_texts), batch
-        )
+        with self.clock("internalise"):
+            entries = self.internalisation.batch_entries(drawn, rollouts, self.scorer)
+        self.add_metrics(self.internalisation.metrics())
+        return batch | checked_entries(self.internalisation, entries, batch)
 
     # ---- Learn ----
 
@@ -314,8 +331,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         assert model.logp_BC is not None, "TRL's loss scores the rollouts"
         mel_loss = self.internalisation.loss(
             ScoredMicroBatch(
-                inputs, model.logp_BC, share.lessons, model.lesson_logps, self.args.mel_weight / steps,
-                share.weight / steps,
+                inputs, model.logp_BC, share.lessons, model.lesson_logps, self.mel_weight / steps, share.weight / steps,
+                self.mel_weight / self._tokens_per_micro_batch(inputs), model.kl_BC,
             )
         )  # fmt: skip
         if mel_loss is None:
@@ -323,6 +340,16 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if measured:
             self.gradient_meter.add("nll", mel_loss, scale=scale)
         return policy_loss + mel_loss
+
+    def _tokens_per_micro_batch(self, inputs: Any) -> float:
+        """Return the divisor of a sum over a micro-batch's tokens that averages the step over all tokens, like TRL."""
+        tokens = float(inputs["num_items_in_batch"]) / self.accelerator.num_processes
+        return max(1.0, tokens) * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+
+    @property
+    def mel_weight(self) -> float:
+        """lambda of the current step."""
+        return self.args.mel_weight_at(self.state.global_step)
 
     @property
     def needs_every_rollout(self) -> bool:
@@ -334,7 +361,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.add_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
         trained, self.trained_lessons = self.trained_lessons, []
         with self.clock("rescore") if trained else nullcontext():
-            after = self.score_texts([lesson for lesson, _ in trained])
+            after = self.scorer([lesson for lesson, _ in trained])
         self.add_metrics(self.clock.drain())
         rows = gather_object(
             [

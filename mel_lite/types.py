@@ -54,6 +54,24 @@ class ReplayCriterion(Choice):
 
     SOLVED = "solved", "More than half of the attempts with it are right (the paper's rule, with one attempt)."
     UPLIFT = "uplift", "The share of right attempts with it is above that of the attempts without it."
+    SCORED = "scored", "It makes the group's right rollouts likelier than the wrong ones; no replay is generated."
+    SCORED_SOLVED = "scored+solved", "`scored`, then `solved` for those that pass."
+    SCORED_UPLIFT = "scored+uplift", "`scored`, then `uplift` for those that pass."
+
+    @property
+    def scores(self) -> bool:
+        """True when rollouts are scored with and without the meta-experience."""
+        return self.value.startswith("scored")
+
+    @property
+    def replays(self) -> bool:
+        """True when the question is attempted again."""
+        return self is not ReplayCriterion.SCORED
+
+    @property
+    def compares(self) -> bool:
+        """True when it needs attempts without the meta-experience, too."""
+        return self.value.endswith("uplift")
 
 
 class LessonNormalization(Choice):
@@ -103,6 +121,8 @@ class Status(StrEnum):
     """The analysis does not have the three parts."""
     LEAKED = "leaked"
     """It contains the reference answer."""
+    NOT_LIFTING = "not_lifting"
+    """It does not make the group's right rollouts likelier than the wrong ones."""
     REPLAY_FAILED = "replay_failed"
     """The replay did not meet the criterion."""
     KEPT = "kept"
@@ -262,6 +282,15 @@ class Experience:
     replay: Replay | None = None
     quote: Span | None = None
     """Characters of the wrong solution that the bifurcation quotes; None when it quotes none, or is not parsed."""
+    shift_nats: float | None = None
+    """How much more M lifts the group's right rollouts than its wrong ones; None when not scored."""
+
+    @property
+    def text(self) -> str:
+        """M as text, redacted where the guard did so. Raises: AssertionError when it was not parsed."""
+        parsed = (self.leak.redacted if self.leak else None) or self.parsed
+        assert parsed is not None, "only a parsed meta-experience has a text"
+        return parsed.as_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +301,8 @@ class Lesson:
     """Row id of its meta-experience in the store; 0 for none."""
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    way: int = 0
+    """Number of the internalisation that made it, within a combination."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ def test_an_option_takes_texts_and_members_and_describes_each(name: str, tmp_pat
          "leak_policy='redakt' is not one of reject, redact, off. Did you mean 'redact'? Set leak_policy."),
         ("dtype", None, ("auto", "float16"), "dtype=None is not one of auto, float16. Set dtype."),
         ("--status", "kep", Status,
-         "--status 'kep' is not one of unparsed, leaked, replay_failed, kept. Did you mean 'kept'? Set --status."),
+         "--status 'kep' is not one of unparsed, leaked, not_lifting, replay_failed, kept. Did you mean 'kept'? Set "
+         "--status."),
     ],
 )  # fmt: skip
 def test_a_value_that_is_no_choice_is_refused_with_the_nearest_one(

@@ -19,7 +19,7 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Defau
 @experiences.command("list")
 def list_(
     run: RunOption = None,
-    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
 ) -> None:
@@ -57,7 +57,7 @@ def search(
 def export_experiences(
     output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
     run: RunOption = None,
-    status: Annotated[str | None, typer.Option(help="kept, replay_failed, leaked or unparsed.")] = None,
+    status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
 ) -> None:
     """Write meta-experiences to a JSONL or parquet file."""
     wanted = _status(status)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.lessons.prompts import Templates
+from mel_lite.lessons.reading import Scorer
 from mel_lite.verify.judge import Judge
 
 
@@ -21,11 +22,15 @@ class LessonContext:
     tokenizer: Any
     templates: Templates
     judge: Judge
+    scorer: Scorer
+    """The current policy as a reader of texts."""
     clock: Callable[[str], AbstractContextManager[None]]
     """Opens a timed phase by name."""
     analysis: Sampling
     replay: Sampling
     max_context_tokens: int
+    context_tokens: int
+    """Longest sequence, prompt and completion together, that the model takes."""
     run_seed: int
     mark_fork: bool = True
     leak_policy: str = "reject"

@@ -1,12 +1,12 @@
-"""Draw lessons from pairs with the current policy: analysis, parsing, leak guard, replay, verdict.
+"""Draw lessons from pairs with the current policy: analysis, parsing, leak guard, scored proof, replay, verdict.
 
-pairs -> analyses -> parsed -> leak-free -> replayed -> kept or dropped, each with its reason
+pairs -> analyses -> parsed -> leak-free -> scored -> replayed -> kept or dropped, each with its reason
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from mel_lite.lessons.analysis import write_analyses
 from mel_lite.lessons.context import LessonContext
@@ -15,57 +15,77 @@ from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import ParseFailure, parse_analysis
 from mel_lite.lessons.quotes import locate_quote
 from mel_lite.lessons.replay import is_kept, replay
+from mel_lite.lessons.scored import score_shifts
 from mel_lite.models.chat import prompt_text
-from mel_lite.types import Analysis, Experience, LeakReport, MetaExperience, Pair, Span, Status
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedAnalysis:
-    """A meta-experience that passed the leak guard, ready for replay."""
-
-    analysis: Analysis
-    parsed: MetaExperience
-    leak: LeakReport
-    quote: Span | None
-
-    @property
-    def text(self) -> str:
-        """The text that is replayed: M, redacted where the guard did so."""
-        return (self.leak.redacted or self.parsed).as_text()
+from mel_lite.types import Analysis, Experience, Pair, ReplayCriterion, Status
 
 
 def draw_lessons(
     pairs: Sequence[Pair], context: LessonContext, *, step: int, batch: int
 ) -> tuple[list[Experience], list[tuple[Pair, str]]]:
-    """Write, check and replay one meta-experience per pair.
+    """Write, check and prove one meta-experience per pair.
 
     `step` is the optimizer step the experiences are recorded under, `batch` the generation batch that seeds count from.
 
     Returns: the experiences in pair order, each with its status; and the pairs whose solutions do not fit the context,
     with the reason.
     """
+    criterion = ReplayCriterion(context.replay_criterion)
     with context.clock("analysis"):
         analyses, unfit = write_analyses(pairs, context, batch=batch)
-    checked = [_check(analysis, context, step) for analysis in analyses]
-    passed = [item for item in checked if isinstance(item, CheckedAnalysis)]
-    with context.clock("replay"):
-        replays = iter(replay([(item.analysis.pair, item.text) for item in passed], context, batch=batch))
-    experiences = []
-    for item in checked:
-        if isinstance(item, Experience):
-            experiences.append(item)
-            continue
-        result = next(replays)
-        kept, reason = is_kept(result, context.replay_criterion)
-        status = Status.KEPT if kept else Status.REPLAY_FAILED
-        experiences.append(
-            Experience(step, item.analysis, status, "" if kept else reason, item.parsed, item.leak, result, item.quote)
-        )
-    return experiences, unfit
+    drawn = [_check(analysis, context, step) for analysis in analyses]
+    if criterion.scores:
+        with context.clock("scored"):
+            drawn = _prove_by_scores(drawn, context)
+    if criterion.replays:
+        with context.clock("replay"):
+            drawn = _prove_by_replay(drawn, context, criterion, batch)
+    return drawn, unfit
 
 
-def _check(analysis: Analysis, context: LessonContext, step: int) -> CheckedAnalysis | Experience:
-    """Parse and leak-check one analysis; return it for replay, or the experience it ends as."""
+def _prove_by_scores(drawn: Sequence[Experience], context: LessonContext) -> list[Experience]:
+    """Drop what does not make the right rollouts of its group likelier than the wrong ones."""
+    passed = [each for each in drawn if each.status is Status.KEPT]
+    if not passed:
+        return list(drawn)
+    context.engine.sleep()  # scoring needs the memory
+    shifts = iter(score_shifts([(each.analysis.pair.group, each.text) for each in passed], context))
+    context.engine.wake()
+    proved = []
+    for each in drawn:
+        if each.status is Status.KEPT:
+            shift = next(shifts)
+            each = replace(each, shift_nats=shift)
+            if shift is None:
+                reason = "the rollouts with it in their prompts do not fit the model's context"
+                each = replace(each, status=Status.NOT_LIFTING, reason=reason)
+            elif not shift > 0:
+                reason = f"it lifts the right rollouts by {shift:+.2f} nats over the wrong ones, more than 0 needed"
+                each = replace(each, status=Status.NOT_LIFTING, reason=reason)
+        proved.append(each)
+    return proved
+
+
+def _prove_by_replay(
+    drawn: Sequence[Experience], context: LessonContext, criterion: ReplayCriterion, batch: int
+) -> list[Experience]:
+    """Drop what does not help when the question is attempted again."""
+    passed = [(each.analysis.pair, each.text) for each in drawn if each.status is Status.KEPT]
+    replays = iter(replay(passed, context, batch=batch))
+    proved = []
+    for each in drawn:
+        if each.status is Status.KEPT:
+            result = next(replays)
+            kept, reason = is_kept(result, criterion)
+            each = replace(each, replay=result)
+            if not kept:
+                each = replace(each, status=Status.REPLAY_FAILED, reason=reason)
+        proved.append(each)
+    return proved
+
+
+def _check(analysis: Analysis, context: LessonContext, step: int) -> Experience:
+    """Parse and leak-check one analysis; one that passes is kept so far."""
     try:
         instructions = context.templates.instructions(marked=context.mark_fork)
         parsed = parse_analysis(analysis.text, finish=analysis.finish, instructions=instructions)
@@ -84,4 +104,4 @@ def _check(analysis: Analysis, context: LessonContext, step: int) -> CheckedAnal
     )
     if leak.leaks and leak.redacted is None:
         return Experience(step, analysis, Status.LEAKED, leak.reasons[0], parsed, leak, quote=quote)
-    return CheckedAnalysis(analysis, parsed, leak, quote)
+    return Experience(step, analysis, Status.KEPT, "", parsed, leak, quote=quote)

@@ -67,10 +67,10 @@ def is_kept(replay: Replay, criterion: str) -> tuple[bool, str]:
     check_choice("replay_criterion", criterion, ReplayCriterion)
     right = sum(verdict is Verdict.RIGHT for verdict in replay.verdicts)
     with_m = f"{right} of {len(replay.verdicts)} replays right"
-    if criterion == ReplayCriterion.SOLVED:
+    if not ReplayCriterion(criterion).compares:
         return replay.solved_rate > 0.5, f"{with_m}, more than half needed"
     if replay.uplift is None:
-        raise ConfigError("replay_criterion='uplift' needs the control attempts. Set replay_control=True.")
+        raise ConfigError(f"replay_criterion={str(criterion)!r} needs the control attempts. Set replay_control=True.")
     control_right = sum(verdict is Verdict.RIGHT for verdict in replay.control_verdicts)
     without = f"{control_right} of {len(replay.control_verdicts)} without the meta-experience"
     return replay.uplift > 0, f"{with_m}, {without}; more than without needed"

@@ -285,7 +285,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
     max_pairs = (option["num_generations"] // 2) * ((option["num_generations"] + 1) // 2)
     per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else max_pairs
     pairs = prompts * per_group if with_lessons(recipe) else 0
-    control = option["replay_control"] or option["replay_criterion"] == ReplayCriterion.UPLIFT
+    control = option["replay_control"] or ReplayCriterion(option["replay_criterion"]).compares
     prompt, completion = _rollout_tokens(recipe, shape)
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
     window = shape.context
@@ -329,9 +329,8 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
 
 def _texts_per_experience(recipe: Recipe) -> int:
     # `mel_train_on` is the deprecated name.
-    return get_internalisation(
-        recipe.train.get("mel_train_on") or option_of(recipe, "internalisation")
-    ).texts_per_experience
+    name = recipe.train.get("mel_train_on") or option_of(recipe, "internalisation")
+    return get_internalisation(name, recipe.train.get("internalisation_options")).texts_per_experience
 
 
 def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from mel_lite.resilience.state_files import (
     usable,
 )
 from mel_lite.resilience.trackers import SideService
+from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import truncate_metrics
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class AtomicCheckpoints:
     optimizer: Any
     lr_scheduler: Any
     lesson_context: Any
+    frozen_reader: FrozenReader | None
     stateful: tuple[Any, ...]
     """Parts of the run with `state_dict()` and `load_state_dict(state)`; their states share one JSON object."""
     side_service: SideService
@@ -127,6 +129,8 @@ class AtomicCheckpoints:
         self._step = state["micro_step"] * steps // state.get("steps_per_generation", steps)
         for part in self.stateful:
             part.load_state_dict(state)
+        if self.frozen_reader is not None:
+            self.frozen_reader.load(path)
         if self.accelerator.is_main_process:
             run_dir = Path(self.args.output_dir)
             checkpoint_files.set_aside_after(run_dir, state["step"])
@@ -236,6 +240,8 @@ class AtomicCheckpoints:
         }
         for part in self.stateful:
             position |= part.state_dict()
+        if self.frozen_reader is not None:
+            self.frozen_reader.save(staged)
         final = checkpoint_files.commit(staged, run_dir, position)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))

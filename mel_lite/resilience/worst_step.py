@@ -25,7 +25,7 @@ from mel_lite.memory.workload import Part, Workload
 from mel_lite.models.modes import evaluating
 from mel_lite.resilience.memory_gauge import Gauge
 from mel_lite.resilience.state_files import rng_state, set_rng_state
-from mel_lite.training.packing import pack
+from mel_lite.training.packing import lesson_row, pack
 from mel_lite.training.scoring import score
 from mel_lite.types import Lesson, LessonShare
 
@@ -160,7 +160,8 @@ def _score(trainer: Any, load: Workload) -> None:
     """Run the passes without gradient that `after_update` and TRL run."""
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         if load.pairs:
-            rows = [trainer.lesson_row(_lesson(trainer, load.lesson_tokens, load.analysis_tokens))] * load.pairs
+            lesson = _lesson(trainer, load.lesson_tokens, load.analysis_tokens)
+            rows = [lesson_row(lesson, trainer.accelerator.device)] * load.pairs
             score(trainer.model, pack(rows, pad_id=0, max_tokens=load.lesson_tokens))
         if load.scores_rollouts:
             whole = Part(((load.rollout_tokens, load.completion_tokens),) * load.micro_batch)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from mel_lite.resilience.worst_step import PhasePeak
 
 FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
-STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red", Status.UNPARSED: "yellow", Status.REPLAY_FAILED: "yellow"}
+STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red"} | dict.fromkeys(
+    (Status.UNPARSED, Status.NOT_LIFTING, Status.REPLAY_FAILED), "yellow"
+)
 
 
 def plain(text: str | None, limit: int | None = None) -> Text:

@@ -123,7 +123,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
-    get_internalisation(args.internalisation)
+    get_internalisation(args.internalisation, args.internalisation_options)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
     check_services(recipe, args)

@@ -18,12 +18,13 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import is_unsloth, unsloth_engine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.internalise import Internalisation
 from mel_lite.lessons.prompts import load_templates
 from mel_lite.models.generation import make_generation_config_valid
 from mel_lite.models.load import context_length, keep_four_bit_layout
 from mel_lite.models.peft_support import is_peft
 from mel_lite.training.scoring import balances_experts
-from mel_lite.types import Group
+from mel_lite.types import Group, ReplayCriterion
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool
 from mel_lite.verify.thoughts import parse_tags
@@ -127,11 +128,33 @@ def check_support(trainer: Any) -> None:
         _check_load_balancing(trainer)
     if not trainer.args.with_meta_experience:
         return
+    _check_head(trainer)
     plugin = trainer.args.deepspeed_plugin
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ConfigError(
             "FSDP or ZeRO-3 with meta-experience: ranks write different numbers of lessons, and sharded weights can "
             "only be used by all ranks at once. Use DDP or ZeRO-2, or set algorithm='grpo'."
+        )
+
+
+def check_internalisation(args: MELConfig, way: Internalisation) -> None:
+    """Refuse a way whose lessons or proofs are switched off. Raises ConfigError."""
+    if not args.with_meta_experience:
+        return
+    if way.needs_replay and not ReplayCriterion(args.replay_criterion).replays:
+        raise ConfigError(
+            f"internalisation={args.internalisation!r} trains on replays, but replay_criterion="
+            f"{args.replay_criterion!r} generates none. Set replay_criterion='scored+solved'."
+        )
+
+
+def _check_head(trainer: Any) -> None:
+    head = trainer.model.get_output_embeddings()
+    if trainer.internalisation.needs_frozen_head and any(weight.requires_grad for weight in head.parameters()):
+        raise ConfigError(
+            "internalisation_options: the divergence between two readings is taken under one head, but the model's "
+            f"head ({type(head).__name__}) is trained. Train a LoRA adapter that leaves it out, freeze the head, or "
+            "set form='sampled' with mask='all' or 'fork'."
         )
 
 
@@ -237,6 +260,8 @@ def build_context(trainer: Any) -> LessonContext:
         analysis=Sampling(args.analysis_max_tokens, temperature),
         replay=Sampling(args.max_completion_length, temperature),
         max_context_tokens=_context_for_analysis(args, trainer.model, trainer.engine),
+        context_tokens=context_length(trainer.model),
+        scorer=trainer.scorer,
         run_seed=args.seed,
         mark_fork=args.mark_fork,
         leak_policy=args.leak_policy,

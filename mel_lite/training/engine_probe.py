@@ -166,7 +166,7 @@ class EngineProbe:
 
     def _scores(self, rows: Sequence[Row], *, adapter: bool = True) -> torch.Tensor:
         """Return the trainer's log-probs of the rows' scored ids, one row after another."""
-        return torch.cat(self._trainer.score_rows(rows, adapter=adapter))
+        return torch.cat(self._trainer.scorer.rows(rows, adapter=adapter))
 
 
 def samples_whole_distribution(trainer: Any) -> bool:

@@ -59,10 +59,12 @@ def funnel(
 
     `mel/quoted` counts the parsed ones whose bifurcation quotes the wrong solution. `mel/retention_ratio` is kept /
     written, `mel/leak_rate` is leaked / parsed, and `mel/replay_uplift` is the mean, over replayed ones, of the solved
-    rate with M minus the rate without. A ratio with denominator 0 is left out.
+    rate with M minus the rate without. `mel/score_shift` is the mean shift of scored ones in nats, and
+    `mel/score_valid` the share of them above 0. A ratio with denominator 0 is left out.
     """
     counts = Counter(e.status for e in experiences)
     replayed = [e.replay for e in experiences if e.replay is not None]
+    shifts = [e.shift_nats for e in experiences if e.shift_nats is not None]
     parsed = len(experiences) - counts[Status.UNPARSED]
     metrics = {
         "mel/groups": len(groups),
@@ -71,7 +73,7 @@ def funnel(
         "mel/written": len(experiences),
         "mel/parsed": parsed,
         "mel/quoted": sum(e.quote is not None for e in experiences),
-        "mel/leak_free": len(replayed),
+        "mel/leak_free": parsed - counts[Status.LEAKED],
         "mel/replay_valid": counts[Status.KEPT],
         "mel/trained_tokens": trained_tokens,
     }
@@ -84,6 +86,8 @@ def funnel(
         "mel/leak_rate": (counts[Status.LEAKED], parsed),
         "mel/replay_solved": (sum(r.solved_rate for r in replayed), len(replayed)),
         "mel/replay_uplift": _uplift(replayed),
+        "mel/score_shift": (sum(shifts), len(shifts)),
+        "mel/score_valid": (sum(shift > 0 for shift in shifts), len(shifts)),
     }
     return metrics | {name: total / n for name, (total, n) in ratios.items() if n}
 

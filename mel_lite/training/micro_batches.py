@@ -19,53 +19,13 @@ from typing import Any
 import torch
 
 from mel_lite import signals
-from mel_lite.models.modes import evaluating
 from mel_lite.training.metrics import GradientMeter
-from mel_lite.training.packing import Row, deal, pack, pad_rows, rows_of_batch
-from mel_lite.training.scoring import score
+from mel_lite.training.micro_batch_forward import MicroBatchForward
+from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
+from mel_lite.training.scoring import RowScores, score
 from mel_lite.types import Lesson, LessonShare
 
 logger = logging.getLogger(__name__)
-
-
-class MicroBatchForward:
-    """The training forward of one micro-batch, passed to TRL's loss in place of the model.
-
-    TRL passes only `model` on, so this object carries the rows in and the log-probs out.
-    """
-
-    def __init__(self, model: Any, rows: Sequence[Row], rollouts: int, logps: Sequence[torch.Tensor]) -> None:
-        self.model = model
-        self.rows = list(rows)
-        """Rollouts first, then lessons."""
-        self.rollouts = rollouts
-        self.part = list(range(len(self.rows)))
-        """Numbers of the rows that carry a gradient in the current pass."""
-        self.logps = list(logps)
-        """Per row (scored_tokens,): its log-probs without gradient once it was scored, a stand-in before."""
-        self.entropies = [torch.zeros_like(logp_T) for logp_T in logps]
-        self.logp_BC: torch.Tensor | None = None
-        """Log-probs of the rollouts in the last pass."""
-        self.lesson_logps: tuple[torch.Tensor, ...] = ()
-        """Per lesson (T,): its log-probs in the last pass."""
-
-    def merged(
-        self, logps: Sequence[torch.Tensor], entropies: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the values of all rows, those of the part with their graph, and keep the part's values."""
-        whole = []
-        for kept, new in ((self.logps, logps), (self.entropies, entropies)):
-            values = list(kept)
-            for i, value in zip(self.part, new, strict=True):
-                values[i] = value
-                kept[i] = value.detach()
-            whole.append(values)
-        return whole[0], whole[1]
-
-    def blank(self, numbers: Sequence[int]) -> None:
-        """Exclude these rows' tokens from the metrics."""
-        for i in numbers:
-            self.logps[i] = self.entropies[i] = self.logps[i][:0]
 
 
 class LocalAccelerator:
@@ -144,17 +104,14 @@ class MicroBatches:
         mask_BP = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask_BC = inputs["completion_mask"].bool()
         rows = rows_of_batch(ids_BP, mask_BP, mask_BC.shape[1], temperature=self.policy_temperature)
-        rows += [self.lesson_row(lesson) for lesson in inputs.get("lessons", LessonShare()).lessons]
+        if "teacher_mask" in inputs:
+            rows = with_teachers(rows, inputs["teacher_mask"], inputs["teacher_hidden"])
+        rows += [lesson_row(lesson, self.accelerator.device) for lesson in inputs.get("lessons", LessonShare()).lessons]
         logps = [torch.zeros(row.scored_tokens, device=row.ids.device) for row in rows]
         if (old_BC := inputs.get("old_per_token_logps")) is not None:
             # A ratio of 1 where the real one is not known yet, so that no loss overflows in its exponential.
             logps[: len(mask_BC)] = old_BC[mask_BC].float().split(mask_BC.sum(dim=1).tolist())
         return MicroBatchForward(model, rows, len(mask_BC), logps)
-
-    def lesson_row(self, lesson: Lesson, *, temperature: float = 1.0) -> Row:
-        """Return the row that scores a lesson's target ids."""
-        ids = torch.tensor(lesson.context_ids + lesson.target_ids, device=self.accelerator.device)
-        return Row(ids, len(lesson.target_ids), temperature)
 
     def _in_parts(self, forward: MicroBatchForward, inputs: Any) -> torch.Tensor:
         wanted = self._wanted(inputs, forward.rows)
@@ -176,7 +133,10 @@ class MicroBatches:
         """Return the numbers of the rows that need a forward: all, or those with a gradient, at least one."""
         if not self.args.skip_zero_advantage or self.needs_every_rollout:  # type: ignore[attr-defined]
             return list(range(len(rows)))
-        moves = inputs["advantages"].reshape(len(inputs["advantages"]), -1).ne(0).any(dim=1).tolist()
+        moves_B = inputs["advantages"].reshape(len(inputs["advantages"]), -1).ne(0).any(dim=1)
+        if "teacher_mask" in inputs:
+            moves_B |= inputs["teacher_mask"].any(dim=1)
+        moves = moves_B.tolist()
         wanted = [i for i in range(len(rows)) if i >= len(moves) or moves[i]]
         return wanted or [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
 
@@ -323,30 +283,25 @@ class MicroBatches:
             )  # fmt: skip
         mask_BC = attention_mask[:, -logits_to_keep:]
         if isinstance(model, MicroBatchForward):
-            logps, entropies, aux_loss = self._training_pass(model, compute_aux_loss)
-            model.logp_BC, model.lesson_logps = (
-                pad_rows(logps[: model.rollouts], mask_BC),
-                tuple(logps[model.rollouts :]),
-            )
-            entropy_BC = pad_rows(entropies[: model.rollouts], mask_BC) if compute_entropy else None
-            return model.logp_BC, entropy_BC, aux_loss
+            scores = self._training_pass(model, compute_aux_loss)
+            rollouts = slice(model.rollouts)
+            model.logp_BC = pad_rows(scores.logps[rollouts], mask_BC)
+            model.kl_BC = pad_rows((scores.kls or [])[rollouts], mask_BC) if model.has_teachers else None
+            model.lesson_logps = tuple(scores.logps[model.rollouts :])
+            entropy_BC = pad_rows(scores.entropies[rollouts], mask_BC) if compute_entropy else None
+            return model.logp_BC, entropy_BC, scores.aux_loss
         rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self.policy_temperature)
-        logps, entropies, aux_loss = self._score(model, rows, batch_size, load_balancing=compute_aux_loss)
-        entropy_BC = pad_rows(entropies, mask_BC) if compute_entropy else None
-        return pad_rows(logps, mask_BC), entropy_BC, aux_loss
+        scores = self._score(model, rows, batch_size, load_balancing=compute_aux_loss)
+        entropy_BC = pad_rows(scores.entropies, mask_BC) if compute_entropy else None
+        return pad_rows(scores.logps, mask_BC), entropy_BC, scores.aux_loss
 
-    def _training_pass(
-        self, forward: MicroBatchForward, load_balancing: bool
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    def _training_pass(self, forward: MicroBatchForward, load_balancing: bool) -> RowScores:
         """Score the rows of the current part; return the values of all rows."""
         chosen = [forward.rows[i] for i in forward.part]
         if not chosen:
-            return *forward.merged([], []), None
+            return forward.merged(RowScores([], []))
         recompute = self._is_joint and self.budget_tokens is not None
-        logps, entropies, aux_loss = self._score(
-            forward.model, chosen, recompute=recompute, load_balancing=load_balancing
-        )
-        return *forward.merged(logps, entropies), aux_loss
+        return forward.merged(self._score(forward.model, chosen, recompute=recompute, load_balancing=load_balancing))
 
     def _score(
         self,
@@ -356,7 +311,7 @@ class MicroBatches:
         *,
         recompute: bool = False,
         load_balancing: bool = False,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    ) -> RowScores:
         packed = self._packed(rows, batch_size)
         with self.accelerator.autocast():
             return score(
@@ -373,23 +328,3 @@ class MicroBatches:
         bounds = [self.budget_tokens, None if batch_size is None else batch_size * longest]
         limit = min((tokens for tokens in bounds if tokens is not None), default=None)
         return pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=limit)
-
-    # ---- scoring without gradient ----
-
-    def score_texts(
-        self, texts: Sequence[Lesson], *, temperature: float = 1.0, adapter: bool = True
-    ) -> list[torch.Tensor]:
-        """Return log pi(target_ids | context_ids) of each text (T,), without gradient; see `score_rows`."""
-        return self.score_rows([self.lesson_row(text, temperature=temperature) for text in texts], adapter=adapter)
-
-    def score_rows(self, rows: Sequence[Row], *, adapter: bool = True) -> list[torch.Tensor]:
-        """Return each row's log-probs (T,) without gradient; `adapter=False` scores the base model."""
-        if not rows:
-            return []
-        # Limit blocks to the longest row, as training did.
-        packed = pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=max(len(row.ids) for row in rows))
-        off = not adapter and hasattr(self.model, "disable_adapter")
-        # Enter eval mode first: `disable_adapter` restores requires_grad, not train mode.
-        with evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
-            with self.model.disable_adapter() if off else nullcontext():
-                return score(self.model, packed)[0]

@@ -10,14 +10,25 @@ C width of its completions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mel_lite.memory.blocks import group_lengths
+from mel_lite.types import Lesson
 
 IGNORE = -100
 """Target of a position that is not scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Distributions that a row's divergence is taken to, as hidden states under the model's own head."""
+
+    position_K: torch.Tensor
+    """(K,) int64, ascending: positions among the row's scored ids."""
+    hidden_KH: torch.Tensor
+    """Last hidden state that predicts each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,7 @@ class Row:
     """Temperature of the distribution that scores the ids."""
     balances: bool = False
     """True when its tokens count in the load-balancing loss of a mixture of experts."""
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,10 @@ class Block:
     temperature: float
     balances: tuple[bool, ...] = ()
     """Per row, True when its tokens count in the load-balancing loss; () = none do."""
+    taught_BT: torch.Tensor | None = None
+    """True at targets whose divergence from a teacher is taken; None = nowhere."""
+    teacher_KH: torch.Tensor | None = None
+    """The teachers' hidden states at those targets, row by row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +143,20 @@ def _block(rows: Sequence[Row], pad_id: int) -> Block:
         start = tokens - row.scored_tokens
         target_BT[b, start:tokens] = row.ids[start:]
     balances = tuple(row.balances for row in rows)
-    return Block(input_ids_BT, attention_mask_BT, target_BT, rows[0].temperature, balances)
+    taught_BT, teacher_KH = _teachers(rows, target_BT)
+    return Block(input_ids_BT, attention_mask_BT, target_BT, rows[0].temperature, balances, taught_BT, teacher_KH)
+
+
+def _teachers(rows: Sequence[Row], target_BT: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return where a block's rows have a teacher, and the teachers' hidden states in that order."""
+    hidden = [row.teacher.hidden_KH for row in rows if row.teacher is not None]
+    if not hidden:
+        return None, None
+    taught_BT = torch.zeros_like(target_BT, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        if row.teacher is not None:
+            taught_BT[b, len(row.ids) - row.scored_tokens + row.teacher.position_K] = True
+    return taught_BT, torch.cat(hidden)
 
 
 def rows_of_batch(
@@ -141,6 +170,25 @@ def rows_of_batch(
     scored_B = valid_BP[:, input_ids_BP.shape[1] - completion_width :].sum(dim=1).tolist()
     parts = zip(input_ids_BP, valid_BP, scored_B, strict=True)
     return [Row(ids[valid], scored, temperature, balances=True) for ids, valid, scored in parts]
+
+
+def lesson_row(lesson: Lesson, device: torch.device, *, temperature: float = 1.0) -> Row:
+    """Return the row that scores a lesson's target ids."""
+    ids = torch.tensor(lesson.context_ids + lesson.target_ids, device=device)
+    return Row(ids, len(lesson.target_ids), temperature)
+
+
+def with_teachers(rows: Sequence[Row], mask_BC: torch.Tensor, hidden_BKH: torch.Tensor) -> list[Row]:
+    """Attach a teacher to each row of a TRL batch where `mask_BC` is true.
+
+    `hidden_BKH[b]` holds the teacher's hidden states of row b's true positions in order, padded to the longest row.
+    """
+    taught = []
+    for row, mask_C, hidden_KH in zip(rows, mask_BC, hidden_BKH, strict=True):
+        position_K = mask_C.nonzero()[:, 0]
+        teacher = Teacher(position_K, hidden_KH[: len(position_K)]) if len(position_K) else None
+        taught.append(replace(row, teacher=teacher))
+    return taught
 
 
 def pad_rows(values: Sequence[torch.Tensor], mask_BC: torch.Tensor) -> torch.Tensor:

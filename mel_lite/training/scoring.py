@@ -1,6 +1,7 @@
 """Scoring head: one forward of the model over blocks of rows, ending in the fused log-prob operator.
 
-B rows of a block, T tokens, H hidden size, V vocabulary, N scored positions of all blocks in order.
+B rows of a block, T tokens, H hidden size, V vocabulary, N scored positions of all blocks in order, K of them with a
+teacher.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import functools
 import itertools
 import sys
 import types
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from mel_lite.errors import ModelError
-from mel_lite.kernels import HeadSpec, check_head_spec, head_logprobs, head_spec
+from mel_lite.kernels import HeadSpec, check_head_spec, head_kl, head_logprobs, head_spec
 from mel_lite.training.packing import IGNORE, Block, Packed
 
 
@@ -30,6 +31,20 @@ class Scores(NamedTuple):
     entropy_N: torch.Tensor
     aux_loss: torch.Tensor | None = None
     """Load-balancing loss () of a mixture of experts over the rows that balance; None unless requested."""
+    kl_N: torch.Tensor | None = None
+    """KL(policy || teacher) in nats, with a gradient; 0 where there is no teacher; None when no row has one."""
+    hidden_NH: torch.Tensor | None = None
+    """Last hidden states, in the dtype of the head; None unless requested."""
+
+
+class RowScores(NamedTuple):
+    """`Scores` by row, in row order: lists of (scored_tokens,), and of (scored_tokens, H) for the hidden states."""
+
+    logps: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+    aux_loss: torch.Tensor | None = None
+    kls: list[torch.Tensor] | None = None
+    hiddens: list[torch.Tensor] | None = None
 
 
 def install_scoring_head(model: Any) -> None:
@@ -59,17 +74,30 @@ def install_scoring_head(model: Any) -> None:
         entropy_grad: bool = False,
         recompute: bool = False,
         load_balancing: bool = False,
+        want_hidden: bool = False,
         **kwargs: Any,
     ) -> Any:
         if score_blocks is None:
             return original_forward(*args, **kwargs)
-        parts = []
+        parts, kls, hiddens = [], [], []
         routers: list[tuple[torch.Tensor, ...]] | None = [] if load_balancing else None
-        for temperature, blocks in itertools.groupby(score_blocks, key=lambda block: block.temperature):
-            hidden_NH, target_N = _scored_hidden(self, list(blocks), recompute, routers)
-            parts.append(_score(self, spec, hidden_NH, target_N, temperature, entropy_grad))
+        for temperature, group in itertools.groupby(score_blocks, key=lambda block: block.temperature):
+            blocks = list(group)
+            hidden_NH, target_N = _scored_hidden(self, blocks, recompute, routers)
+            with _head_of(self) as head:
+                hidden_NH = _for_head(head, hidden_NH)
+                parts.append(_score(head, spec, hidden_NH, target_N, temperature, entropy_grad))
+                kls.append(_divergence(head, spec, hidden_NH, blocks, temperature))
+            hiddens.append(hidden_NH)
         logp_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Scores(logp_N, entropy_N, None if routers is None else _load_balancing_loss(self, routers))
+        taught = any(block.taught_BT is not None for block in score_blocks)
+        return Scores(
+            logp_N,
+            entropy_N,
+            None if routers is None else _load_balancing_loss(self, routers),
+            torch.cat(kls) if taught else None,
+            torch.cat(hiddens) if want_hidden else None,
+        )
 
     model.forward = types.MethodType(forward, model)
 
@@ -104,32 +132,65 @@ def _scored_hidden(
     return torch.cat(hidden), torch.cat(targets)
 
 
+@contextmanager
+def _head_of(model: Any) -> Iterator[Any]:
+    """Yield the model's head with its weight gathered and autocast off: it would round the operators' products."""
+    head = model.get_output_embeddings()
+    device = head.weight.device.type
+    no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)), no_autocast:
+        yield head
+
+
+def _for_head(head: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Return hidden states on the device and in the dtype of the head's weight."""
+    weight = head.weight
+    return hidden_NH.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
+
+
 def _score(
-    model: Any,
-    spec: HeadSpec,
-    hidden_NH: torch.Tensor,
-    target_N: torch.Tensor,
-    temperature: float,
-    entropy_grad: bool,
+    head: Any, spec: HeadSpec, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float, entropy_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probability and entropy (N,) of the targets."""
-    head = model.get_output_embeddings()
-    device = head.weight.device
-    hidden_NH, target_N = hidden_NH.to(device), target_N.to(device)
-    if head.weight.dtype.is_floating_point:
-        hidden_NH = hidden_NH.to(head.weight.dtype)
-    # The operator accumulates in float32; autocast would round its products to 16 bits.
-    with maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)), _no_autocast(device.type):
-        logp_N, entropy_N, _ = head_logprobs(
-            head,
-            hidden_NH,
-            target_N,
-            spec=spec,
-            temperature=temperature,
-            compute_u=torch.is_grad_enabled() and hidden_NH.requires_grad,
-            entropy_grad=entropy_grad,
-        )
+    logp_N, entropy_N, _ = head_logprobs(
+        head,
+        hidden_NH,
+        target_N.to(hidden_NH.device),
+        spec=spec,
+        temperature=temperature,
+        compute_u=torch.is_grad_enabled() and hidden_NH.requires_grad,
+        entropy_grad=entropy_grad,
+    )
     return logp_N, entropy_N
+
+
+def _divergence(
+    head: Any, spec: HeadSpec, hidden_NH: torch.Tensor, blocks: Sequence[Block], temperature: float
+) -> torch.Tensor:
+    """Return KL(policy || teacher) (N,), 0 where there is no teacher."""
+    kl_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
+    teachers = [block.teacher_KH for block in blocks if block.teacher_KH is not None]
+    if not teachers:
+        return kl_N
+    taught_N = torch.cat([_taught(block) for block in blocks]).to(hidden_NH.device)
+    teacher_KH = torch.cat(teachers).to(hidden_NH)
+    return kl_N.masked_scatter(
+        taught_N, head_kl(head, hidden_NH[taught_N], teacher_KH, spec=spec, temperature=temperature)
+    )
+
+
+def _taught(block: Block) -> torch.Tensor:
+    """Return which scored positions of a block have a teacher."""
+    wanted_BT = block.target_BT[:, 1:] != IGNORE
+    return torch.zeros_like(wanted_BT)[wanted_BT] if block.taught_BT is None else block.taught_BT[:, 1:][wanted_BT]
+
+
+def divergence(model: Any, hidden_NH: torch.Tensor, other_NH: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Return KL(p || q) (N,) in nats of the distributions that two hidden states give under the model's head."""
+    with _head_of(model) as head:
+        return head_kl(
+            head, _for_head(head, hidden_NH), _for_head(head, other_NH), spec=head_spec(model), temperature=temperature
+        )
 
 
 def balances_experts(model: Any) -> bool:
@@ -147,10 +208,6 @@ def _load_balancing_loss(model: Any, routers: Sequence[tuple[torch.Tensor, ...]]
     return loss(layers, model.num_experts, model.num_experts_per_tok)
 
 
-def _no_autocast(device: str) -> Any:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def score(
     model: Any,
     packed: Packed,
@@ -158,14 +215,25 @@ def score(
     entropy_grad: bool = False,
     recompute: bool = False,
     load_balancing: bool = False,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-    """Return log-probability and entropy of every row's scored ids, in row order: lists of (scored_tokens,) float32.
+    want_hidden: bool = False,
+) -> RowScores:
+    """Return log-probability, entropy and divergence of every row's scored ids, in row order.
 
-    Equals log softmax(z/T)[id] and the entropy of softmax(z/T), with z the model's logits and T the row's temperature.
-    The third value is the load-balancing loss (), None unless requested.
-    `recompute` trades time for memory: the activations of one block at a time.
+    Equals log softmax(z/T)[id], the entropy of softmax(z/T), and KL(softmax(z/T) || softmax(z'/T)), with z the model's
+    logits, z' its teacher's, and T the row's temperature. `recompute` trades time for memory: the activations of one
+    block at a time.
     """
-    logp_N, entropy_N, aux_loss = model(
-        score_blocks=packed.blocks, entropy_grad=entropy_grad, recompute=recompute, load_balancing=load_balancing
+    found: Scores = model(
+        score_blocks=packed.blocks,
+        entropy_grad=entropy_grad,
+        recompute=recompute,
+        load_balancing=load_balancing,
+        want_hidden=want_hidden,
     )
-    return packed.unpack(logp_N), packed.unpack(entropy_N), aux_loss
+    return RowScores(
+        packed.unpack(found.logp_N),
+        packed.unpack(found.entropy_N),
+        found.aux_loss,
+        None if found.kl_N is None else packed.unpack(found.kl_N),
+        None if found.hidden_NH is None else packed.unpack(found.hidden_NH),
+    )

@@ -84,8 +84,8 @@ def test_rejected_analyses_are_counted_and_never_trained_on(tmp_path: Path, anal
     engine = ScriptedEngine(tiny_tokenizer(), analysis=lambda rng: analysis)
     trainer = build(tmp_path, engine=engine, max_steps=1, analysis_max_tokens=4096)
     trained = []
-    original = trainer.lesson_row
-    trainer.lesson_row = lambda lesson: trained.append(lesson) or original(lesson)  # type: ignore[func-returns-value]
+    original = trainer.internalisation.loss
+    trainer.internalisation.loss = lambda scored: trained.extend(scored.lessons) or original(scored)
     trainer.train()
     rows = trainer.store.list()
     assert len(rows) == 2 and {row.status for row in rows} == {status} and all(row.reason for row in rows)

@@ -77,7 +77,10 @@ def lessons(name: str, *experiences: Experience) -> list[Lesson]:
 # ---- the texts of the built-in ways
 
 
-@pytest.mark.parametrize("name", INTERNALISATIONS)
+TEXT_WAYS = ("analysis", "experience", "replay", "right", "both")
+
+
+@pytest.mark.parametrize("name", TEXT_WAYS)
 def test_only_kept_ones_are_trained_on(name: str) -> None:
     kept, failed = experience(), experience(status=Status.REPLAY_FAILED)
     leaked = experience(status=Status.LEAKED)
@@ -147,11 +150,17 @@ def test_lessons_are_dealt_once_with_weights_that_give_the_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("everything", "internalisation='everything' is not one of analysis, experience, replay, right, both"),
+        (
+            "everything",
+            "internalisation='everything' is not one of analysis, experience, replay, right, both, distill, credit",
+        ),
         ("toy_internalisations:Nothing", "'toy_internalisations' has no 'Nothing'"),
         ("no_such_module:X", "importing 'no_such_module' failed with ModuleNotFoundError"),
         ("toy_internalisations:hinted", "is not a subclass of mel_lite.lessons.internalise.Internalisation"),
-        ("toy_internalisations:Strengthened", "cannot be built without arguments: .*'strength'. Give its parameters"),
+        (
+            "toy_internalisations:Strengthened",
+            "cannot be built with internalisation_options={}: .*'strength'. Set the options",
+        ),
     ],
 )
 def test_unknown_ways_are_refused_before_anything_is_loaded(tmp_path: Path, name: str, message: str) -> None:
@@ -230,7 +239,7 @@ def test_token_advantages_from_extra_scoring_passes_reach_their_rows(tmp_path: P
     def before_the_update(model: Any, inputs: Any) -> Any:
         for prompt, completion in rows_of(inputs):
             texts = [Lesson(0, hints[prompt], completion), Lesson(0, prompt, completion)]
-            with_T, without_T = trainer.score_texts(texts)
+            with_T, without_T = trainer.scorer(texts)
             scores[prompt, completion] = torch.tanh(with_T - without_T)
         return original(model, inputs)
 
@@ -271,7 +280,7 @@ def test_a_divergence_between_two_scorings_is_added_to_the_policy_loss(tmp_path:
 
     def scored_before(batch: Any, scored: Any) -> Any:
         rows = [(question_prompt(g, TOKENIZER), r.completion_ids) for g, r in scored.rollouts]
-        logps = trainer.score_texts([Lesson(0, hints[prompt], completion) for prompt, completion in rows])
+        logps = trainer.scorer([Lesson(0, hints[prompt], completion) for prompt, completion in rows])
         before.update(zip(rows, (logp_T.tolist() for logp_T in logps), strict=True))
         return original(batch, scored)
 
@@ -282,7 +291,7 @@ def test_a_divergence_between_two_scorings_is_added_to_the_policy_loss(tmp_path:
         for logp_C, (prompt, completion) in zip(inputs["teacher_logp_BC"], rows_of(inputs), strict=True):
             assert logp_C[: len(completion)].tolist() == pytest.approx(before[prompt, completion], rel=1e-4)
     inputs = seen[0]
-    student = torch.cat(trainer.score_texts([Lesson(0, *row) for row in rows_of(inputs)])).double()
+    student = torch.cat(trainer.scorer([Lesson(0, *row) for row in rows_of(inputs)])).double()
     teacher = inputs["teacher_logp_BC"][inputs["completion_mask"].bool()].double()
     trainer.current_gradient_accumulation_steps = 2
     both = trainer._compute_loss(trainer.model, inputs).item()
@@ -315,7 +324,7 @@ def test_its_gradient_does_not_depend_on_how_a_micro_batch_is_cut(tmp_path: Path
 def test_losses_of_lessons_are_weighted_sums_of_mean_nlls() -> None:
     logps = (torch.tensor([-1.0, -3.0]), torch.tensor([-5.0]))
     made = tuple(Lesson(i, (1,), (2,)) for i in range(2))
-    scored = ScoredMicroBatch({}, torch.zeros(1, 1), made, logps, weight=9.0, lesson_weight=0.25)
+    scored = ScoredMicroBatch({}, torch.zeros(1, 1), made, logps, 9.0, lesson_weight=0.25, token_weight=9.0)
     assert get_internalisation("analysis").loss(scored).item() == pytest.approx(0.25 * (2.0 + 5.0))
-    empty = ScoredMicroBatch({}, torch.zeros(1, 1), (), (), weight=9.0, lesson_weight=0.25)
+    empty = ScoredMicroBatch({}, torch.zeros(1, 1), (), (), 9.0, lesson_weight=0.25, token_weight=9.0)
     assert get_internalisation("analysis").loss(empty) is None

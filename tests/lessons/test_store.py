@@ -181,7 +181,13 @@ def test_list_filters_and_keeps_the_newest(store: ExperienceStore) -> None:
 
 def test_funnel_counts_every_status(store: ExperienceStore) -> None:
     store.add([experience(status=status) for status in (Status.KEPT, Status.LEAKED, Status.KEPT)])
-    assert store.funnel() == {Status.UNPARSED: 0, Status.LEAKED: 1, Status.REPLAY_FAILED: 0, Status.KEPT: 2}
+    assert store.funnel() == {
+        Status.UNPARSED: 0,
+        Status.LEAKED: 1,
+        Status.NOT_LIFTING: 0,
+        Status.REPLAY_FAILED: 0,
+        Status.KEPT: 2,
+    }
 
 
 @pytest.mark.parametrize(

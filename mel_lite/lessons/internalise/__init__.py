@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from mel_lite.errors import ConfigError
 from mel_lite.imports import load_object
+from mel_lite.lessons.internalise.combined import Combined
+from mel_lite.lessons.internalise.credit import Credit
+from mel_lite.lessons.internalise.distill import Distill
 from mel_lite.lessons.internalise.nll import (
     AnalysisAndReplayNLL,
     AnalysisNLL,
@@ -17,10 +24,10 @@ from mel_lite.lessons.internalise.protocol import (
     Internalisation,
     RolloutBatch,
     ScoredMicroBatch,
-    Scorer,
     checked_entries,
     deal_lessons,
 )
+from mel_lite.lessons.reading import Reading, Scorer
 from mel_lite.text import did_you_mean
 
 INTERNALISATIONS: dict[str, type[Internalisation]] = {
@@ -29,16 +36,59 @@ INTERNALISATIONS: dict[str, type[Internalisation]] = {
     "replay": ReplayNLL,
     "right": RightNLL,
     "both": AnalysisAndReplayNLL,
+    "distill": Distill,
+    "credit": Credit,
 }
 
 
-def get_internalisation(name: str) -> Internalisation:
-    """Return the way called `name`: a key of `INTERNALISATIONS`, or a dotted path to an `Internalisation` class.
+def get_internalisation(name: str | Mapping[str, float], options: Mapping[str, Any] | None = None) -> Internalisation:
+    """Return the way called `name`, or the weighted sum of several: `{name: weight}`.
 
-    Raises: ConfigError for an unknown name, a path that does not import, or an object that is no Internalisation.
+    A name is a key of `INTERNALISATIONS`, or a dotted path to an `Internalisation` class. `options` are its arguments;
+    those of a sum are by name: `{"distill": {"context": "sibling"}}`.
+
+    Raises: ConfigError for an unknown name or option, a path that does not import, an object that is no
+    Internalisation, or a weight that is not above 0.
     """
-    if name in INTERNALISATIONS:
-        return INTERNALISATIONS[name]()
+    options = options or {}
+    if isinstance(name, str):
+        return _build(name, options)
+    if not name:
+        raise ConfigError("internalisation={} names no way. Set a name such as 'analysis', or {name: weight}.")
+    for key, weight in name.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ConfigError(f"internalisation: weight {weight!r} of {key!r} must be a number above 0.")
+    for key, given in options.items():
+        if key not in name:
+            raise ConfigError(
+                f"internalisation_options has {key!r}, which is not one of {', '.join(name)}. With several ways, give "
+                "the options of each under its name."
+            )
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"internalisation_options[{key!r}]={given!r} is no mapping of options.")
+    return Combined({key: (_build(key, options.get(key, {})), weight) for key, weight in name.items()})
+
+
+def _build(name: str, options: Mapping[str, Any]) -> Internalisation:
+    found = INTERNALISATIONS.get(name) or _imported(name)
+    try:
+        return found(**options)
+    except TypeError as err:
+        if options:
+            known = [each for each in inspect.signature(found).parameters if each != "self"]
+            unknown = next((each for each in options if each not in known), None)
+            if unknown is not None:
+                has = f"has no option {unknown!r}; it takes {', '.join(known) or 'none'}"
+                raise ConfigError(
+                    f"internalisation_options: {name!r} {has}.{did_you_mean(unknown, known)} Remove or rename it."
+                ) from err
+        raise ConfigError(
+            f"internalisation={name!r} cannot be built with internalisation_options={dict(options)}: {err}. Set the "
+            "options that it needs, or give its parameters defaults."
+        ) from err
+
+
+def _imported(name: str) -> type[Internalisation]:
     if ":" not in name and "." not in name:
         raise ConfigError(
             f"internalisation={name!r} is not one of {', '.join(INTERNALISATIONS)}."
@@ -51,13 +101,7 @@ def get_internalisation(name: str) -> Internalisation:
             f"internalisation={name!r} is not a subclass of mel_lite.lessons.internalise.Internalisation. Derive it "
             "from that class."
         )
-    try:
-        return found()
-    except TypeError as err:
-        raise ConfigError(
-            f"internalisation={name!r} cannot be built without arguments: {err}. Give its parameters defaults, or "
-            "derive a class that sets them."
-        ) from err
+    return found
 
 
 __all__ = [
@@ -66,6 +110,7 @@ __all__ = [
     "DrawnBatch",
     "Internalisation",
     "LessonNLL",
+    "Reading",
     "RolloutBatch",
     "ScoredMicroBatch",
     "Scorer",

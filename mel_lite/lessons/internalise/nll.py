@@ -45,6 +45,8 @@ class ExperienceNLL(LessonNLL):
 class ReplayNLL(LessonNLL):
     """Train on the first right replay as an answer to the question alone: what M made possible, without M."""
 
+    needs_replay = True
+
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         tokenizer = drawn.context.tokenizer
         lessons = []
@@ -72,6 +74,7 @@ class AnalysisAndReplayNLL(LessonNLL):
 
     trains_whole_analysis = True
     texts_per_experience = 2
+    needs_replay = True
 
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         return AnalysisNLL().lessons(drawn) + ReplayNLL().lessons(drawn)

@@ -6,21 +6,25 @@ A training step calls a way three times:
     batch_entries   changes to the rollout batch, such as token advantages, from scoring passes without gradient
     loss            the term added to the policy loss of each micro-batch
 
-Shapes: B rollouts of this rank (or of one micro-batch), C padded completion width, T tokens of one text.
+Shapes: B rollouts of this rank (or of one micro-batch), C padded completion width, T tokens of one text, K of them
+with a teacher, H hidden size, N positions of several texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
 from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.reading import Scorer
 from mel_lite.types import Experience, Group, Lesson, LessonShare, Rollout, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mel_lite.lessons.bank import LessonBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class DrawnBatch:
     context: LessonContext
     pairs: int
     """Number of pairs, including those that did not fit the context."""
+    weight: float = 1.0
+    """lambda of this batch."""
+    bank: LessonBank | None = None
+    """Lessons of the run so far; None unless the way uses the bank."""
 
     @property
     def kept(self) -> list[tuple[int, Experience]]:
@@ -48,14 +56,6 @@ class RolloutBatch:
     rows: tuple[tuple[Group, Rollout], ...]
     entries: Mapping[str, Any]
     """TRL's batch: `advantages` (B,) or (B, C) float32, `completion_ids` and `completion_mask` (B, C), ..."""
-
-
-class Scorer(Protocol):
-    """Scores texts with the model being trained, without gradient."""
-
-    def __call__(self, texts: Sequence[Lesson], *, temperature: float = 1.0, adapter: bool = True) -> list[Tensor]:
-        """Return log pi(target_ids | context_ids) of each text, (T,) float32; `adapter=False` scores the base model."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,31 @@ class ScoredMicroBatch:
     """lambda / accumulation steps: the factor of a loss that is a mean over the micro-batch."""
     lesson_weight: float
     """The factor of a sum over lessons that makes the step's total lambda * mean over lessons (or prompts)."""
+    token_weight: float
+    """The factor of a sum over the rollouts' tokens that makes the step's total lambda * mean over all of them."""
+    kl_BC: Tensor | None = None
+    """KL(policy || teacher) in nats at the positions of `teacher_mask`, with a gradient; None without that entry."""
 
 
 class Internalisation:
     """One way for lessons to enter the weights. Override what the way needs; the defaults are no-ops."""
 
-    trains_whole_analysis: ClassVar[bool] = False
+    trains_whole_analysis: bool = False
     """The text around the analysis's parsed parts is trained on, so the leak guard must read it."""
-    texts_per_experience: ClassVar[int] = 1
+    texts_per_experience: int = 1
     """Most texts that `lessons` returns per kept meta-experience; `mel-lite plan` reserves memory for them."""
-    needs_every_rollout: ClassVar[bool] = False
+    needs_every_rollout: bool = False
     """`loss` uses rollouts whose advantage is 0, so `skip_zero_advantage` must not drop them."""
+    needs_replay: bool = False
+    """It trains on a replay, so a kept meta-experience must have one."""
+    writes_lessons: bool = True
+    """Analyses are written. False for a way that learns from the rollouts alone."""
+    uses_bank: bool = False
+    """It reads the lesson bank."""
+    needs_frozen_head: bool = False
+    """Its divergence is between hidden states under one head, which must not train."""
+    needs_frozen_reader: bool = False
+    """It reads with the policy as it was at the start of the run."""
 
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         """Return the texts to train on. Every rank gets the same `drawn` and must return the same list."""
@@ -93,7 +107,13 @@ class Internalisation:
         """Return entries to replace in or add to the rollout batch; the first dimension of each is B.
 
         New `advantages` may have shape (B,) or (B, C). Rows are shuffled and split together with the batch.
+        `teacher_mask` (B, C) bool and `teacher_hidden` (B, K, H), the hidden states at each row's true positions in
+        order, make the training forward take the divergence of the policy from that teacher (`ScoredMicroBatch.kl_BC`).
         """
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers about the last batch, to be logged."""
         return {}
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
