@@ -11,6 +11,7 @@ from mel_lite.errors import ConfigError, check_choice
 from mel_lite.trl_compat import released_grpo_config
 from mel_lite.types import (
     Algorithm,
+    BankOptions,
     Choice,
     CollapseAction,
     LeakPolicy,
@@ -126,6 +127,25 @@ class MELConfig(GRPOConfig):
         "Also attempt it k times without, on the same seeds, to know the uplift (always on for `uplift` criteria).",
     )
     replay_criterion: str = _choice(ReplayCriterion.SOLVED, "Proof that keeps a meta-experience.")
+    lessons_from: str | None = _option(
+        None, "Run or checkpoint folder whose lessons the bank starts with. None: it starts empty."
+    )
+    bank_size: int = _option(512, "Maximum lessons in the bank; the one of lowest score leaves first, then the oldest.")
+    bank_retrieval: str = _option(
+        "lexical",
+        "Retrieval of lessons for a question: `lexical` (BM25 over the questions they came from, where the words of "
+        "their rules weigh most), or a dotted path to a function `(question, lessons) -> lessons`, best first.",
+    )
+    bank_limit: int = _option(8, "Maximum lessons of the bank per question.")
+    bank_teach_from: float = _option(0.5, "Least score of a lesson that teaches. One kept meta-experience gives 1.")
+    bank_retire_below: float = _option(
+        0.0, "Score below which a lesson is retired: it is no longer re-examined, until the same rule is kept again."
+    )
+    bank_settled: float | None = _option(
+        1.0,
+        "With a bank, write no lesson for a question when lessons of score 1 and above mention at least this share of "
+        "its words (numbers and stop words do not count). None: always write.",
+    )
     max_cache_tokens: int | None = _option(
         None,
         "Maximum KV-cache tokens while sampling; further sequences are queued. A sequence counts at full length. "
@@ -224,6 +244,7 @@ class MELConfig(GRPOConfig):
                 "a dotted path, or a function (completion, answer)."
             )
         parse_tags(self.think_tags)
+        self._check_bank()
         self._check_sampling()
         if self.trust_remote_code or (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(
@@ -246,6 +267,14 @@ class MELConfig(GRPOConfig):
             )
         if not self.verifier_deadline_s > 0:
             raise ConfigError(f"verifier_deadline_s={self.verifier_deadline_s} must be positive seconds.")
+
+    def _check_bank(self) -> None:
+        _ = self.bank_options  # checks the values
+        if self.lessons_from is not None and not self.with_meta_experience:
+            raise ConfigError(
+                f"lessons_from={self.lessons_from!r} with algorithm={self.algorithm!r}, which uses no lessons. Set "
+                "algorithm='mel' or meta_experience=True, or unset lessons_from."
+            )
 
     def _check_sampling(self) -> None:
         """Warn when rollouts come from another distribution than the one trained; RFT trains on texts of any."""
@@ -322,6 +351,11 @@ class MELConfig(GRPOConfig):
     def with_meta_experience(self) -> bool:
         """True when lessons are written and trained on."""
         return self.algorithm == Algorithm.MEL if self.meta_experience is None else self.meta_experience
+
+    @property
+    def bank_options(self) -> BankOptions:
+        """The options `bank_*`. Raises: ConfigError for values out of range."""
+        return BankOptions(**{option.name: getattr(self, f"bank_{option.name}") for option in fields(BankOptions)})
 
     @property
     def needs_control(self) -> bool:

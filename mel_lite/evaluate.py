@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mel_lite.models.load import ModelSpec
+
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ def evaluate(
     bootstrap: int = 2000,
     limit: int | None = None,
     context_tokens: int | None = None,
+    prompts: Sequence[tuple[int, ...]] | None = None,
 ) -> EvalResult:
     """Evaluate the policy that `engine` samples from on `tasks` (column `prompt` and, for most judges, an answer).
 
@@ -164,6 +168,7 @@ def evaluate(
         samples: sampled answers per prompt, >= k; None = k. More samples improve the estimate of Pass@k.
         limit: maximum number of tasks, taken from the start.
         context_tokens: the model's context. Prompts that leave no room for `max_new_tokens` are skipped and counted.
+        prompts: token ids to answer in place of each task's rendered prompt; the seeds stay those of the task.
     Raises: ConfigError for values out of range; DataError if no task counts.
     """
     samples = k if samples is None else samples
@@ -171,8 +176,10 @@ def evaluate(
     tasks = tasks if limit is None else tasks.select(range(min(limit, len(tasks))))
     column = answer_column(tasks.column_names)
     questions = [group_of(row, column) for row in tasks]
-    as_ids = functools.partial(render, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
-    prompts = render_tasks((g.prompt for g in questions), as_ids, "evaluation tasks")
+    if prompts is None:
+        as_ids = functools.partial(render, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
+        prompts = render_tasks((g.prompt for g in questions), as_ids, "evaluation tasks")
+    assert len(prompts) == len(questions), "one prompt per task"
     room_tokens = math.inf if context_tokens is None else context_tokens - max_new_tokens
     fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room_tokens]
     if not fitting:
@@ -271,6 +278,18 @@ def _figures(scores: Sequence[PromptScore], samples: int, k: int, bootstrap: int
     return {name: bootstrap_interval(v, resamples=bootstrap, seed=seed) for name, v in per_prompt.items()}
 
 
+@overload
+def evaluate_model(
+    spec: ModelSpec | None, adapter: Path | None, dataset: str, *, measure: None = None, **options: Any
+) -> EvalResult: ...
+
+
+@overload
+def evaluate_model(
+    spec: ModelSpec | None, adapter: Path | None, dataset: str, *, measure: Callable[..., Measured], **options: Any
+) -> Measured: ...
+
+
 def evaluate_model(
     spec: ModelSpec | None,
     adapter: Path | None,
@@ -283,9 +302,10 @@ def evaluate_model(
     conversational: bool | None = None,
     split: str | None = None,
     limit: int | None = None,
+    measure: Callable[..., Any] | None = None,
     **options: Any,
-) -> EvalResult:
-    """Load a model, an optional adapter and tasks, and call `evaluate` with the transformers engine and `options`.
+) -> Any:
+    """Load a model, an optional adapter and tasks, and call `measure` with the transformers engine and `options`.
 
     Args:
         spec: the base model; None = the one that `adapter` was trained on, loaded with the same options.
@@ -293,6 +313,7 @@ def evaluate_model(
         dataset, prompt_column, answer_column, system_prompt, split, limit: as in `mel_lite.data.tasks.load_tasks`.
         conversational: turn plain questions into a user turn; None = when the tokenizer has a chat template.
         verifier: None = the one recommended for the dataset, or else `math`.
+        measure: a function with the arguments of `evaluate`, which is the default.
     Raises: ConfigError if neither model nor adapter is given; errors of loading, data and verifier.
     """
     from mel_lite.data.tasks import load_tasks, recommended_verifier
@@ -322,4 +343,5 @@ def evaluate_model(
         model = attach_adapter(model, adapter)
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
     with VerifyPool(verifier or recommended_verifier(dataset) or "math") as pool:
-        return evaluate(engine, tokenizer, tasks, AnswerJudge(pool), context_tokens=context_length(model), **options)
+        judge = AnswerJudge(pool)
+        return (measure or evaluate)(engine, tokenizer, tasks, judge, context_tokens=context_length(model), **options)

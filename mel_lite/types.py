@@ -8,9 +8,12 @@ the engine sampled them; text exists only for verifiers, prompts and people.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
+
+from mel_lite.errors import ConfigError
 
 
 class Choice(StrEnum):
@@ -87,6 +90,36 @@ class CollapseAction(Choice):
     WARN = "warn", "Log a warning."
     LOWER_LAMBDA = "lower_lambda", "Log a warning, and halve `mel_weight` where less weight on the lessons can help."
     STOP = "stop", "Stop the run with an error that names the metrics."
+
+
+@dataclass(frozen=True, slots=True)
+class BankOptions:
+    """Options of a bank; fields have the meaning of the `MELConfig` options `bank_<field>`."""
+
+    size: int = 512
+    retrieval: str = "lexical"
+    teach_from: float = 0.5
+    retire_below: float = 0.0
+    limit: int = 8
+    settled: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of range, by the name of its `MELConfig` option."""
+        for name in ("size", "limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"bank_{name}={getattr(self, name)} must be at least 1. Raise bank_{name}.")
+        for name in ("teach_from", "retire_below"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"bank_{name}={getattr(self, name)} is no finite number. Set bank_{name} to one.")
+        if self.retire_below > self.teach_from:
+            raise ConfigError(
+                f"bank_retire_below={self.retire_below} is above bank_teach_from={self.teach_from}: a lesson would be "
+                "retired while it teaches. Lower bank_retire_below."
+            )
+        if self.settled is not None and not 0 < self.settled <= 1:
+            raise ConfigError(
+                f"bank_settled={self.settled} must be a share in (0, 1], or null to write lessons for every question."
+            )
 
 
 Message = dict[str, Any]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mel_lite.cli.shared import console, newest_run
-from mel_lite.errors import check_choice
-from mel_lite.types import Status
+from mel_lite.errors import ConfigError, check_choice
+from mel_lite.imports import load_object
+from mel_lite.types import BankLesson, Status
 
 experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
 
@@ -64,6 +68,41 @@ def export_experiences(
     with _store(run) as store:
         rows = store.export(output, status=wanted)
     typer.echo(f"wrote {rows} rows to {output}")
+
+
+@experiences.command("bank")
+def bank(
+    run: Annotated[Path | None, typer.Argument(help="Run or checkpoint folder. Default: the newest in runs/.")] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(help="pkg:fn, a function (heuristic) that returns True, False, or None where it cannot tell."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lessons as JSON.")] = False,
+) -> None:
+    """List the lessons of a run's bank, best first: of its newest checkpoint, or else of its store."""
+    from mel_lite.resilience.saved_bank import saved_lessons
+    from mel_lite.run.display import bank_line, bank_table
+
+    lessons = sorted(saved_lessons(run or newest_run(), field="RUN"), key=lambda lesson: -lesson.score)
+    truths = None if truth is None else _truths(truth, lessons)
+    if as_json:
+        known = [{}] * len(lessons) if truths is None else [{"true": each} for each in truths]
+        typer.echo(json.dumps([asdict(lesson) | also for lesson, also in zip(lessons, known, strict=True)], indent=1))
+        return
+    console().print(bank_table(lessons, truths))
+    console().print(bank_line(lessons, truths))
+
+
+def _truths(path: str, lessons: Sequence[BankLesson]) -> list[bool | None]:
+    """Return what the user's function says of each lesson. Raises: ConfigError for anything but a bool or None."""
+    is_true = load_object(path, field="--truth", error=ConfigError)
+    found = [is_true(lesson.heuristic) for lesson in lessons]
+    for lesson, value in zip(lessons, found, strict=True):
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(
+                f"--truth {path!r} returned {value!r} for lesson {lesson.id}. Return True, False or None."
+            )
+    return found
 
 
 def _status(name: str | None) -> str | None:

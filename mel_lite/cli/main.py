@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -80,6 +81,9 @@ def train(
         bool | None, typer.Option(help="Also train on meta-experiences. Default: with mel only.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to continue training.")] = None,
+    lessons_from: Annotated[
+        Path | None, typer.Option(help="Run or checkpoint folder whose lessons the bank starts with.")
+    ] = None,
     engine: EngineOption = None,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's newest intact checkpoint.")] = False,
@@ -118,6 +122,7 @@ def train(
         "train.max_steps": max_steps,
         "train.algorithm": algorithm,
         "train.meta_experience": meta_experience,
+        "train.lessons_from": None if lessons_from is None else str(lessons_from),
     }
     overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
     if dataset is not None and not resume:
@@ -183,6 +188,10 @@ def evaluate(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to NF4.")] = False,
     system_prompt: SystemPromptOption = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling and for the bootstrap intervals.")] = 42,
+    with_lessons: Annotated[
+        Path | None,
+        typer.Option(help="Run whose lessons are put into the prompts that they match; also measured without them."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON to this file.")] = None,
 ) -> None:
     """Measure Pass@1 (greedy), Avg@k and unbiased Pass@k with 95 % intervals."""
@@ -194,6 +203,13 @@ def evaluate(
         raise ConfigError(f"--output {output}: folder {output.parent} does not exist. Create it, or use another file.")
     spec = None if model is None else ModelSpec(model, load_in_4bit=load_in_4bit)
     rendering = template_kwargs(chat_template_kwargs)
+    measure: Any = None
+    if with_lessons is not None:
+        from mel_lite.lessons.prompt_memory import evaluate_with_lessons
+        from mel_lite.resilience.saved_bank import saved_bank
+
+        bank, templates = saved_bank(with_lessons, field="--with-lessons")
+        measure = functools.partial(evaluate_with_lessons, bank=bank, templates=templates)
     result = evaluate_model(
         spec,
         adapter,
@@ -210,6 +226,7 @@ def evaluate(
         limit=limit,
         system_prompt=system_prompt,
         seed=seed,
+        measure=measure,
     )
     console().print(result.as_table())
     if output is not None:

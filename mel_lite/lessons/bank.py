@@ -15,49 +15,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.retrieval import LEXICAL, get_retrieval, words
+from mel_lite.lessons.retrieval import get_retrieval, words
 from mel_lite.models.chat import question_text
-from mel_lite.types import BankLesson, Experience, Group
+from mel_lite.types import BankLesson, BankOptions, Experience, Group
 
 SETTLED_SCORE = 1.0
 """Score from which a lesson counts as known: that of one lesson that was kept and never contradicted."""
 _STATE = "lesson_bank"
 _BULLET = re.compile(r"^\s*(?:[-*+\u2022]|\d+[.)])\s+")
 _CONDITION = re.compile(r"\b(?:if|when|whenever|once|while|before|after|unless)\b(.+?)(?:,|\bthen\b)", re.I)
-
-
-@dataclass(frozen=True, slots=True)
-class BankOptions:
-    """Options of a bank; fields have the meaning of the `MELConfig` options `bank_<field>`."""
-
-    size: int = 512
-    retrieval: str = LEXICAL
-    teach_from: float = 0.5
-    retire_below: float = 0.0
-    limit: int = 8
-    settled: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a value out of range, by the name of its `MELConfig` option."""
-        for name in ("size", "limit"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"bank_{name}={getattr(self, name)} must be at least 1. Raise bank_{name}.")
-        for name in ("teach_from", "retire_below"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"bank_{name}={getattr(self, name)} is no finite number. Set bank_{name} to one.")
-        if self.retire_below > self.teach_from:
-            raise ConfigError(
-                f"bank_retire_below={self.retire_below} is above bank_teach_from={self.teach_from}: a lesson would be "
-                "retired while it teaches. Lower bank_retire_below."
-            )
-        if self.settled is not None and not 0 < self.settled <= 1:
-            raise ConfigError(
-                f"bank_settled={self.settled} must be a share in (0, 1], or null to write lessons for every question."
-            )
 
 
 class LessonBank:
@@ -137,14 +107,17 @@ class LessonBank:
         parsed = (experience.leak.redacted if experience.leak else None) or experience.parsed
         assert parsed is not None, "a kept meta-experience was parsed"
         question = question_text(experience.analysis.pair.group.prompt)
-        self._insert(BankLesson(row_id, parsed.heuristic, question, _clip(score), 1, False, experience.step))
+        self.extend([BankLesson(row_id, parsed.heuristic, question, _clip(score), 1, False, experience.step)])
+
+    def extend(self, lessons: Iterable[BankLesson]) -> None:
+        """Add lessons of new ids with their scores and votes, in order. A rule the bank has gets their sums."""
+        for lesson in lessons:
+            self._insert(lesson)
         self._update()
 
     def adopt(self, lessons: Iterable[BankLesson]) -> None:
-        """Add the lessons of another run with their scores and votes. Their ids become -1, -2, ... in order."""
-        for number, lesson in enumerate(lessons, start=1):
-            self._insert(replace(lesson, id=-number, step=0))
-        self._update()
+        """Add the lessons of another run. Their ids become -1, -2, ... in order, and their step 0."""
+        self.extend(replace(lesson, id=-number, step=0) for number, lesson in enumerate(lessons, start=1))
 
     def reexamine(self, examined: Iterable[tuple[int, float | None]]) -> None:
         """Add clip(delta, -1, 1) to the score of each lesson id, and one vote. A delta of None or NaN is skipped.
@@ -264,4 +237,4 @@ def _conditions(heuristic: str) -> tuple[str, ...]:
     return tuple(sorted(_normalized(match[1]) for match in found if match)) if all(found) else ()
 
 
-__all__ = ["BankLesson", "BankOptions", "LessonBank", "examine", "lessons_of_state", "notes_text"]
+__all__ = ["BankLesson", "LessonBank", "examine", "lessons_of_state", "notes_text"]

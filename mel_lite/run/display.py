@@ -16,7 +16,7 @@ from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import Plan
 from mel_lite.models.chat import question_text
 from mel_lite.text import printable
-from mel_lite.types import Status
+from mel_lite.types import BankLesson, Status
 
 if TYPE_CHECKING:
     from mel_lite.evaluate import EvalResult
@@ -104,6 +104,32 @@ def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
             str(row.id), str(row.step + 1), status, one_line(question_text(row.prompt), 60), one_line(lesson, 110)
         )
     return table
+
+
+def bank_table(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | None) -> Table:
+    """Render the lessons of a bank, one per line, with the truth of each where it is known."""
+    table = Table("id", "score", "votes", "state", "step", show_lines=False)
+    if truths is not None:
+        table.add_column("true")
+    table.add_column("heuristic")
+    for number, lesson in enumerate(lessons):
+        state = Text("retired", style="yellow") if lesson.retired else Text("active", style="green")
+        # A lesson of another run has no step of this one; the store counts the updates before a lesson.
+        step = str(lesson.step + 1) if lesson.id > 0 else ""
+        known = [] if truths is None else [{True: "yes", False: "no", None: "?"}[truths[number]]]
+        score, rule = f"{lesson.score:.2f}", one_line(lesson.heuristic, 110)
+        table.add_row(str(lesson.id), score, str(lesson.votes), state, step, *known, rule)
+    return table
+
+
+def bank_line(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | None) -> Text:
+    """Return one line with the number of active and retired lessons, and how many of them are true."""
+    parts = []
+    for state, retired in (("active", False), ("retired", True)):
+        which = [number for number, lesson in enumerate(lessons) if lesson.retired is retired]
+        known = [] if truths is None else [truths[number] for number in which if truths[number] is not None]
+        parts.append(f"{len(which)} {state}" + (f" ({sum(map(bool, known))} of {len(known)} true)" if known else ""))
+    return Text(f"{len(lessons)} lessons: {', '.join(parts)}", style="dim")
 
 
 def comparison_table(before: EvalResult, after: EvalResult) -> Table:

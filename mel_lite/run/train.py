@@ -41,6 +41,7 @@ from mel_lite.recipe import Recipe, build_args, resolve
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.memory_gauge import Gauge, gauge_here
 from mel_lite.resilience.resume_checks import check_changes
+from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
 from mel_lite.run.display import peaks_table
 from mel_lite.run.finish import export_trained, print_summary, release, save
@@ -123,7 +124,8 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
-    get_internalisation(args.internalisation, args.internalisation_options)
+    way = get_internalisation(args.internalisation, args.internalisation_options)
+    build_bank(args, used=way.uses_bank)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
     check_services(recipe, args)

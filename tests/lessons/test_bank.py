@@ -5,29 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiences import experience
+from lesson_banks import bank_of, kept, rule
+from mel_lite.config import MELConfig
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.bank import BankOptions, LessonBank, examine, lessons_of_state, notes_text
-from mel_lite.types import BankLesson, Experience, Group, LeakReport, MetaExperience, Rollout, Verdict
-
-
-def kept(heuristic: str, question: str, step: int = 3) -> Experience:
-    return replace(experience(step, prompt=question), parsed=MetaExperience("b", "c", heuristic))
-
-
-def rule(op: str, reading: str) -> str:
-    return f"- If I see {op}, then {op} is {reading}."
-
-
-def bank_of(*lessons: tuple[str, str], **options: object) -> LessonBank:
-    """A bank of (operator, reading) rules with ids from 1, each from a question with that operator alone."""
-    bank = LessonBank(BankOptions(**options))  # type: ignore[arg-type]
-    for id_, (op, reading) in enumerate(lessons, start=1):
-        bank.add(id_, kept(rule(op, reading), f"3 {op} 7?"))
-    return bank
+from mel_lite.lessons.bank import LessonBank, examine, lessons_of_state, notes_text
+from mel_lite.types import BankLesson, BankOptions, Group, LeakReport, MetaExperience, Rollout, Verdict
 
 
 def group(question: str, *verdicts: Verdict) -> Group:
@@ -241,6 +228,26 @@ def test_an_empty_rule_is_no_lesson() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bank_of(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bank_size": 0}, "bank_size=0 must be at least 1"),
+        ({"bank_settled": 1.5}, r"bank_settled=1.5 must be a share in \(0, 1\]"),
+        ({"algorithm": "grpo", "lessons_from": "run"}, "lessons_from='run' with algorithm='grpo', which uses no less"),
+    ],
+)
+def test_a_config_refuses_them_too(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MELConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_the_bank_of_a_config_has_its_options(tmp_path: Path) -> None:
+    options = {"size": 3, "retrieval": "a.b", "limit": 2, "teach_from": 0.75, "retire_below": -1.0, "settled": None}
+    named = {f"bank_{name}": value for name, value in options.items()}
+    assert MELConfig(str(tmp_path), use_cpu=True, bf16=False, **named).bank_options == BankOptions(**options)
+    assert MELConfig(str(tmp_path), use_cpu=True, bf16=False).bank_options == BankOptions()
 
 
 def newest_first(question: str, lessons: Sequence[BankLesson]) -> list[BankLesson]:
