@@ -20,7 +20,7 @@ import plan_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md")
+PAGES = ("README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md", "docs/method.md")
 RETIRED = ("mel_lite, whole loss",)
 """Contenders in the raw results whose code was deleted."""
 MARK = re.compile(r"(<!-- figures (?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -99,10 +99,31 @@ def mass() -> str:
     return "\n".join([f"{report['model']}, {report['tasks']}: {rows}.", "", *lines])
 
 
+def retrieval() -> str:
+    """Return precision and recall of the lexical retrieval, next to a random draw from the same bank."""
+    report = _read("retrieval")
+    lines = [
+        "| bank | lessons | questions | precision at 1 | at 3 | at 8 | recall | random | better at 8, points |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        precision, better = case["precision"], case["precision"][-1]["better"]
+        shares = [each["value"] for each in precision] + [case["recall"]["value"], precision[-1]["random"]]
+        interval = f"{100 * better['value']:+.1f} [{100 * better['low']:+.1f}, {100 * better['high']:+.1f}]"
+        counts = f"{case['lessons']} | {case['questions']}"
+        lines.append(f"| {case['case']} | {counts} | {' | '.join(f'{share:.1%}' for share in shares)} | {interval} |")
+    matched = sum(each["matched"] for each in report["foreign"])
+    asked = sum(each["questions"] for each in report["foreign"])
+    return "\n".join(
+        [*lines, "", f"Questions of another kind than the bank's got a lesson in {matched} of {asked} cases."]
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "kernel-cpu": kernel_cpu,
     "kernel-cpu-line": kernel_cpu_line,
     "mass": mass,
+    "retrieval": retrieval,
     "learning-line": learning_figures.line,
     "learning-setup": learning_figures.setup,
     "learning-results": learning_figures.results,

@@ -23,12 +23,19 @@ LEXICAL = "lexical"
 
 _LETTER = r"[^\W\d_]"
 _CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]"
-_TOKEN = re.compile(rf"{_CJK}|{_LETTER}+(?:'{_LETTER}+)?|[+*/=<>^%\u00d7\u00f7]|(?<!{_LETTER})[-\u2212]|-(?!{_LETTER})")
+_TOKEN = re.compile(
+    rf"{_CJK}|{_LETTER}+(?:'{_LETTER}+)?|[=^%\u00d7\u00f7]|(?<=[\s\d)])(?:[-+\u2212](?=\s)|[*/<>](?=[\s\d(]))"
+)
 _BULLET = re.compile(r"(?m)^[ \t]*[-*+\u2022][ \t]+")
 _SYMBOLS = {
-    "+": "plus", "-": "minus", "\u2212": "minus", "*": "times", "\u00d7": "times", "/": "divided",
-    "\u00f7": "divided", "=": "equal", "<": "less", ">": "greater", "^": "power", "%": "percent",
+    "+": "add", "-": "subtract", "\u2212": "subtract", "*": "multiply", "\u00d7": "multiply", "/": "divide",
+    "\u00f7": "divide", "=": "equal", "<": "less", ">": "greater", "^": "power", "%": "percent",
 }  # fmt: skip
+_ARITHMETIC = re.compile(
+    r"(?P<add>plus|add(?:s|ed|ing|ition)?)|(?P<subtract>minus|subtract\w*)|"
+    r"(?P<multiply>multipl\w*)|(?P<divide>divi(?:d\w*|sion))|(?P<percent>percent\w*)"
+)
+_TAKE_AWAY = re.compile(r"\b(?:take|takes|taking|took|taken) away\b")
 
 
 def words(text: str) -> list[str]:
@@ -39,12 +46,14 @@ def words(text: str) -> list[str]:
     """
     from bm25s.stopwords import STOPWORDS_EN_PLUS as stop_words
 
-    folded = _BULLET.sub("", unicodedata.normalize("NFKC", text).casefold())
+    folded = _TAKE_AWAY.sub("subtract", _BULLET.sub("", unicodedata.normalize("NFKC", text).casefold()))
     found = (_SYMBOLS.get(token, token) for token in _TOKEN.findall(folded))
     return [_stem(word) for word in found if word not in stop_words]
 
 
 def _stem(word: str) -> str:
+    if named := _ARITHMETIC.fullmatch(word):
+        return str(named.lastgroup)
     return word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "su" else word
 
 
@@ -58,7 +67,7 @@ class LexicalRetrieval:
     """
 
     def __init__(self) -> None:
-        self._ids: tuple[int, ...] = ()
+        self._texts: list[tuple[str, str]] = []
         self._index: Any = None
         self._rules: list[frozenset[str]] = []
         self._whole: list[float] = []
@@ -75,10 +84,10 @@ class LexicalRetrieval:
 
     def relevance(self, question: str, lessons: Sequence[BankLesson]) -> list[float]:
         """Return the relevance of every lesson to the question, each in [0, 1]."""
-        ids = tuple(lesson.id for lesson in lessons)
-        if ids != self._ids:  # the texts of a lesson never change
-            self._build(lessons)
-            self._ids = ids
+        texts = [(lesson.heuristic, lesson.question_text) for lesson in lessons]
+        if texts != self._texts:
+            self._build(texts)
+            self._texts = texts
         if self._index is None:
             return [0.0] * len(lessons)
         sums = [0.0] * len(lessons)
@@ -88,11 +97,12 @@ class LexicalRetrieval:
                     sums[i] += score * (RULE_BOOST if word in self._rules[i] else 1.0)
         return [part / whole if whole else 0.0 for part, whole in zip(sums, self._whole, strict=True)]
 
-    def _build(self, lessons: Sequence[BankLesson]) -> None:
+    def _build(self, texts: Sequence[tuple[str, str]]) -> None:
         import bm25s
 
-        questions = [words(lesson.question_text) for lesson in lessons]
-        self._rules = [frozenset(words(lesson.heuristic)) for lesson in lessons]
+        # Each word once: a question that repeats one is not more about it.
+        questions = [sorted(set(words(question))) for _, question in texts]
+        self._rules = [frozenset(words(heuristic)) for heuristic, _ in texts]
         self._index = None
         if not any(questions):
             return
@@ -100,9 +110,8 @@ class LexicalRetrieval:
         self._index.index(questions, show_progress=False)
         self._whole = []
         for i, found in enumerate(questions):
-            own = sorted(set(found))
-            mentioned = [word for word in own if word in self._rules[i]]
-            scores = [float(self._index.get_scores(part)[i]) if part else 0.0 for part in (own, mentioned)]
+            mentioned = [word for word in found if word in self._rules[i]]
+            scores = [float(self._index.get_scores(part)[i]) if part else 0.0 for part in (found, mentioned)]
             self._whole.append(scores[0] + (RULE_BOOST - 1) * scores[1])
 
 

@@ -20,11 +20,16 @@ def lesson(id_: int, heuristic: str, question: str, score: float = 1.0) -> BankL
     [
         ("3 zap 7 dax 2?", ["zap", "dax"]),
         ("- If I see zap, then Zap is from.", ["see", "zap", "zap"]),
-        ("What is 5 + 0 - 8?", ["plus", "minus"]),
+        ("What is 5 + 0 - 8?", ["add", "subtract"]),
+        ("If signs are plus and minus, I must not add, but subtract.", ["sign", "add", "subtract", "must", "add",
+                                                                       "subtract"]),
+        ("Taking away 20 percent; take 5 away; multiplied, dividing", ["subtract", "percent", "take", "away",
+                                                                       "multiply", "divide"]),
+        ("-15, 2026-06-27 +0600 `<number>` and/or **bold** HH:MM", ["number", "bold", "hh", "mm"]),
         ("- 8 of them\n* a well-known step-by-step list", ["well", "known", "step", "step", "list"]),
-        ("20% of the prices, less x^2 / 4 = y \u2212 1", ["percent", "price", "less", "x", "power", "divided",
-                                                            "equal", "minus"]),
-        ("-3 \u00d7 2", ["minus", "time"]),
+        ("20% of the prices, less x^2 / 4 = y \u2212 1", ["percent", "price", "less", "x", "power", "divide", "equal",
+                                                            "subtract"]),
+        ("3 \u00d7 2 * (4 < 9)", ["multiply", "multiply", "less"]),
         ("The class passes glasses", ["class", "passe", "glasse"]),
         ("\u7ed3\u679c\u662f ok", ["\u7ed3", "\u679c", "\u662f", "ok"]),
         ("", []),
@@ -80,6 +85,7 @@ def test_the_index_follows_the_lessons() -> None:
     assert found("1 dax 2?", first) == []
     assert [each.id for each in found("1 dax 2?", [*first, lesson(2, "- If I see dax, add.", "2 dax 1?")])] == [2]
     assert found("1 dax 2?", first) == []
+    assert found("1 dax 2?", [lesson(1, "- If I see dax, then dax is from.", "3 dax 7?")]), "another bank, the same id"
     changed = [lesson(1, "- If I see zap, then zap is from.", "3 zap 7?", score=-4.0)]
     assert found("1 zap 2?", changed) == changed, "a lesson of now, not of when the index was built"
 

@@ -45,7 +45,16 @@ def configuration() -> ModuleType:
     return script("docs/make_configuration.py")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/kernels.md",
+        "docs/learning.md",
+        "docs/memory.md",
+        "docs/method.md",
+    ],
+)
 def test_pages_quote_the_raw_results(tables: ModuleType, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert page in tables.PAGES and tables.MARK.search(text)
