@@ -27,7 +27,7 @@ from demo_warmup.phrases import WORDINGS
 from demo_warmup.problems import Problem, draw_problem, draw_slip
 from mel_lite.data import demo_tasks
 from mel_lite.evaluate import bootstrap_interval
-from mel_lite.lessons.retrieval import LexicalRetrieval, Retrieval
+from mel_lite.lessons.bank.retrieval import LexicalRetrieval, Retrieval
 from mel_lite.types import BankLesson
 
 SEED = 20261129

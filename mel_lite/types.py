@@ -340,7 +340,7 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class BankLesson:
-    """A kept heuristic with its running score (`lessons/bank.py`)."""
+    """A kept heuristic with its running score (`lessons/bank`)."""
 
     id: int
     """Row id of its first experience in this run's store; negative for a lesson of another run."""

@@ -205,7 +205,7 @@ def evaluate(
     rendering = template_kwargs(chat_template_kwargs)
     measure: Any = None
     if with_lessons is not None:
-        from mel_lite.lessons.prompt_memory import evaluate_with_lessons
+        from mel_lite.lessons.bank.prompt_memory import evaluate_with_lessons
         from mel_lite.resilience.saved_bank import saved_bank
 
         bank, templates = saved_bank(with_lessons, field="--with-lessons")

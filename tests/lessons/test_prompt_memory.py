@@ -14,7 +14,7 @@ from rich.console import Console
 from lesson_banks import bank_of, rule
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.evaluate import Interval, bootstrap_interval, evaluate
-from mel_lite.lessons.prompt_memory import MemoryResult, evaluate_with_lessons
+from mel_lite.lessons.bank.prompt_memory import MemoryResult, evaluate_with_lessons
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES
 from mel_lite.types import Finish, Group, Verdict
 from tiny_models import tiny_tokenizer

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mel_lite.lessons.retrieval import LEAST_MATCH, RULE_BOOST, LexicalRetrieval, words
+from mel_lite.lessons.bank.retrieval import LEAST_MATCH, RULE_BOOST, LexicalRetrieval, words
 from mel_lite.types import BankLesson
 
 

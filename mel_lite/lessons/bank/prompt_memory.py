@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.engines.base import Engine
 from mel_lite.evaluate import EvalResult, Interval, PromptScore, bootstrap_interval, evaluate
-from mel_lite.lessons.bank import LessonBank, notes_text
+from mel_lite.lessons.bank.bank import LessonBank, notes_text
 from mel_lite.lessons.prompts import Templates, replay_prompt
 from mel_lite.models.chat import question_text, render, render_tasks
 from mel_lite.verify.judge import Judge, answer_column, group_of

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.retrieval import get_retrieval, words
+from mel_lite.lessons.bank.retrieval import get_retrieval, words
 from mel_lite.models.chat import question_text
 from mel_lite.types import BankLesson, BankOptions, Experience, Group
 
