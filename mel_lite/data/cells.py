@@ -37,12 +37,19 @@ def read_prompt(value: Any) -> Prompt:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value:
-        turns = [read_message(message) for message in value]
+        turns = [_numbered_message(number, message) for number, message in enumerate(value, 1)]
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         if asked and not any(text.strip() for text in asked):
             raise Fault("has no text in its user turn")
         return turns
     raise Fault("is empty" if value in (None, [], "") or isinstance(value, str) else "is neither text nor messages")
+
+
+def _numbered_message(number: int, message: Any) -> Message:
+    try:
+        return read_message(message)
+    except Fault as fault:
+        raise Fault(f"{fault}; message {number} is {shorten(repr(message))}") from fault
 
 
 def read_message(message: Any) -> Message:

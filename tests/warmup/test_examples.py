@@ -28,7 +28,11 @@ from tiny_models import tiny_tokenizer
         ),
         (
             '{"prompt": [{"role": "robot", "content": "a"}], "completion": "y"}',
-            "'robot'.* has a message that is not {'role': system",
+            "'robot'.* has a message that is not {'role': system.*; message 1 is {'role': 'robot', 'content': 'a'}",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "' + 90 * "a" + '"}, {"role": "user"}], "completion": "y"}',
+            "column 'prompt': .*; message 2 is {'role': 'user'}",
         ),
         ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y"}', "ends with an assistant turn"),
         ('{"prompt": "x", "completion": "  "}', "line 2, column 'completion': '  ' is not text"),
