@@ -6,13 +6,13 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
-from mel_lite.models.chat import render, render_tasks
+from mel_lite.models.chat import prompt_end, render, render_tasks
 from mel_lite.seeds import seed_for
 from mel_lite.types import Finish, Group, Verdict
 from mel_lite.verify.judge import AnswerJudge, Judge, answer_column, group_of
@@ -187,7 +187,7 @@ def evaluate(
             f"None of the {len(prompts)} evaluation prompts leaves room for max_new_tokens={max_new_tokens} in a "
             f"context of {context_tokens} tokens. Lower max_new_tokens, or check that the dataset is not empty."
         )
-    groups = [questions[i] for i in fitting]
+    groups = [replace(questions[i], prompt_end=prompt_end(prompts[i], tokenizer)) for i in fitting]
     completions = _answer(
         engine, groups, [prompts[i] for i in fitting], samples, temperature, max_new_tokens=max_new_tokens, seed=seed
     )
@@ -296,6 +296,7 @@ def evaluate_model(
     dataset: str,
     *,
     verifier: str | None = None,
+    think_tags: list[str] | None = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
     system_prompt: str | None = None,
@@ -314,6 +315,7 @@ def evaluate_model(
         conversational: turn plain questions into a user turn; None = when the tokenizer has a chat template.
         verifier: None = the one recommended for the dataset, or else `math`.
         measure: a function with the arguments of `evaluate`, which is the default.
+        think_tags: tags around thoughts, each as `START END`, as in `MELConfig`.
     Raises: ConfigError if neither model nor adapter is given; errors of loading, data and verifier.
     """
     from mel_lite.data.tasks import load_tasks, recommended_verifier
@@ -321,7 +323,9 @@ def evaluate_model(
     from mel_lite.models.adapters import adapter_base, attach_adapter, find_adapter
     from mel_lite.models.load import context_length, eos_ids, load_base, load_tokenizer
     from mel_lite.verify.pool import VerifyPool
+    from mel_lite.verify.thoughts import parse_tags
 
+    tags = parse_tags(think_tags)
     adapter = None if adapter is None else find_adapter(adapter)
     if spec is None:
         if adapter is None:
@@ -342,6 +346,6 @@ def evaluate_model(
     if adapter is not None:
         model = attach_adapter(model, adapter)
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
-    with VerifyPool(verifier or recommended_verifier(dataset) or "math") as pool:
+    with VerifyPool(verifier or recommended_verifier(dataset) or "math", think_tags=tags) as pool:
         judge = AnswerJudge(pool)
         return (measure or evaluate)(engine, tokenizer, tasks, judge, context_tokens=context_length(model), **options)

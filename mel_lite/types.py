@@ -200,6 +200,8 @@ class Group:
     """Reference answer y*; None when the verdict comes from a reward function."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The other dataset columns of the row, for verifiers and reward functions."""
+    prompt_end: str = ""
+    """End of the rendered prompt, where a chat template may open a thought for the model."""
 
     @property
     def right(self) -> tuple[Rollout, ...]:

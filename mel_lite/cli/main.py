@@ -23,10 +23,12 @@ from mel_lite.cli.shared import (
     SetOption,
     SystemPromptOption,
     TemplateKwargsOption,
+    ThinkTagsOption,
     VerifierOption,
     console,
     loading,
     newest_run,
+    tags_of,
     template_kwargs,
 )
 from mel_lite.errors import ConfigError, MelLiteError
@@ -176,6 +178,7 @@ def evaluate(
     ] = None,
     dataset: Annotated[str, typer.Option(help="Hub id, file, `demo:test`, or reasoning-gym:<task>.")] = "demo:test",
     verifier: VerifierOption = None,
+    think_tags: ThinkTagsOption = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per task for Avg@k and Pass@k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature for Avg@k and Pass@k.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 1024,
@@ -215,6 +218,7 @@ def evaluate(
         adapter,
         dataset,
         verifier=verifier,
+        think_tags=tags_of(think_tags),
         k=k,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -246,6 +250,7 @@ def warmup(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of evaluation tasks.")] = None,
     verifier: VerifierOption = None,
+    think_tags: ThinkTagsOption = None,
     split: Annotated[str | None, typer.Option(help="Split of the examples. Default: train.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of the evaluation tasks. Default: train.")] = None,
     prompt_column: PromptColumnOption = None,
@@ -275,7 +280,9 @@ def warmup(
 
     evaluation = None
     if eval_dataset is not None:
-        evaluation = warmup_train.WarmupEval(eval_dataset, verifier, eval_split, prompt_column, answer_column, limit)
+        evaluation = warmup_train.WarmupEval(
+            eval_dataset, verifier, eval_split, prompt_column, answer_column, limit, think_tags=tags_of(think_tags)
+        )
     result = warmup_train.warmup(
         examples,
         output_dir,

@@ -34,9 +34,18 @@ TemplateKwargsOption = Annotated[
     typer.Option(help="Variables of the chat template as YAML or JSON, such as '{enable_thinking: false}'."),
 ]
 VerifierOption = Annotated[str | None, typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's.")]
+ThinkTagsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Tags around thoughts, 'START END'; repeatable; none = no tags. Default: the usual ones."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
 ]
+
+
+def tags_of(values: list[str] | None) -> list[str] | None:
+    """Return the value of --think-tags as the Python API takes it: None when it is not given, [] for `none`."""
+    return [] if values == ["none"] else values or None
 
 
 def template_kwargs(text: str | None) -> dict[str, Any] | None:

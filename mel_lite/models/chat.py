@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 _BREAK_ROUNDS = 4
+_END_TOKENS = 48
+"""Tokens of a prompt's end that are decoded. The longest tag with its line breaks takes fewer."""
 _OTHER_SYSTEM_TEXT = "Does this template use the system turn?"
 """Replaces a system turn to see if the rendered text changes."""
 
@@ -57,6 +59,11 @@ def render_tasks(
         except ModelError as error:
             raise ModelError(f"{source}, task {number}, column 'prompt': {error}") from error
     return rendered
+
+
+def prompt_end(prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end of a rendered prompt as text, decoded like a completion: without special tokens."""
+    return str(tokenizer.decode(list(prompt_ids[-_END_TOKENS:]), skip_special_tokens=True))
 
 
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

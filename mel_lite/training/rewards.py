@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
-from mel_lite.models.chat import is_text, render, safe_turns
+from mel_lite.models.chat import is_text, prompt_end, render, safe_turns
+from mel_lite.seeds import prompt_hash
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import Algorithm, Finish, Group, LessonShare, Rollout, Verdict
 from mel_lite.verify.judge import Judge, RewardJudge, completion_text, group_of
@@ -50,7 +52,7 @@ def groups_of(rows: Sequence[tuple[Group, Rollout]], size: int) -> list[Group]:
         question = members[0][0]
         assert all(g.prompt_hash == question.prompt_hash for g, _ in members), "a group was torn apart"
         rollouts = tuple(rollout for _, rollout in members)
-        groups.append(Group(question.prompt, question.prompt_hash, rollouts, question.answer, question.columns))
+        groups.append(replace(question, rollouts=rollouts))
     return groups
 
 
@@ -67,13 +69,15 @@ class JudgedRewards:
     answer_column: str | None
     clock: PhaseClock
     _tokenizer: Any
+    _is_vlm: bool
     _logs: dict[str, Any]
     _pending_extra_logs: defaultdict[str, list[Any]]
     _pending_metrics: defaultdict[str, list[float]]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         self.stop_together()  # type: ignore[attr-defined]  # all ranks are here, with their rollouts sampled
-        groups = [group_of(example, self.answer_column) for example in inputs]
+        ends = self._prompt_ends(prompts)
+        groups = [group_of(row, self.answer_column, end) for row, end in zip(inputs, ends, strict=True)]
         texts = [completion_text(c) for c in completions]
         judge = self.judge
         verdicts: list[Verdict] = []
@@ -97,6 +101,16 @@ class JudgedRewards:
                 rollout = Rollout(first + i, tuple(ids), texts[i], verdicts[i], finish, rewards[i])
                 inputs.rollouts.append((group, rollout))
         return rewards_per_func
+
+    def _prompt_ends(self, prompts: list[Any]) -> list[str]:
+        """Return the end of each prompt as it was rendered, once per question; empty where no verifier reads text."""
+        if isinstance(self.judge, RewardJudge) or self._is_vlm:
+            return [""] * len(prompts)
+        hashes = [prompt_hash(prompt) for prompt in prompts]
+        questions = dict(zip(hashes, prompts, strict=True))
+        rendered, _, _ = self._tokenize_prompts(list(questions.values()))
+        ends = {key: prompt_end(ids, self._tokenizer) for key, ids in zip(questions, rendered, strict=True)}
+        return [ends[key] for key in hashes]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Tokenize text prompts with `render`, like evaluation and replay; leave tools and images to TRL.

@@ -12,6 +12,7 @@ from mel_lite.seeds import prompt_hash
 from mel_lite.text import shorten
 from mel_lite.types import Group, Verdict
 from mel_lite.verify.pool import VerifyPool
+from mel_lite.verify.thoughts import opened_thought
 
 Judge = Callable[[Sequence[Group], Sequence[str]], list[Verdict]]
 """`judge(groups, texts)` returns the verdict on each text as an answer to its group's question, in order."""
@@ -22,7 +23,7 @@ def answer_column(columns: Sequence[str]) -> str | None:
     return next((name for name in ANSWER_COLUMNS if name in columns), None)
 
 
-def group_of(row: Mapping[str, Any], answer_column: str | None) -> Group:
+def group_of(row: Mapping[str, Any], answer_column: str | None, prompt_end: str = "") -> Group:
     """Return the question of a dataset row as a Group without rollouts.
 
     `answer` is the text of `answer_column`, None where it has none; `columns` are all others but `prompt`.
@@ -35,17 +36,27 @@ def group_of(row: Mapping[str, Any], answer_column: str | None) -> Group:
     except Fault as fault:
         raise DataError(f"column {answer_column!r}: {shorten(repr(value))} {fault}.") from fault
     columns = {name: value for name, value in row.items() if name not in ("prompt", answer_column)}
-    return Group(row["prompt"], prompt_hash(row["prompt"]), (), answer, columns)
+    return Group(row["prompt"], prompt_hash(row["prompt"]), (), answer, columns, prompt_end)
 
 
 class AnswerJudge:
-    """Judge that compares with the reference answer, in the worker processes of a `VerifyPool`."""
+    """Judge that compares with the reference answer, in the worker processes of a `VerifyPool`.
+
+    A completion whose prompt opened a thought is judged with that tag in front, so that it has no answer until the
+    thought ends.
+    """
 
     def __init__(self, pool: VerifyPool) -> None:
         self._pool = pool
 
     def __call__(self, groups: Sequence[Group], texts: Sequence[str]) -> list[Verdict]:
-        return self._pool.verify([(text, g.answer or "", g.columns) for g, text in zip(groups, texts, strict=True)])
+        tags = self._pool.think_tags
+        return self._pool.verify(
+            [
+                (opened_thought(g.prompt_end, tags) + text, g.answer or "", g.columns)
+                for g, text in zip(groups, texts, strict=True)
+            ]
+        )
 
 
 class RewardJudge:

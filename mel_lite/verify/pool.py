@@ -33,6 +33,7 @@ from mel_lite.text import printable
 from mel_lite.types import Verdict
 from mel_lite.verify.thoughts import THINK_TAGS
 from mel_lite.verify.transport import environment, pack
+from mel_lite.verify.verifiers import BUILT_IN
 
 MAX_COMPLETION_CHARS = 200_000
 """Longest completion that reaches a verifier. Only the end of a longer one does, since the answer is there."""
@@ -153,6 +154,8 @@ class VerifyPool:
             raise ConfigError(f"memory_bytes = {memory_bytes}: Python and sympy alone need 256 MiB (268435456).")
         self._packed: dict[str, Any] = {**pack(verifier), "think_tags": list(think_tags)}
         self._verifier = self._packed["verifier"]
+        self.think_tags = tuple(think_tags) if self._verifier in BUILT_IN else ()
+        """Tags of the thoughts that this verifier does not read; none for your own."""
         self._size = workers
         self._deadline_s = deadline_s
         self._memory_bytes = memory_bytes

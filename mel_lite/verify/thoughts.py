@@ -26,6 +26,7 @@ THINK_TAGS: tuple[tuple[str, str], ...] = (
 """(start, end) of a thought for the usual reasoning models. Case is ignored."""
 
 _HEADER = re.compile(r"\s*(?:<\|(?:constrain|message)\|>\s*)+", re.IGNORECASE)
+_OPENED = r"(?:\s|<\|message\|>)*\Z"
 _CONTROL = re.compile(r"(?:\s|<\|[A-Za-z0-9_]{1,40}\|>|</s>|<(?:eos|end_of_turn)>)+\Z")
 _DECODED_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\"(])")
 """Start of a thought in gpt-oss's channels, decoded without their special tokens: `analysisWe ...assistantfinal7`."""
@@ -50,6 +51,14 @@ def answer_part(text: str, tags: Sequence[tuple[str, str]] = THINK_TAGS) -> str 
         return text
     header = _HEADER.match(text, position)
     return _without_control(text[header.end() if header else position :])
+
+
+def opened_thought(prompt_end: str, tags: Sequence[tuple[str, str]] = THINK_TAGS) -> str:
+    """Return the start tag that a rendered prompt ends with, since the model's text continues that thought; else ""."""
+    for start, _ in sorted(tags, key=lambda pair: -len(pair[0])):
+        if re.search(re.escape(start) + _OPENED, prompt_end, re.IGNORECASE):
+            return start
+    return ""
 
 
 def _without_control(text: str) -> str:

@@ -21,6 +21,7 @@ from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, 
 from mel_lite.training.packing import Block
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.verify.judge import AnswerJudge
+from mel_lite.verify.thoughts import parse_tags
 from mel_lite.warmup.examples import Example, load_examples, tokenize
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ class WarmupEval:
     k: int = 8
     temperature: float = 0.6
     max_new_tokens: int = 512
+    think_tags: list[str] | None = None
+    """Tags around thoughts, as in `MELConfig`."""
+
+    def __post_init__(self) -> None:
+        parse_tags(self.think_tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +250,8 @@ def _measure(
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
 
     def measure(name: str, console: Console | None) -> EvalResult:
-        with VerifyPool(tasks.verifier or recommended_verifier(tasks.dataset) or "math") as pool:
+        verifier = tasks.verifier or recommended_verifier(tasks.dataset) or "math"
+        with VerifyPool(verifier, think_tags=parse_tags(tasks.think_tags)) as pool:
             result = evaluate(
                 engine,
                 tokenizer,

@@ -6,7 +6,7 @@ import pytest
 
 from cpu_limit import cpu_limit
 from mel_lite.errors import ConfigError
-from mel_lite.verify.thoughts import THINK_TAGS, answer_part, parse_tags
+from mel_lite.verify.thoughts import THINK_TAGS, answer_part, opened_thought, parse_tags
 
 CHANNELS = "<|channel|>analysis<|message|>5?<|end|><|start|>assistant<|channel|>final<|message|>"
 
@@ -34,6 +34,24 @@ CHANNELS = "<|channel|>analysis<|message|>5?<|end|><|start|>assistant<|channel|>
 )
 def test_the_part_after_the_last_thought(text: str, expected: str | None) -> None:
     assert answer_part(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt_end", "tag"),
+    [
+        ("assistant\n<think>\n", "<think>"),
+        ("<Think>", "<think>"),
+        ("assistant\n<thinking>", "<thinking>"),
+        ("<|channel|>analysis<|message|>", "<|channel|>analysis"),
+        ("<think>\n\n</think>\n\n", ""),
+        ("Put your thoughts between <think> and </think>.", ""),
+        ("Begin with <think>.\nassistant\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_thought_that_a_prompt_opens(prompt_end: str, tag: str) -> None:
+    assert opened_thought(prompt_end) == tag
+    assert opened_thought(prompt_end, ()) == ""
 
 
 def test_other_tags_replace_the_usual_ones() -> None:
