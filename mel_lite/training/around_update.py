@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from mel_lite.training.assemble import check_rows
+
 
 class AroundTheUpdate(TrainerCallback):
     """Calls the trainer's parts around each optimizer step, in this order."""
@@ -31,6 +33,10 @@ class AroundTheUpdate(TrainerCallback):
         self._trainer.after_update()
         self._trainer.record_boundary()
         self._trainer.collapse.after_update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0 < state.max_steps and not hasattr(self._trainer.train_dataset, "__len__"):
+            check_rows(args, None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         self._trainer.collapse.on_log(logs or {})

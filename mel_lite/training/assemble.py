@@ -52,6 +52,8 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
     check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)
+    if train_dataset is not None and hasattr(train_dataset, "__len__"):
+        check_rows(args, len(train_dataset))
     if args.with_meta_experience and multi_turn:
         raise ConfigError(
             "tools or environment_factory with meta-experience: analyses of multi-turn rollouts are not supported. "
@@ -71,6 +73,21 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
             args.save_steps,
             rounds,
             rounds // math.gcd(rounds, args.gradient_accumulation_steps),
+        )
+
+
+def check_rows(args: MELConfig, rows: int | None) -> None:
+    """Refuse a dataset that fills no generation batch: TRL's sampler drops an incomplete one, so nothing would train.
+
+    `rows`: None = a stream, which ended before the first step. Raises: DataError.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if rows is None or rows < needed:
+        found = "ended too early" if rows is None else f"has {rows} row{'' if rows == 1 else 's'}"
+        raise DataError(
+            f"train_dataset {found}: one step needs {needed} different prompts (generation_batch_size="
+            f"{args.generation_batch_size} / num_generations={args.num_generations}), so nothing would be trained. Add "
+            "rows, or lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
         )
 
 

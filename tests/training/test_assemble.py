@@ -73,6 +73,26 @@ def test_answers_in_a_list_of_one_are_that_answer(tmp_path: Path) -> None:
     assert rewards[0] == rewards[1] and 0 < rewards[0] < 1
 
 
+def test_a_dataset_that_fills_no_batch_is_refused(tmp_path: Path) -> None:
+    """4 rows fill one batch of 16 completions in groups of 4; TRL trains 0 steps on 3, without an error."""
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "algorithm": "grpo", "max_steps": 1}
+    trainer = build(tmp_path, train_dataset=sums(4), **batch)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    for rows, found in ((3, "has 3 rows"), (1, "has 1 row")):
+        with pytest.raises(DataError, match=rf"^train_dataset {found}: one step needs 4 different prompts \(.*=16 / "):
+            build(tmp_path, train_dataset=sums(rows), **batch)
+
+
+def test_a_stream_that_fills_no_batch_is_an_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator_config": {"dispatch_batches": False}, "max_steps": 1}
+    with pytest.raises(DataError, match="^train_dataset ended too early: one step needs 2 different prompts"):
+        build(tmp_path, train_dataset=sums(1).to_iterable_dataset(), **options).train()
+    trainer = build(tmp_path, train_dataset=sums(2).to_iterable_dataset(), **options)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_a_streamed_prompt_without_a_user_turn_trains_without_lessons(tmp_path: Path) -> None:
     rows = rows_with(prompt=SYSTEM_ONLY, answer="5").to_iterable_dataset()
     trainer = build(tmp_path, train_dataset=rows, max_steps=1, accelerator_config={"dispatch_batches": False})
