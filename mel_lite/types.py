@@ -308,6 +308,7 @@ class Experience:
     """Meta-experience with its analysis, checks and result: one row of the store."""
 
     step: int
+    """Number of optimizer steps before it was drawn."""
     analysis: Analysis
     status: Status
     reason: str = ""

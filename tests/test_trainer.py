@@ -130,6 +130,11 @@ def test_a_run_goes_through_every_stage_and_learns(tmp_path: Path) -> None:
         assert line["mel/grad_norm_nll"] > 0 and -1 <= line["mel/grad_cosine"] <= 1
     rows = trainer.store.list(limit=100)
     assert len(rows) == totals["mel/written"]
+    assert [row.step for row in rows] == [line["step"] for line in steps for _ in range(int(line["mel/written"]))]
+    assert trainer.store.list(step=2) == [row for row in rows if row.step == 2]
+    assert trainer.store.export(tmp_path / "all.jsonl") == len(rows)
+    exported = [json.loads(line)["step"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert exported == [row.step for row in rows]
     kept = [row for row in rows if row.status == "kept"]
     assert len(kept) == totals["mel/replay_valid"]
     assert all(row.nll_after < row.nll_before and row.trained_tokens > 0 for row in kept)

@@ -31,9 +31,8 @@ def list_(
     from mel_lite.run.display import experiences_table, store_line
 
     wanted = _status(status)
-    drawn_after = None if step is None else step - 1  # the store counts the updates before a lesson
     with _store(run) as store:
-        console().print(experiences_table(store.list(status=wanted, step=drawn_after, limit=limit)))
+        console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
         console().print(store_line(store.funnel()))
 
 

@@ -193,7 +193,8 @@ class ExperienceStore:
     def list(self, *, status: Status | str | None = None, step: int | None = None, limit: int | None = None) -> Rows:
         """Return the newest `limit` rows (default: all) with this status and step, oldest first."""
         where, values = "WHERE true", []
-        for column, value in (("status", None if status is None else Status(status).value), ("step", step)):
+        before = None if step is None else step - 1
+        for column, value in (("status", None if status is None else Status(status).value), ("step", before)):
             if value is not None:
                 where += f" AND {column} = ?"
                 values.append(value)

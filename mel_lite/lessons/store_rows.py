@@ -47,6 +47,7 @@ class ExperienceRow:
     id: int
     """Position in the run, from 1, without gaps."""
     step: int
+    """Optimizer step that drew it, from 1, as in metrics.jsonl. The file's column holds the number of steps before."""
     prompt_hash: str
     prompt: Prompt
     answer: str | None
@@ -153,6 +154,7 @@ def to_row(values: Sequence[Any]) -> ExperienceRow:
     row = dict(zip(COLUMNS, values, strict=True))
     for column in _JSON_COLUMNS:
         row[column] = json.loads(row[column])
+    row["step"] += 1
     row["status"] = Status(row["status"])
     row["redacted"] = bool(row["redacted"])
     row["leak_reasons"] = tuple(row["leak_reasons"])

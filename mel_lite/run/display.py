@@ -86,7 +86,7 @@ def sample_panel(row: ExperienceRow) -> RenderableType:
         parts.append(_labeled("NLL", Text(f"{row.nll_before:.3f} > {row.nll_after:.3f} nats/token by its update")))
     if row.reason:
         parts.append(_labeled("dropped", one_line(row.reason, 300), "yellow"))
-    title = f"meta-experience {row.id}, step {row.step + 1}: {row.status}"
+    title = f"meta-experience {row.id}, step {row.step}: {row.status}"
     return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
 
 
@@ -101,7 +101,7 @@ def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
         status = Text(row.status, style=STATUS_STYLE[row.status])
         lesson = row.heuristic if row.status is Status.KEPT else row.reason
         table.add_row(
-            str(row.id), str(row.step + 1), status, one_line(question_text(row.prompt), 60), one_line(lesson, 110)
+            str(row.id), str(row.step), status, one_line(question_text(row.prompt), 60), one_line(lesson, 110)
         )
     return table
 
@@ -170,7 +170,7 @@ def experience_page(row: ExperienceRow) -> RenderableType:
     nlls = [f"{name} {value:.3f}" for name, value in _nlls(row) if value is not None]
     if nlls:
         sections.append(("NLL in nats per token", ", ".join(nlls)))
-    title = f"meta-experience {row.id}, step {row.step + 1}: {row.status}"
+    title = f"meta-experience {row.id}, step {row.step}: {row.status}"
     parts = [Text.assemble((f"{label}\n", "bold cyan"), plain(text), "\n") for label, text in sections if text]
     return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
 

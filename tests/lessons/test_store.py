@@ -54,7 +54,7 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
     assert row.quoted_step == "11"
     expected = {
         "id": 1,
-        "step": 7,
+        "step": 8,
         "prompt_hash": "00c0ffee00c0ffee",
         "prompt": CHAT,
         "answer": "10",
@@ -108,7 +108,7 @@ def test_ids_count_from_one_and_survive_reopening(tmp_path: Path) -> None:
     with ExperienceStore(path) as store:
         assert store.add([experience(2)]) == [3]
         assert store.add([]) == []
-        assert (store.last_id(), [row.step for row in store.list()]) == (3, [1, 1, 2])
+        assert (store.last_id(), [row.step for row in store.list()]) == (3, [2, 2, 3])
 
 
 def test_training_figures_are_noted_all_or_none(store: ExperienceStore) -> None:
@@ -171,7 +171,7 @@ def test_digest_sees_every_column_but_the_time(store: ExperienceStore) -> None:
 def test_list_filters_and_keeps_the_newest(store: ExperienceStore) -> None:
     store.add([experience(step, status) for step in (1, 2, 3) for status in (Status.KEPT, Status.LEAKED)])
     assert [row.id for row in store.list(status=Status.KEPT)] == [1, 3, 5]
-    assert [row.id for row in store.list(status="leaked", step=2)] == [4]
+    assert [row.id for row in store.list(status="leaked", step=3)] == [4]
     assert [row.id for row in store.list(limit=2)] == [5, 6]
     assert [row.id for row in store.list(status=Status.KEPT, limit=2)] == [3, 5]
     assert store.list(limit=0) == []
