@@ -170,12 +170,18 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the special token that ends an assistant turn in the chat template. None when there is none."""
+    """Return the id of the special token that ends an assistant turn in the chat template. None when there is none.
+
+    Also None for a template that rejects the turn; `render` names conversations that it rejects.
+    """
     if tokenizer.chat_template is None:
         return None
     marker = "last-words"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except Exception:  # a template is a program and may raise anything
+        return None
     after = tokenizer(text.rsplit(marker, 1)[-1], add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in after if token in special), None)

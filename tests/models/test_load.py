@@ -151,6 +151,15 @@ def test_template_that_ends_a_turn_with_another_token_is_reported(tmp_path: Path
     assert "ends a turn with <|im_end|> but eos is <|endoftext|>" in caplog.text
 
 
+def test_a_template_that_rejects_an_answered_turn_loads(tmp_path: Path) -> None:
+    """Which conversations it rejects is for `render` to say, with their rows."""
+    tiny_config().save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('one turn') if messages|length > 1 else messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert turn_end_id(load_tokenizer(ModelSpec(str(tmp_path)))) is None
+
+
 def test_a_missing_chat_template_is_reported_and_a_missing_eos_rejected(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
