@@ -340,6 +340,7 @@ def evaluate_model(
         answer_column=answer_column,
         system_prompt=system_prompt,
         conversational=tokenizer.chat_template is not None if conversational is None else conversational,
+        render=functools.partial(render, tokenizer=tokenizer, chat_template_kwargs=options.get("chat_template_kwargs")),
     )
     model: Any = load_base(spec)
     stops = eos_ids(model, tokenizer)

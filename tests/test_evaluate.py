@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.errors import ConfigError, DataError
+from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.evaluate import EvalResult, bootstrap_interval, evaluate, evaluate_model, pass_at_k
 from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
@@ -280,6 +280,17 @@ def test_evaluate_model_from_files(tmp_path: Path) -> None:
     assert context_length(load_base(ModelSpec(str(base)))) == 512
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         evaluate_model(None, None, str(file))
+
+
+def test_a_conversation_the_template_rejects_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no tools') if messages|length > 1 else 'ok' }}")
+    (base / "model.safetensors").unlink()
+    user = {"role": "user", "content": "x"}
+    rows = [{"prompt": [user] * turns, "answer": "1"} for turns in (1, 1, 2)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    with pytest.raises(ModelError, match=r"^t.json, row 3, column 'prompt': .* no tools"):
+        evaluate_model(ModelSpec(str(base)), None, str(tmp_path / "t.json"), k=1)
 
 
 def test_an_adapter_is_evaluated_on_the_prompts_it_was_trained_on(

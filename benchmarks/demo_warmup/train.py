@@ -18,7 +18,8 @@ from rich.console import Console
 from demo_warmup.examples import COUNTS, SEED, write_examples
 from mel_lite.models.adapters import RECORD, WEIGHTS, LoraSpec
 from mel_lite.models.load import ModelSpec
-from mel_lite.warmup.train import WarmupOptions, warmup
+from mel_lite.warmup.options import WarmupOptions
+from mel_lite.warmup.train import warmup
 
 # bfloat16 halves the time on CPUs that compute in it. The weights of the adapter are float32 during training.
 MODEL = ModelSpec("demo", dtype="bfloat16")

@@ -277,10 +277,11 @@ def warmup(
         from mel_lite.models.adapters import LoraSpec
         from mel_lite.models.load import ModelSpec
         from mel_lite.warmup import train as warmup_train
+        from mel_lite.warmup.options import WarmupData, WarmupEval, WarmupOptions
 
     evaluation = None
     if eval_dataset is not None:
-        evaluation = warmup_train.WarmupEval(
+        evaluation = WarmupEval(
             eval_dataset, verifier, eval_split, prompt_column, answer_column, limit, think_tags=tags_of(think_tags)
         )
     result = warmup_train.warmup(
@@ -289,11 +290,11 @@ def warmup(
         model=ModelSpec(model, load_in_4bit=load_in_4bit),
         lora=None if lora_r is None else LoraSpec(r=lora_r, alpha=2 * lora_r),
         adapter=adapter,
-        options=warmup_train.WarmupOptions(
+        options=WarmupOptions(
             epochs, max_steps, batch_size, micro_batch_size, learning_rate,
             max_length_tokens=max_length, save_steps=save_steps, seed=seed,
         ),
-        data=warmup_train.WarmupData(
+        data=WarmupData(
             split, prompt_column, completion_column, system_prompt, conversational,
             chat_template_kwargs=template_kwargs(chat_template_kwargs),
         ),

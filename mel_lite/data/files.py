@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mel_lite.errors import DataError
+from mel_lite.errors import DataError, ModelError
 from mel_lite.text import first_line, shorten
 
 Row = dict[str, Any]
@@ -247,4 +247,23 @@ def row_error(source: Source, number: int, column: str, value: Any, fault: str) 
     return DataError(f"{source.name}, {source.unit} {number}, column {column!r}: {shorten(repr(value))} {fault}.")
 
 
-__all__ = ["PROMPT_COLUMNS", "SUFFIXES", "Row", "Source", "open_file", "read_lines", "repair_note", "row_error"]
+@contextmanager
+def placed(source: Source, number: int, column: str) -> Iterator[None]:
+    """Raise a ModelError of the block again with the row and column whose conversation it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{source.name}, {source.unit} {number}, column {column!r}: {error}") from error
+
+
+__all__ = [
+    "PROMPT_COLUMNS",
+    "SUFFIXES",
+    "Row",
+    "Source",
+    "open_file",
+    "placed",
+    "read_lines",
+    "repair_note",
+    "row_error",
+]

@@ -14,7 +14,7 @@ import logging
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from mel_lite.data.cells import (
     read_prompt,
     with_system,
 )
-from mel_lite.data.files import PROMPT_COLUMNS, Row, Source, repair_note, row_error
+from mel_lite.data.files import PROMPT_COLUMNS, Row, Source, placed, repair_note, row_error
 from mel_lite.data.sources import open_source
 from mel_lite.errors import DataError
 from mel_lite.types import Prompt
@@ -107,6 +107,7 @@ def load_tasks(
     system_prompt: str | None = None,
     conversational: bool = False,
     seed: int = 0,
+    render: Callable[[Prompt], object] | None = None,
 ) -> datasets.Dataset:
     """Load tasks as a dataset with the columns `prompt`, `answer` (text) and all others of the source.
 
@@ -119,8 +120,9 @@ def load_tasks(
         system_prompt: system message before every prompt, replacing the prompt's own; makes prompts conversational.
         conversational: turn plain prompts into one user message.
         seed: seed of `reasoning-gym:` tasks whose spec has none.
-    Raises: DataError, with file, row and column. Rows that have no answer or are too long are skipped with a warning
-        that counts them; if they are more than half, that is an error.
+        render: called with the prompt of every task, in order; its ModelError is raised with the task's place.
+    Raises: DataError, with file, row and column; ModelError of `render`. Rows that have no answer or are too long are
+        skipped with a warning that counts them; if they are more than half, that is an error.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit = {limit}: keep at least 1 row, or omit it to keep all.")
@@ -141,6 +143,7 @@ def load_tasks(
         preset=preset,
         system_prompt=system_prompt,
         conversational=conversational or system_prompt is not None,
+        render=render,
     )
     plan.check_columns(columns)
     return _as_dataset(list(islice(plan.tasks(chain(first, source.rows)), limit)), plan)
@@ -179,6 +182,7 @@ class _Plan:
     preset: Preset | None
     system_prompt: str | None
     conversational: bool
+    render: Callable[[Prompt], object] | None = None
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     dropped_columns: set[str] = field(default_factory=set)
@@ -219,6 +223,9 @@ class _Plan:
                 if key in seen:
                     continue
                 seen.add(key)
+            if self.render is not None:
+                with placed(self.source, number, self.prompt):
+                    self.render(prompt)
             self.numbers.append(number)
             yield {"prompt": prompt, "answer": answer, **others}
 

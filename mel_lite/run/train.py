@@ -35,7 +35,7 @@ from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
 from mel_lite.models.adapters import find_adapter, lora_config
-from mel_lite.models.chat import render, render_tasks
+from mel_lite.models.chat import render
 from mel_lite.models.load import context_length, load_config, load_tokenizer
 from mel_lite.recipe import Recipe, build_args, resolve
 from mel_lite.resilience import checkpoint_files
@@ -69,7 +69,8 @@ class Tasks:
 def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
     """Load and check the datasets of a recipe.
 
-    Raises: DataError for malformed rows, if no prompt fits the model's context, or if there are too few rows.
+    Raises: DataError for malformed rows, if no prompt fits the model's context, or if there are too few rows;
+        ModelError for a conversation that the chat template rejects.
     """
     options = recipe.data
     conversational = options.conversational
@@ -77,16 +78,20 @@ def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
         conversational = tokenizer.chat_template is not None
     columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
     shared: dict[str, Any] = columns | {"system_prompt": options.system_prompt, "conversational": conversational}
-    train = load_tasks(options.train, split=options.split, limit=options.limit, **shared)
+    as_ids = partial(render, tokenizer=tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+    lengths: list[int] = []
+    train = load_tasks(
+        options.train,
+        split=options.split,
+        limit=options.limit,
+        render=lambda prompt: lengths.append(len(as_ids(prompt))),
+        **shared,
+    )
     held_out = None
     if options.eval:
-        held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, **shared)
+        held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, render=as_ids, **shared)
     room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
     room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
-    as_ids = partial(render, tokenizer=tokenizer, chat_template_kwargs=args.chat_template_kwargs)
-    lengths = [len(ids) for ids in render_tasks(train["prompt"], as_ids, options.train)]
-    if held_out is not None:
-        render_tasks(held_out["prompt"], as_ids, options.eval or "")  # fail before a model is loaded
     fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
     if len(fits) == 0:
         raise DataError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mel_lite.data.cells import Fault, read_message, read_prompt, with_system
-from mel_lite.data.files import PROMPT_COLUMNS, SUFFIXES, Source, read_lines, repair_note, row_error
+from mel_lite.data.files import PROMPT_COLUMNS, SUFFIXES, Source, placed, read_lines, repair_note, row_error
 from mel_lite.data.sources import open_source
 from mel_lite.data.tasks import option
 from mel_lite.errors import DataError
@@ -23,6 +24,8 @@ class Example:
 
     prompt: Prompt
     completion: str
+    place: tuple[Source, int, str] | None = field(default=None, compare=False)
+    """Source, row number and column of the prompt."""
 
 
 def load_examples(
@@ -57,7 +60,8 @@ def load_examples(
                 row[name] = read(row[name])
             except Fault as fault:
                 raise row_error(rows, number, name, row[name], str(fault)) from fault
-        examples.append(Example(with_system(row[column], system_prompt), row[completion_column]))
+        prompt = with_system(row[column], system_prompt)
+        examples.append(Example(prompt, row[completion_column], (rows, number, column)))
     if not examples:
         raise DataError(f"{rows.name} holds no examples. Write one JSON object per line.")
     if rows.repaired:
@@ -102,11 +106,12 @@ def tokenize(
     completion of plain text with the end-of-sequence id.
 
     Returns: the rows, and the number of examples that were too long and are left out.
-    Raises: DataError when every example is too long.
+    Raises: DataError when every example is too long; ModelError for a conversation that the chat template rejects.
     """
     rows, lengths = [], []
     for example in examples:
-        prompt_ids = list(render(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs))
+        with placed(*example.place) if example.place else nullcontext():
+            prompt_ids = list(render(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs))
         end = tokenizer.eos_token_id if isinstance(example.prompt, str) or turn_end is None else turn_end
         completion_ids = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end]
         lengths.append(len(prompt_ids) + len(completion_ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,120 +17,27 @@ from mel_lite.data.tasks import load_tasks, recommended_verifier
 from mel_lite.errors import ConfigError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.models.adapters import LoraSpec, attach_adapter, find_adapter, lora_config, write_fingerprint
-from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer, turn_end_id
+from mel_lite.models.chat import render
+from mel_lite.models.load import (
+    ModelSpec,
+    context_length,
+    eos_ids,
+    load_base,
+    load_config,
+    load_tokenizer,
+    turn_end_id,
+)
 from mel_lite.training.packing import Block
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.verify.judge import AnswerJudge
 from mel_lite.verify.thoughts import parse_tags
 from mel_lite.warmup.examples import Example, load_examples, tokenize
+from mel_lite.warmup.options import WarmupData, WarmupEval, WarmupOptions, WarmupResult
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_EVERY = 5
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupOptions:
-    """Training options of the warm-up."""
-
-    epochs: float = 1.0
-    max_steps: int = -1
-    """Optimizer steps; -1 = as many as `epochs` needs."""
-    batch_size: int = 8
-    """Examples per optimizer step."""
-    micro_batch_size: int | None = None
-    """Examples per forward pass; None = `batch_size`."""
-    learning_rate: float = 2e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: int = 10
-    max_length_tokens: int | None = None
-    """Longest example, prompt and completion together; None = the model's context. Longer ones are skipped."""
-    save_steps: int | None = None
-    """Interval in steps for saving the adapter in `checkpoint-N` as well; None = save only at the end."""
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.micro < 1 or self.batch_size < 1 or self.batch_size % self.micro:
-            raise ConfigError(
-                f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}: both must be at least 1, and "
-                "batch_size a multiple of micro_batch_size. Change one of them."
-            )
-        if not self.learning_rate > 0 or self.epochs <= 0 or self.max_steps == 0:
-            raise ConfigError(
-                f"learning_rate={self.learning_rate}, epochs={self.epochs}, max_steps={self.max_steps}: nothing would "
-                "be learned. Give positive values (with max_steps=-1, epochs decides)."
-            )
-
-    @property
-    def micro(self) -> int:
-        """Number of examples per forward pass."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupData:
-    """How to read the examples, and how to render them and the evaluation tasks."""
-
-    split: str | None = None
-    """Split of the examples; None = its training split."""
-    prompt_column: str | None = None
-    """Column of the examples' prompt; None = by its usual names."""
-    completion_column: str = "completion"
-    system_prompt: str | None = None
-    """System message before every prompt, of examples and of evaluation tasks."""
-    conversational: bool | None = None
-    """Turn plain questions into a user turn in the evaluation; None = when the tokenizer has a chat template."""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Variables of the chat template, for examples and evaluation tasks."""
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupEval:
-    """Tasks to evaluate the model on before and after; fields as in `mel_lite.evaluate.evaluate`."""
-
-    dataset: str
-    verifier: str | None = None
-    """None = the recommended verifier of the dataset."""
-    split: str | None = None
-    prompt_column: str | None = None
-    answer_column: str | None = None
-    limit: int | None = None
-    k: int = 8
-    temperature: float = 0.6
-    max_new_tokens: int = 512
-    think_tags: list[str] | None = None
-    """Tags around thoughts, as in `MELConfig`."""
-
-    def __post_init__(self) -> None:
-        parse_tags(self.think_tags)
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupResult:
-    """Result of a warm-up."""
-
-    adapter: Path
-    examples: int
-    skipped_long: int
-    """Examples left out because prompt and completion together exceed the context."""
-    trained_tokens: int
-    """Completion tokens in one pass over the examples."""
-    steps: int
-    final_loss_nats: float
-    """Mean loss per completion token over the last logged steps."""
-    took_s: float
-    """Duration of training without the evaluations, in seconds."""
-    before: EvalResult | None = None
-    after: EvalResult | None = None
-
-    def summary(self) -> str:
-        """Describe the training and the adapter's path in two lines."""
-        return (
-            f"{self.steps} steps on {self.examples} examples ({self.trained_tokens} tokens to learn, "
-            f"{self.skipped_long} too long) in {self.took_s:.0f} s, last loss {self.final_loss_nats:.3f} nats/token\n"
-            f"adapter   {self.adapter}"
-        )
 
 
 def warmup(
@@ -162,9 +69,8 @@ def warmup(
     examples = _examples(examples_file, data)
     adapter = None if adapter is None else find_adapter(adapter)
     tokenizer = load_tokenizer(model, saved_in=adapter)
-    base = load_base(model)
-    install_scoring_head(base)
-    room_tokens = min(context_length(base), options.max_length_tokens or context_length(base))
+    context_tokens = context_length(load_config(model))
+    room_tokens = min(context_tokens, options.max_length_tokens or context_tokens)
     rows, skipped = tokenize(
         examples,
         tokenizer,
@@ -174,6 +80,8 @@ def warmup(
     )
     if skipped:
         _say(console, f"{skipped} of {len(examples)} examples left out: longer than {room_tokens} tokens.")
+    base = load_base(model)
+    install_scoring_head(base)
     stops = eos_ids(base, tokenizer)
     peft_model = _adapted(base, lora, adapter)
     measure = _measure(peft_model, tokenizer, stops, evaluation, data, seed=options.seed)
@@ -246,6 +154,7 @@ def _measure(
         answer_column=tasks.answer_column,
         system_prompt=data.system_prompt,
         conversational=has_template if data.conversational is None else data.conversational,
+        render=partial(render, tokenizer=tokenizer, chat_template_kwargs=data.chat_template_kwargs),
     )
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
 
@@ -391,4 +300,4 @@ def _say(console: Console | None, text: str) -> None:
         console.print(text)
 
 
-__all__ = ["WarmupData", "WarmupEval", "WarmupOptions", "WarmupResult", "save", "warmup"]
+__all__ = ["save", "warmup"]

@@ -20,7 +20,8 @@ from mel_lite.models.load import ModelSpec
 from mel_lite.types import Finish, Verdict
 from mel_lite.verify.judge import AnswerJudge
 from mel_lite.verify.pool import VerifyPool
-from mel_lite.warmup.train import WarmupEval, WarmupOptions, warmup
+from mel_lite.warmup.options import WarmupEval, WarmupOptions
+from mel_lite.warmup.train import warmup
 from scripted import ScriptedEngine
 from tiny_models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 from trainers import build, judged_rollouts, sums

@@ -112,8 +112,10 @@ def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(t
     picky = CHAT_TEMPLATE.replace("m['content']", text)
     (tmp_path / "base" / "chat_template.jinja").write_text(picky)
     user = {"role": "user", "content": "x"}
-    rows = [{"prompt": [user], "answer": "1"}, {"prompt": [user, {"role": "tool", "content": "y"}], "answer": "1"}]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"question": [user], "answer": "1"}, {"question": [user, {"role": "tool", "content": "y"}], "answer": "1"}]
+    skipped = {"question": [user], "answer": ""}  # the third task is on line 5
+    lines = ["", *map(json.dumps, [rows[0], skipped, rows[0], rows[1]])]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
     (tmp_path / "ok.jsonl").write_text("\n".join([json.dumps(rows[0])] * 8))
     for train, held_out in (("t", None), ("ok", str(tmp_path / "t.jsonl"))):
         overrides: list[tuple[str, Any]] = [
@@ -121,5 +123,5 @@ def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(t
             ("data.eval", held_out), ("data.eval_split", None), ("lora.start_from", None),
         ]  # fmt: skip
         recipe = resolve(preset="cpu", overrides=overrides)
-        with pytest.raises(ModelError, match=r"t.jsonl, task 2, column 'prompt': .* no tools"):
+        with pytest.raises(ModelError, match=r"^t.jsonl, line 5, column 'question': .* no tools"):
             run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), run.run_tokenizer(recipe))

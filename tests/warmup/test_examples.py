@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mel_lite.errors import DataError
+from mel_lite.errors import DataError, ModelError
 from mel_lite.models.chat import render
 from mel_lite.warmup.examples import Example, load_examples, tokenize
 from tiny_models import tiny_tokenizer
@@ -83,6 +83,18 @@ def test_examples_are_read_by_the_rules_for_tasks(tmp_path: Path) -> None:
         load_examples(tmp_path / "a.json")
     with pytest.raises(DataError, match=r"row 1: column 'ask' is missing; .* prompt_column \(--prompt-column\)"):
         load_examples(tmp_path / "a.json", prompt_column="ask", completion_column="reply")
+
+
+def test_a_conversation_the_template_rejects_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no tools') if messages[-1]['role'] == 'tool' else 'ok' }}"
+    user = {"role": "user", "content": "x"}
+    rows = [{"question": [user], "completion": "y"}, {"question": [user, user | {"role": "tool"}], "completion": "y"}]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    examples = load_examples(tmp_path / "rows.jsonl")
+    assert len(tokenize(examples[:1], tokenizer, max_length_tokens=99)[0]) == 1
+    with pytest.raises(ModelError, match=r"^rows.jsonl, line 3, column 'question': .* no tools"):
+        tokenize(examples, tokenizer, max_length_tokens=99)
 
 
 def test_only_the_completion_is_learned_and_it_ends_the_turn() -> None:

@@ -16,7 +16,8 @@ from mel_lite.errors import ConfigError
 from mel_lite.models.adapters import RECORD, WEIGHTS, LoraSpec, attach_adapter
 from mel_lite.models.load import ModelSpec, load_base, load_tokenizer
 from mel_lite.warmup.examples import load_examples, tokenize
-from mel_lite.warmup.train import WarmupEval, WarmupOptions, in_batches, warmup
+from mel_lite.warmup.options import WarmupEval, WarmupOptions
+from mel_lite.warmup.train import in_batches, warmup
 from tiny_models import CHAT_TEMPLATE, save_tiny
 
 
