@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
 from command_line import mel_lite_command
-from mel_lite.errors import ConfigError, ModelError
+from mel_lite.errors import ModelError
 from mel_lite.models.load import ModelSpec, check_weights
-from mel_lite.run.services import check_push, check_trackers
 from task_files import write
 from tiny_models import save_tiny
-
-
-def test_trackers_must_be_installed() -> None:
-    check_trackers("none")
-    check_trackers([])
-    with pytest.raises(ConfigError, match="'neptune': the package is not installed"):
-        check_trackers(["neptune"])
-    with pytest.raises(ConfigError, match="Did you mean 'wandb'"):
-        check_trackers("wandbb")
-
-
-@pytest.mark.parametrize(
-    ("offline", "token", "words"),
-    [(True, "hf_x", "offline mode"), (False, None, "without a token"), (False, "hf_x", "cannot be reached")],
-)
-def test_a_push_needs_network_and_token(
-    monkeypatch: pytest.MonkeyPatch, offline: bool, token: str | None, words: str
-) -> None:
-    def unreachable(self: Any, token: str | None = None) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", unreachable)
-    with pytest.raises(ConfigError, match=words):
-        check_push(SimpleNamespace(hub_token=token))
 
 
 def test_a_base_without_weights_is_found_out_early(tmp_path: Path) -> None:
