@@ -1,10 +1,13 @@
-"""Objects named by a dotted path in a config file."""
+"""Objects named by a dotted path in a config file, and the command that installs what is missing."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import MelLiteError
@@ -36,3 +39,23 @@ def load_object(path: str, *, field: str, error: type[MelLiteError]) -> Any:
             raise error(f"{field} = {path!r}: {module_name!r} has no {attribute!r}.{near}")
         target = getattr(target, part)
     return target
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds the packages of `extra` to this installation, which no package index has.
+
+    It names the checkout that is imported, or else the folder, archive or repository that pip installed it from
+    (`direct_url.json`, PEP 610).
+    """
+    source = Path(__file__).resolve().parents[1]
+    if (source / "pyproject.toml").is_file():
+        return f'pip install -e "{source}[{extra}]"'
+    try:
+        recorded = json.loads(distribution("mel-lite").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        recorded = {}
+    if "url" not in recorded:
+        return f'pip install -e ".[{extra}]" in a clone of the repository'
+    version = recorded.get("vcs_info")
+    url = f"{version['vcs']}+{recorded['url']}@{version['commit_id']}" if version else recorded["url"]
+    return f'pip install "mel-lite[{extra}] @ {url}"'

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mel_lite.cli.machine import Facts, gather
+from mel_lite.imports import install_command
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import BUDGETS
 
@@ -140,7 +141,7 @@ def check_extras(facts: Facts) -> Check:
         return Check("GPU extra", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
     if facts.gpu is None:
         return Check("GPU extra", "ok", "not installed; not needed without a GPU")
-    return Check("GPU extra", "ok", "not installed: generation uses transformers", "pip install 'mel-lite[gpu]'")
+    return Check("GPU extra", "ok", "not installed: generation uses transformers", install_command("gpu"))
 
 
 def check_driver(facts: Facts) -> Check:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 from mel_lite.data import demo_tasks
 from mel_lite.data.files import SUFFIXES, Row, Source, open_file, read_lines
 from mel_lite.errors import DataError
+from mel_lite.imports import install_command
 from mel_lite.text import did_you_mean, first_line
 
 GYM_INSTRUCTION = "Give the final answer between <answer> and </answer>."
@@ -59,7 +60,8 @@ def _open_gym(spec: str, rest: str, split: str, seed: int, limit: int | None) ->
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise DataError(
-            f'dataset = {spec!r} needs the package reasoning-gym ({error}): pip install "mel-lite[gym]".'
+            f"dataset = {spec!r} needs the package reasoning-gym ({error}). "
+            f"Install it with: {install_command('gym')} (one of its parts needs a C compiler)."
         ) from error
     task, _, query = rest.partition("?")
     if task not in DATASETS:

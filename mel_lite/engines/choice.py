@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
+from mel_lite.imports import install_command
 from mel_lite.models.adapters import LoraSpec, adapter_rank
 from mel_lite.models.load import ModelSpec
 
@@ -25,7 +26,6 @@ BNB_PLUGIN = "vllm-bnb-plugin"
 """Package that vLLM (0.28 or newer) needs to load 4-bit weights."""
 
 _AVAILABLE = "CUDA and unsloth are available"
-INSTALL = 'Install it with `pip install "mel-lite[gpu]"`'
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,11 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
 
 
 def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | None) -> EngineChoice:
-    """Return `choose_engine`'s result. None = another machine, with a GPU and `mel-lite[gpu]` installed."""
+    """Return `choose_engine`'s result. None = another machine, with a GPU and the extra `gpu` installed."""
     if machine is not None:
         return choose_engine(spec, lora, machine)
     choice = choose_engine(spec, lora, Machine((8, 0), frozenset({"unsloth", "vllm", BNB_PLUGIN})))
-    return replace(choice, reason=choice.reason.replace(_AVAILABLE, "as installed by `pip install mel-lite[gpu]`"))
+    return replace(choice, reason=choice.reason.replace(_AVAILABLE, "as installed with the extra `gpu`"))
 
 
 def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
@@ -165,7 +165,7 @@ def _obstacle(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> str |
     if spec.attn_implementation is not None:
         ignored["attn_implementation"] = spec.attn_implementation
     if "unsloth" not in machine.packages:
-        return f"the package unsloth is not installed. {INSTALL}"
+        return f"the package unsloth is not installed. Install it with `{install_command('gpu')}`"
     if machine.processes > 1:
         return f"Unsloth serves one GPU, but {machine.processes} processes train together"
     if lora is None:

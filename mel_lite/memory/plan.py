@@ -276,7 +276,7 @@ def plan_for(
 ) -> tuple[Recipe, Plan | None, str]:
     """Resolve a recipe for a card and plan it. Keys set in the file or the overrides are kept.
 
-    `run_here` as in `find_gpu`. A plan for another machine assumes that `mel-lite[gpu]` is installed there.
+    `run_here` as in `find_gpu`. A plan for another machine assumes that the extra `gpu` is installed there.
 
     Returns: the recipe with the chosen settings, its plan or None, and the reason if there is no plan.
     Raises: ConfigError like `find_gpu`, `recipe.resolve`, `choose_engine` and `plan`.

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from mel_lite.errors import VerifierError
+from mel_lite.imports import install_command
 
 _EVALUATED = frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"})
 _PARSED = frozenset(
@@ -30,7 +31,7 @@ def require() -> Any:
     except ImportError as error:
         raise VerifierError(
             f"verifier = 'reasoning-gym' needs the package reasoning-gym ({error}). "
-            'Install it with: pip install "mel-lite[gym]" (one of its parts needs a C compiler).'
+            f"Install it with: {install_command('gym')} (one of its parts needs a C compiler)."
         ) from error
     return reasoning_gym
 

@@ -33,7 +33,7 @@ def test_the_command_prints_json_and_its_exit_code_says_whether_it_fits() -> Non
     done = CliRunner().invoke(app, ["plan", "--gpu", "24gb", "--json"])
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["fits"] is True and found["budget_bytes"] == BUDGETS["24gb"]
-    assert found["peak_bytes"] == with_vllm("24gb")[1].peak_bytes, "as on a machine with mel-lite[gpu]"
+    assert found["peak_bytes"] == with_vllm("24gb")[1].peak_bytes, "as on a machine with the extra gpu"
     assert found["engine"]["vllm"] is True and "model.gpu_memory_utilization" in found["choices"]
     other = json.loads(CliRunner().invoke(app, ["plan", "--gpu", "24gb", "--engine", "hf", "--json"]).stdout)
     assert other["peak_bytes"] == planned("24gb")[1].peak_bytes and other["engine"]["engine"] == "hf"

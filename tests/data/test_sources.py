@@ -126,7 +126,7 @@ def test_reasoning_gym_specs_that_cannot_work(spec: str, message: str) -> None:
 
 def test_a_missing_reasoning_gym_is_an_error_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match=r'needs the package reasoning-gym .*pip install "mel-lite\[gym\]"'):
+    with pytest.raises(DataError, match=r'needs the package reasoning-gym .*pip install -e ".*\[gym\]"'):
         load_tasks("reasoning-gym:gcd")
 
 

@@ -37,7 +37,7 @@ def chosen(machine: Machine, lora: LoraSpec | None = LoraSpec(), **model: Any) -
         (GPU, {"engine": "hf"}, "hf", False, "model.engine=hf"),
         (CPU, {}, "hf", False, "no CUDA device"),
         (CPU, {"engine": "unsloth"}, "unsloth", False, "Unsloth's CPU backend"),
-        (Machine((8, 9), frozenset({"vllm"})), {}, "hf", False, 'not installed. Install it with `pip install "mel'),
+        (Machine((8, 9), frozenset({"vllm"})), {}, "hf", False, 'not installed. Install it with `pip install -e "/'),
         (Machine((8, 9), ALL, processes=2), {}, "hf", False, "2 processes train together"),
         (Machine((8, 9), frozenset({"unsloth"})), {}, "unsloth", False, "vllm is not installed: Unsloth's own"),
         (Machine((6, 1), ALL), {}, "unsloth", False, "compute capability (6, 1) is too old"),
@@ -63,7 +63,7 @@ def test_the_choice_and_its_reason(machine: Machine, model: Any, engine: str, vl
 
 def test_a_plan_for_another_machine_does_not_describe_this_one() -> None:
     found = planned_engine(ModelSpec("demo", load_in_4bit=True), LoraSpec(), None)
-    assert found.vllm and "mel-lite[gpu]" in found.reason and "available" not in found.reason
+    assert found.vllm and "the extra `gpu`" in found.reason and "available" not in found.reason
     found = planned_engine(ModelSpec("demo", revision="abc"), LoraSpec(), None)
     assert not found.vllm and found.engine == "unsloth" and "revision" in found.reason
     assert "available" not in found.reason

@@ -48,5 +48,5 @@ def test_reasoning_gym_errors_name_what_is_missing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(VerifierError, match="column 'gym_entry' = 'nonsense' is not a reasoning-gym entry"):
         gym.score("1", "nonsense")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(VerifierError, match=r'pip install "mel-lite\[gym\]"'):
+    with pytest.raises(VerifierError, match=r'pip install -e ".*\[gym\]"'):
         get_verifier("reasoning-gym")
