@@ -13,7 +13,7 @@ One generation batch, top to bottom:
         _compute_loss                       TRL's policy loss + the internalisation's loss
           _get_per_token_logps...             one forward over rollout rows and lesson rows (`micro_batches.py`)
     nonfinite.before_update             skip an update that is not finite (`nonfinite.py`)
-    after_update                        NLL of the lessons after the update, and the norms of both gradients
+    around_update                       NLL of the lessons after the update, and the norms of both gradients
     _save_checkpoint                    staged, hashed, renamed (`checkpoints.py`)
 
 B rollouts of a micro-batch, C padded completion width, S accumulation steps per generation batch.
@@ -22,7 +22,6 @@ B rollouts of a micro-batch, C padded completion width, S accumulation steps per
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,7 +68,7 @@ from mel_lite.training.assemble import (
 )
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
-from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel
+from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
@@ -259,9 +258,13 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             pairs = select_pairs(
                 groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
             )
-        self.engine.wake()
-        local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch)
-        self.engine.sleep()  # what follows scores texts or trains, and needs the memory
+        local, unfit = [], []
+        if pairs:
+            self.engine.wake()
+            local, unfit = draw_lessons(
+                pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch
+            )
+            self.engine.sleep()  # what follows scores texts or trains, and needs the memory
         experiences: list[Experience] = sorted(gather_object(local), key=lambda e: e.analysis.pair.index)
         row_ids = [0] * len(experiences)
         if self.is_world_process_zero():
@@ -287,7 +290,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             world=self.accelerator.num_processes,
             micro_batches=self.args.steps_per_generation,
             total_weight=drawn.weight,
-            denominator=len(lessons) if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
+            denominator=None if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
         )
         experiences = [each for _, each in drawn.experiences]
         trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
@@ -297,7 +300,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
         with self.clock("internalise"):
             entries = self.internalisation.batch_entries(drawn, rollouts, self.scorer)
-        self.add_metrics(self.internalisation.metrics())
+        self.add_metrics(mean_over_ranks(self.internalisation.metrics()))
         return batch | checked_entries(self.internalisation, entries, batch)
 
     # ---- Learn ----
@@ -332,55 +335,27 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         mel_loss = self.internalisation.loss(
             ScoredMicroBatch(
                 inputs, model.logp_BC, share.lessons, model.lesson_logps, self.mel_weight / steps, share.weight / steps,
-                self.mel_weight / self._tokens_per_micro_batch(inputs), model.kl_BC,
+                self.mel_weight / self.tokens_per_micro_batch(inputs), model.kl_BC,
             )
         )  # fmt: skip
         if mel_loss is None:
             return policy_loss
+        self.add_metrics({"mel/internalisation_loss": mel_loss.item() * steps})
         if measured:
             self.gradient_meter.add("nll", mel_loss, scale=scale)
         return policy_loss + mel_loss
 
-    def _tokens_per_micro_batch(self, inputs: Any) -> float:
-        """Return the divisor of a sum over a micro-batch's tokens that averages the step over all tokens, like TRL."""
-        tokens = float(inputs["num_items_in_batch"]) / self.accelerator.num_processes
-        return max(1.0, tokens) * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-
     @property
     def mel_weight(self) -> float:
-        """lambda of the current step."""
-        return self.args.mel_weight_at(self.state.global_step)
+        """lambda of the current generation batch."""
+        args = self.args
+        updates = args.steps_per_generation * self.num_iterations / args.gradient_accumulation_steps
+        return args.mel_weight_at(self._batch * updates)
 
     @property
     def needs_every_rollout(self) -> bool:
         """True when rollouts without advantage need a forward, too."""
         return self.args.with_meta_experience and self.internalisation.needs_every_rollout
-
-    def after_update(self) -> None:
-        """Log the gradient norms, and the NLL of the step's lessons before and after the update."""
-        self.add_metrics(self.gradient_meter.drain(lambda t: self.accelerator.reduce(t, "mean")))
-        trained, self.trained_lessons = self.trained_lessons, []
-        with self.clock("rescore") if trained else nullcontext():
-            after = self.scorer([lesson for lesson, _ in trained])
-        self.add_metrics(self.clock.drain())
-        rows = gather_object(
-            [
-                (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))
-                for (lesson, before), logp_T in zip(trained, after, strict=True)
-            ]
-        )
-        if not rows:
-            return
-        ids, before_nats, after_nats, tokens = (list(column) for column in zip(*rows, strict=True))
-        if self.is_world_process_zero():
-            self.store.set_nll(ids, before=before_nats, after=after_nats)
-            self.store.set_trained(ids, tokens)
-        self.add_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})
-
-    def forget_update(self) -> None:
-        """Drop what `after_update` would log: the update was skipped."""
-        self.trained_lessons.clear()
-        self.gradient_meter.drain(lambda tensor: tensor)
 
     # ---- Shared ----
 

@@ -46,11 +46,8 @@ def draw_lessons(
 def _prove_by_scores(drawn: Sequence[Experience], context: LessonContext) -> list[Experience]:
     """Drop what does not make the right rollouts of its group likelier than the wrong ones."""
     passed = [each for each in drawn if each.status is Status.KEPT]
-    if not passed:
-        return list(drawn)
     context.engine.sleep()  # scoring needs the memory
     shifts = iter(score_shifts([(each.analysis.pair.group, each.text) for each in passed], context))
-    context.engine.wake()
     proved = []
     for each in drawn:
         if each.status is Status.KEPT:
@@ -71,6 +68,8 @@ def _prove_by_replay(
 ) -> list[Experience]:
     """Drop what does not help when the question is attempted again."""
     passed = [(each.analysis.pair, each.text) for each in drawn if each.status is Status.KEPT]
+    if passed and criterion.scores:
+        context.engine.wake()
     replays = iter(replay(passed, context, batch=batch))
     proved = []
     for each in drawn:

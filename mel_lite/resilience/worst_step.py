@@ -157,7 +157,7 @@ def sample_at_full_length(
 
 
 def _score(trainer: Any, load: Workload) -> None:
-    """Run the passes without gradient that `after_update` and TRL run."""
+    """Run the passes without gradient that `around_update` and TRL run."""
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         if load.pairs:
             lesson = _lesson(trainer, load.lesson_tokens, load.analysis_tokens)

@@ -1,9 +1,11 @@
-"""Run the trainer's own work around each optimizer step."""
+"""Run the trainer's own work around each optimizer step. T tokens of one lesson."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mel_lite.training.assemble import check_rows
@@ -27,10 +29,12 @@ class AroundTheUpdate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._trainer.nonfinite.before_update():
-            self._trainer.forget_update()
+            # The update is skipped, and with it what would be logged about it.
+            self._trainer.trained_lessons.clear()
+            self._trainer.gradient_meter.drain(lambda tensor: tensor)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.after_update()
+        self._log_update()
         self._trainer.record_boundary()
         self._trainer.collapse.after_update()
 
@@ -40,3 +44,25 @@ class AroundTheUpdate(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         self._trainer.collapse.on_log(logs or {})
+
+    def _log_update(self) -> None:
+        """Log the gradient norms, and the NLL of the step's lessons before and after the update."""
+        trainer = self._trainer
+        trainer.add_metrics(trainer.gradient_meter.drain(lambda t: trainer.accelerator.reduce(t, "mean")))
+        trained, trainer.trained_lessons = trainer.trained_lessons, []
+        with trainer.clock("rescore") if trained else nullcontext():
+            after = trainer.scorer([lesson for lesson, _ in trained])
+        trainer.add_metrics(trainer.clock.drain())
+        rows = gather_object(
+            [
+                (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))
+                for (lesson, before), logp_T in zip(trained, after, strict=True)
+            ]
+        )
+        if not rows:
+            return
+        ids, before_nats, after_nats, tokens = (list(column) for column in zip(*rows, strict=True))
+        if trainer.is_world_process_zero():
+            trainer.store.set_nll(ids, before=before_nats, after=after_nats)
+            trainer.store.set_trained(ids, tokens)
+        trainer.add_metrics({"mel/nll": sum(before_nats) / len(ids), "mel/nll_after": sum(after_nats) / len(ids)})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mel_lite.files import atomic_write_text
@@ -59,12 +60,14 @@ def funnel(
 
     `mel/quoted` counts the parsed ones whose bifurcation quotes the wrong solution. `mel/retention_ratio` is kept /
     written, `mel/leak_rate` is leaked / parsed, and `mel/replay_uplift` is the mean, over replayed ones, of the solved
-    rate with M minus the rate without. `mel/score_shift` is the mean shift of scored ones in nats, and
-    `mel/score_valid` the share of them above 0. A ratio with denominator 0 is left out.
+    rate with M minus the rate without. `mel/score_shift` is the mean shift of scored ones in nats, `mel/score_valid`
+    the share of them above 0, and `mel/unscored` the number of those whose rollouts did not fit the context. A ratio
+    with denominator 0 is left out.
     """
     counts = Counter(e.status for e in experiences)
     replayed = [e.replay for e in experiences if e.replay is not None]
     shifts = [e.shift_nats for e in experiences if e.shift_nats is not None]
+    unscored = sum(e.status is Status.NOT_LIFTING and e.shift_nats is None for e in experiences)
     parsed = len(experiences) - counts[Status.UNPARSED]
     metrics = {
         "mel/groups": len(groups),
@@ -77,6 +80,8 @@ def funnel(
         "mel/replay_valid": counts[Status.KEPT],
         "mel/trained_tokens": trained_tokens,
     }
+    if shifts or unscored:
+        metrics["mel/unscored"] = unscored
     judged = [r.verdict for g in groups for r in g.rollouts if r.verdict != "abstain"]
     rollouts = sum(len(g.rollouts) for g in groups)
     ratios = {
@@ -95,6 +100,14 @@ def funnel(
 def _uplift(replays: Sequence[Replay]) -> tuple[float, int]:
     uplifts = [r.uplift for r in replays if r.uplift is not None]
     return sum(uplifts), len(uplifts)
+
+
+def mean_over_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return each metric's mean over the ranks that have it. Every rank must call it."""
+    gathered = gather_object([dict(metrics)])
+    names = dict.fromkeys(name for each in gathered for name in each)
+    columns = {name: [each[name] for each in gathered if name in each] for name in names}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 class GradientMeter:

@@ -40,27 +40,34 @@ class Scorer:
         with evaluating(model), model.disable_adapter() if off else nullcontext():
             return self._score(rows, longest).logps if rows else []
 
-    def read(self, texts: Sequence[Lesson], *, frozen: bool = False) -> list[Reading]:
-        """Return the policy's predictions along each text's target ids, at the policy's temperature.
+    def logps(self, texts: Sequence[Lesson], *, frozen: bool = False) -> list[torch.Tensor]:
+        """Return log pi(target_ids | context_ids) of each text (T,) at the policy's temperature.
 
-        `frozen`: those of the policy as it was at the start of the run.
+        `frozen`: of the policy as it was at the start of the run.
         """
-        trainer = self._trainer
-        if not texts:
-            return []
-        rows = self._rows(texts, trainer.policy_temperature)
-        longest = max(len(row.ids) for row in rows)
-        tokens = trainer.budget_tokens or trainer.args.per_device_train_batch_size * longest
-        with evaluating(trainer.model), trainer.frozen_reader.reading() if frozen else nullcontext():
-            scores = self._score(rows, max(tokens, longest), want_hidden=True)
-        assert scores.hiddens is not None, "hidden states were requested"
-        return [Reading(*each) for each in zip(scores.logps, scores.hiddens, strict=True)]
+        return self._policy(texts, frozen=frozen, want_hidden=False).logps
+
+    def read(self, texts: Sequence[Lesson], *, frozen: bool = False) -> list[Reading]:
+        """Return the same log-probs with the hidden states that give the whole distributions."""
+        scores = self._policy(texts, frozen=frozen, want_hidden=True)
+        return [Reading(*each) for each in zip(scores.logps, scores.hiddens or [], strict=True)]
 
     def kl(self, hidden_NH: torch.Tensor, other_NH: torch.Tensor) -> torch.Tensor:
         """Return KL(p || q) (N,) in nats between the next-token distributions of two readings' hidden states."""
         trainer = self._trainer
         with torch.no_grad():
             return divergence(trainer.model, hidden_NH, other_NH, temperature=trainer.policy_temperature)
+
+    def _policy(self, texts: Sequence[Lesson], *, frozen: bool, want_hidden: bool) -> RowScores:
+        """Score texts at the policy's temperature, in blocks of a micro-batch's size."""
+        trainer = self._trainer
+        if not texts:
+            return RowScores([], [])
+        rows = self._rows(texts, trainer.policy_temperature)
+        longest = max(len(row.ids) for row in rows)
+        tokens = trainer.budget_tokens or trainer.args.per_device_train_batch_size * longest
+        with evaluating(trainer.model), trainer.frozen_reader.reading() if frozen else nullcontext():
+            return self._score(rows, max(tokens, longest), want_hidden=want_hidden)
 
     def _rows(self, texts: Sequence[Lesson], temperature: float) -> list[Row]:
         return [lesson_row(text, self._trainer.accelerator.device, temperature=temperature) for text in texts]
