@@ -362,7 +362,7 @@ class MELConfig(GRPOConfig):
         """True when replays also run without the meta-experience."""
         return self.replay_control or ReplayCriterion(self.replay_criterion).compares
 
-    def mel_weight_at(self, step: int) -> float:
-        """Return lambda at an optimizer step: `mel_weight`, less its decay."""
+    def mel_weight_at(self, step: float) -> float:
+        """Return lambda after `step` optimizer steps: `mel_weight`, less its decay."""
         left = max(0.0, 1.0 - step / self.mel_decay_steps) if self.mel_decay_steps else 1.0
         return self.mel_weight * left

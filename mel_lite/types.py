@@ -339,6 +339,8 @@ class Lesson:
     target_ids: tuple[int, ...]
     way: int = 0
     """Number of the internalisation that made it, within a combination."""
+    scale: float = 1.0
+    """Lessons of the batch over lessons of its way: turns the mean over all into the mean over those of its way."""
 
 
 @dataclass(frozen=True, slots=True)

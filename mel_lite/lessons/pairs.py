@@ -8,7 +8,7 @@ from itertools import product
 
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.seeds import seed_for
-from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout
+from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout, Verdict
 
 ALL_PAIRS = -1
 
@@ -19,6 +19,12 @@ def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
         if id_a != id_b:
             return n
     return min(len(a), len(b))
+
+
+def fork_token(group: Group, rollout: Rollout) -> int:
+    """Return the number of tokens that a rollout shares with its nearest one of the other verdict; 0 without one."""
+    others = group.wrong if rollout.verdict is Verdict.RIGHT else group.right
+    return max((common_prefix_tokens(rollout.completion_ids, each.completion_ids) for each in others), default=0)
 
 
 def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_seed: int, step: int) -> list[Pair]:
@@ -68,4 +74,4 @@ def _tokens(rollout: Rollout) -> int:
     return len(rollout.completion_ids)
 
 
-__all__ = ["common_prefix_tokens", "select_pairs"]
+__all__ = ["common_prefix_tokens", "fork_token", "select_pairs"]

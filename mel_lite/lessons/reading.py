@@ -32,8 +32,15 @@ class Scorer(Protocol):
         """Return log pi(target_ids | context_ids) of each text, (T,) float32; `adapter=False` scores the base model."""
         ...
 
+    def logps(self, texts: Sequence[Lesson], *, frozen: bool = False) -> list[Tensor]:
+        """Return log pi(target_ids | context_ids) of each text, (T,) float32, at the policy's temperature.
+
+        `frozen`: of the policy as it was at the start of the run.
+        """
+        ...
+
     def read(self, texts: Sequence[Lesson], *, frozen: bool = False) -> list[Reading]:
-        """Read each text with the policy, or with the policy as it was at the start of the run if `frozen`."""
+        """Return the same log-probs with the hidden states that give the whole distributions."""
         ...
 
     def kl(self, hidden_NH: Tensor, other_NH: Tensor) -> Tensor:

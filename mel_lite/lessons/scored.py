@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.types import Group, Lesson, Verdict
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def score_shifts(items: Sequence[tuple[Group, str]], context: LessonContext) -> list[float | None]:
@@ -52,8 +48,7 @@ class _Totals:
 
     def _totals(self, group: Group, prompt_ids: tuple[int, ...]) -> list[float]:
         texts = [Lesson(0, prompt_ids, r.completion_ids) for r in group.rollouts if r.verdict is not Verdict.ABSTAIN]
-        logps: list[Tensor] = [reading.logp_T for reading in self._context.scorer.read(texts)]
-        return [float(logp_T.double().sum()) for logp_T in logps]
+        return [float(logp_T.double().sum()) for logp_T in self._context.scorer.logps(texts)]
 
 
 __all__ = ["score_shifts"]

@@ -53,8 +53,8 @@ def get_internalisation(name: str | Mapping[str, float], options: Mapping[str, A
     options = options or {}
     if isinstance(name, str):
         return _build(name, options)
-    if not name:
-        raise ConfigError("internalisation={} names no way. Set a name such as 'analysis', or {name: weight}.")
+    if not isinstance(name, Mapping) or not name:
+        raise ConfigError(f"internalisation={name!r} names no way. Set a name such as 'analysis', or {{name: weight}}.")
     for key, weight in name.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise ConfigError(f"internalisation: weight {weight!r} of {key!r} must be a number above 0.")

@@ -7,12 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.internalise.protocol import (
-    DrawnBatch,
-    Internalisation,
-    RolloutBatch,
-    ScoredMicroBatch,
-)
+from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch, ScoredMicroBatch
 from mel_lite.lessons.reading import Scorer
 from mel_lite.types import Lesson
 
@@ -21,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Combined(Internalisation):
-    """Sum of ways, each weighted: way i trains with weight_i * lambda. Their NLL lessons share one mean."""
+    """Weighted sum of ways: way i trains as it does alone with weight_i * lambda, on what the ways before it wrote."""
 
     def __init__(self, ways: Mapping[str, tuple[Internalisation, float]]) -> None:
         self.names = tuple(ways)
@@ -57,13 +52,14 @@ class Combined(Internalisation):
         total = None
         for i, (way, weight) in enumerate(zip(self.ways, self.weights, strict=True)):
             mine = [j for j, lesson in enumerate(scored.lessons) if lesson.way == i]
+            scale = scored.lessons[mine[0]].scale if mine else 1.0
             part = way.loss(
                 replace(
                     scored,
                     lessons=tuple(scored.lessons[j] for j in mine),
                     lesson_logps=tuple(scored.lesson_logps[j] for j in mine),
                     weight=weight * scored.weight,
-                    lesson_weight=weight * scored.lesson_weight,
+                    lesson_weight=weight * scale * scored.lesson_weight,
                     token_weight=weight * scored.token_weight,
                 )
             )

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mel_lite.errors import ConfigError, check_choice
-from mel_lite.lessons.internalise.distill import TaughtRows, fork_token
-from mel_lite.lessons.internalise.notes import LessonsPerPrompt, NoteSource, notes_of, teacher_texts
+from mel_lite.lessons.internalise.notes import (
+    LessonsPerPrompt,
+    NoteSource,
+    TaughtRows,
+    notes_of,
+    taught_notes,
+    teacher_texts,
+)
+from mel_lite.lessons.internalise.options import check_flag, check_number, check_option
 from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch
+from mel_lite.lessons.pairs import fork_token
 from mel_lite.lessons.reading import Scorer
 from mel_lite.types import Verdict
 
@@ -22,7 +29,7 @@ LEAST, MOST = 0.1, 2.0
 
 
 class Credit(Internalisation):
-    """A_t = A clip(1 + strength s tanh(e_t / tau), 0.1, 2), with s = 1 in a right rollout and -1 in a wrong one.
+    """A_t = A clip(1 + lambda strength s tanh(e_t / tau), 0.1, 2), with s = 1 in a right rollout and -1 in a wrong one.
 
     e_t = log pi(y_t | x, c, y_<t) - log pi(y_t | x, c', y_<t), with c the lesson and c' the lesson of another question
     of the batch (no notes when there is no other). Tokens that the lesson argues against are blamed more in a wrong
@@ -43,13 +50,11 @@ class Credit(Internalisation):
         tau_nats: float = 1.0,
         from_fork: bool = True,
     ) -> None:
-        field = "internalisation_options: "
-        check_choice(f"{field}context", context, (NoteSource.OWN, NoteSource.BANK, NoteSource.SIBLING))
-        check_choice(f"{field}rows", rows, TaughtRows)
-        if not -1 <= strength <= 1:
-            raise ConfigError(f"{field}strength={strength} must be in [-1, 1].")
-        if not tau_nats > 0:
-            raise ConfigError(f"{field}tau_nats={tau_nats} must be above 0.")
+        check_option("context", context, (NoteSource.OWN, NoteSource.BANK, NoteSource.SIBLING))
+        check_option("rows", rows, TaughtRows)
+        check_number("strength", strength, least=-1, most=1)
+        check_number("tau_nats", tau_nats, least=0, above=True)
+        check_flag("from_fork", from_fork)
         self.context, self.rows, self.strength, self.tau_nats = context, rows, strength, tau_nats
         self.from_fork = from_fork
         self.uses_bank = context == NoteSource.BANK
@@ -66,30 +71,28 @@ class Credit(Internalisation):
             notes_of(drawn, batch, self.context, per_prompt=LessonsPerPrompt.ALL, shuffled=shuffled)
             for shuffled in (False, True)
         )
-        wanted = [
-            note if rollout.verdict is Verdict.WRONG or self.rows == TaughtRows.ALL else None
-            for note, (_, rollout) in zip(lesson, batch.rows, strict=True)
-        ]
+        wanted = taught_notes(batch, lesson, self.rows)
         texts = teacher_texts(drawn, batch, wanted)
         others = teacher_texts(drawn, batch, [note or "" for note in control])
-        rows = [i for i, text in enumerate(texts) if text is not None and others[i] is not None]
-        with_lesson = score.read([text for i in rows if (text := texts[i]) is not None])
-        with_other = score.read([text for i in rows if (text := others[i]) is not None])
-        advantages = batch.entries["advantages"]
-        width = batch.entries["completion_ids"].shape[1]
-        out_BC = (advantages if advantages.dim() == 2 else advantages[:, None].expand(-1, width)).clone()
-        moved = 0.0
-        for i, here, there in zip(rows, with_lesson, with_other, strict=True):
+        both = {i: (text, others[i]) for i, text in enumerate(texts)}
+        pairs = {i: (text, other) for i, (text, other) in both.items() if text is not None and other is not None}
+        logps = score.logps([text for pair in pairs.values() for text in pair])
+        out_BC = batch.token_advantages()
+        moved = []
+        for n, i in enumerate(pairs):
             rollout = batch.rows[i][1]
             sign = 1.0 if rollout.verdict is Verdict.RIGHT else -1.0
-            evidence_T = torch.tanh((here.logp_T - there.logp_T) / self.tau_nats)
-            factor_T = (1 + self.strength * sign * evidence_T).clamp(LEAST, MOST)
+            evidence_T = torch.tanh((logps[2 * n] - logps[2 * n + 1]) / self.tau_nats)
+            factor_T = (1 + drawn.weight * self.strength * sign * evidence_T).clamp(LEAST, MOST)
             if self.from_fork:
-                group = drawn.groups[rollout.index // len(drawn.groups[0].rollouts)]
-                factor_T[: fork_token(group, rollout)] = 1.0
+                factor_T[: fork_token(drawn.group_of(rollout), rollout)] = 1.0
             out_BC[i, : len(factor_T)] *= factor_T
-            moved += float((factor_T - 1).abs().mean())
-        self._metrics = {"mel/credited_rows": len(rows)} | ({"mel/credit_moved": moved / len(rows)} if rows else {})
+            moved.append(float((factor_T - 1).abs().mean()))
+        self._metrics = {
+            "mel/credited_rows": len(pairs),
+            "mel/credit_over_context": sum(note is not None for note in wanted) - len(pairs),
+            **({"mel/credit_moved": sum(moved) / len(moved)} if moved else {}),
+        }
         return {"advantages": out_BC}
 
 

@@ -6,21 +6,25 @@ B rollouts, C padded completion width, T tokens of one rollout, K of them taught
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mel_lite.errors import ConfigError, check_choice
-from mel_lite.lessons.internalise.notes import LessonsPerPrompt, NoteSource, notes_of, plain_text, teacher_texts
-from mel_lite.lessons.internalise.protocol import (
-    DrawnBatch,
-    Internalisation,
-    RolloutBatch,
-    ScoredMicroBatch,
+from mel_lite.errors import ConfigError
+from mel_lite.lessons.internalise.notes import (
+    LessonsPerPrompt,
+    NoteSource,
+    TaughtRows,
+    notes_of,
+    plain_text,
+    taught_notes,
+    teacher_texts,
 )
-from mel_lite.lessons.pairs import common_prefix_tokens
-from mel_lite.lessons.reading import Reading, Scorer
-from mel_lite.types import Choice, Group, Lesson, Rollout, Verdict
+from mel_lite.lessons.internalise.options import check_flag, check_number, check_option
+from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch, ScoredMicroBatch
+from mel_lite.lessons.pairs import fork_token
+from mel_lite.lessons.reading import Scorer
+from mel_lite.types import Choice, Lesson, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +43,6 @@ class TokenMask(Choice):
     ALL = "all", "All."
     FORK = "fork", "From where the rollout leaves its nearest rollout of the other verdict."
     SHIFT = "shift", "Those where the notes change the reader: KL(with notes || without) above `shift_nats`."
-
-
-class TaughtRows(Choice):
-    """Rollouts that are taught."""
-
-    ALL = "all", "All with notes, also in groups where every rollout is wrong."
-    WRONG = "wrong", "Wrong ones."
 
 
 class TeacherReader(Choice):
@@ -90,12 +87,16 @@ class Distill(Internalisation):
             ("mask", mask, TokenMask),
             ("rows", rows, TaughtRows),
         ):
-            check_choice(f"internalisation_options: {name}", value, choices)
-        for name, number, least in (("shift_nats", shift_nats, 0.0), ("clip_nats", clip_nats, 1e-6)):
-            if not number >= least:
-                raise ConfigError(f"internalisation_options: {name}={number} must be at least {least} nats.")
-        if shuffled and context in (NoteSource.NONE,):
-            raise ConfigError("internalisation_options: shuffled=True with context='none': there are no notes.")
+            check_option(name, value, choices)
+        for name, flag in (("sign", sign), ("shuffled", shuffled)):
+            check_flag(name, flag)
+        check_number("shift_nats", shift_nats, least=0)
+        check_number("clip_nats", clip_nats, least=0, above=True)
+        if shuffled and context == NoteSource.NONE:
+            raise ConfigError(
+                "internalisation_options.shuffled=True with context='none': there are no notes to take from another "
+                "question. Remove one of them."
+            )
         self.context, self.form, self.per_prompt, self.mask, self.rows = context, form, per_prompt, mask, rows
         self.sign, self.shuffled, self.shift_nats, self.clip_nats = sign, shuffled, shift_nats, clip_nats
         self.frozen = reader == TeacherReader.FROZEN
@@ -110,50 +111,70 @@ class Distill(Internalisation):
 
     def batch_entries(self, drawn: DrawnBatch, batch: RolloutBatch, score: Scorer) -> dict[str, Tensor]:
         notes = notes_of(drawn, batch, self.context, per_prompt=self.per_prompt, shuffled=self.shuffled)
-        if self.rows == TaughtRows.WRONG:
-            notes = [
-                note if rollout.verdict is Verdict.WRONG else None
-                for note, (_, rollout) in zip(notes, batch.rows, strict=True)
-            ]
-        texts = teacher_texts(drawn, batch, notes)
-        taught = self._read(drawn, batch, texts, score)
-        self._metrics = _metrics(batch, notes, texts, taught)
-        return self._advantages(drawn, batch, taught) if self.form == DistillForm.SAMPLED else _entries(batch, taught)
+        wanted = taught_notes(batch, notes, self.rows)
+        texts = teacher_texts(drawn, batch, wanted)
+        rows = {i: text for i, text in enumerate(texts) if text is not None}
+        taught = self._read(drawn, batch, rows, score)
+        over_context = sum(note is not None for note in wanted) - len(rows)
+        self._metrics = {
+            "mel/without_notes": sum(note is None for note in notes),
+            "mel/over_context": over_context,
+            **_metrics(batch, taught),
+        }
+        if self.form == DistillForm.SAMPLED:
+            return self._advantages(drawn, batch, taught)
+        return _teachers(batch, taught)
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
-        return None if scored.kl_BC is None else scored.token_weight * scored.kl_BC.sum()
+        if scored.kl_BC is None or self.form != DistillForm.KL:
+            return None
+        return scored.token_weight * scored.kl_BC.sum()
 
-    def _read(
-        self, drawn: DrawnBatch, batch: RolloutBatch, texts: Sequence[Lesson | None], score: Scorer
-    ) -> list[Taught]:
+    def _read(self, drawn: DrawnBatch, batch: RolloutBatch, rows: Mapping[int, Lesson], score: Scorer) -> list[Taught]:
         """Read the rollouts with and without notes, and choose the tokens to teach."""
-        rows = [(i, text) for i, text in enumerate(texts) if text is not None]
-        teacher = score.read([text for _, text in rows], frozen=self.frozen)
-        plain = [plain_text(drawn, *batch.rows[i]) for i, _ in rows]
-        student = score.read(plain)
-        without = score.read(plain, frozen=True) if self.frozen and self.mask == TokenMask.SHIFT else student
+        import torch
+
+        teacher_logps, teacher_hiddens = self._with_notes(list(rows.values()), score)
+        student_logps, plain_hiddens = self._without_notes(drawn, batch, list(rows), score)
         taught = []
-        for (i, _), with_notes, now, start in zip(rows, teacher, student, without, strict=True):
-            group, rollout = drawn.groups[_group_number(drawn, batch, i)], batch.rows[i][1]
-            gain_T = with_notes.logp_T - now.logp_T
-            use_T = gain_T == gain_T
+        for n, i in enumerate(rows):
+            rollout = batch.rows[i][1]
+            gain_T = teacher_logps[n] - student_logps[n]
+            use_T = torch.ones_like(gain_T, dtype=torch.bool)
             if self.sign:
                 use_T &= gain_T > 0 if rollout.verdict is Verdict.RIGHT else gain_T < 0
-            if rollout.verdict is Verdict.ABSTAIN:
-                use_T[:] = False
             if self.mask == TokenMask.FORK:
-                use_T[: fork_token(group, rollout)] = False
+                use_T[: fork_token(drawn.group_of(rollout), rollout)] = False
             elif self.mask == TokenMask.SHIFT:
-                use_T &= score.kl(with_notes.hidden_TH, start.hidden_TH) > self.shift_nats
-            taught.append(Taught(i, use_T, gain_T, with_notes))
+                use_T &= score.kl(teacher_hiddens[n], plain_hiddens[n]) > self.shift_nats
+            taught.append(Taught(i, use_T, gain_T, teacher_hiddens[n] if self.form == DistillForm.KL else None))
         return taught
+
+    def _with_notes(self, texts: Sequence[Lesson], score: Scorer) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the teacher's log-probs, and its hidden states where they are needed."""
+        if not self.needs_frozen_head:
+            return score.logps(texts, frozen=self.frozen), []
+        readings = score.read(texts, frozen=self.frozen)
+        return [each.logp_T for each in readings], [each.hidden_TH for each in readings]
+
+    def _without_notes(
+        self, drawn: DrawnBatch, batch: RolloutBatch, rows: Sequence[int], score: Scorer
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the student's log-probs, and the hidden states of the teacher's reader where the mask needs them."""
+        plain = [plain_text(drawn, *batch.rows[i]) for i in rows]
+        readings = score.read(plain, frozen=self.frozen) if self.mask == TokenMask.SHIFT else []
+        hiddens = [each.hidden_TH for each in readings]
+        known_BC = batch.entries.get("old_per_token_logps")
+        if known_BC is not None:
+            return [known_BC[i, : len(batch.rows[i][1].completion_ids)].float() for i in rows], hiddens
+        if readings and not self.frozen:
+            return [each.logp_T for each in readings], hiddens
+        return score.logps(plain), hiddens
 
     def _advantages(self, drawn: DrawnBatch, batch: RolloutBatch, taught: Sequence[Taught]) -> dict[str, Tensor]:
         import torch
 
-        advantages = batch.entries["advantages"]
-        width = batch.entries["completion_ids"].shape[1]
-        out_BC = (advantages if advantages.dim() == 2 else advantages[:, None].expand(-1, width)).clone()
+        out_BC = batch.token_advantages()
         for each in taught:
             extra_T = torch.where(each.use_T, each.gain_T.clamp(-self.clip_nats, self.clip_nats), 0.0)
             out_BC[each.row, : len(extra_T)] += drawn.weight * extra_T
@@ -169,56 +190,45 @@ class Taught:
     """bool: the tokens that are taught."""
     gain_T: Tensor
     """log pi_T - log pi of the sampled tokens, in nats."""
-    teacher: Reading
+    hidden_TH: Tensor | None
+    """Hidden states of the teacher; None where the loss does not need them."""
 
 
-def fork_token(group: Group, rollout: Rollout) -> int:
-    """Return where a rollout leaves its nearest rollout of the other verdict; 0 when there is none."""
-    others = group.wrong if rollout.verdict is Verdict.RIGHT else group.right
-    return max((common_prefix_tokens(rollout.completion_ids, each.completion_ids) for each in others), default=0)
-
-
-def _group_number(drawn: DrawnBatch, batch: RolloutBatch, row: int) -> int:
-    return batch.rows[row][1].index // len(drawn.groups[0].rollouts)
-
-
-def _entries(batch: RolloutBatch, taught: Sequence[Taught]) -> dict[str, Tensor]:
+def _teachers(batch: RolloutBatch, taught: Sequence[Taught]) -> dict[str, Tensor]:
     """Return `teacher_mask` (B, C) and `teacher_hidden` (B, K, H); nothing when no token is taught."""
     import torch
 
-    most = max((int(each.use_T.sum()) for each in taught), default=0)
+    hiddens = {each.row: each.hidden_TH[each.use_T] for each in taught if each.hidden_TH is not None}
+    most = max((len(hidden_KH) for hidden_KH in hiddens.values()), default=0)
     if not most:
         return {}
     mask_BC = torch.zeros_like(batch.entries["completion_mask"], dtype=torch.bool)
-    hidden = taught[0].teacher.hidden_TH
-    hidden_BKH = hidden.new_zeros(len(mask_BC), most, hidden.shape[1])
     for each in taught:
         mask_BC[each.row, : len(each.use_T)] = each.use_T
-        hidden_BKH[each.row, : int(each.use_T.sum())] = each.teacher.hidden_TH[each.use_T]
+    first = next(iter(hiddens.values()))
+    hidden_BKH = first.new_zeros(len(mask_BC), most, first.shape[1])
+    for row, hidden_KH in hiddens.items():
+        hidden_BKH[row, : len(hidden_KH)] = hidden_KH
     return {"teacher_mask": mask_BC, "teacher_hidden": hidden_BKH}
 
 
-def _metrics(
-    batch: RolloutBatch, notes: Sequence[str | None], texts: Sequence[Lesson | None], taught: Sequence[Taught]
-) -> dict[str, float]:
-    """Return what was taught in this batch; `mel/teacher_shift` above 0 means that the notes favor right rollouts."""
+def _metrics(batch: RolloutBatch, taught: Sequence[Taught]) -> dict[str, float]:
+    """Return what was taught in this batch.
+
+    `mel/taught_tokens` is the share of the tokens of rollouts with a teacher. `mel/teacher_shift` is the mean log ratio
+    of teacher and student over right rollouts minus that over wrong ones, in nats; the notes help where it is above 0.
+    """
+    metrics: dict[str, float] = {"mel/taught_rows": len(taught)}
     tokens = sum(len(each.use_T) for each in taught)
-    metrics = {
-        "mel/taught_rows": len(taught),
-        "mel/without_notes": sum(note is None for note in notes),
-        "mel/over_context": sum(n is not None for n in notes) - sum(t is not None for t in texts),
-    }
     if tokens:
-        metrics["mel/taught_tokens"] = sum(float(each.use_T.sum()) for each in taught) / tokens
-    gains = {verdict: [] for verdict in (Verdict.RIGHT, Verdict.WRONG)}  # type: dict[Verdict, list[float]]
+        metrics["mel/taught_tokens"] = sum(int(each.use_T.sum()) for each in taught) / tokens
+    gains: dict[Verdict, list[float]] = {verdict: [] for verdict in Verdict}
     for each in taught:
-        verdict = batch.rows[each.row][1].verdict
-        if verdict in gains:
-            gains[verdict].append(float(each.gain_T.sum()))
+        gains[batch.rows[each.row][1].verdict].append(float(each.gain_T.sum()))
     right, wrong = gains[Verdict.RIGHT], gains[Verdict.WRONG]
     if right and wrong:
         metrics["mel/teacher_shift"] = sum(right) / len(right) - sum(wrong) / len(wrong)
     return metrics
 
 
-__all__ = ["Distill", "DistillForm", "TaughtRows", "TeacherReader", "TokenMask", "fork_token"]
+__all__ = ["Distill", "DistillForm", "TeacherReader", "TokenMask"]

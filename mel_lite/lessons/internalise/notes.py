@@ -10,7 +10,7 @@ from mel_lite.lessons.bank import notes_text
 from mel_lite.lessons.internalise.protocol import DrawnBatch, RolloutBatch
 from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.models.chat import question_text
-from mel_lite.types import Choice, Group, Lesson, Rollout
+from mel_lite.types import Choice, Group, Lesson, Rollout, Verdict
 
 
 class NoteSource(Choice):
@@ -30,6 +30,13 @@ class LessonsPerPrompt(Choice):
     ALL = "all", "All that match."
 
 
+class TaughtRows(Choice):
+    """Rollouts that are taught."""
+
+    ALL = "all", "All with notes, also in groups where every rollout is wrong."
+    WRONG = "wrong", "Wrong ones."
+
+
 def notes_of(
     drawn: DrawnBatch, batch: RolloutBatch, source: str, *, per_prompt: str, shuffled: bool
 ) -> list[str | None]:
@@ -40,13 +47,20 @@ def notes_of(
     offers = [_offer(drawn, group, source) for group in drawn.groups]
     notes: list[str | None] = []
     for _, rollout in batch.rows:
-        number, turn = divmod(rollout.index, len(drawn.groups[0].rollouts))
+        number, turn = drawn.place_of(rollout)
         offer = offers[number]
         if shuffled:
             others = offers[number + 1 :] + offers[:number]
             offer = next(filter(None, others), _Offer())
         notes.append(offer.pick(rollout, turn, per_prompt))
     return notes
+
+
+def taught_notes(batch: RolloutBatch, notes: Sequence[str | None], taught: str) -> list[str | None]:
+    """Return the notes of the rollouts that `taught`, a TaughtRows, names; abstained ones are never taught."""
+    verdicts = (Verdict.WRONG,) if taught == TaughtRows.WRONG else (Verdict.RIGHT, Verdict.WRONG)
+    rows = zip(notes, batch.rows, strict=True)
+    return [note if rollout.verdict in verdicts else None for note, (_, rollout) in rows]
 
 
 def teacher_texts(drawn: DrawnBatch, batch: RolloutBatch, notes: Sequence[str | None]) -> list[Lesson | None]:
@@ -115,4 +129,12 @@ def _offer(drawn: DrawnBatch, group: Group, source: str) -> _Offer:
     return _Offer(siblings, tuple(drawn.bank.retrieve(question_text(group.prompt))), notes_text)
 
 
-__all__ = ["LessonsPerPrompt", "NoteSource", "notes_of", "plain_text", "teacher_texts"]
+__all__ = [
+    "LessonsPerPrompt",
+    "NoteSource",
+    "TaughtRows",
+    "notes_of",
+    "plain_text",
+    "taught_notes",
+    "teacher_texts",
+]

@@ -12,8 +12,9 @@ with a teacher, H hidden size, N positions of several texts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError
@@ -48,6 +49,14 @@ class DrawnBatch:
         """The meta-experiences that passed every stage: M*."""
         return [(row_id, each) for row_id, each in self.experiences if each.status is Status.KEPT]
 
+    def place_of(self, rollout: Rollout) -> tuple[int, int]:
+        """Return the number of a rollout's group within `groups`, and of the rollout within its group."""
+        return divmod(rollout.index, len(self.groups[0].rollouts))
+
+    def group_of(self, rollout: Rollout) -> Group:
+        """Return the whole group of a rollout."""
+        return self.groups[self.place_of(rollout)[0]]
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
@@ -56,6 +65,12 @@ class RolloutBatch:
     rows: tuple[tuple[Group, Rollout], ...]
     entries: Mapping[str, Any]
     """TRL's batch: `advantages` (B,) or (B, C) float32, `completion_ids` and `completion_mask` (B, C), ..."""
+
+    def token_advantages(self) -> Tensor:
+        """Return a copy of the advantages per token, (B, C)."""
+        advantages = self.entries["advantages"]
+        width = self.entries["completion_ids"].shape[1]
+        return (advantages if advantages.dim() == 2 else advantages[:, None].expand(-1, width)).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ class Internalisation:
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers about the last batch, to be logged."""
+        """Return numbers about this rank's last batch; their means over the ranks that return them are logged."""
         return {}
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
@@ -146,13 +161,16 @@ def deal_lessons(
     world: int,
     micro_batches: int,
     total_weight: float,
-    denominator: int,
+    denominator: int | None = None,
 ) -> list[LessonShare]:
     """Deal lessons to ranks and micro-batches; their weighted losses add up to total_weight * sum / denominator.
 
-    The loss of each micro-batch is divided by the accumulation steps, and gradients are averaged over ranks; the weight
-    cancels both.
+    The denominator of None is the number of lessons of the same way. The loss of each micro-batch is divided by the
+    accumulation steps, and gradients are averaged over ranks; the weight cancels both.
     """
+    if denominator is None:
+        denominator, of_way = len(lessons), Counter(lesson.way for lesson in lessons)
+        lessons = [replace(lesson, scale=len(lessons) / of_way[lesson.way]) for lesson in lessons]
     local = lessons[rank::world]
     weight = total_weight * micro_batches * world / max(1, denominator)
     return [
