@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mel_lite.report.statistics import interval, measures
+
 RUNS = Path(__file__).resolve().parent / "results" / "learning"
-RESAMPLES = 4000
 REFERENCE = "grpo"
 MAX_GRAD_NORM = 1.0
 """Default of the trainer, used by all runs."""
@@ -40,31 +41,16 @@ def runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
 
 def figures(points: Sequence[dict[str, Any]], samples: int) -> dict[str, np.ndarray]:
     """Return Pass@1 (greedy), Avg@k and Pass@k with k = samples, each of shape (runs, prompts)."""
-    right_RP = np.array([point["samples_right"] for point in points])
-    greedy_RP = np.array([point["greedy_right"] for point in points], dtype=float)
-    return {"pass_at_1": greedy_RP, "avg_at_k": right_RP / samples, "pass_at_k": (right_RP > 0).astype(float)}
-
-
-def interval(values_RP: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean and its 95 % percentile bootstrap interval; runs and prompts are resampled independently."""
-    rng = np.random.default_rng(0)
-    runs_count, prompts = values_RP.shape
-    means = [
-        values_RP[rng.integers(runs_count, size=runs_count)].mean(0)[rng.integers(prompts, size=prompts)].mean()
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values_RP.mean()), float(low), float(high)
+    greedy, right = ([point[name] for point in points] for name in ("greedy_right", "samples_right"))
+    return measures(greedy, right, samples)
 
 
 def _share(values_RP: np.ndarray) -> str:
-    value, low, high = interval(values_RP)
-    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+    return interval(values_RP).as_share()
 
 
 def _points(values_RP: np.ndarray) -> str:
-    value, low, high = (100 * figure for figure in interval(values_RP))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return interval(values_RP).as_points()
 
 
 def setup() -> str:
@@ -143,7 +129,8 @@ def line() -> str:
         )
     )
     assert [run["seed"] for run in found[REFERENCE]] == [run["seed"] for run in found["mel"]]
-    value, low, high = (100 * figure for figure in interval(grpo - mel))
+    lead = interval(grpo - mel)
+    value, low, high = (100 * figure for figure in (lead.value, lead.low, lead.high))
     return (
         f"Avg@{samples} goes from {start.mean():.1%} to {grpo.mean():.1%} with GRPO and to {mel.mean():.1%} with MEL "
         f"as in the paper, over {len(grpo)} seeds. MEL ends {value:.1f} points [{low:.1f}, {high:.1f}] below plain "

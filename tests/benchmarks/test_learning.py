@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -77,16 +76,6 @@ def test_the_failed_arm_trains_on_the_analyses_whose_replay_was_wrong(study: Any
     assert found["options"]["internalisation"] == "learning_arms:FailedNLL"
     trained = [step for step in found["steps"] if "mel/nll" in step]
     assert trained and all(step["mel/written"] > step["mel/replay_valid"] for step in trained)
-
-
-def test_the_interval_resamples_runs_and_prompts(study: Any) -> None:
-    figures = importlib.import_module("learning_figures")
-    same = np.tile([0.0, 1.0], (3, 50))
-    value, low, high = figures.interval(same)
-    assert value == 0.5 and low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)
-    runs_differ = np.repeat([[0.2], [0.4], [0.6]], 100, axis=1)
-    value, low, high = figures.interval(runs_differ)
-    assert value == pytest.approx(0.4) and low == pytest.approx(0.2, abs=0.05) and high == pytest.approx(0.6, abs=0.05)
 
 
 def test_the_small_model_is_made_and_asked_what_it_was_not_shown(study: Any, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engines recipe",
         "lessons export evaluate memory",
         "training",
-        "resilience warmup",
+        "resilience report warmup",
         "trainer",
         "run",
         "cli __main__",
@@ -37,6 +37,8 @@ ONE_ROOM = {
     "vllm": "engines.unsloth",
     "wandb": None,
     "trackio": None,
+    "matplotlib": "report.charts",
+    "jinja2": "report.page",
 }
 """Heavy package -> the only room that may import it, inside functions or not; None = nobody (TRL logs for us)."""
 

@@ -1,0 +1,1 @@
+"""Reports and comparisons of runs, from the files in their folders."""
