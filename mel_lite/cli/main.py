@@ -13,6 +13,7 @@ import typer
 
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
+from mel_lite.cli import reports as report_commands
 from mel_lite.cli.experiences import experiences
 from mel_lite.cli.shared import (
     AnswerColumnOption,
@@ -48,6 +49,7 @@ bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is
 app.add_typer(bench, name="bench")
 app.command()(gpu_commands.plan)
 app.command()(gpu_commands.doctor)
+app.command()(report_commands.report)
 
 
 def _version(shown: bool) -> None:
@@ -151,7 +153,7 @@ def train(
         return
     try:
         folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes}
+        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes, "preset": gpu}
         run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
     except KeyboardInterrupt:
         typer.secho("interrupted; committed checkpoints are intact: continue with --resume", err=True)

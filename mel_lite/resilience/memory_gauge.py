@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from mel_lite.memory.formulas import CONTEXT_BYTES
+from mel_lite.training.peak import peak_rss_bytes
 
 
 class Gauge(Protocol):
@@ -59,11 +60,7 @@ class HostGauge:
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def peak_bytes(self) -> int:
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+        return peak_rss_bytes()
 
 
 def gauge_here() -> Gauge:

@@ -22,8 +22,9 @@ from mel_lite.files import share_weights
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.adapters import write_fingerprint
 from mel_lite.recipe import Recipe
+from mel_lite.report.page import write_report
 from mel_lite.run.display import comparison_table, funnel_table, sample_panel
-from mel_lite.text import printable
+from mel_lite.text import first_line, printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
 
@@ -138,6 +139,18 @@ def print_summary(
     if trainer.args.with_meta_experience:
         console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
     console.print(f"took {elapsed_s / 60:.1f} min")
+
+
+def write_run_report(folder: Path, console: Console) -> None:
+    """Write report.html and print its path. The run is complete by then, so a failure is printed and not raised."""
+    try:
+        path = write_report(folder)
+    except Exception as error:
+        retry = escape(shlex.join(["mel-lite", "report", str(folder)]))
+        reason = escape(printable(f"{type(error).__name__}: {first_line(error)}"))
+        console.print(f"[yellow]no report:[/] {reason}. Try again with: {retry}", soft_wrap=True)
+        return
+    console.print(f"report    {escape(str(path))}", soft_wrap=True)
 
 
 def sample_rows(store: ExperienceStore, limit: int = 3) -> list[ExperienceRow]:

@@ -1,13 +1,12 @@
 """Run one training from recipe to exported model.
 
-Everything is written to the run folder: config.yaml, metrics.jsonl, experiences.sqlite, completions/, checkpoint-N/,
-adapter/, merged-16bit/ and eval/.
+Everything is written to the run folder: config.yaml, run.json, metrics.jsonl, experiences.sqlite, completions/,
+checkpoint-N/, adapter/, merged-16bit/, eval/ and report.html.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -38,13 +37,14 @@ from mel_lite.models.adapters import find_adapter, lora_config
 from mel_lite.models.chat import render
 from mel_lite.models.load import context_length, load_config, load_tokenizer
 from mel_lite.recipe import Recipe, build_args, resolve
+from mel_lite.report.record import RunRecord, device_here
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.memory_gauge import Gauge, gauge_here
 from mel_lite.resilience.resume_checks import check_changes
 from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
 from mel_lite.run.display import peaks_table
-from mel_lite.run.finish import export_trained, print_summary, release, save
+from mel_lite.run.finish import export_trained, print_summary, release, save, write_run_report
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
 from mel_lite.run.progress import LiveDisplay
@@ -146,8 +146,9 @@ def train(
     allow_change: Sequence[str] = (),
     worst_case: bool | None = None,
     budget_bytes: int | None = None,
+    preset: str | None = None,
 ) -> None:
-    """Train, evaluate before and after, save the adapter, export, and print a summary.
+    """Train, evaluate before and after, save the adapter, export, print a summary, and write the report.
 
     With several processes (`accelerate launch`), only rank 0 prints, writes, saves and exports.
 
@@ -155,6 +156,7 @@ def train(
         allow_change: options and inputs that a resumed run may change (`resilience.resume_checks`).
         worst_case: run the worst step before the first one and compare its memory with the plan; None = on a GPU only.
         budget_bytes: memory that the run may use; None = no limit.
+        preset: name of the preset that the recipe began with, for the report.
     Raises: MelLiteError subclasses for anything that the user can fix. Saved files are kept.
     """
     on_cpu = bool(recipe.train.get("use_cpu"))
@@ -166,35 +168,48 @@ def train(
     console = console if is_main else Console(quiet=True)
     with ExitStack() as lock:
         distributed.on_first(lambda: lock.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
-        started_s = time.monotonic()
         resume = distributed.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         gauge = _gauge(worst_case, console)  # before the model allocates anything
-        tokenizer = run_tokenizer(recipe)
-        tasks = load_run_tasks(recipe, args, tokenizer)
-        _announce(recipe, args, tasks, folder, console)
-        trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
+        record = RunRecord(folder if is_main else None, preset=preset, device=device_here(), resume=resume)
+        with record.stage("load"):
+            tokenizer = run_tokenizer(recipe)
+            tasks = load_run_tasks(recipe, args, tokenizer)
+            _announce(recipe, args, tasks, folder, console)
+            trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
         if is_main and not resume:
             atomic_write_text(folder / "config.yaml", recipe.as_yaml())  # a run cannot be resumed without it
+            record.write()
         elif is_main:
             trainer.add_callback(_WriteConfigOnTrainBegin(recipe, folder))
         if gauge is not None:
             _add_worst_step(trainer, _with_prompt_bound(recipe, tasks), console, gauge, budget_bytes)
         # Added after the worst step: a run that does not fit should fail before it spends time on the evaluation.
         path = folder / "eval" / "before.json"
-        baseline = _Baseline(trainer, lambda: _evaluation(recipe, trainer, tasks, path, console, reuse=resume))
-        trainer.add_callback(baseline)
-        _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
-        adapter_dir = save(trainer, recipe, folder) if is_main else folder  # before anything else can fail
-        after = _evaluation(recipe, trainer, tasks, folder / "eval" / "after.json", console)
+        evaluation = record.stage("evaluation")(partial(_evaluation, recipe, trainer, tasks, console=console))
+        trainer.add_callback(baseline := _Baseline(trainer, lambda: evaluation(path, reuse=resume)))
+        with record.stage("training"):
+            _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
+        with record.stage("export"):
+            adapter_dir = save(trainer, recipe, folder) if is_main else folder  # before anything else can fail
+        after = evaluation(folder / "eval" / "after.json")
         trainer.accelerator.wait_for_everyone()
         if is_main:
-            patched = is_unsloth(trainer.model)
-            release(trainer)
-            exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
-            elapsed_s = time.monotonic() - started_s
             before = baseline.result or _stored_evaluation(path)  # a finished run is not trained again
-            print_summary(trainer, folder, adapter_dir, exported, before, after, elapsed_s, console)
+            _export_and_report(recipe, trainer, folder, adapter_dir, before, after, record, console)
         trainer.accelerator.end_training()
+
+
+def _export_and_report(
+    recipe: Recipe, trainer: MELTrainer, folder: Path, adapter_dir: Path, before: EvalResult | None,
+    after: EvalResult | None, record: RunRecord, console: Console,
+) -> None:  # fmt: skip
+    """Export the trained model, print the summary and write the report, on rank 0."""
+    patched = is_unsloth(trainer.model)
+    release(trainer)
+    with record.stage("export"):
+        exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
+    print_summary(trainer, folder, adapter_dir, exported, before, after, record.elapsed_s, console)
+    write_run_report(folder, console)
 
 
 def _announce(recipe: Recipe, args: MELConfig, tasks: Tasks, folder: Path, console: Console) -> None:
@@ -338,7 +353,7 @@ def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks
 
 
 def _evaluation(
-    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, console: Console, *, reuse: bool = False
+    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, *, console: Console, reuse: bool = False
 ) -> EvalResult | None:
     """Evaluate the current model on the held-out tasks, and store the result; None if there are no held-out tasks.
 

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mel_lite.training.assemble import check_rows
+from mel_lite.training.peak import peak_metrics
 
 
 class AroundTheUpdate(TrainerCallback):
@@ -52,7 +53,7 @@ class AroundTheUpdate(TrainerCallback):
         trained, trainer.trained_lessons = trainer.trained_lessons, []
         with trainer.clock("rescore") if trained else nullcontext():
             after = trainer.scorer([lesson for lesson, _ in trained])
-        trainer.add_metrics(trainer.clock.drain())
+        trainer.add_metrics(trainer.clock.drain() | peak_metrics())
         rows = gather_object(
             [
                 (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))

@@ -11,7 +11,9 @@ import pytest
 from mel_lite.errors import EngineError, ModelError
 from mel_lite.models.load import ModelSpec, load_tokenizer
 from mel_lite.recipe import resolve
+from mel_lite.report.runs import read_run, series
 from mel_lite.resilience import worst_step as worst_step_module
+from mel_lite.run import finish
 from mel_lite.run import train as run
 from tiny_adapters import make_adapter
 from tiny_models import CHAT_TEMPLATE, save_tiny
@@ -125,3 +127,41 @@ def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(t
         recipe = resolve(preset="cpu", overrides=overrides)
         with pytest.raises(ModelError, match=r"^t.jsonl, line 5, column 'question': .* no tools"):
             run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), run.run_tokenizer(recipe))
+
+
+def test_a_finished_run_has_a_report_with_its_preset_and_stages(tmp_path: Path) -> None:
+    shown = evaluated(tmp_path).stdout
+    folder = tmp_path / "run"
+    assert f"report    {folder / 'report.html'}" in shown
+    record = json.loads((folder / "run.json").read_text())
+    assert record["preset"] == "cpu" and record["device"].startswith("CPU")
+    (session,) = record["sessions"]
+    assert set(session["stages_s"]) == {"load", "evaluation", "training", "export"}
+    assert all(0 < seconds < 600 for seconds in session["stages_s"].values())
+    found = read_run(folder)
+    assert found.problems == () and found.finished and found.before is not None and found.after is not None
+    page = (folder / "report.html").read_text()
+    assert "Avg@2" in page and "Peak memory so far" in page and "<code>cpu</code>" in page
+    (memory_gib,) = series(found.rows, "mel/peak_memory_gib")[1]
+    assert 0.2 < memory_gib < 64
+
+
+def test_a_start_that_fails_leaves_a_folder_to_start_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ModelError("no weights")
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):  # exit code 2
+        patch.setattr(run, "load_for_training", broken)
+        command(tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    command(tmp_path)
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finish, "write_report", broken)
+    shown = command(tmp_path).stdout
+    assert "no report: OSError: [Errno 28] No space left on device. Try again with: mel-lite report" in shown
