@@ -48,6 +48,7 @@ from mel_lite.models.peft_support import building_adapter
 from mel_lite.resilience.checkpoints import AtomicCheckpoints
 from mel_lite.resilience.collapse import CollapseWatch
 from mel_lite.resilience.nonfinite import NonFiniteGuard
+from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.stop_cleanly import CleanStop
 from mel_lite.resilience.trackers import SideService, guard_trackers, guarded_tables
 from mel_lite.seeds import prompt_hash, seed_for
@@ -66,6 +67,7 @@ from mel_lite.training.assemble import (
     free_reward_arguments,
     prepare_weights,
 )
+from mel_lite.training.bank_updates import unsettled, update_bank
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
@@ -132,6 +134,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         check_arguments(args, train_dataset, multi_turn=bool(tools or environment_factory))
         self.internalisation = get_internalisation(args.internalisation, args.internalisation_options)
         check_internalisation(args, self.internalisation)
+        self.bank = build_bank(args, used=self.internalisation.uses_bank)
         self.judge, self.answer_column = build_judge(args, train_dataset, self.rewards_of)
         self.clock = PhaseClock()
         self.side_service = SideService("A table of completions or an upload")
@@ -180,7 +183,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.funnel_totals = FunnelTotals()
         self.nonfinite = NonFiniteGuard(self)
         self.collapse = CollapseWatch(self)
-        self.stateful = (self.engine, self.funnel_totals, self.collapse)
+        self.stateful = (self.engine, self.funnel_totals, self.collapse, *(() if self.bank is None else (self.bank,)))
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(AroundTheUpdate(self))
 
@@ -255,8 +258,9 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         pairs = []
         if self.internalisation.writes_lessons:
+            asked = unsettled(self.bank, groups)
             pairs = select_pairs(
-                groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
+                asked, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
             )
         local, unfit = [], []
         if pairs:
@@ -273,13 +277,18 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.add_metrics({"mel/unfit_pairs": len(gather_object(unfit))})
         self.collapse.idle.saw(groups)
         self.collapse.saw_analyses(experiences)
-        return DrawnBatch(
+        drawn = DrawnBatch(
             tuple(zip(row_ids, experiences, strict=True)),
             tuple(groups),
             self.lesson_context,
             len(pairs),
             self.mel_weight,
+            self.bank,
         )
+        if self.bank is not None:
+            with self.clock("examine"):
+                self.add_metrics(update_bank(self.bank, drawn, rank=rank, world=world, gather=gather_object))
+        return drawn
 
     def _internalise(self, drawn: DrawnBatch, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:
         """Turn meta-experiences into what is trained on: lessons dealt to micro-batches, and batch entries."""

@@ -115,7 +115,7 @@ def assert_learned(trainer: MELTrainer) -> None:
 
 
 def run_state(trainer: MELTrainer) -> dict[str, str]:
-    """Hash the whole state of a run: weights, optimizer moments, scheduler, experiences."""
+    """Hash the whole state of a run: weights, optimizer moments, scheduler, experiences, bank."""
     moments = {
         f"{i}.{key}": value
         for i, state in trainer.optimizer.state_dict()["state"].items()
@@ -128,12 +128,15 @@ def run_state(trainer: MELTrainer) -> dict[str, str]:
         "scheduler": json.dumps(trainer.lr_scheduler.state_dict(), default=str, sort_keys=True),
         "experiences": trainer.store.digest(),
         "tokens": str(trainer.engine.total_generated_tokens),
+        "bank": "" if trainer.bank is None else json.dumps(trainer.bank.state_dict()),
     }
 
 
 def step_log(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of a run's steps without times."""
-    timed = ("time", "_s", "runtime", "_per_second")
+    timed = ("time", "_per_second")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
-    return [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in steps]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("_s") and not any(part in k for part in timed)} for row in steps
+    ]

@@ -182,6 +182,16 @@ def test_lessons_of_another_run_get_ids_of_their_own() -> None:
     assert lessons_of_state({"step": 3}) is None
 
 
+def test_an_id_of_another_folders_store_is_given_up() -> None:
+    bank = bank_of(("zap", "from"), ("dax", "add"))
+    bank.adopt([BankLesson(5, rule("gud", "take"), "1 gud 2?", 1.0, 1, False, 9)])
+    bank.add(2, kept(rule("lor", "take"), "1 lor 2?"))
+    named = {lesson.id: lesson.heuristic.split()[4] for lesson in bank.lessons}
+    assert list(named.items()) == [(1, "zap,"), (-2, "dax,"), (-1, "gud,"), (2, "lor,")], "the order of age stays"
+    bank.add(3, kept(rule("dax", "add"), "1 dax 2?"))
+    assert scores(bank) == {1: 1.0, -2: 2.0, -1: 1.0, 2: 1.0}
+
+
 def test_the_metrics_count_lessons_events_and_taught_groups() -> None:
     bank = bank_of(("zap", "from"), ("zap", "add"), ("dax", "add"))
     bank.reexamine([(2, -1.0), (2, -1.0), (3, -0.75)])

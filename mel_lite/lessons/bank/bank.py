@@ -143,8 +143,16 @@ class LessonBank:
             return
         rivals = (each for each in self._lessons.values() if not each.retired)
         self.counts["contradictions"] += bool(condition) and any(_conditions(e.heuristic) == condition for e in rivals)
+        if new.id in self._lessons:
+            self._renumber(new.id)
         self._lessons[new.id] = new
         self._by_rule[rule] = new.id
+
+    def _renumber(self, id_: int) -> None:
+        """Give a lesson a negative id: the run was resumed in another folder, whose store counts from 1 again."""
+        moved = replace(self._lessons[id_], id=min(0, *self._lessons) - 1)
+        self._lessons = {each.id: each for each in (moved if old.id == id_ else old for old in self.lessons)}
+        self._by_rule[_normalized(moved.heuristic)] = moved.id
 
     def _update(self) -> None:
         """Retire by score, and drop the lowest scores beyond the size."""
@@ -161,7 +169,9 @@ class LessonBank:
     # ---- state and metrics ----
 
     def state_dict(self) -> dict[str, Any]:
-        return {_STATE: {"lessons": [asdict(each) for each in self.lessons], "counts": dict(self.counts)}}
+        return {
+            _STATE: {"lessons": [asdict(each) for each in self.lessons], "counts": dict(sorted(self.counts.items()))}
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a bank; a checkpoint of a run without one gives an empty bank."""
