@@ -18,8 +18,13 @@ from .transform import LogitTransform
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
-def choose_impl(impl: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, training: bool) -> str:
+def choose_impl(
+    impl: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, training: bool, kl: bool = False
+) -> str:
     """Return the implementation to run: the same for scoring and training, so that they agree to the bit.
+
+    Args:
+        kl: choose for KL divergences, whose Triton kernels are tried separately.
 
     Raises: ValueError if the requested one would not be exact, or cannot run.
     """
@@ -35,12 +40,13 @@ def choose_impl(impl: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor 
         )
     if impl == "torch" or (impl == "auto" and hidden_NH.device.type == "cpu"):
         return "torch"
-    problem = triton_problem(hidden_NH.dtype, hidden_NH.device.type, hidden_NH.device.index)
+    problem = triton_problem(hidden_NH.dtype, hidden_NH.device.type, hidden_NH.device.index, kl)
     if problem is None:
         return "triton"
     if impl == "triton":
         raise ValueError(f'impl is \'triton\': expected "auto" or "torch" here, since {problem}')
-    warn_once(f"log-probabilities are computed in plain torch, slower than in Triton: {problem}")
+    results = "KL divergences" if kl else "log-probabilities"
+    warn_once(f"{results} are computed in plain torch, slower than in Triton: {problem}")
     return "torch"
 
 
@@ -74,7 +80,7 @@ def run_frozen_kl(
     want_u: bool,
 ) -> Divergence:
     """Run `tiles.frozen_kl` with the steps and tiles of an implementation."""
-    steps, tiling = make_steps("torch", student_NH.dtype, student_NH.device, student_NH.shape[1], transform)
+    steps, tiling = make_steps(impl, student_NH.dtype, student_NH.device, student_NH.shape[1], transform, pairs=True)
     with torch.cuda.device_of(student_NH):
         return frozen_kl(
             student_NH, teacher_NH, weight_VH, None if bias_V is None else bias_V.contiguous(),
@@ -88,16 +94,27 @@ def _u_dtype(hidden_NH: Tensor) -> torch.dtype:
 
 
 def make_steps(
-    impl: str, dtype: torch.dtype, device: torch.device, width: int, transform: LogitTransform
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int,
+    transform: LogitTransform,
+    *,
+    pairs: bool = False,
 ) -> tuple[Steps, Tiling]:
-    """Return the elementwise part of the tile loop, and the tile size; neither depends on the rows of a call."""
+    """Return the elementwise part of the tile loop, and the tile size; neither depends on the rows of a call.
+
+    Args:
+        pairs: for `frozen_kl`, which holds two rows in registers.
+    """
     if impl == "torch":
         return TorchSteps(dtype, device, transform), CPU_TILING if device.type == "cpu" else GPU_TILING
-    from .triton_steps import MAX_BLOCK, TritonSteps, gpu_tiling
+    from .triton_steps import MAX_BLOCK, MAX_PAIR_BLOCK, TritonSteps, gpu_tiling
 
+    widest = MAX_PAIR_BLOCK if pairs else MAX_BLOCK
     if device.type == "cpu":  # Triton's interpreter: small blocks, few launches
-        return TritonSteps(dtype, device, transform), Tiling(64, MAX_BLOCK)
-    return TritonSteps(dtype, device, transform), gpu_tiling(device, width)
+        return TritonSteps(dtype, device, transform), Tiling(64, widest)
+    return TritonSteps(dtype, device, transform), gpu_tiling(device, width, widest)
 
 
 @contextmanager
@@ -117,8 +134,11 @@ def warn_once(message: str) -> None:
 
 
 @functools.cache
-def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | None) -> str | None:
-    """Return why the Triton kernels cannot run for this dtype and device, or None. Decided once per process."""
+def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | None, kl: bool = False) -> str | None:
+    """Return why the Triton kernels (of the KL divergence) cannot run for this dtype and device, or None.
+
+    Decided once per process.
+    """
     if dtype == torch.float64:
         return "float64 is for tests and has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
@@ -134,19 +154,22 @@ def triton_problem(dtype: torch.dtype, device_type: str, device_index: int | Non
     capability = torch.cuda.get_device_capability(device_index)
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
-    return _trial_run(dtype, torch.device(device_type, device_index))
+    return _trial_run(dtype, torch.device(device_type, device_index), kl)
 
 
-def _trial_run(dtype: torch.dtype, device: torch.device) -> str | None:
+def _trial_run(dtype: torch.dtype, device: torch.device, kl: bool) -> str | None:
     """Compile and run the kernels on a few rows, to detect a broken compiler or driver before training."""
     hidden_NH = torch.linspace(-1, 1, 4 * 64, device=device).mul(9).sin().view(4, 64).to(dtype)
     weight_VH = torch.linspace(-1, 1, 96 * 64, device=device).mul(99).sin().view(96, 64).to(dtype)
+    target_N, plain = torch.arange(4, device=device), LogitTransform()
     results = []
     try:
         for impl in ("triton", "torch"):
-            scored = run_frozen(
-                impl, hidden_NH, weight_VH, torch.arange(4, device=device), None, LogitTransform(), want_u=True
-            )
+            scored: Scored | Divergence
+            if kl:
+                scored = run_frozen_kl(impl, hidden_NH, hidden_NH.roll(1, 0), weight_VH, None, plain, want_u=True)
+            else:
+                scored = run_frozen(impl, hidden_NH, weight_VH, target_N, None, plain, want_u=True)
             results.append(torch.cat([part.flatten().float() for part in scored if part is not None]))
     except Exception as error:  # compiler, driver and a missing C compiler raise different types
         return f"a trial run failed: {type(error).__name__}: {error}"

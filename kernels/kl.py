@@ -55,7 +55,7 @@ def fused_kl(
     check_pair(student_NH, teacher_NH)
     check_weight(student_NH, weight_VH, bias_V, "student_NH")
     training = compute_u and torch.is_grad_enabled()
-    chosen = choose_impl(impl, student_NH, weight_VH, bias_V, training=training)
+    chosen = choose_impl(impl, student_NH, weight_VH, bias_V, training=training, kl=True)
     if chosen == "reference":
         with torch.set_grad_enabled(training):
             return _reference(student_NH, teacher_NH, weight_VH, bias_V, transform, keep_N)

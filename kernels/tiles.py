@@ -54,6 +54,13 @@ class Tiling:
     columns: int
 
 
+HALF_SCALES = (2.0**15, 2.0**6)
+"""Factors of exp(z - m) and exp(z - m) r in float16, which keep small values out of its subnormal range.
+
+exp(z - m) |r| above 1023 is clipped to the largest float16.
+"""
+
+
 class Scored(NamedTuple):
     """Results per row, in nats. `u_NH` = d logp / d hidden, None if it was not requested."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gemm import accumulate_dtype, has_half_products
-from .tiles import Running, RunningPair, Scored, Tiling
+from .tiles import HALF_SCALES, Running, RunningPair, Scored, Tiling
 from .transform import LogitTransform
 
 # 8 MiB of float32 logits and the same for p stay in the last-level cache of a CPU between the two products. From 1024
@@ -24,10 +24,8 @@ NEAR = 0.25
 """Up to this size, exp(-r) - 1 + r and x - log(1 + x) are computed as series, in which nothing cancels."""
 KL_NEAR = 0.25
 """Largest b / s for which KL is taken from b."""
-HALF_SCALES = (2.0**15, 2.0**6)
-"""Factors of exp(z - m) and exp(z - m) r in float16, which keep small values out of its subnormal range."""
 HALF_MAX = 65504.0
-"""Largest float16. exp(z - m) |r| above 1023 is clipped to it."""
+"""Largest float16."""
 
 
 class TorchSteps:
@@ -126,8 +124,8 @@ class TorchSteps:
         far_RT = w_RT.mul_(n_R.exp()[:, None]).sub_(e_RT).addcmul_(e_RT, d_RT)
         _excess_series(d_RT, out=f_RT).mul_(e_RT)
         tile_R = torch.where(d_RT.abs() < NEAR, f_RT, far_RT).sum(1)
-        alpha_R, grown_R = shift_R.exp(), move_R.expm1()
-        run.b_R.mul_(1.0 + grown_R).addcmul_(run.s_R, _excess(-move_R)).addcmul_(run.a_R, grown_R, value=-1.0)
+        alpha_R, growth_R = shift_R.exp(), move_R.expm1()
+        run.b_R.mul_(1.0 + growth_R).addcmul_(run.s_R, _excess(-move_R)).addcmul_(run.a_R, growth_R, value=-1.0)
         run.b_R.mul_(alpha_R).add_(tile_R)
         torch.mul(e_RT, d_RT, out=f_RT)
         run.a_R.addcmul_(run.s_R, move_R, value=-1.0).mul_(alpha_R).add_(f_RT.sum(1))

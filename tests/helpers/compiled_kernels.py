@@ -13,8 +13,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mel_lite.kernels.triton_kernels import direction_kernel, finish_kernel, fold_kernel
-from mel_lite.kernels.triton_steps import BLOCK_H, DIRECTION_OPTIONS, FINISH_OPTIONS, FINISH_ROWS, fold_options
+from mel_lite.kernels.tiles import HALF_SCALES
+from mel_lite.kernels.triton_kernels import (
+    direction_kernel,
+    finish_kernel,
+    finish_pairs_kernel,
+    fold_kernel,
+    fold_pairs_kernel,
+)
+from mel_lite.kernels.triton_steps import (
+    BLOCK_H,
+    DIRECTION_OPTIONS,
+    FINISH_OPTIONS,
+    FINISH_ROWS,
+    MAX_PAIR_BLOCK,
+    fold_options,
+    fold_pairs_options,
+)
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 
@@ -53,6 +68,32 @@ def fold_usage(
     return _compile(fold_kernel, architecture, pointers | scalars, constants, fold_options(block), unaligned)
 
 
+def fold_pairs_usage(
+    architecture: int, operand: str, *, bias: bool = False, cap: bool = False, ragged: bool = False
+) -> Usage:
+    """Compile `fold_pairs_kernel` like `TritonSteps.fold_pairs` at its widest tile; arguments as in `fold_usage`."""
+    pointers = {f"{name}_ptr": "*fp32" for name in ("z", "m", "n", "s", "a", "b", "t", "c", "acc")}
+    pointers |= {"p_ptr": f"*{operand}", "bias_ptr": f"*{operand}"}
+    scalars = dict.fromkeys(("pairs", "columns", "z_stride", "p_stride", "width"), "i32")
+    scalars |= dict.fromkeys(("gain", "inner", "cap"), "fp32")
+    p_scale, r_scale = HALF_SCALES if operand == "fp16" else (1.0, 1.0)
+    constants = {
+        "BLOCK": MAX_PAIR_BLOCK, "BLOCK_H": BLOCK_H, "HAS_BIAS": bias, "HAS_CAP": cap, "DIFFERENCES": operand == "fp32",
+        "WANT_P": True, "P_SCALE": p_scale, "R_SCALE": r_scale,
+    }  # fmt: skip
+    unaligned = ("columns",) if ragged else ()
+    options = fold_pairs_options(MAX_PAIR_BLOCK)
+    return _compile(fold_pairs_kernel, architecture, pointers | scalars, constants, options, unaligned)
+
+
+def finish_pairs_usage(architecture: int) -> Usage:
+    """Compile `finish_pairs_kernel` like `TritonSteps.finish_pairs`."""
+    names = ("n", "s", "a", "b", "t", "kl", "to_r", "to_p")
+    signature = {f"{name}_ptr": "*fp32" for name in names} | {"rows": "i32", "gain": "fp32"}
+    constants = {"BLOCK": FINISH_ROWS, "P_SCALE": 1.0, "R_SCALE": 1.0}
+    return _compile(finish_pairs_kernel, architecture, signature, constants, FINISH_OPTIONS)
+
+
 def finish_usage(architecture: int, *, cap: bool = False) -> Usage:
     """Compile `finish_kernel` like `TritonSteps.finish`."""
     names = ("m", "s", "a", "z_t", "logp", "entropy", "lse", "to_target", "to_others")
@@ -61,11 +102,12 @@ def finish_usage(architecture: int, *, cap: bool = False) -> Usage:
     return _compile(finish_kernel, architecture, signature, constants, FINISH_OPTIONS)
 
 
-def direction_usage(architecture: int, operand: str) -> Usage:
-    """Compile `direction_kernel` like `TritonSteps.direction`."""
+def direction_usage(architecture: int, operand: str, *, pairs: bool = False) -> Usage:
+    """Compile `direction_kernel` like `TritonSteps.direction`; for pairs, an accumulator takes the weight's place."""
     signature = {
-        "acc_ptr": "*fp32", "weight_ptr": f"*{operand}", "target_ptr": "*i64", "to_target_ptr": "*fp32",
-        "to_others_ptr": "*fp32", "u_ptr": f"*{operand}", "width": "i32", "weight_stride_v": "i32",
+        "acc_ptr": "*fp32", "weight_ptr": "*fp32" if pairs else f"*{operand}", "target_ptr": "*i64",
+        "to_target_ptr": "*fp32", "to_others_ptr": "*fp32", "u_ptr": f"*{operand}", "width": "i32",
+        "weight_stride_v": "i32",
         "weight_stride_h": "constexpr",
     }  # fmt: skip
     constants = {"weight_stride_h": 1, "BLOCK_H": BLOCK_H}

@@ -24,7 +24,9 @@ from mel_lite.kernels import (
     HeadSpec,
     backends,
     check_head_spec,
+    fused_kl,
     fused_logprobs,
+    head_kl,
     head_logprobs,
     head_spec,
     why_not_fused,
@@ -164,6 +166,49 @@ def test_heads_that_cannot_be_fused_take_the_reference(name: str) -> None:
         assert relative(one, other) < 1e-5 and other.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_kl_of_heads_that_cannot_be_fused(name: str) -> None:
+    """The KL of the head's own logits, with gradients for student and head; skipped rows do not reach the head."""
+    make, reason = REFUSED[name]
+    head, (student_NH, _) = make(), rows()
+    teacher_NH = student_NH.detach() + 0.2 * torch.randn(9, 32)
+    spec, keep_N = HeadSpec(logit_scale=0.5, softcap=6.0), torch.arange(9) != 4
+    with pytest.raises(ValueError, match=f"impl is 'torch' but this head cannot be fused: .*{reason}"):
+        head_kl(head, student_NH, teacher_NH, spec=spec, impl="torch")
+    with pytest.warns(RuntimeWarning, match=f"KL divergences use the slower reference path.*{reason}") as caught:
+        kl_N = head_kl(head, student_NH, teacher_NH, spec=spec, temperature=0.8, keep_N=keep_N)
+        assert not head_kl(head, student_NH, teacher_NH, spec=spec, compute_u=False).requires_grad
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+
+    def log_p(hidden_NH: Tensor) -> Tensor:
+        return (6 * torch.tanh(0.5 * head(hidden_NH).double() / 6) / 0.8).log_softmax(1)
+
+    log_p_NV, log_q_NV = log_p(student_NH), log_p(teacher_NH).detach()
+    expected_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1) * keep_N
+    assert relative(kl_N.detach(), expected_N.detach()) < 1e-5 and kl_N[4] == 0 < expected_N.sum()
+    trained = [student_NH, *(p for p in head.parameters() if p.requires_grad)]
+    found, truth = (torch.autograd.grad(t.sum(), trained, allow_unused=True) for t in (kl_N, expected_N))
+    for one, other in zip(found, truth, strict=True):
+        assert relative(one, other) < 1e-4 and other.abs().sum() > 0
+
+
+def test_kl_refuses_states_that_do_not_match_before_the_head_runs() -> None:
+    with pytest.raises(ValueError, match=r"teacher_NH has shape \(8, 32\) and student_NH \(9, 32\)"):
+        head_kl(patched_head(), torch.ones(9, 32), torch.ones(8, 32), spec=HeadSpec())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_kl_of_the_models_own_heads(family: str) -> None:
+    """Against the logits of two prompts that end in the same tokens."""
+    model = tiny(family)
+    ids_2T = torch.tensor([[5, 7, 11, 13, 17], [6, 7, 11, 13, 17]])
+    hidden_2TH = model.base_model(input_ids=ids_2T).last_hidden_state
+    log_p_TV, log_q_TV = model(input_ids=ids_2T).logits.float().log_softmax(-1)
+    kl_T = head_kl(model.get_output_embeddings(), *hidden_2TH, spec=head_spec(model))
+    expected_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(1)
+    assert relative(kl_T, expected_T) < 1e-4 and expected_T.sum() > 1e-3
+
+
 def test_dropout_in_the_head_is_the_same_when_recomputed() -> None:
     """The gradient must belong to the log-probabilities that were returned."""
     head, (hidden_NH, target_N) = lora_head(dropout=0.5).train(), rows()
@@ -174,6 +219,14 @@ def test_dropout_in_the_head_is_the_same_when_recomputed() -> None:
     expected_N = head(hidden_NH).log_softmax(1).gather(1, target_N[:, None])[:, 0]
     (truth,) = torch.autograd.grad(expected_N.sum(), hidden_NH)
     assert relative(logp_N.detach(), expected_N.detach()) < 1e-6 and relative(found, truth) < 1e-5
+    torch.manual_seed(7)
+    kl_N = head_kl(head, hidden_NH, hidden_NH.detach() + 0.3, spec=HeadSpec())
+    (found,) = torch.autograd.grad(kl_N.sum(), hidden_NH)
+    torch.manual_seed(7)
+    log_p_NV, log_q_NV = head(hidden_NH).log_softmax(1), head(hidden_NH.detach() + 0.3).log_softmax(1)
+    expected_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1)
+    (truth,) = torch.autograd.grad(expected_N.sum(), hidden_NH)
+    assert relative(kl_N.detach(), expected_N.detach()) < 1e-5 and relative(found, truth) < 1e-4
 
 
 def test_plain_heads_are_fused_in_silence() -> None:
@@ -182,6 +235,7 @@ def test_plain_heads_are_fused_in_silence() -> None:
 
     head, (hidden_NH, target_N) = nn.Linear(32, 96).requires_grad_(False), rows()
     expected = fused_logprobs(hidden_NH, head.weight, target_N, bias_V=head.bias)
+    expected_N = fused_kl(hidden_NH, hidden_NH * 2, head.weight, bias_V=head.bias)
     hooked = add_hook_to_module(nn.Linear(32, 96).requires_grad_(False), AlignDevicesHook(execution_device="cpu"))
     assert why_not_fused(head) is None and why_not_fused(hooked) is None
     offloaded = add_hook_to_module(nn.Linear(32, 96), AlignDevicesHook(execution_device="cpu", offload=True))
@@ -190,7 +244,9 @@ def test_plain_heads_are_fused_in_silence() -> None:
         warnings.simplefilter("error")
         found = head_logprobs(head, hidden_NH, target_N, spec=HeadSpec())
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert torch.equal(head_kl(head, hidden_NH, hidden_NH * 2, spec=HeadSpec()), expected_N)
         head.requires_grad_(True)
+        kl_N = head_kl(head, hidden_NH, hidden_NH * 2, spec=HeadSpec())
         logp_N, entropy_N, _ = head_logprobs(head, hidden_NH, target_N, spec=HeadSpec(), entropy_grad=True)
-    for value_N in (logp_N, entropy_N):
+    for value_N in (logp_N, entropy_N, kl_N):
         assert torch.autograd.grad(value_N.sum(), head.weight, retain_graph=True)[0].abs().sum() > 0

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is installed with the development requirements")
 
 import compiled_kernels
+from mel_lite.kernels.triton_steps import MAX_PAIR_BLOCK
 
 HERE = Path(__file__).parent
 ARCHITECTURES = compiled_kernels.ARCHITECTURES
@@ -23,7 +24,7 @@ OPERANDS = {75: ("fp16", "fp32")}
 
 def run_interpreted(expression: str, at_least: int) -> None:
     """Run the operator tests on the Triton kernels, in a process where TRITON_INTERPRET is set before the import."""
-    files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator")]
+    files = [str(HERE / f"test_{name}.py") for name in ("exactness", "operator", "kl_exactness", "kl")]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", expression, "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -38,12 +39,12 @@ def run_interpreted(expression: str, at_least: int) -> None:
 
 def test_interpreted_kernels_are_exact() -> None:
     """Many tiles and awkward logits, in float32 and float16 (the interpreter's bfloat16 is broken)."""
-    run_interpreted("triton and (tile_sizes or adversarial)", 18)
+    run_interpreted("triton and (tile_sizes or adversarial or sums_move)", 48)
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_pass_all_tests_of_the_operator() -> None:
-    run_interpreted("triton", 98)
+    run_interpreted("triton", 192)
 
 
 def check(usage: compiled_kernels.Usage) -> None:
@@ -66,12 +67,27 @@ def test_tiles_fit_in_registers(architecture: int, block: int) -> None:
         check(compiled_kernels.fold_usage(architecture, operand, block=block, bias=True, cap=True, ragged=True))
 
 
+@pytest.mark.parametrize(
+    "architecture", [75, 90, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in (75, 90))]
+)
+def test_pairs_of_tiles_fit_in_registers(architecture: int) -> None:
+    """A program holds both rows of a pair; whole tiles are read 16 bytes at a time."""
+    for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
+        plain = compiled_kernels.fold_pairs_usage(architecture, operand)
+        check(plain)
+        assert plain.wide_loads >= 2 * MAX_PAIR_BLOCK // 512 // 4
+        check(compiled_kernels.fold_pairs_usage(architecture, operand, bias=True, cap=True))
+        check(compiled_kernels.fold_pairs_usage(architecture, operand, bias=True, cap=True, ragged=True))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_row_kernels_fit_in_registers(architecture: int) -> None:
     for cap in (False, True):
         check(compiled_kernels.finish_usage(architecture, cap=cap))
+    check(compiled_kernels.finish_pairs_usage(architecture))
     for operand in OPERANDS.get(architecture, ("bf16", "fp16", "fp32")):
         check(compiled_kernels.direction_usage(architecture, operand))
+        check(compiled_kernels.direction_usage(architecture, operand, pairs=True))
 
 
 def test_a_kernel_that_spills_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
