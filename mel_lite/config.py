@@ -69,6 +69,8 @@ class MELConfig(GRPOConfig):
     Raises: ConfigError (a ValueError) for a value outside its range, naming field, value, reason and fix.
     """
 
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "internalisation", "internalisation_options"]  # noqa: RUF012
+
     algorithm: str = _choice(Algorithm.MEL, "Policy term of the loss.")
     meta_experience: bool | None = _option(
         None, "Learn from meta-experiences next to the policy term. None: with `mel` only."
@@ -99,7 +101,7 @@ class MELConfig(GRPOConfig):
         "docs/configuration.md), a dotted path to a subclass of `mel_lite.lessons.internalise.Internalisation`, or "
         "several with their weights, such as `{analysis: 0.1, distill: 0.3}`, each multiplied by `mel_weight`.",
     )
-    internalisation_options: dict | None = _option(  # type: ignore[type-arg]  # noqa: RUF009
+    internalisation_options: str | None | dict = _option(  # type: ignore[type-arg]  # noqa: RUF009, RUF036
         None,
         "Options of the internalisation, such as `{context: sibling}` for `distill` (docs/internalisation.md). Of "
         "several, by name: `{distill: {context: sibling}}`.",
@@ -242,6 +244,11 @@ class MELConfig(GRPOConfig):
             raise ConfigError(
                 f"verifier={self.verifier!r} is a {type(self.verifier).__name__}. Set a name ({', '.join(BUILT_IN)}), "
                 "a dotted path, or a function (completion, answer)."
+            )
+        if not isinstance(self.internalisation_options, dict | None):
+            raise ConfigError(
+                f"internalisation_options={self.internalisation_options!r} is a "
+                f"{type(self.internalisation_options).__name__}. Set a mapping such as {{context: sibling}}."
             )
         parse_tags(self.think_tags)
         self._check_bank()

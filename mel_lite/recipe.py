@@ -189,9 +189,11 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
             return float(value)
     elif isinstance(value, list) and (Sequence in allowed or list in allowed):
         return value
+    elif isinstance(value, dict) and dict in allowed:
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and str in allowed:
         return str(value)  # a revision that looks like a number
-    names = {NoneType: "null", Sequence: "a list", list: "a list"}
+    names = {NoneType: "null", Sequence: "a list", list: "a list", dict: "a mapping"}
     wanted = choices or [
         names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in allowed if kind is not Callable
     ]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mel_lite.memory.blocks import MAX_PADDING_SHARE
-from mel_lite.training.packing import IGNORE, Row, pack, pad_rows, rows_of_batch
+from mel_lite.training.packing import IGNORE, Row, pack, pad_rows, rows_of_batch, with_teachers
 
 ROWS = st.lists(st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), max_size=12)
 
@@ -49,6 +49,36 @@ def test_a_trl_batch_goes_to_rows_and_back() -> None:
     assert [row.scored_tokens for row in rows] == [2, 1, 0]
     back = pad_rows([torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.zeros(0)], mask[:, -3:])
     assert back.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@given(ROWS, st.data(), st.one_of(st.none(), st.integers(1, 200)))
+def test_teachers_stay_with_the_tokens_they_teach(
+    shapes: list[tuple[int, int]], data: st.DataObject, max_tokens: int | None
+) -> None:
+    """A hidden state here is (row, position among the scored ids), so that blocks can be read back."""
+    width = max((scored for _, scored in shapes), default=0)
+    mask_BC = torch.zeros(len(shapes), width, dtype=torch.bool)
+    for mask_C, (_, scored) in zip(mask_BC, shapes, strict=True):
+        mask_C[:scored] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=scored, max_size=scored)))
+    most = int(mask_BC.sum(dim=1).max()) if len(shapes) else 0
+    hidden_BKH = torch.full((len(shapes), most, 2), -1.0)
+    for i, mask_C in enumerate(mask_BC):
+        for k, position in enumerate(mask_C.nonzero()[:, 0].tolist()):
+            hidden_BKH[i, k] = torch.tensor([i, position])
+    rows = with_teachers(_rows(shapes), mask_BC, hidden_BKH)
+    packed = pack(rows, pad_id=0, max_tokens=max_tokens)
+    taught, order = [], iter(packed.order)
+    for block in packed.blocks:
+        states = [] if block.teacher_KH is None else block.teacher_KH.tolist()
+        for b in range(len(block.target_BT)):
+            row = next(order)
+            start = len(rows[row].ids) - rows[row].scored_tokens
+            where_T = [] if block.taught_BT is None else block.taught_BT[b].nonzero()[:, 0].tolist()
+            for place in where_T:
+                assert states.pop(0) == [row, place - start]
+                taught.append((row, place - start))
+        assert not states
+    assert sorted(taught) == [tuple(each) for each in mask_BC.nonzero().tolist()]
 
 
 def test_a_batch_with_nothing_to_score_stays_on_the_graph() -> None:

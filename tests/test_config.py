@@ -1,0 +1,76 @@
+"""Options of a combination of internalizations, on every way into the config, and the decay of lambda."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from mel_lite import MELConfig
+from mel_lite.errors import ConfigError
+from mel_lite.recipe import build_args, parse_set, resolve
+from train_command import command
+
+WAYS = {"analysis": 0.1, "distill": 0.3}
+OPTIONS = {"distill": {"context": "sibling", "shift_nats": 0.05, "sign": False}}
+
+
+def test_parsers_of_transformers_and_trl_read_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's flags give a name or JSON; TRL's YAML file gives the mapping itself."""
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    (named,) = HfArgumentParser(MELConfig).parse_args_into_dataclasses([*flags, "--internalisation", "distill"])
+    assert (named.internalisation, named.internalisation_options) == ("distill", None)
+    given = ["--internalisation_options", json.dumps({"context": "sibling"})]
+    (optioned,) = HfArgumentParser(MELConfig).parse_args_into_dataclasses([*flags, *given])
+    assert optioned.internalisation_options == {"context": "sibling"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"internalisation": WAYS, "internalisation_options": OPTIONS, "use_cpu": True}))
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    given = ["--internalisation", json.dumps(WAYS), "--internalisation_options", json.dumps(OPTIONS)]
+    (flagged,) = HfArgumentParser(MELConfig).parse_args_into_dataclasses([*flags, *given])
+    assert (flagged.internalisation, flagged.internalisation_options) == (WAYS, OPTIONS)
+    (combined,) = TrlParser(MELConfig).parse_args_and_config(["--config", str(file), *flags[:2], *flags[3:]])
+    assert (combined.internalisation, combined.internalisation_options) == (WAYS, OPTIONS)
+
+
+def test_a_recipe_holds_a_combination(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"train": {"internalisation": WAYS, "internalisation_options": OPTIONS}}))
+    args = build_args(resolve(preset="cpu", config=file), tmp_path)
+    assert (args.internalisation, args.internalisation_options) == (WAYS, OPTIONS)
+    flag = parse_set("train.internalisation={distill: 0.3}")
+    assert build_args(resolve(preset="cpu", overrides=[flag]), tmp_path).internalisation == {"distill": 0.3}
+    with pytest.raises(ConfigError, match=r"train.internalisation=\['distill'\] must be str or null or a mapping"):
+        build_args(resolve(preset="cpu", overrides=[("train.internalisation", ["distill"])]), tmp_path)
+    with pytest.raises(ConfigError, match=r"internalisation_options='sibling' is a str. Set a mapping such as \{context"):
+        build_args(resolve(preset="cpu", overrides=[("train.internalisation_options", "sibling")]), tmp_path)
+
+
+def test_the_command_takes_a_combination_from_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"train": {"internalisation": WAYS, "internalisation_options": OPTIONS}}))
+    shown = command(tmp_path, "--config", str(file), "--dry-run").output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "analysis" in shown
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"), [(0, [0.4, 0.4, 0.4, 0.4]), (2, [0.4, 0.2, 0.0, 0.0]), (4, [0.4, 0.3, 0.2, 0.1])]
+)
+def test_lambda_falls_linearly_to_0(tmp_path: Path, decay: int, expected: list[float]) -> None:
+    args = config(tmp_path, mel_weight=0.4, mel_decay_steps=decay)
+    assert [args.mel_weight_at(step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_a_negative_decay_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mel_decay_steps=-1 must be at least 0. Raise mel_decay_steps"):
+        config(tmp_path, mel_decay_steps=-1)
+
+
+def config(folder: Path, **options: Any) -> MELConfig:
+    return MELConfig(str(folder), use_cpu=True, bf16=False, **options)
