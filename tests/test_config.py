@@ -48,7 +48,9 @@ def test_a_recipe_holds_a_combination(tmp_path: Path) -> None:
     assert build_args(resolve(preset="cpu", overrides=[flag]), tmp_path).internalisation == {"distill": 0.3}
     with pytest.raises(ConfigError, match=r"train.internalisation=\['distill'\] must be str or null or a mapping"):
         build_args(resolve(preset="cpu", overrides=[("train.internalisation", ["distill"])]), tmp_path)
-    with pytest.raises(ConfigError, match=r"internalisation_options='sibling' is a str. Set a mapping such as \{context"):
+    with pytest.raises(
+        ConfigError, match=r"internalisation_options='sibling' is a str. Set a mapping such as \{context"
+    ):
         build_args(resolve(preset="cpu", overrides=[("train.internalisation_options", "sibling")]), tmp_path)
 
 

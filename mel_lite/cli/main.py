@@ -50,6 +50,7 @@ app.add_typer(bench, name="bench")
 app.command()(gpu_commands.plan)
 app.command()(gpu_commands.doctor)
 app.command()(report_commands.report)
+app.command()(report_commands.compare)
 
 
 def _version(shown: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,17 @@ def test_a_report_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         call("report", tmp_path)
     with pytest.raises(ConfigError, match="there is no such folder"):
         call("report", tmp_path / "missing")
+
+
+def test_runs_are_compared_in_a_table_or_as_json(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / name, before=[1, 2] * 10, after=after, lessons=0, algorithm=name)
+        for name, after in (("grpo", [2, 2] * 10), ("mel", [3, 3] * 10))
+    ]
+    shown = call("compare", *folders, "--output", tmp_path / "out")
+    assert "mel ends 25.0 points" in shown and "note: At least one arm is a single run." in shown
+    assert str(tmp_path / "out" / "comparison.html") in shown.splitlines()
+    values = json.loads(call("compare", *folders, "--output", tmp_path / "out", "--json"))
+    assert values["tasks"] == 20 and values["arms"][1]["difference"]["avg_at_k"]["value"] == 0.25
+    with pytest.raises(ConfigError, match="at least two runs"):
+        call("compare", folders[0])
