@@ -133,8 +133,8 @@ def run_state(trainer: MELTrainer) -> dict[str, str]:
 
 
 def step_log(run: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run's steps without times."""
-    timed = ("time", "_per_second")
+    """Return the metrics of a run's steps without those of time and memory."""
+    timed = ("time", "_per_second", "peak_memory")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
     return [
