@@ -29,7 +29,7 @@ else:
 
 _RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
 """TRL options whose loss is -advantage * log pi at ratio 1, with no correction for the sampling policy."""
-_WHOLE: dict[str, tuple[Any, ...]] = {
+WHOLE_DISTRIBUTION: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)
 }  # fmt: skip
 """Sampling options with the values that leave the policy's distribution whole; the first is the default."""
@@ -287,14 +287,15 @@ class MELConfig(GRPOConfig):
         """Warn when rollouts come from another distribution than the one trained; RFT trains on texts of any."""
         if self.algorithm == Algorithm.RFT:
             return
-        wanted = {name: getattr(self, name) for name in _WHOLE} | {
-            name: value for name, value in (self.generation_kwargs or {}).items() if name in _WHOLE
+        wanted = {name: getattr(self, name) for name in WHOLE_DISTRIBUTION} | {
+            name: value for name, value in (self.generation_kwargs or {}).items() if name in WHOLE_DISTRIBUTION
         }
         for name, value in wanted.items():
-            if value not in _WHOLE[name]:
+            if value not in WHOLE_DISTRIBUTION[name]:
                 warnings.warn(
-                    f"{name}={value} changes the sampling distribution; log-probs use the full one, so the gradient is "
-                    f"biased by the truncated mass. Leave {name} unset ({_WHOLE[name][0]!r}) for an unbiased gradient.",
+                    f"{name}={value} changes the sampling distribution, but log-probs are of the whole one: importance "
+                    "ratios and the gradient are off by the mass that is cut (logged as mel/cut_mass). Leave "
+                    f"{name} unset ({WHOLE_DISTRIBUTION[name][0]!r}) for an unbiased gradient.",
                     UserWarning,
                     stacklevel=5,
                 )

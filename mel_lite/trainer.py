@@ -68,6 +68,7 @@ from mel_lite.training.assemble import (
     prepare_weights,
 )
 from mel_lite.training.bank_updates import unsettled, update_bank
+from mel_lite.training.cut_mass import CutMass
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
@@ -168,6 +169,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
             install_scoring_head(base)
         self.engine = MeteredEngine(engine or build_engine(self), self.clock)
+        self.cut_mass = CutMass(self)
         self.engine_probe = None
         if self.rollout_func == self._roll_out:
             self.engine_probe = EngineProbe(self)
@@ -332,6 +334,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             return policy_loss
         steps = self.current_gradient_accumulation_steps
         self.add_metrics({"mel/policy_loss": policy_loss.item() * steps})
+        self.add_metrics(self.cut_mass.measure(getattr(model, "logp_BC", None), inputs))
         measured = self.gradient_meter.is_due(self.state.global_step)
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if measured and scaler is not None else 1.0

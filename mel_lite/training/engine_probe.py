@@ -148,7 +148,7 @@ class EngineProbe:
         mask_BC = batch["completion_mask"][:COMPLETIONS]
         ids_BP = torch.cat((batch["prompt_ids"], batch["completion_ids"]), dim=1)[:COMPLETIONS]
         valid_BP = torch.cat((batch["prompt_mask"][:COMPLETIONS], mask_BC), dim=1)
-        if samples_whole_distribution(trainer):
+        if not trainer.cut_mass.options:
             rows = rows_of_batch(ids_BP, valid_BP, mask_BC.shape[1], temperature=temperature)
             engine_T = batch["sampling_per_token_logps"][:COMPLETIONS][mask_BC.bool()]
             return [row for row in rows if row.scored_tokens], engine_T
@@ -167,9 +167,3 @@ class EngineProbe:
     def _scores(self, rows: Sequence[Row], *, adapter: bool = True) -> torch.Tensor:
         """Return the trainer's log-probs of the rows' scored ids, one row after another."""
         return torch.cat(self._trainer.scorer.rows(rows, adapter=adapter))
-
-
-def samples_whole_distribution(trainer: Any) -> bool:
-    """Return True when no option cuts the distribution that rollouts are sampled from."""
-    options = trainer.top_p, trainer.top_k or 0, trainer.min_p or 0.0, trainer.repetition_penalty
-    return options == (1.0, 0, 0.0, 1.0)
