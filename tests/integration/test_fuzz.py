@@ -6,6 +6,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -41,6 +42,7 @@ def both(fast: int, many: int, **strategies: Any) -> Callable[[Callable[..., Non
         quick = settings(max_examples=fast, deadline=None, derandomize=True, suppress_health_check=QUIET)
         long = settings(max_examples=many, deadline=None, suppress_health_check=QUIET)
 
+        @functools.wraps(check)  # keeps the parameters, among them fixtures
         def many_cases(*args: Any, **kwargs: Any) -> None:
             check(*args, **kwargs)
 
@@ -347,9 +349,8 @@ def stepping(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], d
     return step
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
-@given(
-    rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(), crlf=st.booleans()
+@both(
+    30, 150, rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(), crlf=st.booleans()
 )  # fmt: skip
 def test_rows_and_templates_end_as_a_step_a_count_or_an_error(
     stepping: Callable[[Any, str], dict[str, float]], rows: list[dict[str, Any]], body: str, suffix: str, read: bool,
