@@ -41,7 +41,7 @@ from mel_lite.files import atomic_write_text
 sys.addaudithook(lambda event, _: event == "os.rename" and os.kill(os.getpid(), signal.SIGKILL))
 atomic_write_text(Path(sys.argv[1]), "new")
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=600)
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
 

@@ -38,7 +38,7 @@ EXACT: dict[str, Any] = {
 def launch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([*LAUNCH, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*LAUNCH, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

@@ -34,7 +34,7 @@ def test_both_take_the_same_decision(tmp_path: Path, fault: str, end: str, saved
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path), fault], env=environment, capture_output=True, text=True, timeout=240
+        [*command, str(SCRIPT), str(tmp_path), fault], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert [(tmp_path / f"end-{rank}.txt").read_text() for rank in (0, 1)] == [end] * 2

@@ -210,7 +210,7 @@ for module in json.loads(sys.argv[2]):
 def loaded_by(modules: list[str]) -> str:
     """What a fresh Python prints when it imports `modules` in turn: the first that loads something heavy, and what."""
     command = [sys.executable, "-P", "-c", LOADER, json.dumps(HEAVY), json.dumps(modules)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -40,7 +40,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
