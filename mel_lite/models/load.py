@@ -174,13 +174,17 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Also None for a template that rejects the turn; `render` names conversations that it rejects.
     """
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         return None
     marker = "last-words"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # a template is a program and may raise anything
+    except TemplateError as error:
+        if type(error) is not TemplateError:  # the template is broken; its own `raise_exception` raises this class
+            raise
         return None
     after = tokenizer(text.rsplit(marker, 1)[-1], add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
