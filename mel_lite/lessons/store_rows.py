@@ -12,8 +12,8 @@ from typing import Any
 
 from mel_lite.types import Experience, Prompt, Span, Status, Verdict
 
-SCHEMA_VERSION = 2
-ADDED = {1: ("quote_start INTEGER", "quote_end INTEGER", "templates_version TEXT")}
+SCHEMA_VERSION = 3
+ADDED = {1: ("quote_start INTEGER", "quote_end INTEGER", "templates_version TEXT"), 2: ("shift_nats REAL",)}
 """Columns that the next version adds to each; all may be NULL."""
 
 # Without AUTOINCREMENT, SQLite gives a new row the id max(id) + 1. So after `truncate_after`, a resumed run assigns the
@@ -28,7 +28,8 @@ CREATE TABLE experiences (
     status TEXT NOT NULL, reason TEXT NOT NULL, leak_reasons TEXT NOT NULL, redacted INTEGER NOT NULL,
     replay_verdicts TEXT NOT NULL, replay_texts TEXT NOT NULL, control_verdicts TEXT NOT NULL, uplift REAL,
     nll_written REAL, nll_before REAL, nll_after REAL, trained_tokens INTEGER NOT NULL DEFAULT 0,
-    written_at TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER, templates_version TEXT
+    written_at TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER, templates_version TEXT,
+    shift_nats REAL
 )
 """
 _LIST_COLUMNS = ("leak_reasons", "replay_verdicts", "replay_texts", "control_verdicts")
@@ -86,6 +87,8 @@ class ExperienceRow:
     """Characters [start, end) of `wrong_text` that the bifurcation quotes; None when none was found."""
     templates_version: str | None
     """Identifies the texts of the analysis prompt."""
+    shift_nats: float | None
+    """How much more M lifts the group's right rollouts than its wrong ones; None when it was not scored."""
 
     @property
     def quoted_step(self) -> str | None:
@@ -144,6 +147,7 @@ def to_record(experience: Experience) -> dict[str, Any]:
         "quote_start": experience.quote.start if experience.quote else None,
         "quote_end": experience.quote.end if experience.quote else None,
         "templates_version": analysis.templates_version or None,
+        "shift_nats": finite(experience.shift_nats),
     }
     record = {column: clean(value) for column, value in record.items()}
     return record | {column: json.dumps(record[column], ensure_ascii=False) for column in _JSON_COLUMNS}

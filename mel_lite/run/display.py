@@ -165,6 +165,7 @@ def experience_page(row: ExperienceRow) -> RenderableType:
         ("leaks", "\n".join(row.leak_reasons)),
         *((f"replay: {v}", t) for v, t in zip(row.replay_verdicts, row.replay_texts, strict=False)),
         ("replay without it", ", ".join(row.control_verdicts)),
+        ("lift of the right rollouts over the wrong ones", _nats(row.shift_nats)),
         ("reason for the drop", row.reason),
     ]
     nlls = [f"{name} {value:.3f}" for name, value in _nlls(row) if value is not None]
@@ -173,6 +174,10 @@ def experience_page(row: ExperienceRow) -> RenderableType:
     title = f"meta-experience {row.id}, step {row.step}: {row.status}"
     parts = [Text.assemble((f"{label}\n", "bold cyan"), plain(text), "\n") for label, text in sections if text]
     return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f} nats"
 
 
 def _nlls(row: ExperienceRow) -> tuple[tuple[str, float | None], ...]:

@@ -43,6 +43,7 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
     full = replace(
         experience(step=7),
         quote=Span(6, 8),
+        shift_nats=-0.75,
         leak=LeakReport(("answer: '10' in heuristic",), redacted),
         replay=Replay(
             (Verdict.RIGHT, Verdict.WRONG), ("10", "12"), (Verdict.WRONG, Verdict.ABSTAIN, Verdict.WRONG, Verdict.RIGHT)
@@ -85,6 +86,7 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
         "quote_start": 6,
         "quote_end": 8,
         "templates_version": "1+fork",
+        "shift_nats": -0.75,
     }
     assert {field.name: getattr(row, field.name) for field in fields(ExperienceRow)} == expected
     assert row.written_at.endswith("+00:00")
@@ -97,7 +99,7 @@ def test_a_dropped_experience_has_only_what_was_reached(store: ExperienceStore) 
     assert (row.prompt, row.status, row.reason) == ("plain text", Status.UNPARSED, "dropped: unparsed")
     assert (row.bifurcation, row.critique, row.heuristic, row.uplift, row.nll_written) == (None,) * 5
     assert (row.leak_reasons, row.replay_verdicts, row.redacted) == ((), (), False)
-    assert (row.quote_start, row.quoted_step, row.templates_version) == (None,) * 3
+    assert (row.quote_start, row.quoted_step, row.templates_version, row.shift_nats) == (None,) * 4
 
 
 def test_ids_count_from_one_and_survive_reopening(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_files_that_are_no_store_are_named(tmp_path: Path) -> None:
     ExperienceStore(newer).close()
     sqlite3.connect(newer, isolation_level=None).execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"schema version is 3, but this release of mel-lite reads 2"):
+        with pytest.raises(StoreError, match=r"schema version is 4, but this release of mel-lite reads 3"):
             ExperienceStore(newer, read_only=read_only)
 
     foreign = tmp_path / "foreign.sqlite"
@@ -312,6 +314,21 @@ def test_a_store_of_schema_1_is_read_as_it_is_and_extended_by_a_writer(tmp_path:
         assert again.last_id() == len(old) + 1
     (version,) = sqlite3.connect(path).execute("PRAGMA user_version").fetchone()
     assert version == SCHEMA_VERSION
+
+
+def test_a_store_of_schema_2_gets_the_score(tmp_path: Path) -> None:
+    path = tmp_path / "experiences.sqlite"
+    with ExperienceStore(path) as store:
+        store.add([replace(experience(), quote=Span(0, 5))])
+    older = sqlite3.connect(path, isolation_level=None)
+    older.execute("ALTER TABLE experiences DROP COLUMN shift_nats")
+    older.execute("PRAGMA user_version = 2")
+    older.close()
+    with ExperienceStore(path, read_only=True) as reader:
+        assert (reader.get(1).quoted_step, reader.get(1).shift_nats) == ("hence", None)
+    with ExperienceStore(path) as store:
+        store.add([replace(experience(), shift_nats=0.5)])
+        assert [row.shift_nats for row in store.list()] == [None, 0.5]
 
 
 def test_read_only_stores_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,14 @@ def test_the_page_of_an_experience_shows_the_step_it_quotes(tmp_path: Path) -> N
     assert "wrong step it quotes" not in pages[1]
 
 
+def test_the_page_of_an_experience_shows_its_score(tmp_path: Path) -> None:
+    with ExperienceStore(tmp_path / "s.sqlite") as store:
+        store.add([replace(experience(Status.LEAKED), shift_nats=0.0), experience(Status.LEAKED)])
+        pages = [shown(experience_page(store.get(id_))) for id_ in (1, 2)]
+    label = "lift of the right rollouts over the wrong ones"
+    assert "+0.00 nats" in pages[0].split(label)[1] and label not in pages[1]
+
+
 def test_the_view_shows_every_phase_and_the_card() -> None:
     _, made = planned("24gb", model__name="Qwen/Qwen3-14B-Base")
     text = shown(plan_view(made))
