@@ -82,6 +82,32 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path, group: int, tokens
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["kl", "sampled"])
+def test_two_processes_teach_what_one_teaches(tmp_path: Path, form: str) -> None:
+    """With G=8 a rollout's sibling may be on the other rank."""
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "base")
+    options = EXACT | {
+        "num_generations": 8, "max_steps": 3, "internalisation": "distill",
+        "internalisation_options": {"context": "sibling", "form": form, "reader": "frozen", "mask": "shift"},
+    }  # fmt: skip
+    run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
+    halved = options | {"per_device_train_batch_size": 4, "max_micro_batch_tokens": 150}
+    launch(str(HELPERS / "rank_run.py"), str(tmp_path / "two"), json.dumps(halved))
+
+    alone = load_file(tmp_path / "one" / "weights-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"weights-{rank}.safetensors") for rank in (0, 1)]
+    for name, expected in alone.items():
+        assert (ranks[0][name] == ranks[1][name]).all(), f"ranks drifted apart in {name}"
+        assert (ranks[0][name] - expected).norm() <= 1e-4 * expected.norm() + 1e-8, name
+    logged = {}
+    for name in ("one", "two"):
+        text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        logged[name] = [json.loads(line)["mel/taught_rows"] for line in text if '"reward"' in line]
+    assert logged["one"] == [2 * rows for rows in logged["two"]] and any(logged["one"]), "the mean over the ranks"
+
+
+@pytest.mark.slow
 def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
     options = EXACT | {"max_steps": 50, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}

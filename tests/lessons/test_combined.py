@@ -69,12 +69,14 @@ def test_each_way_keeps_its_own_mean_over_its_lessons(tmp_path: Path, normalizat
 
 def test_advantages_pass_through_the_ways_in_order(tmp_path: Path) -> None:
     """Credit scales GRPO's advantages; the sampled form of distillation adds to the result."""
-    credit, distill = {"context": "sibling", "from_fork": False}, SIBLING | {"form": "sampled"}
+    credit, distill = {"context": "own", "from_fork": False}, SIBLING | {"form": "sampled"}
     both = catch(
-        tmp_path / "both", internalisation={"credit": 0.5, "distill": 2.0},
+        tmp_path / "both", analysis=varied, internalisation={"credit": 0.5, "distill": 2.0},
         internalisation_options={"credit": credit, "distill": distill},
     )  # fmt: skip
-    scaled = catch(tmp_path / "a", mel_weight=0.15, internalisation="credit", internalisation_options=credit)
+    scaled = catch(
+        tmp_path / "a", analysis=varied, mel_weight=0.15, internalisation="credit", internalisation_options=credit
+    )
     added = catch(tmp_path / "b", mel_weight=0.6, internalisation="distill", internalisation_options=distill)
     extra_BC = added.after["advantages"] - added.before["advantages"][:, None]
     assert torch.allclose(both.after["advantages"], scaled.after["advantages"] + extra_BC, atol=1e-5)

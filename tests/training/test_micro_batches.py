@@ -64,6 +64,21 @@ def metrics(trainer: Any) -> dict[str, list[float]]:
     return {name: values for name, values in trainer._metrics["train"].items() if values}
 
 
+TAUGHT: dict[str, Any] = {
+    "internalisation": {"analysis": 1.0, "distill": 0.5},
+    "internalisation_options": {"distill": {"context": "sibling"}},
+}
+
+
+def with_teachers(inputs: dict[str, Any], seed: int = 3) -> dict[str, Any]:
+    """The micro-batch with teachers at about half of its tokens, at none of its second row."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_BC = inputs["completion_mask"].bool() & (torch.rand(4, 6, generator=generator) < 0.5)
+    mask_BC[1] = False
+    hidden_BKH = torch.randn(4, int(mask_BC.sum(dim=1).max()), 64, generator=generator)
+    return inputs | {"teacher_mask": mask_BC, "teacher_hidden": hidden_BKH}
+
+
 CASES = [
     *[({"loss_type": name}, ()) for name in LOSS_TYPES],
     *[({"loss_type": name, "beta": 0.04}, LESSONS) for name in ("grpo", "dapo", "bnpo")],
@@ -74,6 +89,8 @@ CASES = [
     ({"off_policy_mask_threshold": 0.3, "delta": 3.0}, ()),
     ({"algorithm": "rft", "meta_experience": True}, LESSONS),
     ({"algorithm": "reinforce++", "meta_experience": True}, LESSONS),
+    (TAUGHT | {"temperature": 0.7}, LESSONS),
+    (TAUGHT | {"top_entropy_quantile": 0.5}, ()),
 ]
 
 
@@ -82,6 +99,8 @@ def test_gradient_loss_and_metrics_are_those_of_the_whole(
     tmp_path: Path, options: dict[str, Any], lessons: tuple[Lesson, ...]
 ) -> None:
     inputs = with_lessons(micro_batch(), lessons)
+    if "internalisation" in options:
+        inputs = with_teachers(inputs)
     if options.get("algorithm") == "rft":
         inputs = {k: v for k, v in inputs.items() if k != "old_per_token_logps"}
     options = {"grad_norm_every": 1, **options}
