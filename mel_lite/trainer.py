@@ -79,7 +79,7 @@ from mel_lite.training.sampler import EpochSampler
 from mel_lite.training.scorer import Scorer
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Status
+from mel_lite.types import Experience, Group, LessonNormalization, LessonShare
 from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:
@@ -384,12 +384,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         return None if self._store is None else self._store.last_id()
 
     def latest_sample(self) -> ExperienceRow | None:
-        """Return the newest meta-experience, a kept one of the newest step if there is one."""
-        if self._store is None:
-            return None
-        newest = self._store.list(limit=1)
-        kept = self._store.list(status=Status.KEPT, step=newest[0].step, limit=1) if newest else []
-        return next(iter(kept + newest), None)
+        """Return the newest meta-experience worth showing; None before the first."""
+        return None if self._store is None else self._store.sample()
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Add to the training metrics that TRL averages and logs."""

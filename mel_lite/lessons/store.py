@@ -190,6 +190,12 @@ class ExperienceStore:
             raise self._no_such_row(id_)
         return found[0]
 
+    def sample(self) -> ExperienceRow | None:
+        """Return the newest row, a kept one of the newest step if there is one; None when there is no row."""
+        newest = self.list(limit=1)
+        kept = self.list(status=Status.KEPT, step=newest[0].step, limit=1) if newest else []
+        return next(iter(kept + newest), None)
+
     def list(self, *, status: Status | str | None = None, step: int | None = None, limit: int | None = None) -> Rows:
         """Return the newest `limit` rows (default: all) with this status and step, oldest first."""
         where, values = "WHERE true", []

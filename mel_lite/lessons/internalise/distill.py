@@ -53,16 +53,15 @@ class TeacherReader(Choice):
 
 
 class Distill(Internalisation):
-    """Pull the policy toward what it would say with notes in its prompt (docs/internalisation.md).
+    """Pull the policy toward itself with notes in its prompt: lambda / N sum over taught tokens of KL(pi || pi_T).
 
-    Args: see `NoteSource`, `DistillForm`, `LessonsPerPrompt`, `TeacherReader`, `TokenMask`, `TaughtRows`.
-        sign: teach a token only where the teacher's opinion of it agrees with the verdict on its rollout: likelier
-            than the student has it in a right rollout, less likely in a wrong one.
-        shuffled: read the notes of another question; a control.
-        shift_nats: threshold of `mask="shift"`, at least 0.
-        clip_nats: bound of the log ratio of `form="sampled"`, above 0.
+    Args: those with named values are `NoteSource`, `DistillForm`, `LessonsPerPrompt`, `TeacherReader`, `TokenMask` and
+        `TaughtRows`. sign: teach a token only where the teacher's opinion agrees with the verdict on the rollout:
+        likelier than for the student if right, less likely if wrong. shuffled: read the notes of another question.
+        shift_nats: threshold of `mask="shift"`, at least 0. clip_nats: bound of the log ratio of `form="sampled"`,
+        above 0.
 
-    Raises: ConfigError for an option outside its range.
+    Raises: ConfigError for an option outside its range. Source: docs/internalisation.md.
     """
 
     def __init__(
