@@ -1,8 +1,9 @@
-"""Measure the fused log-prob operator against other implementations: `python benchmarks/kernel.py`, on a GPU or a CPU.
+"""Measure the fused operators against other implementations: `python benchmarks/kernel.py`, on a GPU or a CPU.
 
-Needs torch (and triton on a GPU). Also measures trl, unsloth_zoo, liger-kernel and cut-cross-entropy if they are
-installed (`pip install --no-deps` of each is enough). Prints a table and writes every time to benchmarks/results/. With
---model and --tasks, a further shape uses the hidden states of that model's own rollouts.
+Each size is measured with log-probabilities and with the KL divergence from a teacher. Needs torch (and triton on a
+GPU). Also measures trl, unsloth_zoo, liger-kernel and cut-cross-entropy if they are installed (`pip install --no-deps`
+of each is enough). Prints a table and writes every time to benchmarks/results/. With --model and --tasks, a further
+shape uses the hidden states of that model's own rollouts.
 """
 
 from __future__ import annotations

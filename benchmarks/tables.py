@@ -44,9 +44,11 @@ def kernel_cpu() -> str:
         "the gradient."
     ]
     for shape in report["shapes"]:
+        kl = shape.get("operator") == "kl"
         parts.append(
-            f"\nN {shape['rows']}, H {shape['width']}, V {shape['vocab']}, {shape['dtype']}, {shape['states']} states:"
-            "\n\n| | s | peak MiB | error of logp | error of u |\n|---|---|---|---|---|"
+            f"\nN {shape['rows']}, H {shape['width']}, V {shape['vocab']}, {shape['dtype']}, {shape['states']} states"
+            f"{', KL from a teacher' if kl else ''}:"
+            f"\n\n| | s | peak MiB | error of {'KL' if kl else 'logp'} | error of u |\n|---|---|---|---|---|"
         )
         for result in shape["results"]:
             if result["times_s"] and result["name"] not in RETIRED:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..api import fused_logprobs
+from ..kl import fused_kl
 from .inputs import Inputs, Shape, default_shapes, model_like
-from .peers import PEERS, Peer
+from .peers import KL_PEERS, PEERS, Peer
 from .report import BOUND, HALF, OURS, SCORING, Result, machine, table, versions
-from .truth import true_head
+from .truth import true_head, true_kl
 
 SAMPLE_ROWS = 128
 """Rows that are compared with float64: enough for a Frobenius error, few enough for a card with slow float64."""
@@ -68,29 +69,32 @@ def run(
     return report
 
 
-def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor | None] | str]:
+def contenders(inputs: Inputs, operator: str = "logprobs") -> dict[str, Callable[[], Tensor | None] | str]:
     """Map each name to a function that runs one pass and leaves the gradient in hidden.grad, or to an error."""
-    hidden_NH, weight_VH, target_N = inputs
-    rows = torch.arange(len(target_N), device=target_N.device)
+    hidden_NH, weight_VH, other = inputs
+    rows = torch.arange(len(hidden_NH), device=hidden_NH.device)
+
+    def ours(hidden_NH: Tensor, weight_VH: Tensor, other: Tensor, **options: Any) -> Tensor:
+        if operator == "kl":
+            return fused_kl(hidden_NH, other, weight_VH, **options)
+        return fused_logprobs(hidden_NH, weight_VH, other, **options)[0]
 
     def train(peer: Peer) -> Callable[[], Tensor]:
         def once() -> Tensor:
-            output = peer(hidden_NH, weight_VH, target_N)
+            output = peer(hidden_NH, weight_VH, other)
             output.sum().backward()
             return output.detach()
 
         return once
 
-    def score() -> Tensor:
-        return fused_logprobs(hidden_NH, weight_VH, target_N, compute_u=False)[0]
-
+    multiplied = torch.cat([hidden_NH.detach(), other]) if operator == "kl" else hidden_NH.detach()
     found: dict[str, Callable[[], Tensor | None] | str] = {
-        OURS: train(lambda h, w, t: fused_logprobs(h, w, t)[0]),
-        SCORING: score,
-        HALF: train(lambda h, w, t: fused_logprobs(h, w, t, keep_N=rows % 2 == 0)[0]),
-        BOUND: _bare_products(hidden_NH.detach(), weight_VH),
+        OURS: train(ours),
+        SCORING: lambda: ours(hidden_NH, weight_VH, other, compute_u=False),
+        HALF: train(lambda h, w, t: ours(h, w, t, keep_N=rows % 2 == 0)),
+        BOUND: _bare_products(multiplied, weight_VH),
     }
-    for name, get in PEERS.items():
+    for name, get in (KL_PEERS if operator == "kl" else PEERS).items():
         try:
             found[name] = train(get())
         except Exception as error:  # whatever an absent or broken package raises on import
@@ -99,7 +103,10 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor | None] | str]:
 
 
 def _bare_products(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
-    """Multiply hidden @ weight.T and (that) @ weight, whole, by the BLAS library: 4 N V H operations, a lower bound."""
+    """Multiply hidden @ weight.T and (that) @ weight, whole, by the BLAS library: a lower bound.
+
+    4 N V H operations; twice as many rows, and operations, for a KL divergence.
+    """
     z_NV, grad_NH = hidden_NH.new_empty(len(hidden_NH), len(weight_VH)), torch.empty_like(hidden_NH)
 
     def once() -> None:
@@ -113,11 +120,15 @@ def measure(shape: Shape, device: torch.device, rounds: int, inputs: Inputs | No
     """Check every contender once (errors, memory; this also warms it up), then time all of them in turns."""
     if inputs is None:
         inputs = model_like(shape, device)
-    hidden_NH, weight_VH, target_N = inputs
+    hidden_NH, weight_VH, other = inputs
     sample = torch.arange(0, shape.rows, max(1, shape.rows // SAMPLE_ROWS), device=device)
-    truth = true_head(hidden_NH[sample], weight_VH, target_N[sample])
+    truth: Any
+    if shape.operator == "kl":
+        truth = true_kl(hidden_NH[sample], other[sample], weight_VH)
+    else:
+        truth = true_head(hidden_NH[sample], weight_VH, other[sample])
     results, passes = [], {}
-    for name, once in contenders(inputs).items():
+    for name, once in contenders(inputs, shape.operator).items():
         result = Result(name)
         results.append(result)
         if isinstance(once, str):
@@ -149,7 +160,7 @@ def _check(result: Result, once: Callable[[], Tensor | None], hidden_NH: Tensor,
     output = once()
     result.peak_bytes = _memory_bytes(device) - before
     if output is not None and output.dim() == 1 and result.name != HALF:
-        wrong_N = (output[sample].double() - truth.logp_N).abs() / truth.logp_N.abs().clamp(min=0.01)
+        wrong_N = (output[sample].double() - truth[0]).abs() / truth[0].abs().clamp(min=0.01)
         result.logp_error = float(wrong_N.max())
     if hidden_NH.grad is not None and result.name != HALF:
         wrong_NH = hidden_NH.grad[sample].double() - truth.u_NH

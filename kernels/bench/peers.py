@@ -1,4 +1,4 @@
-"""Other implementations of the same log-probabilities and their gradient in hidden.
+"""Other implementations of the same log-probabilities, or KL divergences, and their gradient in hidden.
 
 A peer that is not installed, or does not run on a device, is reported with the reason.
 N rows, V vocabulary, H hidden size.
@@ -22,6 +22,13 @@ Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 def naive(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Tensor:
     """Compute full logits in the model's dtype and log-softmax in float32, as most training loops do."""
     return (hidden_NH @ weight_VH.T).float().log_softmax(1).gather(1, target_N[:, None])[:, 0]
+
+
+def naive_kl(student_NH: Tensor, weight_VH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """Compute both full logits in the model's dtype, and the divergence in float32, as most training loops do."""
+    log_p_NV = (student_NH @ weight_VH.T).float().log_softmax(1)
+    log_q_NV = (teacher_NH @ weight_VH.T).float().log_softmax(1)
+    return F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(1)
 
 
 def _torch() -> Peer:
@@ -61,6 +68,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "cut_cross_entropy": _cut_cross_entropy,
 }
 """Name -> function that returns the peer, or raises if it is not installed."""
+KL_PEERS: dict[str, Callable[[], Peer]] = {"naive KL of two logits": lambda: naive_kl}
 
 
 def _file_of(package: str, path: str) -> Any:

@@ -29,9 +29,9 @@ class Result:
     peak_bytes: int | None = None
     """Peak memory in addition to the inputs, including the gradient of hidden."""
     logp_error: float | None = None
-    """Largest |logp - truth| / max(|truth|, 0.01) over the sampled rows."""
+    """Largest |logp - truth| / max(|truth|, 0.01) over the sampled rows; of the KL where that is measured."""
     u_error: float | None = None
-    """Relative Frobenius error of d sum(logp) / d hidden over the sampled rows."""
+    """Relative Frobenius error of d sum(logp) / d hidden, or d sum(kl) / d student, over the sampled rows."""
     problem: str | None = None
     """Reason why the contender was not timed."""
 
@@ -48,7 +48,7 @@ def table(shape: Shape, results: list[Result]) -> str:
     median_s = {result.name: result.quantiles_s()[1] for result in results if result.times_s}
     bound_s = median_s.get(BOUND)
     lines = [f"\n{shape}", f"{'':28}{'ms':>9}{'p20-p80':>16}{'x ours':>8}{'% bound':>9}{'peak MiB':>10}"
-             f"{'logp err':>10}{'u err':>10}"]  # fmt: skip
+             f"{'KL err' if shape.operator == 'kl' else 'logp err':>10}{'u err':>10}"]  # fmt: skip
     for result in results:
         if not result.times_s:
             lines.append(f"{result.name:28} not run: {result.problem}")

@@ -49,6 +49,25 @@ def test_the_command_measures_the_default_shapes_and_writes_the_file(
     assert "N 20, H 8, V 100, float32, synthetic states" in done.output
 
 
+def test_kl_is_measured_against_two_full_logits() -> None:
+    logged: list[str] = []
+    shape = bench.Shape(300, 24, 2000, "bfloat16" if DEVICE == "cuda" else "float32", operator="kl")
+    report = bench.run(DEVICE, shapes=[shape], rounds=2, log=logged.append)
+    results = {result["name"]: result for result in report["shapes"][0]["results"]}
+    assert list(results) == [OURS, SCORING, HALF, BOUND, *peers.KL_PEERS]
+    ours, naive = results[OURS], results["naive KL of two logits"]
+    assert 0 < ours["logp_error"] < 1e-5 and ours["logp_error"] <= naive["logp_error"]
+    assert 0 < ours["u_error"] < 3e-3 and ours["u_error"] <= naive["u_error"]
+    assert results[SCORING]["logp_error"] == ours["logp_error"] and results[SCORING]["u_error"] is None
+    assert all(len(result["times_s"]) == 2 for result in results.values())
+    assert f"V 2000, {shape.dtype}, synthetic states, KL from a teacher" in logged[-1] and "KL err" in logged[-1]
+
+
+def test_every_size_is_measured_with_both_operators() -> None:
+    operators = [shape.operator for shape in bench.default_shapes(torch.device("cpu"))]
+    assert sorted(operators) == ["kl", "logprobs"]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_objects_are_frozen_during_a_run_only(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     """A process that froze its objects before the run, as the tests do, keeps them frozen."""

@@ -191,17 +191,17 @@ def test_row_counts_around_a_block(rows: int, impl: str) -> None:
 
 
 @pytest.mark.parametrize(("impl", "dtype"), DTYPES, ids=str)
-@pytest.mark.parametrize("tiling", [(1, 90), (7, 16), (24, 33), (64, 1), (13, 4096)])
+@pytest.mark.parametrize("tiling", [(1, 90), (5, 16), (8, 33), (64, 7), (13, 4096)])
 def test_tile_sizes_change_nothing_but_rounding(tiling: tuple[int, int], impl: str, dtype: torch.dtype) -> None:
     """With many tiles the student's first choice changes, and sums and accumulators are moved to the new one."""
-    inputs = case(24 if tiling[1] > 1 else 3, 90, 16, dtype)
+    inputs = case(6, 90, 16, dtype)
     steps, _ = make_steps(impl, dtype, inputs[0].device, 16, LogitTransform())
     found = frozen_kl(*inputs, None, steps=steps, tiling=Tiling(*tiling), u_dtype=torch.float32)
     error = logit_error(impl, inputs[0], inputs[2])
     assert_kl_exact(found, true_kl(*inputs), u_bound=1e-5 if dtype == torch.float32 else 1e-3, logit_error=error)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("impl", FROZEN)
 def test_sums_move_with_the_first_choice(seed: int, impl: str) -> None:
     """Logits that rise over the tiles: every tile has a new first choice, each as far from the teacher as any."""

@@ -39,12 +39,12 @@ def run_interpreted(expression: str, at_least: int) -> None:
 
 def test_interpreted_kernels_are_exact() -> None:
     """Many tiles and awkward logits, in float32 and float16 (the interpreter's bfloat16 is broken)."""
-    run_interpreted("triton and (tile_sizes or adversarial or sums_move)", 48)
+    run_interpreted("triton and (tile_sizes or adversarial or sums_move)", 45)
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_pass_all_tests_of_the_operator() -> None:
-    run_interpreted("triton", 192)
+    run_interpreted("triton", 189)
 
 
 def check(usage: compiled_kernels.Usage) -> None:
