@@ -218,6 +218,17 @@ def test_sums_move_with_the_first_choice(seed: int, impl: str) -> None:
     assert float(wrong_N.max()) < 2e-4
 
 
+@pytest.mark.parametrize("impl", FROZEN)
+def test_far_teachers_do_not_overflow_in_float16(impl: str) -> None:
+    """exp(z - m) |r| is beyond the largest float16 here, and is clipped where products have 16 bits."""
+    noise, other = torch.randn(2, 4, 700, generator=torch.Generator().manual_seed(3))
+    inputs = tuple(tensor.half() for tensor in as_inputs(noise.to(DEVICE), 2000 * other.to(DEVICE)))
+    found, truth = run_frozen_kl(impl, *inputs, None, LogitTransform(), want_u=True), true_kl(*inputs)
+    assert float(truth.kl_N.min()) > 4000
+    assert_kl_exact(Divergence(found.kl_N, None), truth, logit_error=4 * EPS * 8000)
+    assert torch.cosine_similarity(found.u_NH.double(), truth.u_NH).min() > 0.9
+
+
 def test_float64_is_exact() -> None:
     inputs = pair_case(40, 700, 16, torch.float64)
     inputs[1][:] = inputs[0] + 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).double()
