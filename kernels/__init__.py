@@ -1,11 +1,12 @@
-"""Exact log-probabilities of a language-model head, computed without holding its logits.
+"""Exact log-probabilities and KL divergences of a language-model head, computed without holding its logits.
 
-    from mel_lite.kernels import fused_logprobs
+    from mel_lite.kernels import fused_kl, fused_logprobs
     logp_N, entropy_N, lse_N = fused_logprobs(hidden_NH, weight_VH, target_N, temperature=0.8)
+    kl_N = fused_kl(student_NH, teacher_NH, weight_VH, temperature=0.8)
 
 One pass over the head gives, for every row, the log-probability of its target, the entropy, the log-normalizer and
-u = d logp / d hidden. The backward pass only scales u. This package imports nothing from MEL-Lite and works with torch
-alone (and Triton on a GPU).
+u = d logp / d hidden; or KL(student || teacher) and u = d kl / d student. The backward pass only scales u. This package
+imports nothing from MEL-Lite and works with torch alone (and Triton on a GPU).
 """
 
 from __future__ import annotations
