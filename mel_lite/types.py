@@ -360,7 +360,7 @@ class BankLesson:
     retired: bool
     """The score is below `retire_below`; it neither teaches nor is examined, until the same rule is kept again."""
     step: int
-    """Optimizer step of its first experience."""
+    """Optimizer step of its first experience, from 1; 0 for a lesson of another run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,8 +114,7 @@ def bank_table(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | No
     table.add_column("heuristic")
     for number, lesson in enumerate(lessons):
         state = Text("retired", style="yellow") if lesson.retired else Text("active", style="green")
-        # A lesson of another run has no step of this one; the store counts the updates before a lesson.
-        step = str(lesson.step + 1) if lesson.id > 0 else ""
+        step = str(lesson.step) if lesson.step else ""
         known = [] if truths is None else [{True: "yes", False: "no", None: "?"}[truths[number]]]
         score, rule = f"{lesson.score:.2f}", one_line(lesson.heuristic, 110)
         table.add_row(str(lesson.id), score, str(lesson.votes), state, step, *known, rule)

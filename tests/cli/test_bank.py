@@ -54,7 +54,7 @@ def test_json_has_every_field(run: Path) -> None:
     lessons = json.loads(invoke("experiences", "bank", run, "--json").output)
     assert lessons[0] == {
         "id": 1, "heuristic": rule("zap", "from"), "question_text": "3 zap 7?", "score": 1.5, "votes": 2,
-        "retired": False, "step": 3,
+        "retired": False, "step": 4,
     }  # fmt: skip
     with_truth = json.loads(invoke("experiences", "bank", run, "--json", "--truth", "lesson_banks:truth").output)
     assert [each.pop("true") for each in with_truth] == [True, None, False, False] and with_truth == lessons
@@ -78,7 +78,8 @@ def test_eval_measures_lessons_against_none(tmp_path: Path) -> None:
         "".join(json.dumps({"prompt": f"{i} {op} 3?", "answer": "4"}) + "\n" for i, op in enumerate(["zap", "bli"]))
     )
     write_checkpoint(tmp_path / "run", bank_of(("zap", "from")))
-    arguments = ("eval", "--model", base, "--dataset", tmp_path / "t.jsonl", "--k", 2, "--max-new-tokens", 4)
+    tasks = ("--dataset", tmp_path / "t.jsonl", "--verifier", "numeric")
+    arguments = ("eval", "--model", base, *tasks, "--k", 2, "--max-new-tokens", 4)
     output = tmp_path / "result.json"
     done = invoke(*arguments, "--with-lessons", tmp_path / "run", "--output", output)
     assert done.exit_code == 0, done.output

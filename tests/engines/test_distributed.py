@@ -108,6 +108,26 @@ def test_two_processes_teach_what_one_teaches(tmp_path: Path, form: str) -> None
 
 
 @pytest.mark.slow
+def test_two_processes_keep_the_bank_of_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "base")
+    options = EXACT | {
+        "internalisation": "distill", "internalisation_options": {"form": "sampled"}, "bank_settled": None,
+        "grad_norm_every": 0, "max_steps": 4,
+    }  # fmt: skip
+    run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
+    halved = options | {"per_device_train_batch_size": 4}
+    launch(str(HELPERS / "rank_run.py"), str(tmp_path / "two"), json.dumps(halved))
+    ranks = [json.loads((tmp_path / "two" / f"bank-{rank}.json").read_text()) for rank in (0, 1)]
+    alone = json.loads((tmp_path / "one" / "bank-0.json").read_text())
+    assert ranks[0] == ranks[1], "bit for bit"
+    assert ranks[0]["counts"] == alone["counts"] and alone["counts"]["examined"] > 2
+    ours, theirs = ([lesson.pop("score") for lesson in bank["lessons"]] for bank in (ranks[0], alone))
+    assert ours == pytest.approx(theirs, abs=1e-3) and ranks[0]["lessons"] == alone["lessons"]
+    assert any(score != round(score) for score in theirs), "a score moved"
+
+
+@pytest.mark.slow
 def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
     options = EXACT | {"max_steps": 50, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}

@@ -43,6 +43,8 @@ def main(folder: Path, options: dict[str, object]) -> None:
     weights = {name: tensor.contiguous() for name, tensor in trainable(trainer).items()}
     save_file(weights, folder / f"weights-{rank}.safetensors")
     (folder / f"carried-{rank}.json").write_text(json.dumps(carried))
+    if trainer.bank is not None:
+        (folder / f"bank-{rank}.json").write_text(json.dumps(trainer.bank.state_dict()["lesson_bank"]))
     trainer.accelerator.end_training()
 
 

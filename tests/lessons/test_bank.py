@@ -41,9 +41,9 @@ def test_a_kept_lesson_enters_with_its_score_and_its_redacted_rule() -> None:
     bank.add(9, replace(leaking, leak=LeakReport(("answer",), redacted)), score=7.5)
     bank.add(10, kept("- If I see dax, then dax is add.", "3 dax 7?"), score=-0.25)
     assert bank.lessons == [
-        BankLesson(7, "- If I see zap, then zap is from.", "3 zap 7?", 1.0, 1, False, 3),
-        BankLesson(9, "If zap gives [...], then stop.", "3 zap 4?", 1.0, 1, False, 5),
-        BankLesson(10, "- If I see dax, then dax is add.", "3 dax 7?", -0.25, 1, True, 3),
+        BankLesson(7, "- If I see zap, then zap is from.", "3 zap 7?", 1.0, 1, False, 4),
+        BankLesson(9, "If zap gives [...], then stop.", "3 zap 4?", 1.0, 1, False, 6),
+        BankLesson(10, "- If I see dax, then dax is add.", "3 dax 7?", -0.25, 1, True, 4),
     ]
 
 
@@ -55,7 +55,7 @@ def test_near_duplicates_add_their_scores_and_votes(again: str) -> None:
     bank = bank_of(("zap", "from"))
     bank.reexamine([(1, 0.25)])
     bank.add(2, kept(again, "9 zap 2 dax 1?"), score=0.5)
-    assert bank.lessons == [BankLesson(1, rule("zap", "from"), "3 zap 7?", 1.75, 3, False, 3)]
+    assert bank.lessons == [BankLesson(1, rule("zap", "from"), "3 zap 7?", 1.75, 3, False, 4)]
     assert bank.counts == {"merged": 1, "examined": 1, "contradictions": 0}
     bank.add(3, kept("- If I see zap, then zap is -from.", "3 zap 7?"))
     assert len(bank) == 2, "a sign makes another rule"

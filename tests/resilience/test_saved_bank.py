@@ -33,8 +33,8 @@ def stored_run(folder: Path) -> Path:
 
 
 STORED = [
-    BankLesson(1, rule("zap", "from"), "3 zap 7?", 2.0, 2, False, 3),
-    BankLesson(3, rule("dax", "add"), "1 dax 2?", 1.0, 1, False, 5),
+    BankLesson(1, rule("zap", "from"), "3 zap 7?", 2.0, 2, False, 4),
+    BankLesson(3, rule("dax", "add"), "1 dax 2?", 1.0, 1, False, 6),
 ]
 
 

@@ -107,7 +107,7 @@ class LessonBank:
         parsed = (experience.leak.redacted if experience.leak else None) or experience.parsed
         assert parsed is not None, "a kept meta-experience was parsed"
         question = question_text(experience.analysis.pair.group.prompt)
-        self.extend([BankLesson(row_id, parsed.heuristic, question, _clip(score), 1, False, experience.step)])
+        self.extend([BankLesson(row_id, parsed.heuristic, question, _clip(score), 1, False, experience.step + 1)])
 
     def extend(self, lessons: Iterable[BankLesson]) -> None:
         """Add lessons of new ids with their scores and votes, in order. A rule the bank has gets their sums."""
