@@ -183,7 +183,8 @@ class MELConfig(GRPOConfig):
     max_idle_steps: int = _option(
         0,
         "Stop after this many consecutive optimizer steps with nothing to learn from (no completion has an advantage, "
-        "no meta-experience was kept), with a warning after a fifth of them. 0 = only warn. The presets set 50.",
+        "no meta-experience was kept or taught), with a warning after a fifth of them. 0 = only warn. The presets set "
+        "50.",
     )
 
     def __post_init__(self) -> None:

@@ -299,7 +299,8 @@ class CollapseWatch:
         """Record a generation batch of this rank, as it is trained on."""
         advantages = batch["advantages"]
         per_row = advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(dim=1)
-        self._learns = has_lessons or bool((per_row * batch["completion_mask"].sum(dim=1)).any())
+        is_taught = "teacher_mask" in batch or self._trainer.needs_every_rollout
+        self._learns = has_lessons or is_taught or bool((per_row * batch["completion_mask"].sum(dim=1)).any())
 
     def saw_analyses(self, experiences: Sequence[Experience]) -> None:
         """Count a batch's analyses, and warn when many do not end within `analysis_max_tokens`."""
@@ -334,8 +335,8 @@ class CollapseWatch:
         step = trainer.state.global_step
         warning = (
             f"The last {checks.idle_steps} steps had nothing to learn from: in no group did rewards differ, and no "
-            "meta-experience was kept. The tasks are too easy or too hard, or the verifier misses the answers: look at "
-            "completions/, choose other tasks, or raise num_generations."
+            "meta-experience was kept or taught. The tasks are too easy or too hard, or the verifier misses the "
+            "answers: look at completions/, choose other tasks, or raise num_generations."
         )
         if stops:
             raise DivergedError(

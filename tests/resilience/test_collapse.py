@@ -18,7 +18,7 @@ from mel_lite.resilience.checkpoint_files import read_state
 from mel_lite.resilience.collapse import AGAIN, WINDOW, CollapseChecks, CollapseWatch
 from mel_lite.types import Finish
 from scripted import ScriptedEngine
-from tiny_models import tiny_tokenizer
+from tiny_models import set_lora, tiny_tokenizer
 from trainers import assert_learned, build, digest, trainable
 
 
@@ -246,6 +246,18 @@ def test_a_run_that_learns_is_never_idle(tmp_path: Path, algorithm: str) -> None
     trainer.train()
     assert trainer.collapse.checks.idle_steps == 0
     assert_learned(trainer)
+
+
+def test_a_run_with_a_teacher_is_not_idle_where_all_are_wrong(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path, engine=_always("Answer: -1"), max_steps=3, max_idle_steps=1, internalisation="distill",
+        internalisation_options={"context": "none", "reader": "frozen", "sign": False},
+    )  # fmt: skip
+    set_lora(trainer.model, 0.2)  # the policy is no longer that of the start
+    before = digest(trainable(trainer))
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.collapse.checks.idle_steps == 0
+    assert digest(trainable(trainer)) != before
 
 
 def test_the_choice_is_checked(tmp_path: Path) -> None:
