@@ -16,6 +16,7 @@ from mel_lite import MELConfig
 from mel_lite.errors import ConfigError
 from mel_lite.recipe import build_args, parse_set, resolve
 from train_command import command
+from trainers import build
 
 WAYS = {"analysis": 0.1, "distill": 0.3}
 OPTIONS = {"distill": {"context": "sibling", "shift_nats": 0.05, "sign": False}}
@@ -67,6 +68,17 @@ def test_the_command_takes_a_combination_from_a_recipe(tmp_path: Path) -> None:
 def test_lambda_falls_linearly_to_0(tmp_path: Path, decay: int, expected: list[float]) -> None:
     args = config(tmp_path, mel_weight=0.4, mel_decay_steps=decay)
     assert [args.mel_weight_at(step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_the_updates_of_a_batch_share_its_lambda(tmp_path: Path) -> None:
+    trainer = build(tmp_path, mel_weight=0.4, mel_decay_steps=4, num_iterations=2, max_steps=6)
+    drawn, used = [], []
+    draw, loss = trainer._draw, trainer._compute_loss
+    trainer._draw = lambda groups: drawn.append(draw(groups)) or drawn[-1]
+    trainer._compute_loss = lambda model, inputs: used.append(trainer.mel_weight) or loss(model, inputs)
+    trainer.train()
+    assert [each.weight for each in drawn] == pytest.approx([0.4, 0.2, 0.0])
+    assert used == pytest.approx([0.4, 0.4, 0.2, 0.2, 0.0, 0.0])
 
 
 def test_a_negative_decay_is_refused(tmp_path: Path) -> None:
