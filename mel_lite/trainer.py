@@ -256,7 +256,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
 
     def _draw(self, groups: list[Group]) -> DrawnBatch:
         """Draw and store this batch's meta-experiences. Ranks share the pairs; every rank gets every outcome."""
-        args, batch = self.args, self._batch
+        args, batch, step = self.args, self._batch, self.state.global_step
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         pairs = []
         if self.internalisation.writes_lessons:
@@ -267,9 +267,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         local, unfit = [], []
         if pairs:
             self.engine.wake()
-            local, unfit = draw_lessons(
-                pairs[rank::world], self.lesson_context, step=self.state.global_step, batch=batch
-            )
+            local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=step, batch=batch)
             self.engine.sleep()  # what follows scores texts or trains, and needs the memory
         experiences: list[Experience] = sorted(gather_object(local), key=lambda e: e.analysis.pair.index)
         row_ids = [0] * len(experiences)
@@ -304,8 +302,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             denominator=None if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
         )
         experiences = [each for _, each in drawn.experiences]
-        trained_tokens = sum(len(lesson.target_ids) for lesson in lessons)
-        stages = funnel(drawn.groups, drawn.pairs, experiences, trained_tokens)
+        stages = funnel(drawn.groups, drawn.pairs, experiences, sum(len(each.target_ids) for each in lessons))
         self.add_metrics(stages)
         self.funnel_totals.add(stages)
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
