@@ -243,10 +243,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         scored = inputs if isinstance(inputs, GenerationBatch) else GenerationBatch(inputs)
-        batch = super()._generate_and_score_completions(scored)
-        if self.engine_probe is not None:
-            self.engine_probe.check(batch)
-        batch = self._estimated(batch, scored)
+        batch = self.policy_batch(scored)
         if self.model.training:
             if self.args.with_meta_experience:
                 drawn = self._draw(groups_of(gather_object(scored.rollouts), self.num_generations))

@@ -68,11 +68,19 @@ class JudgedRewards:
     judge: Judge
     answer_column: str | None
     clock: PhaseClock
+    engine_probe: Any
     _tokenizer: Any
     _is_vlm: bool
     _logs: dict[str, Any]
     _pending_extra_logs: defaultdict[str, list[Any]]
     _pending_metrics: defaultdict[str, list[float]]
+
+    def policy_batch(self, scored: GenerationBatch) -> dict[str, Any]:
+        """Sample and judge the completions of a batch; returns TRL's batch, with advantages and before any lesson."""
+        batch = super()._generate_and_score_completions(scored)  # type: ignore[misc]
+        if self.engine_probe is not None:
+            self.engine_probe.check(batch)
+        return self._estimated(batch, scored)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         self.stop_together()  # type: ignore[attr-defined]  # all ranks are here, with their rollouts sampled
