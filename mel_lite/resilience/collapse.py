@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from mel_lite.errors import DivergedError
 from mel_lite.resilience import checkpoint_files
+from mel_lite.resilience.first_batches import FirstBatches
 from mel_lite.types import CollapseAction, Experience, Finish, Group
 
 logger = logging.getLogger(__name__)
@@ -279,6 +280,7 @@ class CollapseWatch:
         self._trainer = trainer
         self.checks = CollapseChecks()
         self.idle = IdleWatch()
+        self.first_batches = FirstBatches(trainer)
         self._configured_weight = trainer.args.mel_weight
         self._learns = False
         """True when the current generation batch, on this rank, has an advantage or a lesson."""
@@ -286,9 +288,10 @@ class CollapseWatch:
         self._analyses, self._cut_off, self._cut_windows = 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tripwires": self.checks.state_dict()}
+        return {"tripwires": self.checks.state_dict()} | self.first_batches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.first_batches.load_state_dict(state)
         if state.get("tripwires") is None:
             return
         self.checks.load_state_dict(state["tripwires"], configured_weight=self._configured_weight)
@@ -348,6 +351,7 @@ class CollapseWatch:
 
     def on_log(self, logs: dict[str, Any]) -> None:
         """Check one log of a step or an evaluation. Raises: DivergedError under `on_collapse='stop'`."""
+        self.first_batches.on_log(logs)
         if "reward" not in logs and "eval_reward" not in logs:
             return
         trainer, checks = self._trainer, self.checks

@@ -44,6 +44,8 @@ class LiveDisplay(TrainerCallback):
         if not logs or "reward" not in logs:
             return
         self._console.print(step_line(state.global_step, state.max_steps, logs))
+        if self.trainer is not None and self.trainer.collapse.first_batches.line:
+            self._console.print(Text(self.trainer.collapse.first_batches.line, style="bold"))
         if self.trainer is None or (self._last_sample and state.global_step - self._last_sample < self._sample_every):
             return
         if (sample := self.trainer.latest_sample()) is not None:
