@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli.shared import ConfigOption, EngineOption, SetOption, console, loading
+from mel_lite.cli.shared import ConfigOption, EngineOption, ModelOption, SetOption, console, loading
 from mel_lite.errors import ConfigError
 
 
@@ -92,7 +92,7 @@ def recipe_of(
 def plan(
     gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto for this machine's GPU.")],
     config: ConfigOption = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    model: ModelOption = None,
     engine: EngineOption = None,
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

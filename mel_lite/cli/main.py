@@ -15,18 +15,25 @@ from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
 from mel_lite.cli import reports as report_commands
 from mel_lite.cli.experiences import experiences
+from mel_lite.cli.probe import probe
 from mel_lite.cli.shared import (
+    NO_PRESET,
     AnswerColumnOption,
     ConfigOption,
     ConversationalOption,
+    DatasetOption,
     EngineOption,
+    GpuOption,
+    ModelOption,
     PromptColumnOption,
     SetOption,
+    SplitOption,
     SystemPromptOption,
     TemplateKwargsOption,
     ThinkTagsOption,
     VerifierOption,
     console,
+    hide_gpus,
     loading,
     newest_run,
     tags_of,
@@ -51,6 +58,7 @@ app.command()(gpu_commands.plan)
 app.command()(gpu_commands.doctor)
 app.command()(report_commands.report)
 app.command()(report_commands.compare)
+app.command()(probe)
 
 
 def _version(shown: bool) -> None:
@@ -70,13 +78,11 @@ def options(
 
 @app.command()
 def train(
-    gpu: Annotated[str | None, typer.Option(help="Preset: cpu, 12gb, 16gb, 24gb, 40gb, 80gb or auto.")] = None,
+    gpu: GpuOption = None,
     config: ConfigOption = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")] = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    split: SplitOption = None,
     prompt_column: PromptColumnOption = None,
     answer_column: AnswerColumnOption = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
@@ -142,11 +148,10 @@ def train(
         # Reuse the run's own config unless a preset or file is given.
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
-        raise ConfigError("No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+        raise ConfigError(NO_PRESET)
     recipe, budget_bytes = gpu_commands.recipe_of(gpu, config, overrides, resumed=output_dir if resume else None)
     if recipe.train.get("use_cpu"):
-        # Before PyTorch initializes CUDA: loading, engine, memory check and export must all see no GPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        hide_gpus()  # loading, engine, memory check and export must all see none
     with loading("loading"):
         from mel_lite.run import train as run
     if dry_run:
@@ -175,7 +180,7 @@ def _dry_run(recipe: Any) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")] = None,
+    model: ModelOption = None,
     adapter: Annotated[
         Path | None, typer.Option(help="LoRA adapter to evaluate. Without --model, its own base model is used.")
     ] = None,

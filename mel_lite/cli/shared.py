@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+GpuOption = Annotated[str | None, typer.Option(help="Preset: cpu, 12gb, 16gb, 24gb, 40gb, 80gb or auto.")]
+ModelOption = Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")]
+DatasetOption = Annotated[
+    str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
+]
+SplitOption = Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that overrides the preset.")]
 EngineOption = Annotated[
     str | None, typer.Option(help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.")
@@ -41,6 +48,14 @@ ThinkTagsOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
 ]
+
+
+NO_PRESET = "No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE."
+
+
+def hide_gpus() -> None:
+    """Make this process see no GPU. Call it before PyTorch initializes CUDA."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def tags_of(values: list[str] | None) -> list[str] | None:

@@ -175,7 +175,7 @@ def train(
             tokenizer = run_tokenizer(recipe)
             tasks = load_run_tasks(recipe, args, tokenizer)
             _announce(recipe, args, tasks, folder, console)
-            trainer = _build_trainer(recipe, args, tokenizer, tasks, console)
+            trainer = build_trainer(recipe, args, tokenizer, tasks, console)
         if is_main and not resume:
             atomic_write_text(folder / "config.yaml", recipe.as_yaml())  # a run cannot be resumed without it
             record.write()
@@ -331,7 +331,8 @@ def _can_resume(recipe: Recipe, folder: Path, console: Console, allow_change: Se
     return False
 
 
-def _build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, console: Console) -> MELTrainer:
+def build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks, console: Console) -> MELTrainer:
+    """Load the model and build the trainer of a run. Raises: MelLiteError subclasses for what the user can fix."""
     from transformers import PrinterCallback
 
     model, peft_config = load_for_training(recipe, args, console, prompt_tokens=tasks.longest_prompt_tokens)
