@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ class LessonContext:
     tokenizer: Any
     templates: Templates
     judge: Judge
-    scorer: Scorer
-    """The current policy as a reader of texts."""
     clock: Callable[[str], AbstractContextManager[None]]
     """Opens a timed phase by name."""
     analysis: Sampling
     replay: Sampling
     max_context_tokens: int
-    context_tokens: int
-    """Longest sequence, prompt and completion together, that the model takes."""
     run_seed: int
+    scorer: Scorer | None = None
+    """The current policy as a reader of texts; only scored proof needs it."""
+    context_tokens: int = sys.maxsize
+    """Longest sequence, prompt and completion together, that the model takes."""
     mark_fork: bool = True
     leak_policy: str = "reject"
     trains_whole_analysis: bool = True

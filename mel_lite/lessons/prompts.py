@@ -101,11 +101,11 @@ class Templates:
     fork_mark: str = "> "
     """Precedes the first differing line of each solution, where `mark_fork` is on."""
     fork_note: str = _FORK_NOTE
-    """Follows `analysis_user` there, with `{mark}`."""
+    """Follows `analysis_user` there, with `{mark}`; empty: nothing follows."""
 
     def instructions(self, *, marked: bool) -> str:
         """Return the instruction of an analysis, with placeholders for its texts."""
-        if not marked:
+        if not marked or not self.fork_note:
             return self.analysis_user
         return f"{self.analysis_user.rstrip()}\n\n{_fill(self.fork_note, mark=self.fork_mark.strip())}"
 
@@ -173,6 +173,8 @@ def load_templates(path: str | None) -> Templates:
 
 def _check_placeholders(path: str, name: str, text: str) -> None:
     expected = _PLACEHOLDERS.get(name, ())
+    if name == "fork_note" and not text:
+        return
     # `\boxed{answer}` is LaTeX, not a placeholder: there is a letter before the brace.
     for found in re.findall(r"(?<![A-Za-z])\{([a-z_]+)\}", text):
         if found not in expected:

@@ -48,6 +48,7 @@ class _Totals:
 
     def _totals(self, group: Group, prompt_ids: tuple[int, ...]) -> list[float]:
         texts = [Lesson(0, prompt_ids, r.completion_ids) for r in group.rollouts if r.verdict is not Verdict.ABSTAIN]
+        assert self._context.scorer is not None, "scored proof reads with the policy"
         return [float(logp_T.double().sum()) for logp_T in self._context.scorer.logps(texts)]
 
 

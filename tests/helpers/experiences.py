@@ -51,7 +51,6 @@ def lesson_context(tokenizer: Any, **changes: Any) -> LessonContext:
         "clock": lambda phase: nullcontext(),
         "analysis": Sampling(64),
         "replay": Sampling(8),
-        "scorer": None,
         "max_context_tokens": 4_000,
         "context_tokens": 8_000,
         "run_seed": 1,

@@ -361,3 +361,10 @@ def test_a_file_that_cannot_work_says_why(tmp_path: Path, text: str, message: st
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml' cannot be read"):
         load_templates(str(tmp_path / "nowhere.yaml"))
+
+
+def test_an_empty_fork_note_leaves_the_instruction_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("fork_note: ''\n")
+    templates = load_templates(str(tmp_path / "t.yaml"))
+    assert templates.instructions(marked=True) == templates.analysis_user
+    assert len(DEFAULT_TEMPLATES.instructions(marked=True)) > len(DEFAULT_TEMPLATES.analysis_user) + 20
