@@ -1,38 +1,53 @@
-"""The arms of the learning study: options of MELConfig, and one internalization that only the study needs."""
+"""The arms of the learning study: options of MELConfig, with the settings chosen for each regime on `tune` tasks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mel_lite.lessons.internalise import AnalysisNLL, DrawnBatch
-from mel_lite.types import Lesson, Status
+DISTILL: dict[str, Any] = {"algorithm": "mel", "internalisation": "distill", "replay_criterion": "scored"}
 
 
-class FailedNLL(AnalysisNLL):
-    """Train on the analyses whose replay was wrong, in place of those whose replay was right."""
-
-    def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
-        return [
-            Lesson(row_id, each.analysis.context_ids, each.analysis.analysis_ids)
-            for row_id, each in drawn.experiences
-            if each.status is Status.REPLAY_FAILED
-        ]
+def distill(context: str, mel_weight: float = 1.0, **options: Any) -> dict[str, Any]:
+    """Return the options of an arm that distills with notes from `context`."""
+    return DISTILL | {"mel_weight": mel_weight, "internalisation_options": {"context": context} | options}
 
 
-MEL: dict[str, Any] = {"algorithm": "mel"}
+FROZEN: dict[str, Any] = {"reader": "frozen", "per_prompt": "all", "mask": "shift", "sign": False}
+"""The pilot's setting where reward is starved: all rules in the prompt, KL only where they change the reader's mind."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
-    "mel": MEL,
-    "mel-replay": MEL | {"internalisation": "replay"},
-    "mel-quarter": MEL | {"mel_weight": 0.25},
-    "mel-tenth": MEL | {"mel_weight": 0.1},
-    "mel-failed": MEL | {"internalisation": "learning_arms:FailedNLL"},
-    "mel-uplift": MEL | {"replay_criterion": "uplift", "replay_attempts": 2},
-    "mel-right": MEL | {"internalisation": "right"},
-    "mel-both": MEL | {"internalisation": "both"},
-    "mel-experience": MEL | {"internalisation": "experience"},
-    "mel-prompts": MEL | {"mel_normalization": "prompts"},
-    "mel-pairs": MEL | {"pairs_per_group": 2},
-    "rft": {"algorithm": "rft"},
-    "rft-mel": {"algorithm": "rft", "meta_experience": True},
+    "mel": {"algorithm": "mel"},
+    "mel-tenth": {"algorithm": "mel", "mel_weight": 0.1},
+    "replay": {"algorithm": "mel", "internalisation": "replay"},
+    "own": distill("own"),
+    "own-unsigned": distill("own", sign=False),
+    "bank": distill("bank"),
+    "bank-unsigned": distill("bank", sign=False),
+    "bank-frozen": distill("bank", 0.3, **FROZEN),
+    "bank-frozen-signed": distill("bank", 0.3, **FROZEN | {"sign": True}),
+    "bank-shuffled": distill("bank", shuffled=True),
+    "bank-frozen-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN),
+    "sibling": distill("sibling"),
+    "sibling-unsigned": distill("sibling", sign=False),
+    "sibling-frozen": distill("sibling", 0.3, **FROZEN),
+    "sibling+bank": distill("sibling+bank"),
+    "sibling-sampled": distill("sibling", form="sampled"),
+    "no-notes": distill("none", 0.3, reader="frozen", sign=False),
+    "credit": {"algorithm": "mel", "internalisation": "credit", "replay_criterion": "scored"},
 }
+
+CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
+    "starved": {
+        "grpo": {"num_iterations": 4, "learning_rate": 7e-5},
+        "bank-frozen": {"num_iterations": 4, "learning_rate": 7e-5},
+        "sibling": {"num_iterations": 3, "learning_rate": 2e-4, "mel_weight": 0.3},
+    },
+    "plenty": {
+        "grpo": {"num_iterations": 3, "learning_rate": 2e-4},
+        "bank": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 1.0},
+        "sibling": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 0.3},
+        "mel": {"num_iterations": 3, "learning_rate": 1e-4},
+    },
+}
+"""Settings of the reported runs, by regime and arm: the best on `tune`. Arms that were not tuned take those of GRPO."""

@@ -1,4 +1,4 @@
-"""Tables of docs/learning.md from benchmarks/results/learning/: results and meta-experiences of every arm."""
+"""Tables of docs/learning.md from benchmarks/results/learning/: every arm against GRPO on the same seeds and tasks."""
 
 from __future__ import annotations
 
@@ -9,200 +9,217 @@ from typing import Any
 
 import numpy as np
 
-from mel_lite.report.statistics import interval, measures
+from mel_lite.report.statistics import Estimate, interval, measures
 
 RUNS = Path(__file__).resolve().parent / "results" / "learning"
-REFERENCE = "grpo"
-MAX_GRAD_NORM = 1.0
-"""Default of the trainer, used by all runs."""
+REFERENCE, PEER = "grpo", "sibling"
+REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
+NOT_RUN = "Not run yet."
+ROLLOUTS = 64
+"""Completions per generation batch of every run."""
 MEANINGS = {
     "grpo": "GRPO",
-    "mel": "as in the paper: lambda 1, NLL of the whole analysis, kept when the replay is solved",
-    "mel-quarter": "lambda 0.25",
-    "mel-tenth": "lambda 0.1",
-    "mel-uplift": "kept only if two replays with the meta-experience do better than two without",
-    "mel-experience": "NLL of step, critique and heuristic alone",
-    "mel-prompts": "NLL divided by the number of prompts, not of kept lessons",
-    "mel-pairs": "two pairs per group",
-    "mel-failed": "ablation: the meta-experiences whose replay failed, in place of those whose replay was right",
-    "mel-replay": "NLL of the right replay as an answer to the plain question, in place of the analysis",
-    "mel-both": "NLL of the analysis and of that answer",
-    "mel-right": "ablation: NLL of the pair's right solution, which needed no meta-experience",
-    "rft": "RFT",
-    "rft-mel": "RFT with lessons",
+    "mel": "MEL as in the paper: NLL of the whole analysis, lambda 1, kept when the replay is solved",
+    "mel-tenth": "the same with lambda 0.1",
+    "replay": "NLL of the right replay as an answer to the question alone",
+    "own": "distill with the group's own lesson as notes",
+    "bank": "distill with one lesson of the bank as notes, sign rule",
+    "bank-frozen": "distill with all matching lessons, read by the start policy, where they change its mind",
+    "bank-frozen-shuffled": "control: the same with the lessons of another question",
+    "bank-shuffled": "control: `bank` with the lessons of another question",
+    "sibling": "distill with a right rollout of the group as notes, sign rule; no lesson is written",
+    "sibling-frozen": "`sibling` as `bank-frozen` reads: the start policy, where the notes change its mind",
+    "sibling-sampled": "`sibling`, as an addition to the sampled tokens' advantages",
+    "sibling+bank": "a sibling where there is one, else the bank",
+    "no-notes": "control: KL to the start policy without notes",
+    "credit": "GRPO's advantage scaled per token by the group's own lesson against another one",
 }
 
 
-def runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
-    """Return the finished runs by arm, in the order of MEANINGS, with ascending seeds."""
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    return {arm: found for arm in MEANINGS if (found := [run for run in read if run["arm"] == arm])}
+def runs(regime: str, folder: str = ".") -> dict[str, list[dict[str, Any]]]:
+    """Return a regime's finished runs by arm, in the order of MEANINGS, with ascending seeds."""
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RUNS / regime / folder).glob("*.json"))]
+    found = {arm: sorted((run for run in read if run["arm"] == arm), key=lambda run: run["seed"]) for arm in MEANINGS}
+    return {arm: group for arm, group in found.items() if group}
 
 
-def figures(points: Sequence[dict[str, Any]], samples: int) -> dict[str, np.ndarray]:
-    """Return Pass@1 (greedy), Avg@k and Pass@k with k = samples, each of shape (runs, prompts)."""
-    greedy, right = ([point[name] for point in points] for name in ("greedy_right", "samples_right"))
-    return measures(greedy, right, samples)
+def avg_RP(group: Sequence[dict[str, Any]], point: int = -1, split: str = "test") -> np.ndarray:
+    """Return the share of right samples of each run and task at one measurement."""
+    points = [run["points"][point][split] for run in group]
+    greedy, right = ([each[name] for each in points] for name in ("greedy_right", "samples_right"))
+    return measures(greedy, right, 8)["avg_at_k"]
 
 
-def _share(values_RP: np.ndarray) -> str:
-    return interval(values_RP).as_share()
+def lead(group: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], split: str = "test") -> tuple[Estimate, str]:
+    """Return Avg@8 of an arm minus that of a rival over their common seeds, and the seeds ahead, as `5 of 8`."""
+    seeds = sorted({run["seed"] for run in group} & {run["seed"] for run in rival})
+    one, other = (avg_RP([run for run in each if run["seed"] in seeds], split=split) for each in (group, rival))
+    ahead = int(((one - other).mean(1) > 0).sum())
+    return interval(one - other), f"{ahead} of {len(seeds)}"
 
 
-def _points(values_RP: np.ndarray) -> str:
-    return interval(values_RP).as_points()
+def verdict(estimate: Estimate) -> str:
+    """Return the decision rule's word for a difference."""
+    return "tie" if not estimate.excludes_zero else "wins" if estimate.value > 0 else "loses"
 
 
-def setup() -> str:
-    """Return the settings common to all runs."""
-    first = next(iter(runs().values()))[0]
-    plan, options = first["plan"], first["options"]
-    batch = options["per_device_train_batch_size"]
-    return (
-        f"The {plan['model']} model, {plan['tokens']:,} generated tokens per run (rollouts, analyses and replays all "
-        f"count), {batch} rollouts per step in groups of {options['num_generations']}, learning rate "
-        f"{options['learning_rate']:g}; {plan['tasks']} held-out tasks, {plan['samples']} samples each at temperature "
-        f"0.6. Torch {first['torch']}, {first['threads']} thread."
-    )
+def results(regime: str) -> str:
+    """Return the results of a regime: the end of every arm against GRPO's, paired by seed and task."""
+    found = runs(regime)
+    if REFERENCE not in found:
+        return NOT_RUN
+    lines = [
+        "| arm | seeds | batches | lesson tokens | train time, s | Avg@8 | minus GRPO, points | seeds ahead | "
+        "rule | best point | unseen longer, minus GRPO |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    start = interval(avg_RP(found[REFERENCE], 0))
+    lines.append(f"| start | | | | | {start.value:.1%} | | | | | |")
+    for arm, group in found.items():
+        last = [run["points"][-1] for run in group]
+        batches = np.mean(
+            [p["step"] / run["settings"].get("num_iterations", 1) for p, run in zip(last, group, strict=True)]
+        )
+        best = np.mean([max(avg_RP([run], i).mean() for i in range(len(run["points"]))) for run in group])
+        cells = [
+            arm,
+            len(group),
+            f"{batches:.0f}",
+            f"{lesson_share(group):.0%}",
+            f"{np.mean([p['took_s'] for p in last]):.0f}",
+        ]
+        cells += [f"{avg_RP(group).mean():.1%}"]
+        if arm == REFERENCE:
+            cells += ["", "", "", f"{best:.1%}", ""]
+        else:
+            against, ahead = lead(group, found[REFERENCE])
+            longer, _ = lead(group, found[REFERENCE], "longer")
+            cells += [against.as_points(), ahead, verdict(against), f"{best:.1%}", longer.as_points()]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", *(f"- `{arm}`: {MEANINGS[arm]}." for arm in found)])
 
 
-def scan() -> str:
-    """Return Avg@k over one run per learning rate and arm, on a seed that the study does not use."""
-    found = runs(RUNS / "scan")
-    rates = sorted({run["options"]["learning_rate"] for group in found.values() for run in group})
-    lines = ["| learning rate | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    for rate in rates:
-        cells = []
-        for group in found.values():
-            run = next((run for run in group if run["options"]["learning_rate"] == rate), None)
-            shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1) if run else []
-            cells.append(" → ".join(f"{share:.1%}" for share in shares))
-        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
+def lesson_share(group: Sequence[dict[str, Any]]) -> float:
+    """Return the share of generated tokens that are not rollouts: analyses and replays."""
+    total = sum(run["points"][-1]["tokens"] for run in group)
+    rollouts = sum(ROLLOUTS * step.get("completions/mean_length", 0.0) for run in group for step in run["steps"])
+    return max(0.0, 1 - rollouts / total)
+
+
+def per_seed(regime: str) -> str:
+    """Return Avg@8 at the end of every run."""
+    found = runs(regime)
+    if REFERENCE not in found:
+        return NOT_RUN
+    seeds = sorted({run["seed"] for group in found.values() for run in group})
+    lines = ["| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|" + "---|" * len(seeds)]
+    for arm, group in found.items():
+        by_seed = {run["seed"]: f"{avg_RP([run]).mean():.1%}" for run in group}
+        lines.append(f"| {arm} | " + " | ".join(by_seed.get(seed, "") for seed in seeds) + " |")
     return "\n".join(lines)
 
 
-def _share_at(run: dict[str, Any], step: int) -> float:
-    """Return Avg@k of a run after `step` optimizer steps, interpolated linearly between its measurements."""
-    shares = figures(run["points"], run["plan"]["samples"])["avg_at_k"].mean(1)
-    return float(np.interp(step, [point["step"] for point in run["points"]], shares))
-
-
-def results() -> str:
-    """Return the three figures at the start and after every arm, and Avg@k against GRPO, paired by seed and prompt."""
-    found = runs()
-    samples = found[REFERENCE][0]["plan"]["samples"]
-    reference = {run["seed"]: run for run in found[REFERENCE]}
+def curve(regime: str) -> str:
+    """Return mean Avg@8 of every arm at each measurement."""
+    found = runs(regime)
+    if REFERENCE not in found:
+        return NOT_RUN
+    count = min(len(run["points"]) for group in found.values() for run in group)
+    tokens = [np.mean([run["points"][i]["tokens"] for run in found[REFERENCE]]) for i in range(count)]
     lines = [
-        f"| | seeds | steps | Pass@1 | Avg@{samples} | Pass@{samples} | Avg@{samples} against GRPO, points | seeds "
-        "above GRPO | at equal steps, points |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | " + " | ".join(f"{round(each, -3):,.0f} tokens" for each in tokens) + " |",
+        "|---|" + "---|" * count,
     ]
-    before = figures([found[REFERENCE][0]["points"][0]], samples)
-    lines.append(f"| start | | 0 | {' | '.join(_share(before[name]) for name in before)} | | | |")
     for arm, group in found.items():
-        after = figures([run["points"][-1] for run in group], samples)
-        steps = round(sum(run["points"][-1]["step"] for run in group) / len(group))
-        against = ahead = equal_steps = ""
-        pairs = [(run, reference[run["seed"]]) for run in group if run["seed"] in reference]
-        if arm != REFERENCE and pairs:
-            one, other = (figures([pair[i]["points"][-1] for pair in pairs], samples)["avg_at_k"] for i in (0, 1))
-            against = _points(one - other)
-            ahead = f"{int(((one - other).mean(1) > 0).sum())} of {len(pairs)}"
-            lead = [_share_at(run, run["points"][-1]["step"]) - _share_at(ref, run["points"][-1]["step"])
-                    for run, ref in pairs]  # fmt: skip
-            equal_steps = f"{100 * np.mean(lead):+.1f}"
-        shares = " | ".join(_share(after[name]) for name in after)
-        lines.append(f"| {arm} | {len(group)} | {steps} | {shares} | {against} | {ahead} | {equal_steps} |")
-    meanings = [f"`{arm}`: {MEANINGS[arm]}" for arm in found]
-    return "\n".join([*lines, "", "; ".join(meanings) + "."])
+        lines.append(f"| {arm} | " + " | ".join(f"{avg_RP(group, i).mean():.1%}" for i in range(count)) + " |")
+    return "\n".join(lines)
+
+
+def tuning(regime: str) -> str:
+    """Return the settings that were tried, on seeds and tasks that are not reported above."""
+    columns = (
+        "arm", "updates per batch", "learning rate", "lambda", "seeds", "Avg@8: start → end",
+        "reward of the last five batches", "entropy", "tokens clipped", "train time, s",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm, group in runs(regime, "tune").items():
+        keyed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for run in group:
+            s = run["settings"]
+            weight = s.get("mel_weight", 1.0) if arm != REFERENCE else ""
+            keyed.setdefault((s.get("num_iterations", 1), s["learning_rate"], weight), []).append(run)
+        for (updates, rate, weight), same in sorted(keyed.items(), key=lambda item: str(item[0])):
+            seeds = ", ".join(str(run["seed"]) for run in same)
+            last = [step for run in same for step in run["steps"][-5 * updates :]]
+            entropy, clipped, reward = (
+                np.mean([step[name] for step in last if name in step] or [np.nan])
+                for name in ("entropy", "clip_ratio/region_mean", "reward")
+            )
+            took = np.mean([run["points"][-1]["took_s"] for run in same])
+            lines.append(
+                f"| {arm} | {updates} | {rate:g} | {weight} | {seeds} | {avg_RP(same, 0, 'tune').mean():.1%} → "
+                f"{avg_RP(same, -1, 'tune').mean():.1%} | {reward:.2f} | {entropy:.2f} | {clipped:.1%} | {took:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def lessons(regime: str) -> str:
+    """Return counts of lessons, and how good the teachers were, over all steps of every arm."""
+    lines = ["| arm | written | parsed | quoted | kept | rules in the bank at the end: true / all | "
+             "groups without a right or a wrong rollout | rows taught | tokens of them taught | teacher shift, nats |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for arm, group in runs(regime).items():
+        steps = [step for run in group for step in run["steps"] if "reward" in step]
+
+        def total(name: str, rows: list[dict[str, Any]] = steps) -> float:
+            return sum(step.get(name, 0.0) for step in rows)
+
+        def mean(name: str, spec: str, rows: list[dict[str, Any]] = steps) -> str:
+            values = [step[name] for step in rows if name in step]
+            return f"{np.mean(values):{spec}}" if values else ""
+
+        written = total("mel/written")
+        shares = [
+            f"{total(name) / written:.0%}" if written else ""
+            for name in ("mel/parsed", "mel/quoted", "mel/replay_valid")
+        ]
+        banks = [run["bank"] for run in group if run.get("bank")]
+        bank = (
+            f"{np.mean([b['true'] for b in banks]):.0f} / {np.mean([b['rules'] for b in banks]):.0f}" if banks else ""
+        )
+        lines.append(
+            f"| {arm} | {written:.0f} | {' | '.join(shares)} | {bank} | {mean('frac_reward_zero_std', '.0%')} | "
+            f"{mean('mel/taught_rows', '.0f')} | {mean('mel/taught_tokens', '.0%')} | "
+            f"{mean('mel/teacher_shift', '+.1f')} |"
+        )
+    return "\n".join(lines)
+
+
+def subject() -> str:
+    """Return how often the start model is right, with and without notes."""
+    report = json.loads((RUNS / "subject.json").read_text(encoding="utf-8"))
+    names = list(next(iter(report["right"].values())))
+    lines = ["| notes in the prompt | " + " | ".join(REGIMES[regime] for regime in report["right"]) + " |"]
+    lines.append("|---" * (1 + len(report["right"])) + "|")
+    lines += [
+        f"| {name} | " + " | ".join(f"{each[name]:.0%}" for each in report["right"].values()) + " |" for name in names
+    ]
+    return "\n".join([*lines, "", f"{report['questions']} questions x {report['samples']} samples, temperature 1."])
 
 
 def line() -> str:
-    """Compare GRPO and MEL as in the paper in two sentences."""
-    found = runs()
-    samples = found[REFERENCE][0]["plan"]["samples"]
-    start, grpo, mel = (
-        figures(points, samples)["avg_at_k"]
-        for points in (
-            [found[REFERENCE][0]["points"][0]],
-            *([run["points"][-1] for run in sorted(found[arm], key=lambda r: r["seed"])] for arm in (REFERENCE, "mel")),
-        )
-    )
-    assert [run["seed"] for run in found[REFERENCE]] == [run["seed"] for run in found["mel"]]
-    lead = interval(grpo - mel)
-    value, low, high = (100 * figure for figure in (lead.value, lead.low, lead.high))
-    return (
-        f"Avg@{samples} goes from {start.mean():.1%} to {grpo.mean():.1%} with GRPO and to {mel.mean():.1%} with MEL "
-        f"as in the paper, over {len(grpo)} seeds. MEL ends {value:.1f} points [{low:.1f}, {high:.1f}] below plain "
-        "GRPO."
-    )
-
-
-def halfway() -> str:
-    """Return Avg@k of every arm at each measurement, averaged over its runs: the learning curve as a table."""
-    found = runs()
-    samples = found[REFERENCE][0]["plan"]["samples"]
-    count = min(len(run["points"]) for group in found.values() for run in group)
-    tokens = [round(np.mean([r["points"][i]["tokens"] for r in found[REFERENCE]]), -3) for i in range(count)]
-    lines = ["| | " + " | ".join(f"{each:,.0f} tokens" for each in tokens) + " |", "|---|" + "---|" * count]
-    for arm, group in found.items():
-        shares = [figures([run["points"][i] for run in group], samples)["avg_at_k"].mean() for i in range(count)]
-        lines.append(f"| {arm} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    return "\n".join(lines)
-
-
-def _logged(group: list[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([step[name] for run in group for step in run["steps"] if name in step])
-
-
-def lessons() -> str:
-    """Return counts of meta-experiences, NLL and gradient norms of every arm, over all its steps."""
-    lines = [
-        "| | mixed groups | meta-experiences | parsed | kept | NLL before the update, nats | after | "
-        "policy gradient, median norm | NLL gradient | cosine, mean [10 %, 90 %] | steps clipped |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, group in runs().items():
-        policy = np.median(_logged(group, "mel/grad_norm_policy"))
-        clipped = (_logged(group, "grad_norm") > MAX_GRAD_NORM).mean()
-        written = _logged(group, "mel/written").sum()
-        if not written:
-            lines.append(f"| {arm} | | | | | | | {policy:.2f} | | | {clipped:.0%} |")
+    """Say what the study found, in the words of its decision rule."""
+    said = []
+    for regime, words in REGIMES.items():
+        found = runs(regime)
+        if REFERENCE not in found:
             continue
-        mixed = _logged(group, "mel/mixed_groups").sum() / _logged(group, "mel/groups").sum()
-        parsed, kept = (_logged(group, name).sum() / written for name in ("mel/parsed", "mel/replay_valid"))
-        nll, nll_after = (_logged(group, name).mean() for name in ("mel/nll", "mel/nll_after"))
-        nll_norm = np.median(_logged(group, "mel/grad_norm_nll"))
-        cosine = _logged(group, "mel/grad_cosine")
-        low, high = np.percentile(cosine, [10, 90])
-        lines.append(
-            f"| {arm} | {mixed:.0%} | {written:.0f} | {parsed:.0%} | {kept:.0%} | {nll:.3f} | {nll_after:.3f} | "
-            f"{policy:.2f} | {nll_norm:.2f} | {cosine.mean():+.2f} [{low:+.2f}, {high:+.2f}] | {clipped:.0%} |"
-        )
-    return "\n".join(lines)
+        leads = {arm: lead(group, found[REFERENCE])[0] for arm, group in found.items() if arm != REFERENCE}
+        each = "; ".join(f"`{arm}` {estimate.as_points()} ({verdict(estimate)})" for arm, estimate in leads.items())
+        said.append(f"Where {words} (start {avg_RP(found[REFERENCE], 0).mean():.0%}), tuned GRPO ends at "
+                    f"{avg_RP(found[REFERENCE]).mean():.1%} and, in points of Avg@8 against it: {each}.")  # fmt: skip
+    return " ".join(said)
 
 
-def held_out_lessons() -> str:
-    """Return figures of meta-experiences on held-out tasks, at the start and at the end, without training on them."""
-    found = runs()
-    lines = [
-        "| | analyses | parsed | retention (one replay) | solved with the meta-experience | without | "
-        "points at the slip |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = {"start": [found[REFERENCE][0]["points"][0]]}
-    rows |= {arm: [run["points"][-1] for run in group] for arm, group in found.items()}
-    for name, points in rows.items():
-        each = [point["lessons"] for point in points]
-        parsed, retention, points_right = (
-            np.mean([one[key] for one in each]) for key in ("parsed", "retention_k1", "points_right")
-        )
-        count = sum(one["analyses"] for one in each)
-        solved, without = (
-            np.mean([float(one[key].split()[0]) for one in each if one[key] != "none"])
-            for key in ("solved_with_lesson", "solved_without")
-        )
-        lines.append(
-            f"| {name} | {count} | {parsed:.0%} | {retention:.0%} | {solved:.0%} | {without:.0%} | {points_right:.0%} |"
-        )
-    return "\n".join(lines)
+TABLES = {"tuning": tuning, "results": results, "seeds": per_seed, "curve": curve, "lessons": lessons}
+"""Tables of one regime, by name."""

@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "mass": mass,
     "retrieval": retrieval,
     "learning-line": learning_figures.line,
-    "learning-setup": learning_figures.setup,
-    "learning-results": learning_figures.results,
-    "learning-scan": learning_figures.scan,
-    "learning-curve": learning_figures.halfway,
-    "learning-lessons": learning_figures.lessons,
-    "learning-held-out-lessons": learning_figures.held_out_lessons,
+    "learning-subject": learning_figures.subject,
+    **{
+        f"learning-{name}-{regime}": partial(figures, regime)
+        for regime in learning_figures.REGIMES
+        for name, figures in learning_figures.TABLES.items()
+    },
     "cards": plan_figures.cards,
     "plan": plan_figures.shown,
     "plan-what-fits": plan_figures.what_fits,

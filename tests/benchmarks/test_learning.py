@@ -1,7 +1,8 @@
-"""The learning study: its code path on a scripted policy, its ablations token by token, its intervals as numbers."""
+"""The learning study: its tasks, its arms on the start model, and tables that hold the numbers of its run files."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from collections.abc import Iterator
@@ -9,98 +10,92 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer
-
-from demo_warmup.examples import make_examples
-from mel_lite.warmup.examples import Example, tokenize
-from scripted import ScriptedEngine
-from trainers import sums, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def study() -> Iterator[Any]:
-    """benchmarks/learning.py, imported as when it is run as a script."""
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """Make the benchmarks importable as when one of them is run as a script."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("learning")
+        yield
 
 
-@pytest.fixture
-def subject(study: Any, tmp_path: Path) -> Any:
-    """A tiny model whose rollouts, analyses and replays are scripted; `loaded` holds every model handed out."""
-    first = tiny_model(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    loaded = [first]
-
-    def load() -> Any:
-        model = tiny_model(tmp_path / "base")
-        model.config.max_position_embeddings = 8192
-        loaded.append(model)
-        return model
-
-    options = {
-        "templates": None, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 16,
-        "analysis_max_tokens": 600, "analysis_temperature": 1.0, "learning_rate": 1e-3, "grad_norm_every": 1,
-    }  # fmt: skip
-    made = make_examples({"analyse": 1}, seed=5)
-    subject = study.Subject(tokenizer, load, sums(), sums(6), made, options, ScriptedEngine(tokenizer))
-    return subject, loaded
+def options(**changes: Any) -> argparse.Namespace:
+    defaults = {
+        "model": importlib.import_module("learning_subject").MODEL,
+        "regime": "plenty",
+        "split": "tune",
+        "tokens": 6000,
+        "points": 2,
+        "tasks": 3,
+        "samples": 2,
+    }
+    return argparse.Namespace(**defaults | changes)
 
 
-@pytest.mark.parametrize("arm", ["grpo", "mel", "mel-replay", "mel-failed"])
-def test_a_run_measures_trains_and_stops_at_its_tokens(study: Any, subject: Any, arm: str, tmp_path: Path) -> None:
-    what, loaded = subject
-    plan = study.Plan("small", tokens=2500, points=2, tasks=4, samples=2, lessons=2)
-    found = study.run(arm, 0, plan, what)
-    study.save(found, tmp_path / "runs" / f"{arm}-0.json")
+@pytest.mark.parametrize("arm", ["grpo", "sibling", "bank-frozen"])
+def test_an_arm_measures_at_equal_distances_and_stops_at_its_tokens(arm: str, tmp_path: Path) -> None:
+    learning = importlib.import_module("learning")
+    found = learning.run(arm, 100, options(), {"max_completion_length": 24, "num_iterations": 2})
+    learning.save(found, tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(found))
     tokens = [point["tokens"] for point in found["points"]]
-    assert tokens[0] == 0 and tokens == sorted(set(tokens)) and len(tokens) >= 2
-    assert found["steps"][-1]["tokens"] == tokens[-1] >= 2500 > found["steps"][-2]["tokens"]
-    moved = sum((a - b).abs().sum() for a, b in zip(loaded[0].parameters(), loaded[1].parameters(), strict=True))
-    assert moved > 0
-    if arm == "grpo":
-        assert not any("mel/nll" in step for step in found["steps"])
-    else:
-        learned = [step["mel/nll_after"] < step["mel/nll"] for step in found["steps"] if "mel/nll" in step]
-        assert learned and sum(learned) > len(learned) / 2
+    assert tokens[0] == 0 < tokens[1] < 6000 <= tokens[-1]
+    assert [len(point["tune"]["samples_right"]) for point in found["points"]] == [3] * len(tokens)
+    assert "longer" in found["points"][-1] and "longer" not in found["points"][0]
+    assert found["points"][-1]["step"] == len(found["steps"]) and len(found["steps"]) % 2 == 0
+    assert (found["bank"] is not None) == arm.startswith("bank")
+    assert found["settings"]["num_iterations"] == 2
+
+
+def run_of(arm: str, seed: int, right: list[int], *, longer: int = 0) -> dict[str, Any]:
+    """Return a run whose 40 tasks end with these counts of right samples in turn, out of 8."""
+    right = right * 20
+    start = {"tokens": 0, "step": 0, "took_s": 0.0, "test": {"greedy_right": [0] * 40, "samples_right": [0] * 40}}
+    end = {"tokens": 1000, "step": 4, "took_s": 9.0, "test": {"greedy_right": [1, 0] * 20, "samples_right": right}}
+    end["longer"] = {"greedy_right": [0] * 40, "samples_right": [longer] * 40}
+    steps = [{"step": 1, "tokens": 1000, "reward": 0.5, "completions/mean_length": 12.5}]
+    settings = {"num_iterations": 2, "learning_rate": 1e-4}
+    return {"arm": arm, "seed": seed, "settings": settings, "bank": None, "points": [start, end], "steps": steps}
+
+
+def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures = importlib.import_module("learning_figures")
-    assert figures.runs(tmp_path / "runs")[arm] == [json.loads(json.dumps(found))]
+    monkeypatch.setattr(figures, "RUNS", tmp_path)
+    (tmp_path / "starved").mkdir()
+    for seed in (0, 1, 2):
+        for run in (
+            run_of("grpo", seed, [4, 2]), run_of("bank", seed, [6, 4], longer=8), run_of("mel", seed, [3, 1]),
+            run_of("sibling", seed, [5, 1]),
+        ):  # fmt: skip
+            (tmp_path / "starved" / f"{run['arm']}-{seed}.json").write_text(json.dumps(run))
+    rows = {line.split(" | ")[0].strip("| "): line for line in figures.results("starved").splitlines()}
+    assert rows["grpo"].startswith("| grpo | 3 | 2 | 20% | 9 | 37.5% |")
+    assert "| 62.5% | +25.0 [" in rows["bank"] and "| 3 of 3 | wins |" in rows["bank"] and "+100.0 [" in rows["bank"]
+    assert "| 25.0% | -12.5 [" in rows["mel"] and "| 0 of 3 | loses |" in rows["mel"]
+    assert "| 37.5% | +0.0 [" in rows["sibling"] and "| 0 of 3 | tie |" in rows["sibling"]
+    assert "`bank` +25.0" in figures.line() and "(wins)" in figures.line()
+    assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% |"
 
 
-def test_the_failed_arm_trains_on_the_analyses_whose_replay_was_wrong(study: Any, subject: Any) -> None:
-    what, _ = subject
-    found = study.run("mel-failed", 0, study.Plan("small", 600, 1, 4, 2, 2), what)
-    assert found["options"]["internalisation"] == "learning_arms:FailedNLL"
-    trained = [step for step in found["steps"] if "mel/nll" in step]
-    assert trained and all(step["mel/written"] > step["mel/replay_valid"] for step in trained)
-
-
-def test_the_small_model_is_made_and_asked_what_it_was_not_shown(study: Any, tmp_path: Path) -> None:
-    small = importlib.import_module("learning_small")
-    stages = (
-        small.Stage({"solve": 40, "chain": 0, "analyse": 3, "replay": 2}, 2e-3, 3),
-        small.Stage({"solve": 10, "analyse": 5, "replay": 2}, 1e-3, 2),
+def test_questions_are_held_out_and_only_all_right_totals_pass() -> None:
+    subject = importlib.import_module("learning_subject")
+    for regime in subject.REGIMES:
+        splits = {split: {text for text, _ in subject.questions(regime, split)} for split in subject.SPLITS}
+        assert [len(splits[name]) for name in ("test", "longer", "tune", "train")] == [150, 100, 150, 3000]
+        assert not splits["train"] & (splits["test"] | splits["tune"] | splits["longer"])
+        assert not splits["tune"] & splits["test"]
+    truth = subject.truth()
+    text = subject.solution((3, 5, 2), ("zap", "dax"), (truth["zap"], truth["dax"]))
+    answer = subject.trail(text)
+    assert subject.strict(text, answer) and len(answer.split()) == 3
+    lucky = text.split("\n")
+    lucky[0] = lucky[0][:-1] + str((int(lucky[0][-1]) + 1) % 10)
+    assert not subject.strict("\n".join(lucky), answer) and not subject.strict(
+        text.removesuffix("\n" + lucky[-1]), answer
     )
-    folder = small.make(tmp_path / "small", stages)
-    assert json.loads((folder / "recipe.json").read_text())["steps"] == [3, 2]
-    made = study.small(folder)
-    asked = {row["prompt"][0]["content"] for row in made.test}
-    assert len(asked) == 200 and not asked & {row["prompt"][0]["content"] for row in made.train}
-    shown = small.examples({"solve": 3000})
-    assert not asked & {each["prompt"][0]["content"] for each in shown}
-    (analyse,) = small.examples({"analyse": 1})
-    assert analyse["prompt"][0]["content"] == small.TEMPLATES["analysis_system"]
-    assert "Incorrect:" in analyse["prompt"][1]["content"] and "running total" not in analyse["prompt"][1]["content"]
-    fresh, trained = small.make_model(made.tokenizer), made.load()
-    rows, _ = tokenize(
-        [Example(e["prompt"], e["completion"]) for e in shown[:16]], made.tokenizer, max_length_tokens=512, turn_end=2
-    )
-    losses = []
-    for model in (fresh, trained):
-        with torch.no_grad():
-            batch = [{k: torch.tensor([v]) for k, v in row.items()} for row in rows]
-            losses.append(sum(model(**row).loss.item() for row in batch))
-    assert losses[1] < losses[0]
+    assert subject.rules_in("- If I see zap, then zap is take.\n- If I see a, then b is c.") == [("zap", "take")]
