@@ -90,11 +90,11 @@ def _is_edge(character: str) -> bool:
 
 def _is_whole(text: str, span: Span) -> bool:
     """Return True when the span begins and ends at the edge of a word or number."""
-    before, inside, after = text[: span.start][-2:], span.of(text), text[span.end : span.end + 2]
-    if ((inside[:1] + before[-1:]).isalnum() and before) or ((inside[-1:] + after[:1]).isalnum() and after):
+    before, after = text[max(0, span.start - 2) : span.start], text[span.end : span.end + 2]
+    first, last = text[span.start], text[span.end - 1]
+    if (first.isalnum() and before[-1:].isalnum()) or (last.isalnum() and after[:1].isalnum()):
         return False
-    is_decimal = re.compile(r"\d[.,]\d")
-    return not (is_decimal.fullmatch(before + inside[:1]) or is_decimal.fullmatch(inside[-1:] + after))
+    return not (_DECIMAL.fullmatch(before + first) or _DECIMAL.fullmatch(last + after))
 
 
 def locate_quote(bifurcation: str, wrong_text: str, *, fork: Span | None = None, mark: str = "> ") -> Span | None:
