@@ -164,7 +164,9 @@ class MELConfig(GRPOConfig):
         "Leave completions whose advantage is exactly 0 (of groups that are all right or all wrong) out of the "
         "update's forward pass. The gradient is the same; entropy and clip ratios are over the other completions.",
     )
-    templates: str | None = _option(None, "YAML file overriding the analysis and replay prompts.")
+    templates: str | None = _option(
+        None, "YAML file overriding the analysis and replay prompts, or `demo` for the short ones of the demo."
+    )
     grad_norm_every: int = _option(
         0, "Every N optimizer steps, measure the gradient norms of both loss terms and their cosine (0 = never)."
     )

@@ -132,11 +132,14 @@ def resolve(
         _merge(values, {section: {key: value}}, f"--set {dotted}")
     if "name" not in values["model"]:
         raise ConfigError("No model is named. Use --gpu, --model, or set model.name in the --config file.")
-    chosen = "lora.start_from" in {key for key, _ in overrides} or value_in(config, "lora.start_from") is not None
+    written = {key for key, _ in overrides}
+    written |= {key for key in ("lora.start_from", "train.templates") if value_in(config, key) is not None}
     lora, name = values["lora"] or {}, values["model"]["name"]
-    if lora.get("start_from") == DEMO and name != DEMO and not chosen:
+    if lora.get("start_from") == DEMO and name != DEMO and "lora.start_from" not in written:
         logger.warning("The preset's adapter fits only the demo model, so %s starts without it.", name)
         values["lora"] = {**lora, "start_from": None}
+    if values["train"].get("templates") == DEMO and name != DEMO and "train.templates" not in written:
+        del values["train"]["templates"]  # only the demo's warm start has learned what its short prompts ask for
     return _build(values)
 
 

@@ -19,21 +19,22 @@ from typing import Any
 
 from rich.console import Console
 
-from demo_warmup.examples import SEED, make_examples
+from demo_warmup.lessons import SEED, make_examples
 from mel_lite.data.tasks import load_tasks
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import bootstrap_interval
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.pairs import select_pairs
+from mel_lite.lessons.parsing import ParseFailure, parse_analysis
 from mel_lite.lessons.pipeline import draw_lessons
-from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates
+from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, Templates, load_templates
 from mel_lite.models.adapters import attach_adapter
 from mel_lite.models.chat import render
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.text import printable
-from mel_lite.types import Experience, Group, Rollout, Status, Verdict
+from mel_lite.types import Experience, Finish, Group, Rollout, Status, Verdict
 from mel_lite.verify.judge import AnswerJudge, Judge
 from mel_lite.verify.pool import VerifyPool
 
@@ -47,13 +48,13 @@ class Conditions:
     group: int = 8
     pairs_per_group: int = 1
     attempts: int = 4
-    made_pairs: int = 64
-    max_completion_tokens: int = 80
-    analysis_max_tokens: int = 200
+    made_pairs: int = 100
+    max_completion_tokens: int = 64
+    analysis_max_tokens: int = 120
     temperature: float = 1.0
     analysis_temperature: float = 0.7
     max_context_tokens: int = 1024
-    mark_fork: bool = False
+    mark_fork: bool = True
     dtype: str = "float32"
     seed: int = 1
 
@@ -89,8 +90,8 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
         model = attach_adapter(model, adapter)
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
     tasks = load_tasks(conditions.tasks, limit=conditions.prompts, conversational=True)
-    made = make_examples({"analyse": conditions.made_pairs}, seed=SEED + conditions.seed)
-    return measure_engine(engine, tokenizer, tasks, made, conditions)
+    made = make_examples({"analyze": conditions.made_pairs}, seed=SEED + conditions.seed)
+    return measure_engine(engine, tokenizer, tasks, made, conditions, load_templates("demo"))
 
 
 def measure_engine(
@@ -129,26 +130,53 @@ def measure_engine(
         )
         experiences, _ = draw_lessons(pairs, context, step=0, batch=0)
     figures = _figures(groups, experiences, conditions, time.monotonic() - started_s)
-    return figures | {"points_right": pointing(engine, tokenizer, made, conditions)}, experiences
+    return figures | pointing(engine, tokenizer, made, conditions), experiences
 
 
-def pointing(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions) -> float:
-    """Return the share of made pairs whose greedy analysis names the same step and lines as the reference.
+def pointing(
+    engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions
+) -> dict[str, float | str]:
+    """Return shares of made pairs, each with a known slip, whose greedy analysis is right.
 
-    Each pair has a known slip. The pairs should be drawn with another seed than those of the warm-up.
+    `points_right`: it names the same step and quotes the same lines as the reference; `rule_right`: its heuristics are
+    those of the reference; `made_parsed`: it parses. The pairs should be drawn with another seed than the warm-up's.
     """
     prefill = DEFAULT_TEMPLATES.analysis_prefill
     requests = [Request(render(each["prompt"], tokenizer, prefill=prefill), seed=0) for each in made]
     done = engine.generate(requests, Sampling(conditions.analysis_max_tokens, temperature=0.0))
     texts = [prefill + str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in done]
-    right = [_points_to(text) == _points_to(each["completion"]) for text, each in zip(texts, made, strict=True)]
-    return _share(sum(right), len(right))
+    wanted = [each["completion"] for each in made]
+    parsed = [_parsed(text, each.finish) for text, each in zip(texts, done, strict=True)]
+    return {
+        "points_right": _share(sum(map(_same, map(_points_to, texts), map(_points_to, wanted))), len(made)),
+        "rule_right": _share(sum(map(_same, map(_rules, texts), map(_rules, wanted))), len(made)),
+        "made_parsed": _share(sum(parsed), len(made)),
+    }
 
 
-def _points_to(analysis: str) -> tuple[list[str], list[str]]:
-    """Return the named steps and the quoted equations of the bifurcation."""
-    bifurcation = analysis.partition("## Critique")[0]
-    return re.findall(r"[Ss]tep (\d+)", bifurcation), re.findall(r"-?\d+ [-+] \d+ = -?\d+", bifurcation)
+def _same(ours: Any, reference: Any) -> bool:
+    return bool(ours == reference)
+
+
+def _parsed(text: str, finish: Finish) -> bool:
+    try:
+        parse_analysis(text, finish=finish)
+    except ParseFailure:
+        return False
+    return True
+
+
+def _points_to(analysis: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the named steps, the quotes and the equations of the bifurcation."""
+    said = analysis.partition("## Critique")[0]
+    return (
+        re.findall(r"[Ss]tep (\d+)", said), re.findall(r"`([^`]+)`", said),
+        re.findall(r"-?\d+ [-+] -?\d+ = -?\d+", said),
+    )  # fmt: skip
+
+
+def _rules(analysis: str) -> str:
+    return analysis.rpartition("## Heuristics")[2].strip()
 
 
 def _figures(
@@ -170,6 +198,7 @@ def _figures(
         "mixed_groups": _share(sum(group.is_mixed for group in groups), len(groups)),
         "analyses": len(experiences),
         "parsed": _share(len(experiences) - unparsed, written),
+        "quoted_of_parsed": _share(sum(each.quote is not None for each in experiences), len(experiences) - unparsed),
         "leaked_of_parsed": _share(leaked, len(experiences) - unparsed),
         "replayed_lessons": len(replayed),
         "attempts_each": conditions.attempts,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.data import demo_tasks
 from mel_lite.data.cells import NO_USER_TURN, has_user_turn
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.lessons.fork import find_fork, fork_tokens, mark_fork, unit_of
@@ -28,6 +29,8 @@ BEFORE_PARTING_TOKENS = 48
 """Untrimmed tokens before the first difference."""
 REST_TOKENS = 96
 """Untrimmed tokens after it, and the same number at the end (the final answer)."""
+DEMO = "demo"
+"""Name of the packaged templates of the demo."""
 _TRIM_ROUNDS = 8
 
 _ANALYSIS_SYSTEM = (
@@ -137,6 +140,8 @@ class UnfitPair(Exception):
 def load_templates(path: str | None) -> Templates:
     """Load templates: the defaults, with the fields that a YAML file sets replaced. None returns the defaults.
 
+    `demo` names the packaged file of the demo.
+
     Without a `version` in the file, the version is `custom-<hash of the texts>`.
 
     Raises: ConfigError for a file that cannot be read, an unknown field, a value that is not text, and a placeholder
@@ -144,6 +149,8 @@ def load_templates(path: str | None) -> Templates:
     """
     if path is None:
         return DEFAULT_TEMPLATES
+    if path == DEMO:
+        path = demo_tasks.TEMPLATES
     import yaml
 
     try:

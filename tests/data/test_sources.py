@@ -139,17 +139,17 @@ def test_demo_splits_share_no_question_and_every_answer_is_right() -> None:
     verifier = get_verifier(recommended_verifier("demo") or "")
     for split in splits.values():
         for task in split:
-            terms = task["prompt"].removeprefix("What is ").partition("?")[0].split()
-            value = int(terms[0])
-            for sign, term in zip(terms[1::2], terms[2::2], strict=True):
-                value = {"+": value + int(term), "-": value - int(term), "*": value * int(term)}[sign]
+            numbers = task["prompt"].removeprefix("What is ").partition("?")[0].split()
+            value = int(numbers[0])
+            for word, number in zip(numbers[1::2], map(int, numbers[2::2]), strict=True):
+                means = {"zig": "+", "lum": "+", "pom": "-", "vex": "-", "dub": "~", "hob": "~"}[word]
+                value = {"+": value + number, "-": value - number, "~": number - value}[means]
             assert int(task["answer"]) == value
             assert verifier(f"Answer: {value}", task["answer"]) == "right"
             assert verifier(f"Answer: {value + 1}", task["answer"]) == "wrong"
 
 
 def test_demo_files_are_what_the_generator_writes(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
     subprocess.run([sys.executable, "-m", "mel_lite.data.demo_tasks.make", str(tmp_path)], check=True)
     for split in demo_tasks.SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == demo_tasks.path(split).read_bytes()

@@ -328,6 +328,14 @@ def test_no_file_means_the_defaults() -> None:
     assert DEFAULT_TEMPLATES.version == "1"
 
 
+def test_the_demo_has_short_prompts() -> None:
+    demo = load_templates("demo")
+    assert demo.version_of(marked=True) == "demo-1+fork"
+    words = [len(texts.instructions(marked=True).split()) for texts in (demo, DEFAULT_TEMPLATES)]
+    assert words[0] < 30 < 180 < words[1]
+    assert "> 2+3=6" in analysis_text(pair_of("Add:\n2+3=5", "Add:\n2+3=6"), templates=demo, mark=True)
+
+
 def test_a_file_overrides_fields_and_gets_a_version_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path, "analysis_prefill: 'So '\nreplay_user: '{question} \\boxed{x} {experience}'\n")
     loaded = load_templates(path)

@@ -1,12 +1,14 @@
-"""Small arithmetic tasks that the warm-started demo model solves sometimes: `train.jsonl` and `test.jsonl`."""
+"""Tasks of the demo, which its warm-started model solves sometimes: `train.jsonl` and `test.jsonl`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SPLITS = ("train", "test")
-INSTRUCTION = "Keep a running total, one step per line, and finish with `Answer: <number>`."
+INSTRUCTION = "Write one step per line, then `Answer: <number>`."
 """Text after every question."""
+TEMPLATES = str(Path(__file__).with_name("templates.yaml"))
+"""Short analysis and replay prompts, which the warm start was trained with."""
 
 
 def path(split: str) -> Path:
