@@ -79,7 +79,7 @@ from mel_lite.training.sampler import EpochSampler
 from mel_lite.training.scorer import Scorer
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, LessonNormalization, LessonShare
+from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
 from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:
@@ -261,7 +261,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             pairs = select_pairs(
                 asked, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
             )
-        local, unfit = [], []
+        local: list[Experience] = []
+        unfit: list[tuple[Pair, str]] = []
         if pairs:
             self.engine.wake()
             local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=step, batch=batch)

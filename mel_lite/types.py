@@ -19,7 +19,7 @@ from mel_lite.errors import ConfigError
 class Choice(StrEnum):
     """Base of an option's values: equal to their text, each with one line on its meaning in `__doc__`."""
 
-    def __new__(cls, value: str, meaning: str) -> Self:
+    def __new__(cls, value: str, meaning: str = "") -> Self:
         """Make the member that equals the text `value`."""
         member = str.__new__(cls, value)
         member._value_ = value

@@ -87,6 +87,7 @@ def shift_from_fork(experiences: Sequence[Experience], context: LessonContext) -
         room = context.context_tokens - len(prompt)
         wrong = [rollout for rollout in group.wrong if len(rollout.completion_ids) <= room]
         texts = [Lesson(0, ids, rollout.completion_ids) for ids in (prompt, plain) for rollout in wrong]
+        assert context.scorer is not None, "a trainer's context has a scorer"
         logps = context.scorer.logps(texts)
         for rollout, with_T, without_T in zip(wrong, logps, logps[len(wrong) :], strict=False):
             fork = fork_token(group, rollout)

@@ -215,8 +215,9 @@ class MicroBatches:
 
     def tokens_per_micro_batch(self, inputs: Any) -> float:
         """Return the divisor of a sum over a micro-batch's tokens that averages the step over all tokens, like TRL."""
+        trainer: Any = self
         tokens = float(inputs["num_items_in_batch"]) / self.accelerator.num_processes
-        return max(1.0, tokens) * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return max(1.0, tokens) * trainer.current_gradient_accumulation_steps / self.args.steps_per_generation
 
     @property
     def budget_tokens(self) -> int | None:

@@ -41,11 +41,11 @@ INTERNALISATIONS: dict[str, type[Internalisation]] = {
 }
 
 
-def get_internalisation(name: str | Mapping[str, float], options: Mapping[str, Any] | None = None) -> Internalisation:
+def get_internalisation(name: Any, options: Any = None) -> Internalisation:
     """Return the way called `name`, or the weighted sum of several: `{name: weight}`.
 
     A name is a key of `INTERNALISATIONS`, or a dotted path to an `Internalisation` class. `options` are its arguments;
-    those of a sum are by name: `{"distill": {"context": "sibling"}}`.
+    those of a sum are by name: `{"distill": {"context": "sibling"}}`. Both come from a file or a command line.
 
     Raises: ConfigError for an unknown name or option, a path that does not import, an object that is no
     Internalisation, or a weight that is not above 0.
