@@ -80,6 +80,7 @@ def shift_from_fork(experiences: Sequence[Experience], context: LessonContext) -
     late = total = 0.0
     late_tokens = tokens = 0
     kwargs = context.chat_template_kwargs
+    assert context.scorer is not None, "a trainer's context has a scorer"
     for each in experiences:
         group = each.analysis.pair.group
         plain = question_prompt(group, context.tokenizer, chat_template_kwargs=kwargs)

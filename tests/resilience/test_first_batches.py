@@ -110,6 +110,7 @@ def test_a_resumed_run_warns_where_the_whole_one_would(
     """A scripted policy ignores lessons, so on the same seeds the uplift is 0."""
     monkeypatch.setattr(first_batches, "TREND", 3)
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "replay_control": True}
+    common |= {"verifier_deadline_s": 60.0}  # on a busy machine, too
     whole = build(tmp_path, **common)
     with caplog.at_level(logging.WARNING, first_batches.__name__):
         whole.train()

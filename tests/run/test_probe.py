@@ -34,7 +34,7 @@ from tiny_models import save_tiny, set_lora, tiny_tokenizer
 from trainers import build, digest, sums
 
 RIGHT, WRONG, ABSTAIN = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
-TRAIN = {"num_generations": 4, "per_device_train_batch_size": 8}
+TRAIN = {"num_generations": 4, "per_device_train_batch_size": 8, "verifier_deadline_s": 60.0}
 
 
 def built(folder: Path, **options: Any) -> Any:
@@ -403,6 +403,7 @@ def command(folder: Path, *flags: str, tasks: int = 14, **settings: Any) -> Any:
         "model.dtype": "float32", "data.max_prompt_tokens": 60, "train.max_completion_length": 8,
         "train.analysis_max_tokens": 16, "train.max_context_tokens": 480, "train.num_generations": 4,
         "train.per_device_train_batch_size": 4, "train.gradient_accumulation_steps": 4,
+        "train.verifier_deadline_s": 60,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }  # fmt: skip
     options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
