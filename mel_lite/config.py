@@ -188,6 +188,11 @@ class MELConfig(GRPOConfig):
         "no meta-experience was kept or taught), with a warning after a fifth of them. 0 = only warn. The presets set "
         "50.",
     )
+    max_generated_tokens: int | None = _option(
+        None,
+        "Stop after the optimizer step by which this many tokens were generated: rollouts, analyses and replays. "
+        "None: no limit but `max_steps`.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,10 +268,9 @@ class MELConfig(GRPOConfig):
             )
         if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
             raise ConfigError(f"max_cache_tokens={self.max_cache_tokens} must be positive, or null for no bound.")
-        if self.max_micro_batch_tokens is not None and self.max_micro_batch_tokens < 1:
-            raise ConfigError(
-                f"max_micro_batch_tokens={self.max_micro_batch_tokens} must be positive, or null for no bound."
-            )
+        for name in ("max_micro_batch_tokens", "max_generated_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ConfigError(f"{name}={limit} must be positive, or null for no bound.")
         if self.probe_max_diff is not None and not self.probe_max_diff > 0:
             raise ConfigError(f"probe_max_diff={self.probe_max_diff} must be positive nats, or null for no probe.")
         if self.pairs_per_group < 1 and self.pairs_per_group != -1:

@@ -36,6 +36,7 @@ from mel_lite.resilience.state_files import (
     usable,
 )
 from mel_lite.resilience.trackers import SideService
+from mel_lite.training.around_update import tokens_are_spent
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import truncate_metrics
 
@@ -91,8 +92,8 @@ class AtomicCheckpoints:
             int(saved.train_batch_size), float(saved.epoch)  # transformers needs both; a save always has them
         with usable(path / checkpoint_files.STATE):
             self._roll_back(path, allow_change)
-        if 0 < self.args.max_steps <= done:
-            # transformers would take one more step before it looks at max_steps.
+        if 0 < self.args.max_steps <= done or tokens_are_spent(self):
+            # transformers would take one more step before it looks at max_steps or stops at a callback's word.
             self._load_from_checkpoint(str(path))
             self.state = saved
             return TrainOutput(done, 0.0, {})

@@ -12,6 +12,12 @@ from mel_lite.training.assemble import check_rows
 from mel_lite.training.peak import peak_metrics
 
 
+def tokens_are_spent(trainer: Any) -> bool:
+    """Return True on every rank once all ranks together have generated `max_generated_tokens`."""
+    budget = trainer.args.max_generated_tokens
+    return budget is not None and sum(gather_object([trainer.engine.total_generated_tokens])) >= budget
+
+
 class AroundTheUpdate(TrainerCallback):
     """Calls the trainer's parts around each optimizer step, in this order."""
 
@@ -38,6 +44,9 @@ class AroundTheUpdate(TrainerCallback):
         self._log_update()
         self._trainer.record_boundary()
         self._trainer.collapse.after_update()
+        if tokens_are_spent(self._trainer):
+            control.should_training_stop = control.should_log = True
+            control.should_save = args.save_strategy != "no"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0 < state.max_steps and not hasattr(self._trainer.train_dataset, "__len__"):
