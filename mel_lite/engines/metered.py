@@ -22,22 +22,28 @@ class PhaseClock:
     def __init__(self) -> None:
         self.seconds_s: defaultdict[str, float] = defaultdict(float)
         self.generated_tokens = 0
+        self.phase = ""
+        """The innermost phase that is open; empty between phases."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start_s = time.monotonic()
+        start_s, outer = time.monotonic(), self.phase
+        self.phase = phase
         try:
             yield
         finally:
+            self.phase = outer
             self.seconds_s[phase] += time.monotonic() - start_s
 
     @contextmanager
     def rest(self, phase: str) -> Iterator[None]:
         """Time the block, excluding phases timed inside it."""
-        start_s, before_s = time.monotonic(), sum(self.seconds_s.values())
+        start_s, before_s, outer = time.monotonic(), sum(self.seconds_s.values()), self.phase
+        self.phase = phase
         try:
             yield
         finally:
+            self.phase = outer
             inner_s = sum(self.seconds_s.values()) - before_s
             self.seconds_s[phase] += time.monotonic() - start_s - inner_s
 

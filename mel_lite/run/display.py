@@ -42,28 +42,45 @@ def one_line(text: str | None, limit: int) -> Text:
 
 
 def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
-    """Return one line about a step. Missing metrics are omitted."""
+    """Return one line about a step, with the name of each figure. Missing metrics are omitted."""
 
-    def metric(name: str, label: str, spec: str) -> str:
+    def metric(name: str, text: str) -> str:
         value = logs.get(name)
-        return "" if value is None else f"{label}{value:{spec}}"
+        return "" if value is None else text.format(value)
 
-    parts = [f"{step:>{len(str(max_steps))}}/{max_steps}"]
-    parts.append(f"{metric('reward', 'reward ', '.2f')} {metric('mel/pass_rate', 'pass ', '.0%')}".strip())
-    if "mel/groups" in logs:
-        stages = ">".join(f"{logs[f'mel/{stage}']:g}" for stage in FUNNEL)
-        parts.append(f"{stages} ({logs['mel/trained_tokens']:g} tok)")
-        parts.append(
-            f"{metric('mel/retention_ratio', 'ret ', '.2f')} {metric('mel/replay_uplift', 'up ', '+.2f')}".strip()
-        )
-    after = metric("mel/nll_after", ">", ".3f")
-    parts.append(
-        f"policy {logs.get('mel/policy_loss', logs.get('loss', 0.0)):+.4f}{metric('mel/nll', ' nll ', '.3f')}{after}"
+    def several(*parts: str, start: str = "") -> str:
+        found = ", ".join(part for part in parts if part)
+        return f"{start}{found}" if found else ""
+
+    norms = several(
+        metric("mel/grad_norm_policy", "policy {:.3f}"),
+        metric("mel/grad_norm_nll", "lessons {:.3f}"),
+        start="gradient ",
     )
-    norms = f"{metric('mel/grad_norm_policy', 'policy ', '.3f')}{metric('mel/grad_norm_nll', ' nll ', '.3f')}"
-    parts.append(f"|g| {norms}" if norms else metric("grad_norm", "|g| ", ".3f"))
-    parts.append(metric("mel/tokens_per_s", "", ".0f") + " tok/s" if "mel/tokens_per_s" in logs else "")
+    parts = [
+        f"step {step:>{len(str(max_steps))}}/{max_steps}",
+        several(metric("mel/pass_rate", "{:.0%} right"), metric("reward", "reward {:.2f}")),
+        _lessons_part(logs),
+        several(
+            metric("mel/policy_loss", "policy loss {:+.4f}") or metric("loss", "loss {:+.4f}"),
+            metric("mel/nll", "lessons' NLL {:.3f}") + metric("mel/nll_after", " to {:.3f}"),
+        ),
+        norms or metric("grad_norm", "gradient {:.3f}"),
+        several(metric("mel/tokens_per_s", "{:.0f} tokens/s"), metric("mel/peak_memory_gib", "peak {:.1f} GiB")),
+    ]
     return Text(" | ".join(part for part in parts if part))
+
+
+def _lessons_part(logs: dict[str, Any]) -> str:
+    """Return how many groups gave how many lessons, and their effect in the prompt."""
+    if "mel/groups" not in logs:
+        return ""
+    counts = {
+        stage: f"{logs.get(f'mel/{stage}', 0.0):g}" for stage in ("replay_valid", "pairs", "mixed_groups", "groups")
+    }
+    text = "{replay_valid} of {pairs} lessons kept, {mixed_groups} of {groups} groups mixed".format(**counts)
+    uplift = logs.get("mel/replay_uplift")
+    return text if uplift is None else f"{text}, uplift {100 * uplift:+.0f} points"
 
 
 def sample_panel(row: ExperienceRow) -> RenderableType:

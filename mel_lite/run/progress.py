@@ -1,11 +1,20 @@
-"""Live training progress in a terminal: one line per step, a progress bar, and a sample every few steps."""
+"""Live training progress in a terminal: one line per step, a bar with the current phase, and a sample now and then."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from transformers import TrainerCallback
 
@@ -28,10 +37,10 @@ class LiveDisplay(TrainerCallback):
         """Source of the samples; None = show no samples."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._console.print(_legend(args))
+        clock = None if self.trainer is None else self.trainer.clock
         self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-            TimeRemainingColumn(), console=self._console, transient=True,
+            _PhaseColumn(clock), BarColumn(), TextColumn("step"), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("ETA"), TimeRemainingColumn(), console=self._console, transient=True,
         )  # fmt: skip
         self._progress.start()
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
@@ -43,9 +52,11 @@ class LiveDisplay(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
             return
-        self._console.print(step_line(state.global_step, state.max_steps, logs))
+        # In a file, a step is one line however long it is.
+        soft_wrap = not self._console.is_terminal
+        self._console.print(step_line(state.global_step, state.max_steps, logs), soft_wrap=soft_wrap)
         if self.trainer is not None and self.trainer.collapse.first_batches.line:
-            self._console.print(Text(self.trainer.collapse.first_batches.line, style="bold"))
+            self._console.print(Text(self.trainer.collapse.first_batches.line, style="bold"), soft_wrap=soft_wrap)
         if self.trainer is None or (self._last_sample and state.global_step - self._last_sample < self._sample_every):
             return
         if (sample := self.trainer.latest_sample()) is not None:
@@ -62,12 +73,14 @@ class LiveDisplay(TrainerCallback):
             self._progress = None
 
 
-def _legend(args: Any) -> Text:
-    if not args.with_meta_experience:
-        return Text("step | reward | policy loss | gradient norm | tokens/s", style="dim")
-    return Text(
-        "step | reward pass rate | groups>mixed>pairs>parsed>leak-free>replay-valid (trained tokens) | "
-        "ret = kept/written, up = replay uplift | policy loss, NLL of lessons (before>after the update) | "
-        "gradient norms",
-        style="dim",
-    )
+class _PhaseColumn(ProgressColumn):
+    """The phase that the trainer is in, such as `rollout` or `update`."""
+
+    def __init__(self, clock: Any) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def render(self, task: Task) -> Text:
+        """Return the phase's name at a fixed width, so that the bar does not jump."""
+        phase = getattr(self._clock, "phase", "") or "training"
+        return Text(f"{phase:<9}")

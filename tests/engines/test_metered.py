@@ -7,6 +7,18 @@ import pytest
 from mel_lite.engines.metered import PhaseClock
 
 
+def test_the_innermost_open_phase_is_named() -> None:
+    clock, seen = PhaseClock(), []
+    with clock.rest("update"):
+        seen.append(clock.phase)
+        with clock("rollout"):
+            seen.append(clock.phase)
+        with pytest.raises(KeyError), clock("analysis"):
+            raise KeyError
+        seen.append(clock.phase)
+    assert [*seen, clock.phase] == ["update", "rollout", "update", ""]
+
+
 def test_phases_are_timed_separately_and_drained() -> None:
     clock = PhaseClock()
     with clock("rollout"):

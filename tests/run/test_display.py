@@ -80,14 +80,20 @@ def test_ratios_without_a_denominator_are_left_out() -> None:
 def test_a_step_is_one_line_with_every_figure() -> None:
     logs = funnel([group(R, W)], 1, [experience(Status.KEPT, replay=Replay((R,), ("",), (W,)))], 33)
     logs |= {"reward": 0.5, "mel/policy_loss": -0.0125, "mel/nll": 1.2345, "mel/nll_after": 1.1}
-    logs |= {"mel/grad_norm_policy": 0.2, "mel/grad_norm_nll": 0.4, "mel/tokens_per_s": 88.4}
+    logs |= {
+        "mel/grad_norm_policy": 0.2,
+        "mel/grad_norm_nll": 0.4,
+        "mel/tokens_per_s": 88.4,
+        "mel/peak_memory_gib": 2.5,
+    }
     line = step_line(3, 120, logs).plain
     assert line == (
-        "  3/120 | reward 0.50 pass 50% | 1>1>1>1>1>1 (33 tok) | ret 1.00 up +1.00 | "
-        "policy -0.0125 nll 1.234>1.100 | |g| policy 0.200 nll 0.400 | 88 tok/s"
+        "step   3/120 | 50% right, reward 0.50 | 1 of 1 lessons kept, 1 of 1 groups mixed, uplift +100 points | "
+        "policy loss -0.0125, lessons' NLL 1.234 to 1.100 | gradient policy 0.200, lessons 0.400 | "
+        "88 tokens/s, peak 2.5 GiB"
     )
     assert step_line(1, 9, {"reward": 0.0, "loss": 0.5, "grad_norm": 1.0}).plain == (
-        "1/9 | reward 0.00 | policy +0.5000 | |g| 1.000"
+        "step 1/9 | reward 0.00 | loss +0.5000 | gradient 1.000"
     )
 
 
