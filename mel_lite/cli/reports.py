@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mel_lite.cli.shared import console, loading, newest_run
+from mel_lite.cli.shared import ConfigOption, SetOption, console, loading, newest_run
 from mel_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mel_lite.report.compare import Comparison
+    from mel_lite.report.compare import Arm, Comparison
 
 
 def report(
@@ -35,28 +35,81 @@ def report(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of the runs. The first one's arm is the reference.")],
-    output: Annotated[Path, typer.Option(help="Folder for comparison.html, .png and .json.")] = Path("comparison"),
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Finished runs. The first one's arm is the reference.")
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Train these arms and compare them, such as grpo,mel. The first is the reference."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="An arm of your own: NAME:section.key=value; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="With --arms: seeds per arm.")] = 3,
+    budget_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --arms: tokens that each run generates, lessons and replays included."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --arms: preset, as for train.")] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for comparison.html, .png and .json, and for the runs of --arms.")
+    ] = Path("comparison"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare runs on the same held-out tasks: paired differences with intervals, learning curves, conclusions.
 
-    Runs that differ in their seed alone are one arm.
+    Runs that differ in their seed alone are one arm. With --arms the runs are trained first, at equal generated tokens
+    and with the same seeds; the same command continues after a stop.
     """
-    with loading("reading the runs"):
-        from mel_lite.report.compare import compare as compare_arms
-        from mel_lite.report.compare import read_arms
-        from mel_lite.report.comparison_page import write_comparison
+    from mel_lite.report.compare import compare as compare_arms
+    from mel_lite.report.compare import read_arms
+    from mel_lite.report.comparison_page import write_comparison
 
-        arms = read_arms(runs)
-        found = compare_arms(arms)
-        try:
-            written = write_comparison(arms, found, output)
-        except OSError as error:
-            raise ConfigError(
-                f"--output {output}: it cannot be written ({error.strerror or error}). Choose another folder."
-            ) from error
+    if (arms is None) == (not runs):
+        raise ConfigError("compare needs the folders of finished runs, or --arms to train some; not both.")
+    left_out: list[str] = []
+    if arms is None:
+        found_arms = read_arms(runs or [])
+    else:
+        found_arms, left_out = _trained(arms, arm or [], seeds, budget_tokens, gpu, config, set_ or [], output)
+    found = compare_arms(found_arms, left_out=left_out)
+    try:
+        written = write_comparison(found_arms, found, output)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: it cannot be written ({error.strerror or error}). Choose another folder."
+        ) from error
     _show(found, written, as_json=as_json)
+
+
+def _trained(
+    names: str, own: list[str], seeds: int, budget_tokens: int | None, gpu: str | None, config: Path | None,
+    set_: list[str], output: Path,
+) -> tuple[list[Arm], list[str]]:  # fmt: skip
+    """Train what is missing of an experiment, and return its arms and sentences on runs that are left out."""
+    from mel_lite.recipe import GPU_PRESETS, parse_set, resolve
+    from mel_lite.run.experiment import UNTUNED, Experiment, arms_of, in_subprocess, parse_arms, run_experiment
+
+    if budget_tokens is None:
+        raise ConfigError("compare --arms needs --budget-tokens: the tokens that each run generates.")
+    if gpu is None and config is None:
+        raise ConfigError("No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+    base = [*(["--gpu", gpu] if gpu else []), *(["--config", str(config)] if config else [])]
+    base += [part for text in set_ for part in ("--set", text)]
+    recipe = None
+    if gpu is None or gpu in GPU_PRESETS:
+        recipe = resolve(preset=gpu, config=config, overrides=[parse_set(text) for text in set_])
+    chosen = parse_arms([name.strip() for name in names.split(",") if name.strip()], own)
+    experiment = Experiment(output, chosen, seeds, budget_tokens, tuple(base), recipe)
+    try:
+        run_experiment(experiment, launch=in_subprocess, say=lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.secho("stopped; the same command continues", err=True)
+        raise typer.Exit(130) from None
+    trained, left_out = arms_of(experiment)
+    return trained, [*left_out, UNTUNED]
 
 
 def _show(found: Comparison, written: list[Path], *, as_json: bool) -> None:

@@ -135,8 +135,11 @@ def _names(options: list[dict[str, Any]], folders: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else folders
 
 
-def compare(arms: Sequence[Arm]) -> Comparison:
-    """Compare the final evaluations of all arms with those of the first one."""
+def compare(arms: Sequence[Arm], *, left_out: Sequence[str] = ()) -> Comparison:
+    """Compare the final evaluations of all arms with those of the first one.
+
+    `left_out`: sentences on runs that belong to the arms and are missing.
+    """
     tasks, samples, problem = _shared_tasks(arms)
     values = [_values(arm, tasks, samples) for arm in arms] if tasks else [{} for _ in arms]
     results = tuple(
@@ -144,7 +147,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         for i, (arm, each) in enumerate(zip(arms, values, strict=True))
     )
     found = Comparison(results, len(tasks), samples, (), ())
-    return Comparison(results, len(tasks), samples, _conclusions(found), (*problem, *_limits(found, arms)))
+    return Comparison(results, len(tasks), samples, _conclusions(found), (*problem, *left_out, *_limits(found, arms)))
 
 
 def _shared_tasks(arms: Sequence[Arm]) -> tuple[list[str], int, tuple[str, ...]]:

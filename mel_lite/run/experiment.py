@@ -1,0 +1,216 @@
+"""An experiment: the same training with one thing changed per arm, over seeds, at equal generated tokens.
+
+Every run is one `mel-lite train --auto-resume` in a process of its own, with a folder `<arm>-<seed>`. Finished runs are
+not repeated, and a run that was stopped is resumed from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mel_lite.errors import ConfigError, DivergedError
+from mel_lite.files import atomic_write_text
+from mel_lite.recipe import Recipe, parse_set
+from mel_lite.report.compare import Arm
+from mel_lite.report.runs import read_run
+from mel_lite.text import suggest
+
+MEL = {"train.algorithm": "mel"}
+ARMS: dict[str, dict[str, Any]] = {
+    "grpo": {"train.algorithm": "grpo"},
+    "rft": {"train.algorithm": "rft"},
+    "reinforce++": {"train.algorithm": "reinforce++"},
+    "mel": MEL,
+    "distill": MEL | {"train.internalisation": "distill"},
+    "distill-shuffled": MEL | {
+        "train.internalisation": "distill", "train.internalisation_options": {"shuffled": True},
+    },
+    "distill-sibling": MEL | {
+        "train.internalisation": "distill", "train.internalisation_options": {"context": "sibling"},
+    },
+    "distill-none": MEL | {
+        "train.internalisation": "distill", "train.internalisation_options": {"context": "none"},
+    },
+    "credit": MEL | {"train.internalisation": "credit"},
+}  # fmt: skip
+"""Built-in arms by name, with what they change in the recipe. `grpo` at equal tokens is also the control for lessons:
+what lessons cost goes into more rollouts there."""
+UNTUNED = (
+    "No option was tuned for any arm. Another learning rate, or another number of updates per batch (num_iterations), "
+    "can turn the order round."
+)
+"""A limit of every experiment."""
+MANY_STEPS = 1_000_000
+"""The token budget ends a run, not its steps."""
+STOPPED = (130, 143, -2, -15)
+"""Exit codes of a run that a signal ended after it saved."""
+
+Launch = Callable[[Sequence[str], Path], int]
+"""Run `mel-lite` with arguments, write its output to a file, and return the exit code."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentArm:
+    """An arm: what it changes in the recipe."""
+
+    name: str
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What is trained, and where."""
+
+    folder: Path
+    arms: tuple[ExperimentArm, ...]
+    seeds: int
+    """Seeds 0 to `seeds` - 1, the same for all arms."""
+    budget_tokens: int
+    """Tokens that each run generates: rollouts, analyses and replays; evaluations do not count."""
+    base: tuple[str, ...] = ()
+    """Options of `mel-lite train` that all arms share, such as ("--gpu", "cpu")."""
+    recipe: Recipe | None = field(default=None, compare=False)
+    """The recipe that `base` gives, to check it before anything is trained."""
+
+    def run_folder(self, arm: ExperimentArm, seed: int) -> Path:
+        """Return the folder of one run."""
+        return self.folder / f"{arm.name}-{seed}"
+
+    def arguments(self, arm: ExperimentArm, seed: int) -> list[str]:
+        """Return the arguments of `mel-lite` that start or resume one run."""
+        settings = {
+            "train.lr_scheduler_type": "constant", "export.format": None, **arm.changes, "train.seed": seed,
+            "train.max_steps": MANY_STEPS, "train.max_generated_tokens": self.budget_tokens,
+        }  # fmt: skip
+        folder = str(self.run_folder(arm, seed))
+        sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        return ["train", "--auto-resume", "--output-dir", folder, *self.base, *sets]
+
+
+def parse_arms(names: Sequence[str], own: Sequence[str]) -> tuple[ExperimentArm, ...]:
+    """Return the arms with these names, the first of which is the reference.
+
+    Args:
+        own: further arms as `NAME:section.key=value`; several options of one arm repeat its name.
+    Raises: ConfigError for an unknown name, a name twice, fewer than two arms, or an option that is not an assignment.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for text in own:
+        name, colon, setting = text.partition(":")
+        if not colon or not name or "/" in name or name in ARMS:
+            taken = f" {name!r} is a built-in arm." if name in ARMS else ""
+            raise ConfigError(f"--arm {text}: write NAME:section.key=value, with a new name.{taken}")
+        key, value = parse_set(setting)
+        known.setdefault(name, {})[key] = value
+    known = ARMS | known
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--arms {name!r} is no arm.{suggest(name, known)} Define one with --arm {name}:key=value."
+            )
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise ConfigError(f"--arms {','.join(names)}: name at least two different arms; the first is the reference.")
+    return tuple(ExperimentArm(name, known[name]) for name in names)
+
+
+def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str], None]) -> None:
+    """Train every arm with every seed.
+
+    One seed after another, so that a stopped experiment has all arms of as many seeds as possible. A run that diverged
+    is skipped here and named in the comparison.
+
+    Raises: ConfigError for a recipe without held-out tasks, a folder of another experiment, or a run that failed, with
+        its log; KeyboardInterrupt when a signal stopped a run.
+    """
+    _check(experiment)
+    total = len(experiment.arms) * experiment.seeds
+    runs = [(arm, seed) for seed in range(experiment.seeds) for arm in experiment.arms]
+    for number, (arm, seed) in enumerate(runs, start=1):
+        folder = experiment.run_folder(arm, seed)
+        if is_done(folder):
+            say(f"run {number}/{total}: {folder.name} is there already")
+            continue
+        log = experiment.folder / "logs" / f"{folder.name}.log"
+        say(f"run {number}/{total}: {folder.name}, output in {log}")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        code = launch(experiment.arguments(arm, seed), log)
+        if code in STOPPED:
+            raise KeyboardInterrupt
+        if code == DivergedError.exit_code:
+            say(f"{folder.name} diverged (see {log})")
+        elif code:
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+            raise ConfigError(f"run {folder.name} failed with exit code {code}: {last} See {log}.")
+
+
+def arms_of(experiment: Experiment) -> tuple[list[Arm], list[str]]:
+    """Return the finished runs of each arm, and a sentence on each run that is left out.
+
+    Raises: ConfigError when an arm has no finished run.
+    """
+    arms, left_out = [], []
+    for arm in experiment.arms:
+        folders = [experiment.run_folder(arm, seed) for seed in range(experiment.seeds)]
+        done = [folder for folder in folders if is_done(folder)]
+        left_out += [
+            f"{folder.name} did not end and is left out, which favors its arm."
+            for folder in folders
+            if folder not in done
+        ]
+        if not done:
+            raise ConfigError(f"No run of arm {arm.name} ended. See the logs in {experiment.folder / 'logs'}.")
+        arms.append(Arm(arm.name, tuple(read_run(folder) for folder in done)))
+    return arms, left_out
+
+
+def is_done(folder: Path) -> bool:
+    """Return True when a run was trained to its end and evaluated."""
+    return (folder / "eval" / "after.json").is_file() and any((folder / name).is_dir() for name in ("adapter", "model"))
+
+
+def in_subprocess(arguments: Sequence[str], log: Path) -> int:
+    """Run `mel-lite` in a process of its own, whose output goes to the end of a file. Returns: the exit code."""
+    command = [sys.executable, "-m", "mel_lite", *arguments]
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the run has it from the terminal, too, and commits a checkpoint
+                continue
+
+
+def _check(experiment: Experiment) -> None:
+    """Check the recipe, and that the folder holds this experiment or none; more seeds or arms may join."""
+    if experiment.recipe is not None and experiment.recipe.data.eval is None:
+        raise ConfigError(
+            "compare --arms needs held-out tasks: with data.eval unset there is nothing to compare. Add --set "
+            "data.eval=... (a file, a Hub id, demo:test or reasoning-gym:<task>)."
+        )
+    file = experiment.folder / "experiment.json"
+    plan: dict[str, Any] = {
+        "budget_tokens": experiment.budget_tokens,
+        "base": list(experiment.base),
+        "arms": {arm.name: arm.changes for arm in experiment.arms},
+    }
+    if file.is_file():
+        began = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("budget_tokens", "base"):
+            if began[key] != plan[key]:
+                raise ConfigError(
+                    f"{experiment.folder} holds an experiment with {key}={began[key]!r}, now it is {plan[key]!r}. "
+                    "Runs of both could not be compared. Choose another --output."
+                )
+        changed = [arm.name for arm in experiment.arms if began["arms"].get(arm.name, arm.changes) != arm.changes]
+        if changed:
+            raise ConfigError(
+                f"{experiment.folder}: arm {changed[0]} has other options than before. Choose another --output."
+            )
+        plan["arms"] = began["arms"] | plan["arms"]
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps(plan, indent=1) + "\n")

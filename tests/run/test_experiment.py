@@ -1,0 +1,182 @@
+"""Experiments: arms by name, one run after another, stops and failures; and one for real on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mel_lite.cli.main import app
+from mel_lite.errors import ConfigError
+from mel_lite.recipe import parse_set, resolve
+from mel_lite.report.compare import compare
+from mel_lite.report.runs import generated_tokens, read_run
+from mel_lite.run.experiment import ARMS, Experiment, arms_of, parse_arms, run_experiment
+from run_folders import make_run
+from train_command import task_settings
+
+
+def experiment(folder: Path, **changes: Any) -> Experiment:
+    options = {"seeds": 2, "budget_tokens": 500, "base": ("--gpu", "cpu")} | changes
+    return Experiment(folder / "out", parse_arms(["grpo", "mel"], []), **options)
+
+
+class Launcher:
+    """Stands for the process of a run: writes what a finished run leaves, or ends with a code."""
+
+    def __init__(self, **codes: int) -> None:
+        self.codes = codes
+        self.runs: list[str] = []
+
+    def __call__(self, arguments: Sequence[str], log: Path) -> int:
+        folder = Path(arguments[arguments.index("--output-dir") + 1])
+        self.runs.append(folder.name)
+        log.write_text("loading\nerror: no room\n")
+        if code := self.codes.get(folder.name, 0):
+            return code
+        make_run(folder, before=[1, 2], after=[2, 3], lessons=0, seed=int(folder.name[-1]))
+        return 0
+
+
+def test_arms_are_recipes_that_can_be_run() -> None:
+    for name, changes in ARMS.items():
+        recipe = resolve(preset="cpu", overrides=list(changes.items()))
+        assert recipe.train["algorithm"] == changes["train.algorithm"], name
+    chosen = parse_arms(["grpo", "tenth"], ["tenth:train.algorithm=mel", "tenth:train.mel_weight=0.1"])
+    assert chosen[1].changes == {"train.algorithm": "mel", "train.mel_weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "message"),
+    [
+        (["grpo", "mell"], [], "--arms 'mell' is no arm. Did you mean 'mel'?"),
+        (["grpo"], [], "at least two different arms"),
+        (["mel", "mel"], [], "at least two different arms"),
+        (["mel", "mine"], ["mine=3"], "write NAME:section.key=value"),
+        (["mel", "grpo"], ["mel:train.seed=3"], "'mel' is a built-in arm"),
+        (["mel", "a/b"], ["a/b:train.seed=3"], "write NAME:section.key=value"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(names: list[str], own: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_arms(names, own)
+    assert message in str(error.value)
+
+
+def test_a_run_gets_its_arm_seed_and_budget() -> None:
+    tried = experiment(Path("x"))
+    arguments = tried.arguments(tried.arms[1], 1)
+    assert arguments[:6] == ["train", "--auto-resume", "--output-dir", "x/out/mel-1", "--gpu", "cpu"]
+    settings = dict(parse_set(text) for text in arguments[7::2])
+    assert settings["train.max_generated_tokens"] == 500 and settings["train.seed"] == 1
+    assert settings["train.algorithm"] == "mel" and settings["export.format"] is None
+
+
+def test_all_arms_of_a_seed_come_first_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
+    launch, said = Launcher(), []
+    run_experiment(experiment(tmp_path), launch=launch, say=said.append)
+    assert launch.runs == ["grpo-0", "mel-0", "grpo-1", "mel-1"]
+    assert said[0].startswith("run 1/4: grpo-0, output in ") and said[0].endswith("logs/grpo-0.log")
+    run_experiment(experiment(tmp_path, seeds=3), launch=launch, say=said.append)
+    assert launch.runs[4:] == ["grpo-2", "mel-2"], "more seeds join"
+    arms, left_out = arms_of(experiment(tmp_path, seeds=3))
+    assert [(arm.name, arm.seeds) for arm in arms] == [("grpo", [0, 1, 2]), ("mel", [0, 1, 2])] and left_out == []
+
+
+def test_a_stopped_experiment_continues_with_the_run_that_was_stopped(tmp_path: Path) -> None:
+    launch = Launcher(**{"mel-0": 130})
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment(tmp_path), launch=launch, say=str)
+    assert launch.runs == ["grpo-0", "mel-0"]
+    again = Launcher()
+    run_experiment(experiment(tmp_path), launch=again, say=str)
+    assert again.runs == ["mel-0", "grpo-1", "mel-1"]
+
+
+def test_a_run_that_diverged_is_left_out_and_named(tmp_path: Path) -> None:
+    run_experiment(experiment(tmp_path), launch=Launcher(**{"mel-0": 5}), say=str)
+    arms, left_out = arms_of(experiment(tmp_path))
+    assert [arm.seeds for arm in arms] == [[0, 1], [1]]
+    assert left_out == ["mel-0 did not end and is left out, which favors its arm."]
+    assert left_out[0] in compare(arms, left_out=left_out).limits
+    run_experiment(experiment(tmp_path / "b", seeds=1), launch=Launcher(**{"mel-0": 5}), say=str)
+    with pytest.raises(ConfigError, match="No run of arm mel ended"):
+        arms_of(experiment(tmp_path / "b", seeds=1))
+
+
+def test_a_run_that_failed_is_named_with_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run mel-0 failed with exit code 2: error: no room See .*logs/mel-0.log"):
+        run_experiment(experiment(tmp_path), launch=Launcher(**{"mel-0": 2}), say=str)
+
+
+def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
+    run_experiment(experiment(tmp_path), launch=Launcher(), say=str)
+    with pytest.raises(ConfigError, match="budget_tokens=500, now it is 900"):
+        run_experiment(experiment(tmp_path, budget_tokens=900), launch=Launcher(), say=str)
+    with pytest.raises(ConfigError, match="holds an experiment with base="):
+        run_experiment(experiment(tmp_path, base=("--gpu", "24gb")), launch=Launcher(), say=str)
+    plan = json.loads((tmp_path / "out" / "experiment.json").read_text())
+    plan["arms"]["mel"]["train.mel_weight"] = 0.5
+    (tmp_path / "out" / "experiment.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="arm mel has other options"):
+        run_experiment(experiment(tmp_path), launch=Launcher(), say=str)
+
+
+def test_without_held_out_tasks_nothing_is_trained(tmp_path: Path) -> None:
+    launch = Launcher()
+    recipe = resolve(preset="cpu", overrides=[("data.eval", None)])
+    with pytest.raises(ConfigError, match="needs held-out tasks"):
+        run_experiment(experiment(tmp_path, recipe=recipe), launch=launch, say=str)
+    assert launch.runs == [] and not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_waits_for_the_run_to_save(tmp_path: Path) -> None:
+    """Ctrl-C reaches the run and this process; the run may take its time."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\ntrap 'sleep 1; echo saved; exit 130' INT\necho started\nsleep 30 & wait\n")
+    program.chmod(0o700)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mel_lite.run import experiment\n"
+        f"sys.executable = {str(program)!r}\nlog = Path({str(tmp_path / 'log')!r})\n"
+        "sys.exit(experiment.in_subprocess([], log))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    for _ in range(1200):
+        if (tmp_path / "log").is_file() and "started" in (tmp_path / "log").read_text():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert (tmp_path / "log").read_text() == "started\nsaved\n"
+
+
+@pytest.mark.slow
+def test_arms_are_trained_for_real_at_equal_tokens(tmp_path: Path) -> None:
+    tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    settings = task_settings(tmp_path) | {"data.eval": tmp_path / "held_out.jsonl", "eval.k": 2}
+    base = ["--gpu", "cpu", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
+    tried = Experiment(tmp_path / "out", parse_arms(["grpo", "mel"], []), 1, 100, tuple(base))
+
+    def in_this_process(arguments: Sequence[str], log: Path) -> int:
+        done = CliRunner().invoke(app, list(arguments))
+        log.write_text(done.output)
+        return done.exit_code
+
+    run_experiment(tried, launch=in_this_process, say=str)
+    arms, left_out = arms_of(tried)
+    found = compare(arms, left_out=left_out)
+    assert [arm.name for arm in found.arms] == ["grpo", "mel"] and found.tasks == 2
+    for arm in arms:
+        spent = generated_tokens(read_run(arm.runs[0].folder).rows)
+        assert spent[-1] >= 100 > ([0.0, *spent])[-2], "stopped by the step that spent its tokens"
+    assert arms[0].runs[0].before == arms[1].runs[0].before, "both begin with the same model, tasks and seeds"
