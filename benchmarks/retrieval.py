@@ -4,9 +4,7 @@ Three sets of questions, each with a bank of lessons from other questions of the
 are right for a question:
 
     operators   made-up operators (`3 zap 7 dax 2?`); right: rules on an operator of the question
-    demo        the demo's test tasks, lessons of its warm start; right: rules whose condition occurs in the question's
-                steps; one case has the rules on a sign (`If the sign is minus, ...`), one adds the rules on totals that
-                pass a ten or zero, which no word of a question tells; rules that hold for every sum are left out
+    demo        the demo's test tasks, lessons of its warm start; right: rules on a word of the question
     tasks       twelve reasoning-gym tasks in words; right: lessons of the same task
 
 Each is compared with the expected value of as many lessons drawn at random from the same bank. Results:
@@ -18,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_warmup.phrases import WORDINGS
-from demo_warmup.problems import Problem, draw_problem, draw_slip
+from demo_warmup import lessons as warm_start
 from mel_lite.data import demo_tasks
+from mel_lite.data.demo_tasks.words import READINGS, draw
 from mel_lite.evaluate import bootstrap_interval
 from mel_lite.lessons.bank.retrieval import LexicalRetrieval, Retrieval
 from mel_lite.types import BankLesson
@@ -81,47 +79,22 @@ def operators(count: int, lengths: Sequence[int], lessons: int, questions: int) 
 
 # ---- the demo's tasks
 
-Condition = Callable[[Problem], bool]
-ON_A_SIGN: dict[str, Condition] = {
-    "Count on:": lambda p: 1 in p.signs,
-    "Count back:": lambda p: -1 in p.signs,
-    "Sign first: If the sign is plus": lambda p: 1 in p.signs,
-    "Sign first: If the sign is minus": lambda p: -1 in p.signs,
-    "Keep the order:": lambda p: -1 in p.signs,
-}
-"""Beginning of a rule of the warm start -> does its condition occur in a problem?"""
-ON_A_TOTAL: dict[str, Condition] = {
-    "Past ten:": lambda p: any(s.sign > 0 and s.left // 10 != s.result // 10 for s in p.steps()),
-    "Below ten:": lambda p: any(s.sign < 0 and s.left // 10 != s.result // 10 for s in p.steps()),
-    "Below zero:": lambda p: any(s.sign < 0 and s.result < 0 for s in p.steps()),
-}
 
-
-def _problem(expression: str) -> Problem:
-    parts = expression.split()
-    return Problem(tuple(map(int, parts[::2])), tuple(1 if sign == "+" else -1 for sign in parts[1::2]))
-
-
-def demo(name: str, rules: Mapping[str, Condition], lessons: int) -> Case:
-    """Take the demo's test tasks, and lessons on slips in other sums with those rules of the warm start."""
+def demo(lessons: int) -> Case:
+    """Take the demo's test tasks, and lessons of its warm start on a word of another task each."""
     rng = random.Random(f"{SEED} demo")
     lines = demo_tasks.path("test").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    asked = [_problem(prompt.removeprefix("What is ").partition("?")[0]) for prompt in prompts]
     bank: list[BankLesson] = []
-    conditions = []
+    about = []
     while len(bank) < lessons:
-        problem = draw_problem(rng)
-        slip = draw_slip(problem, rng)
-        wording = WORDINGS[slip.kind]
-        adds = problem.signs[slip.at - 1] > 0
-        rule = rng.choice(wording.rules + (wording.rules_up if adds else wording.rules_down))
-        condition = next((holds for start, holds in rules.items() if rule.startswith(start)), None)
-        if problem not in asked and condition is not None:
-            bank.append(_lesson(len(bank), f"- {rule}", problem.question[0]["content"]))
-            conditions.append(condition)
-    right = [frozenset(i for i, holds in enumerate(conditions) if holds(problem)) for problem in asked]
-    return Case(name, tuple(bank), tuple(zip(prompts, right, strict=True)))
+        chain = draw(rng)
+        if chain.question not in prompts:
+            about.append(rng.choice(chain.words))
+            bank.append(_lesson(len(bank), warm_start.rule(about[-1], rng.choice(READINGS)), chain.question))
+    words = [set(prompt.split()) | set(prompt.partition("?")[0].split()) for prompt in prompts]
+    right = [frozenset(i for i, word in enumerate(about) if word in asked) for asked in words]
+    return Case("demo tasks", tuple(bank), tuple(zip(prompts, right, strict=True)))
 
 
 # ---- tasks in words
@@ -214,16 +187,15 @@ def run() -> dict[str, Any]:
     from importlib.metadata import version
 
     studied = operators(60, (5, 6), 180, 150)
-    on_signs = demo("demo tasks, rules on a sign", ON_A_SIGN, 200)
-    both = demo("demo tasks, rules on a sign or a total", ON_A_SIGN | ON_A_TOTAL, 200)
+    shown = demo(200)
     worded = tasks(12, 12)
-    cases = [operators(24, (2, 3, 4), 72, 150), studied, on_signs, both, worded]
+    cases = [operators(24, (2, 3, 4), 72, 150), studied, shown, worded]
     retrieval = LexicalRetrieval()
     return {
         "seed": SEED,
         "versions": {name: version(name) for name in ("bm25s", "reasoning-gym")},
         "cases": [measure(case, retrieval) for case in cases],
-        "foreign": list(foreign([studied, both, worded], retrieval)),
+        "foreign": list(foreign([studied, shown, worded], retrieval)),
     }
 
 

@@ -23,7 +23,7 @@ from mel_lite.lessons.prompts import Templates, load_templates
 from mel_lite.types import Finish
 
 SEED = 20261129
-COUNTS = {"solve": 400, "analyze": 240, "replay": 850}
+COUNTS = {"solve": 260, "analyze": 210, "replay": 230}
 """Number of examples of each kind in the shipped recipe."""
 P_RIGHT = dict(zip(MEANINGS, (0.85, 0.55, 0.7, 0.55, 0.85, 0.7), strict=True))
 """Probability of each word's right reading in solutions; the rest is shared by the other two."""
@@ -73,8 +73,8 @@ def _sections(bifurcation: str, critique: str, heuristic: str) -> str:
 def _misread(wrong: Line, right: Line) -> str:
     word = wrong.word
     return _sections(
-        f"They part at `{wrong}`. In the right solution {word} {right.reading}.",
-        f"What {word} does was guessed: {word} {right.reading}.",
+        f"They part at `{wrong}`. There {word} {wrong.reading}; in the right solution {word} {right.reading}.",
+        f"What {word} does was guessed.",
         rule(word, right.reading),
     )
 

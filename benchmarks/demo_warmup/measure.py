@@ -123,8 +123,6 @@ def measure_engine(
             analysis=Sampling(conditions.analysis_max_tokens, conditions.analysis_temperature),
             replay=Sampling(conditions.max_completion_tokens, conditions.analysis_temperature),
             max_context_tokens=conditions.max_context_tokens,
-            context_tokens=conditions.max_context_tokens + conditions.analysis_max_tokens,
-            scorer=None,  # type: ignore[arg-type]  # the criterion is `solved`: nothing is scored
             run_seed=conditions.seed,
             mark_fork=conditions.mark_fork,
             replay_attempts=conditions.attempts,

@@ -74,7 +74,7 @@ def view(row: ExperienceRow) -> LessonView:
     parts = [(name.capitalize(), text) for name, text in parsed if text] or [("Analysis", _text(row.analysis))]
     return LessonView(
         id=row.id,
-        step=row.step + 1,
+        step=row.step,
         status=row.status.value,
         status_text=status_text(row.status),
         question=_text(question_text(row.prompt)),

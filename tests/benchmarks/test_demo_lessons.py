@@ -23,7 +23,7 @@ from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from tiny_models import tiny_tokenizer
 
 COUNTS = {"solve": 1200, "analyze": 60, "replay": 200}
-LINE = re.compile(r"(-?\d+) (\w+) (adds|takes|swaps) (\d+): (-?\d+) ([-+]) (-?\d+) = (-?\d+)")
+LINE = re.compile(r"(-?\d+) (\w+) (\d+) (adds|takes|swaps): (-?\d+) ([-+]) (-?\d+) = (-?\d+)")
 TEMPLATES = load_templates("demo")
 
 
@@ -48,13 +48,13 @@ def readings_in(solution: str, expression: str) -> dict[str, str]:
     total, found = int(first), {}
     for line, word, number in zip(lines, rest[::2], map(int, rest[1::2]), strict=True):
         match = LINE.fullmatch(line)
-        assert match and (int(match[1]), match[2], int(match[4])) == (total, word, number)
+        assert match and (int(match[1]), match[2], int(match[3])) == (total, word, number)
         a, b, result = int(match[5]), int(match[7]), int(match[8])
         assert (a, match[6], b) == {
             "adds": (total, "+", number), "takes": (total, "-", number), "swaps": (number, "-", total)
-        }[match[3]]  # fmt: skip
+        }[match[4]]  # fmt: skip
         assert result == (a + b if match[6] == "+" else a - b)
-        total, found[word] = result, match[3]
+        total, found[word] = result, match[4]
     assert answer == f"Answer: {total}"
     return found
 

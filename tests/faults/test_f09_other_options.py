@@ -108,6 +108,7 @@ def test_options_that_change_a_run() -> None:
     model = resolve(preset="cpu", overrides=[("lora.r", 4), ("train.seed", 1), ("model.name", "x"), ("eval.k", 2)])
     assert [str(change) for change in changes(resolve(preset="cpu"), model)] == [
         "model.name: 'demo' -> 'x'", "lora.r: 8 -> 4", "lora.start_from: 'demo' -> None", "train.seed: 42 -> 1",
+        "train.templates: 'demo' -> None",
     ]  # fmt: skip
 
     old, new = recipe(mel_train_on="experience"), recipe(internalisation="experience")

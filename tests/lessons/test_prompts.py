@@ -332,7 +332,7 @@ def test_the_demo_has_short_prompts() -> None:
     demo = load_templates("demo")
     assert demo.version_of(marked=True) == "demo-1+fork"
     words = [len(texts.instructions(marked=True).split()) for texts in (demo, DEFAULT_TEMPLATES)]
-    assert words[0] < 30 < 180 < words[1]
+    assert words[0] < 30 < 150 < words[1]
     assert "> 2+3=6" in analysis_text(pair_of("Add:\n2+3=5", "Add:\n2+3=6"), templates=demo, mark=True)
 
 

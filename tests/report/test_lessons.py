@@ -28,7 +28,7 @@ def test_marks_keep_every_character(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert seen.quote == "The lesson quotes the step where they part (underlined)."
     assert seen.replay_line == "solved 1 of 1 with it, without it 0 of 1"
-    assert seen.step == 2, "the store counts the updates before it"
+    assert seen.step == 2, "steps count from 1"
 
 
 @pytest.mark.parametrize(

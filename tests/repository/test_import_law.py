@@ -38,7 +38,6 @@ ONE_ROOM = {
     "wandb": None,
     "trackio": None,
     "matplotlib": "report.charts",
-    "jinja2": "report.page",
 }
 """Heavy package -> the only room that may import it, inside functions or not; None = nobody (TRL logs for us)."""
 
