@@ -214,8 +214,11 @@ def line() -> str:
         found = runs(regime)
         if REFERENCE not in found:
             continue
-        leads = {arm: lead(group, found[REFERENCE])[0] for arm, group in found.items() if arm != REFERENCE}
-        each = "; ".join(f"`{arm}` {estimate.as_points()} ({verdict(estimate)})" for arm, estimate in leads.items())
+        leads = {arm: lead(group, found[REFERENCE]) for arm, group in found.items() if arm != REFERENCE}
+        each = "; ".join(
+            f"`{arm}` {estimate.as_points()} ({verdict(estimate)}, ahead on {ahead} seeds)"
+            for arm, (estimate, ahead) in leads.items()
+        )
         said.append(f"Where {words} (start {avg_RP(found[REFERENCE], 0).mean():.0%}), tuned GRPO ends at "
                     f"{avg_RP(found[REFERENCE]).mean():.1%} and, in points of Avg@8 against it: {each}.")  # fmt: skip
     return " ".join(said)
