@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from demo_warmup.examples import write_examples
+from demo_warmup.lessons import write_examples
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
