@@ -219,6 +219,17 @@ def test_sums_move_with_the_first_choice(seed: int, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FROZEN)
+def test_a_constant_between_the_logits_costs_no_digits(impl: str) -> None:
+    """It leaves both distributions as they are. All logits are multiples of 1/256: 256 is subtracted exactly."""
+    noise, other = torch.randn(2, 4, 700, generator=torch.Generator().manual_seed(3))
+    z_NV, d_NV = (noise * 256).round() / 256, (other * 2).round() / 256
+    inputs = as_inputs(z_NV.to(DEVICE), (z_NV + d_NV - 256).to(DEVICE))
+    found, truth = run_frozen_kl(impl, *inputs, None, LogitTransform(), want_u=True), true_kl(*inputs)
+    assert 1e-5 < float(truth.kl_N.min()) < 1e-4
+    assert_kl_exact(Divergence(found.kl_N, None), truth)
+
+
+@pytest.mark.parametrize("impl", FROZEN)
 def test_far_teachers_do_not_overflow_in_float16(impl: str) -> None:
     """exp(z - m) |r| is beyond the largest float16 here, and is clipped where products have 16 bits."""
     noise, other = torch.randn(2, 4, 700, generator=torch.Generator().manual_seed(3))
