@@ -31,5 +31,5 @@ def test_the_picture_has_the_text_and_no_links() -> None:
 
 def test_the_committed_picture_is_of_a_whole_run() -> None:
     shown = text_of(Path(PICTURE).read_text(encoding="utf-8"))
-    for part in ("3/3 | reward", "bifurcation:", "Pass@1 (greedy)", "merged vs adapter", "lines left out"):
+    for part in ("step 3/3 |", "bifurcation:", "Pass@1 (greedy)", "merged vs adapter", "lines left out"):
         assert part in shown, part
