@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.models.load import ModelSpec, load_base
+from mel_lite.report.rollouts import RolloutLog
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.types import Lesson, LessonShare
 from scripted import ANALYSIS, ScriptedEngine
@@ -340,7 +341,13 @@ def test_rewards_of_replays_do_not_log_into_the_completions_table(tmp_path: Path
 
     options = {"log_completions": True, "num_completions_to_print": 0, "verifier": None, "max_steps": 3}
     build(tmp_path, reward_funcs=right_sum, train_dataset=sums().remove_columns("answer"), **options).train()
-    assert len(list((tmp_path / "run" / "completions").glob("*.parquet"))) == 3
+    rows = RolloutLog(tmp_path / "run").find()
+    assert [row.id for row in rows] == [f"{step}.{i}" for step in (1, 2, 3) for i in range(len(rows) // 3)]
+    for row in rows:
+        right = row.text == f"Answer: {sum(int(word) for word in row.question.rstrip('?').split() if word.isdigit())}"
+        assert (row.verdict, row.reward) == (("right", 1.0) if right else ("wrong", 0.0))
+        assert row.columns == {"right_sum": row.reward, "length": len(row.text)} and row.advantage is not None
+    assert {row.verdict for row in rows} == {"right", "wrong"}
 
 
 def test_the_scoring_head_leaves_other_calls_alone(tmp_path: Path) -> None:

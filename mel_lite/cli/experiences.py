@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli.shared import console, newest_run
+from mel_lite.cli.shared import JsonOption, LimitOption, RunOption, console, newest_run, print_json
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.imports import load_object
 from mel_lite.types import BankLesson, Status
 
 experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
-
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
 
 
 @experiences.command("list")
@@ -25,35 +22,47 @@ def list_(
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Number of newest rows.")] = 50,
+    limit: LimitOption = 50,
+    as_json: JsonOption = False,
 ) -> None:
     """List meta-experiences, including dropped ones."""
-    from mel_lite.run.display import experiences_table, store_line
+    from mel_lite.report.terminal import store_line
 
     wanted = _status(status)
     with _store(run) as store:
-        console().print(experiences_table(store.list(status=wanted, step=step, limit=limit)))
-        console().print(store_line(store.funnel()))
+        _print_rows(store.list(status=wanted, step=step, limit=limit), as_json=as_json)
+        if not as_json:
+            console().print(store_line(store.funnel()))
 
 
 @experiences.command("show")
-def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None) -> None:
+def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None, as_json: JsonOption = False) -> None:
     """Show one meta-experience in full, with both rollouts and its replays."""
-    from mel_lite.run.display import experience_page
+    from mel_lite.report.terminal import experience_page
 
     with _store(run) as store:
-        console().print(experience_page(store.get(id_)))
+        row = store.get(id_)
+    if as_json:
+        print_json(asdict(row))
+    else:
+        console().print(experience_page(row))
 
 
 @experiences.command("search")
-def search(
-    text: str, run: RunOption = None, limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50
-) -> None:
+def search(text: str, run: RunOption = None, limit: LimitOption = 50, as_json: JsonOption = False) -> None:
     """Search the text of meta-experiences."""
-    from mel_lite.run.display import experiences_table
-
     with _store(run) as store:
-        console().print(experiences_table(store.search(text, limit=limit)))
+        _print_rows(store.search(text, limit=limit), as_json=as_json)
+
+
+def _print_rows(rows: Sequence[Any], *, as_json: bool) -> None:
+    from mel_lite.report.terminal import experiences_list
+
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    shown = console()
+    shown.print(experiences_list(rows, shown.width))
 
 
 @experiences.command("export")
@@ -76,7 +85,7 @@ def bank(
         str | None,
         typer.Option(help="pkg:fn, a function (heuristic) that returns True, False, or None where it cannot tell."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the lessons as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the lessons of a run's bank, best first: of its newest checkpoint, or else of its store."""
     from mel_lite.resilience.saved_bank import saved_lessons
@@ -86,7 +95,7 @@ def bank(
     truths = None if truth is None else _truths(truth, lessons)
     if as_json:
         known = [{}] * len(lessons) if truths is None else [{"true": each} for each in truths]
-        typer.echo(json.dumps([asdict(lesson) | also for lesson, also in zip(lessons, known, strict=True)], indent=1))
+        print_json([asdict(lesson) | also for lesson, also in zip(lessons, known, strict=True)])
         return
     console().print(bank_table(lessons, truths))
     console().print(bank_line(lessons, truths))

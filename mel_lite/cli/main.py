@@ -16,6 +16,7 @@ from mel_lite.cli import gpu as gpu_commands
 from mel_lite.cli import reports as report_commands
 from mel_lite.cli.experiences import experiences
 from mel_lite.cli.probe import probe
+from mel_lite.cli.rollouts import rollouts
 from mel_lite.cli.shared import (
     NO_PRESET,
     AnswerColumnOption,
@@ -52,6 +53,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(experiences, name="experiences")
+app.add_typer(rollouts, name="rollouts")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(gpu_commands.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,9 @@ ThinkTagsOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
 ]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="Number of newest rows.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 NO_PRESET = "No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE."
@@ -83,6 +87,11 @@ def console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON in ASCII, which no terminal reads as control characters."""
+    typer.echo(json.dumps(value, indent=1))
 
 
 def loading(what: str) -> Status:

@@ -15,30 +15,14 @@ from mel_lite.lessons.store import ExperienceRow
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import Plan
 from mel_lite.models.chat import question_text
-from mel_lite.text import printable
-from mel_lite.types import BankLesson, Status
+from mel_lite.report.terminal import STATUS_STYLE, labeled, one_line
+from mel_lite.types import BankLesson
 
 if TYPE_CHECKING:
     from mel_lite.evaluate import EvalResult
     from mel_lite.resilience.worst_step import PhasePeak
 
 FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
-STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red"} | dict.fromkeys(
-    (Status.UNPARSED, Status.NOT_LIFTING, Status.REPLAY_FAILED), "yellow"
-)
-
-
-def plain(text: str | None, limit: int | None = None) -> Text:
-    """Return model text that is safe for a terminal: no markup, no control characters, at most `limit` characters."""
-    cleaned = printable(text or "")
-    if limit is not None and len(cleaned) > limit:
-        cleaned = cleaned[: limit - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
-    return Text(cleaned)
-
-
-def one_line(text: str | None, limit: int) -> Text:
-    """Return `plain` text on a single line."""
-    return plain(" ".join((text or "").split()), limit)
 
 
 def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
@@ -86,41 +70,25 @@ def _lessons_part(logs: dict[str, Any]) -> str:
 def sample_panel(row: ExperienceRow) -> RenderableType:
     """Render one meta-experience in brief, with the rollouts that it compares."""
     parts: list[RenderableType] = [
-        _labeled("question", one_line(question_text(row.prompt), 300)),
-        _labeled("wrong", one_line(row.wrong_text, 300), "red"),
-        _labeled("right", one_line(row.right_text, 300), "green"),
+        labeled("question", one_line(question_text(row.prompt), 300)),
+        labeled("wrong", one_line(row.wrong_text, 300), "red"),
+        labeled("right", one_line(row.right_text, 300), "green"),
     ]
     if row.heuristic is None:
-        parts.append(_labeled("analysis", one_line(row.analysis, 400)))
+        parts.append(labeled("analysis", one_line(row.analysis, 400)))
     else:
         for name in ("bifurcation", "critique", "heuristic"):
-            parts.append(_labeled(name, one_line(getattr(row, name), 400), "cyan"))
+            parts.append(labeled(name, one_line(getattr(row, name), 400), "cyan"))
     if row.replay_verdicts:
         replayed = ", ".join(row.replay_verdicts)
         control = f" (without it: {', '.join(row.control_verdicts)})" if row.control_verdicts else ""
-        parts.append(_labeled("replay", Text(replayed + control)))
+        parts.append(labeled("replay", Text(replayed + control)))
     if row.nll_before is not None and row.nll_after is not None:
-        parts.append(_labeled("NLL", Text(f"{row.nll_before:.3f} > {row.nll_after:.3f} nats/token by its update")))
+        parts.append(labeled("NLL", Text(f"{row.nll_before:.3f} > {row.nll_after:.3f} nats/token by its update")))
     if row.reason:
-        parts.append(_labeled("dropped", one_line(row.reason, 300), "yellow"))
+        parts.append(labeled("dropped", one_line(row.reason, 300), "yellow"))
     title = f"meta-experience {row.id}, step {row.step}: {row.status}"
     return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
-
-
-def _labeled(label: str, text: Text, style: str = "bold") -> Text:
-    return Text.assemble((f"{label}: ", style), text)
-
-
-def experiences_table(rows: Sequence[ExperienceRow]) -> Table:
-    """Render rows of the store, one per line."""
-    table = Table("id", "step", "status", "question", "heuristic, or reason for the drop", show_lines=False)
-    for row in rows:
-        status = Text(row.status, style=STATUS_STYLE[row.status])
-        lesson = row.heuristic if row.status is Status.KEPT else row.reason
-        table.add_row(
-            str(row.id), str(row.step), status, one_line(question_text(row.prompt), 60), one_line(lesson, 110)
-        )
-    return table
 
 
 def bank_table(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | None) -> Table:
@@ -157,47 +125,6 @@ def comparison_table(before: EvalResult, after: EvalResult) -> Table:
         table.add_row(label, str(getattr(before, name)), str(getattr(after, name)))
     table.add_row("truncated at the token limit", f"{before.truncation_rate:.1%}", f"{after.truncation_rate:.1%}")
     return table
-
-
-def store_line(counts: Mapping[Status, int]) -> Text:
-    """Return one line with the number of meta-experiences per status."""
-    total = sum(counts.values())
-    parts = [f"{counts.get(status, 0)} {status.replace('_', ' ')}" for status in Status]
-    return Text(f"{total} meta-experiences: {', '.join(parts)}", style="dim")
-
-
-def experience_page(row: ExperienceRow) -> RenderableType:
-    """Render one meta-experience in full."""
-    sections = [
-        ("question", question_text(row.prompt)),
-        ("reference answer", row.answer),
-        (f"wrong (rollout {row.wrong_index})", row.wrong_text),
-        (f"right (rollout {row.right_index}), {row.common_prefix_tokens} tokens in common", row.right_text),
-        (f"analysis as sampled ({row.analysis_tokens} tokens)", row.analysis),
-        ("bifurcation", row.bifurcation),
-        ("wrong step it quotes", row.quoted_step),
-        ("critique", row.critique),
-        ("heuristic", row.heuristic),
-        ("leaks", "\n".join(row.leak_reasons)),
-        *((f"replay: {v}", t) for v, t in zip(row.replay_verdicts, row.replay_texts, strict=False)),
-        ("replay without it", ", ".join(row.control_verdicts)),
-        ("lift of the right rollouts over the wrong ones", _nats(row.shift_nats)),
-        ("reason for the drop", row.reason),
-    ]
-    nlls = [f"{name} {value:.3f}" for name, value in _nlls(row) if value is not None]
-    if nlls:
-        sections.append(("NLL in nats per token", ", ".join(nlls)))
-    title = f"meta-experience {row.id}, step {row.step}: {row.status}"
-    parts = [Text.assemble((f"{label}\n", "bold cyan"), plain(text), "\n") for label, text in sections if text]
-    return Panel(Group(*parts), title=title, title_align="left", border_style=STATUS_STYLE[row.status])
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f} nats"
-
-
-def _nlls(row: ExperienceRow) -> tuple[tuple[str, float | None], ...]:
-    return (("when written", row.nll_written), ("before its update", row.nll_before), ("after", row.nll_after))
 
 
 def funnel_table(totals: Mapping[str, int]) -> Table:

@@ -18,10 +18,7 @@ from mel_lite.models.chat import is_text, prompt_end, render, safe_turns
 from mel_lite.seeds import prompt_hash
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import Algorithm, Finish, Group, LessonShare, Rollout, Verdict
-from mel_lite.verify.judge import Judge, RewardJudge, completion_text, group_of
-
-VERDICT_COLUMN = "mel_verdict"
-"""Column by which the default reward function receives the verdicts."""
+from mel_lite.verify.judge import REWARD_COLUMN, VERDICT_COLUMN, Judge, RewardJudge, completion_text, group_of
 
 
 class GenerationBatch(list[dict[str, Any]]):
@@ -108,6 +105,8 @@ class JudgedRewards:
                 finish = Finish.STOP if ids[-1] in self.eos_token_ids else Finish.LENGTH
                 rollout = Rollout(first + i, tuple(ids), texts[i], verdicts[i], finish, rewards[i])
                 inputs.rollouts.append((group, rollout))
+            self._pending_extra_logs[VERDICT_COLUMN].extend(verdict.value for verdict in verdicts)
+            self._pending_extra_logs[REWARD_COLUMN].extend(rewards)
         return rewards_per_func
 
     def _prompt_ends(self, prompts: list[Any]) -> list[str]:

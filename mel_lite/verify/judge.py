@@ -17,6 +17,9 @@ from mel_lite.verify.thoughts import opened_thought
 Judge = Callable[[Sequence[Group], Sequence[str]], list[Verdict]]
 """`judge(groups, texts)` returns the verdict on each text as an answer to its group's question, in order."""
 
+VERDICT_COLUMN, REWARD_COLUMN = "mel_verdict", "mel_reward"
+"""Columns of verdict and weighted reward: in what reward functions receive, and in the logged tables of rollouts."""
+
 
 def answer_column(columns: Sequence[str]) -> str | None:
     """Return the dataset column that holds the reference answer, by its usual names. None when there is none."""

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.memory.formulas import GIB
-from mel_lite.run.display import experience_page, funnel_table, plain, plan_view, sample_panel, step_line
+from mel_lite.report.terminal import experience_page
+from mel_lite.run.display import funnel_table, plan_view, sample_panel, step_line
 from mel_lite.training.metrics import funnel
 from mel_lite.types import (
     Analysis,
@@ -98,7 +99,6 @@ def test_a_step_is_one_line_with_every_figure() -> None:
 
 
 def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) -> None:
-    assert plain("a\x1b[31mb\x00\u202ec\nd").plain == "a\ufffd[31mb\ufffd\ufffdc\nd"
     with ExperienceStore(tmp_path / "s.sqlite") as store:
         store.add([experience(Status.KEPT, replay=Replay((R,), ("\x1b]0;title\x07",)))])
         row = store.get(1)
@@ -112,22 +112,6 @@ def test_the_funnel_table_shows_what_each_stage_left() -> None:
     assert "50%" in text and "25%" in text and "replay valid" in text
     assert "0% of parsed" in text
     assert "67% of parsed" in shown(funnel_table({"mel/parsed": 3, "mel/quoted": 2}))
-
-
-def test_the_page_of_an_experience_shows_the_step_it_quotes(tmp_path: Path) -> None:
-    with ExperienceStore(tmp_path / "s.sqlite") as store:
-        store.add([replace(experience(Status.LEAKED), quote=Span(6, 13)), experience(Status.LEAKED)])
-        pages = [shown(experience_page(store.get(id_))) for id_ in (1, 2)]
-    assert "wrong step it quotes" in pages[0] and "\n\u2502 rollout  " in pages[0].split("wrong step it quotes")[1]
-    assert "wrong step it quotes" not in pages[1]
-
-
-def test_the_page_of_an_experience_shows_its_score(tmp_path: Path) -> None:
-    with ExperienceStore(tmp_path / "s.sqlite") as store:
-        store.add([replace(experience(Status.LEAKED), shift_nats=0.0), experience(Status.LEAKED)])
-        pages = [shown(experience_page(store.get(id_))) for id_ in (1, 2)]
-    label = "lift of the right rollouts over the wrong ones"
-    assert "+0.00 nats" in pages[0].split(label)[1] and label not in pages[1]
 
 
 def test_the_view_shows_every_phase_and_the_card() -> None:

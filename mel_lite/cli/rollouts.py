@@ -1,0 +1,89 @@
+"""`mel-lite rollouts`: the logged completions of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mel_lite.cli.shared import JsonOption, LimitOption, RunOption, console, newest_run, print_json
+
+if TYPE_CHECKING:
+    from mel_lite.report.rollouts import RolloutLog
+
+rollouts = typer.Typer(help="Browse the rollouts of a run.", no_args_is_help=True)
+
+StepOption = Annotated[int | None, typer.Option(min=1, help="Only this step.")]
+TaskOption = Annotated[str, typer.Option(help="Only questions with these words.")]
+RightOption = Annotated[bool | None, typer.Option("--right/--wrong", help="Only right or only wrong ones.")]
+
+
+@rollouts.command("list")
+def list_(
+    run: RunOption = None,
+    step: StepOption = None,
+    task: TaskOption = "",
+    right: RightOption = None,
+    limit: LimitOption = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """List the newest rollouts, oldest first."""
+    _print_found(run, step, task, "", right, limit, as_json=as_json)
+
+
+@rollouts.command("search")
+def search(
+    text: str,
+    run: RunOption = None,
+    step: StepOption = None,
+    task: TaskOption = "",
+    right: RightOption = None,
+    limit: LimitOption = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Search question and text of rollouts."""
+    _print_found(run, step, task, text, right, limit, as_json=as_json)
+
+
+@rollouts.command("show")
+def show(
+    id_: Annotated[str, typer.Argument(metavar="ID", help="<step>.<row>, such as 12.3.")],
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one rollout in full."""
+    from mel_lite.report.terminal import rollout_page
+
+    row = _log(run).get(id_)
+    if as_json:
+        print_json(asdict(row))
+    else:
+        console().print(rollout_page(row))
+
+
+def _log(run: Path | None) -> RolloutLog:
+    from mel_lite.report.rollouts import RolloutLog
+
+    return RolloutLog(run or newest_run())
+
+
+def _print_found(
+    run: Path | None, step: int | None, task: str, text: str, right: bool | None, limit: int, *, as_json: bool
+) -> None:
+    from mel_lite.report.terminal import rollouts_list
+    from mel_lite.types import Verdict
+
+    log = _log(run)
+    verdict = None if right is None else (Verdict.RIGHT if right else Verdict.WRONG).value
+    rows = log.find(step=step, task=task, text=text, verdict=verdict, limit=limit)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        shown = console()
+        shown.print(rollouts_list(rows, shown.width))
+        more = f", the newest; more with --limit {2 * limit}" if len(rows) == limit else ""
+        shown.print(f"{len(rows)} {'rollout' if len(rows) == 1 else 'rollouts'}{more}")
+    for problem in log.problems:
+        typer.echo(f"note: {problem}", err=True)
