@@ -58,6 +58,7 @@ from mel_lite.training.assemble import (
     build_engine,
     build_judge,
     check_arguments,
+    check_conversations,
     check_internalisation,
     check_support,
     correct_by_importance,
@@ -162,6 +163,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
                 environment_factory=environment_factory,
             )
         check_support(self)
+        check_conversations(self)
         follow_sampling_options(self)
         free_reward_arguments(self)
         prepare_weights(self)

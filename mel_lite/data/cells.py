@@ -149,26 +149,25 @@ def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> 
             f"train_dataset is a {type(dataset).__name__} with the splits {', '.join(map(str, dataset))}. Pass one of "
             f"them: train_dataset=data[{next(iter(dataset), 'train')!r}]."
         )
-    if not (hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")):
-        return
-    if dataset.format["type"] == "custom":
-        return  # the columns exist only once the transform is applied
-
-    def cells(name: str | None) -> Iterable[tuple[int, Any]]:
-        if name not in dataset.column_names:
-            return ()
-        return enumerate(dataset.with_format(None).select_columns([name])[name], 1)
-
     if answer_column is not None:
-        for number, value in cells(answer_column):
+        for number, value in column_cells(dataset, answer_column):
             try:
                 read_answer(value)
             except Fault as fault:
                 raise _row_fault(number, answer_column, value, fault) from fault
     if lessons:
-        for number, value in cells("prompt"):
+        for number, value in column_cells(dataset, "prompt"):
             if not has_user_turn(value):
                 raise _row_fault(number, "prompt", value, NO_USER_TURN)
+
+
+def column_cells(dataset: Any, name: str) -> Iterable[tuple[int, Any]]:
+    """Return the cells of a column with their row numbers from 1; none of a streamed or transformed dataset."""
+    if not (hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")):
+        return ()
+    if dataset.format["type"] == "custom" or name not in dataset.column_names:
+        return ()  # the columns of a transform exist only once it is applied
+    return enumerate(dataset.with_format(None).select_columns([name])[name], 1)
 
 
 def _row_fault(number: int, column: str, value: Any, fault: object) -> DataError:

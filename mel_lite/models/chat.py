@@ -61,6 +61,14 @@ def render_tasks(
     return rendered
 
 
+def check_conversation(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Render a conversation as text only, which costs less than `render`. Raises: ModelError, like `render`."""
+    if not isinstance(prompt, str):
+        _chat_text(safe_turns(prompt, tokenizer), tokenizer, chat_template_kwargs or {})
+
+
 def prompt_end(prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the end of a rendered prompt as text, decoded like a completion: without special tokens."""
     return str(tokenizer.decode(list(prompt_ids[-_END_TOKENS:]), skip_special_tokens=True))
@@ -222,4 +230,14 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn_text(turn) for turn in prompt)
 
 
-__all__ = ["is_text", "neutralize", "prompt_text", "question_text", "render", "render_tasks", "safe_turns", "turn_text"]
+__all__ = [
+    "check_conversation",
+    "is_text",
+    "neutralize",
+    "prompt_text",
+    "question_text",
+    "render",
+    "render_tasks",
+    "safe_turns",
+    "turn_text",
+]

@@ -11,7 +11,7 @@ from typing import Any
 from trl.models import unwrap_model_for_generation
 
 from mel_lite.config import MELConfig
-from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS, check_dataset, without_columns
+from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS, check_dataset, column_cells, without_columns
 from mel_lite.data.tasks import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -20,6 +20,7 @@ from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.internalise import Internalisation
 from mel_lite.lessons.prompts import load_templates
+from mel_lite.models.chat import check_conversation
 from mel_lite.models.generation import make_generation_config_valid
 from mel_lite.models.load import context_length, keep_four_bit_layout
 from mel_lite.models.peft_support import is_peft
@@ -98,6 +99,28 @@ def free_reward_arguments(trainer: Any) -> None:
     names = REWARD_ARGUMENTS if trainer._is_vlm else (*REWARD_ARGUMENTS, *IMAGE_COLUMNS)
     trainer.train_dataset = without_columns(trainer.train_dataset, names)
     trainer.eval_dataset = without_columns(trainer.eval_dataset, names)
+
+
+def check_conversations(trainer: Any) -> None:
+    """Render every conversation of the datasets once, so that none fails in the middle of a run.
+
+    Images, and conversations with tools, are left to TRL. Streamed rows are rendered in use.
+
+    Raises: ModelError with the row that the chat template rejects.
+    """
+    if trainer._is_vlm or trainer.tools:
+        return
+    datasets, held_out = {"train_dataset": trainer.train_dataset}, trainer.eval_dataset
+    if isinstance(held_out, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in held_out.items()}
+    else:
+        datasets["eval_dataset"] = held_out
+    for name, dataset in datasets.items():
+        for number, prompt in column_cells(dataset, "prompt"):
+            try:
+                check_conversation(prompt, trainer._tokenizer, trainer.chat_template_kwargs)
+            except ModelError as error:
+                raise ModelError(f"{name}, row {number}, column 'prompt': {error}") from error
 
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -14,10 +14,12 @@ import torch
 
 from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
-from mel_lite.models.chat import is_text, prompt_end, render, safe_turns
+from mel_lite.errors import ModelError
+from mel_lite.models.chat import is_text, prompt_end, question_text, render, safe_turns
 from mel_lite.seeds import prompt_hash
+from mel_lite.text import shorten
 from mel_lite.training.estimators import batch_advantages, only_right
-from mel_lite.types import Algorithm, Finish, Group, LessonShare, Rollout, Verdict
+from mel_lite.types import Algorithm, Finish, Group, LessonShare, Prompt, Rollout, Verdict
 from mel_lite.verify.judge import REWARD_COLUMN, VERDICT_COLUMN, Judge, RewardJudge, completion_text, group_of
 
 
@@ -128,8 +130,14 @@ class JudgedRewards:
         if trainer._is_vlm or trainer.tools or not all(is_text(prompt) for prompt in prompts):
             safe = [prompt if isinstance(prompt, str) else safe_turns(prompt, self._tokenizer) for prompt in prompts]
             return super()._tokenize_prompts(safe)  # type: ignore[misc]
-        kwargs = trainer.chat_template_kwargs
-        return [list(render(p, self._tokenizer, chat_template_kwargs=kwargs)) for p in prompts], None, {}
+        return [self._render(prompt) for prompt in prompts], None, {}
+
+    def _render(self, prompt: Prompt) -> list[int]:
+        kwargs = self.chat_template_kwargs  # type: ignore[attr-defined]
+        try:
+            return list(render(prompt, self._tokenizer, chat_template_kwargs=kwargs))
+        except ModelError as error:  # of a streamed row; others were rendered at construction
+            raise ModelError(f"The prompt {shorten(repr(question_text(prompt)))}: {error}") from error
 
     def _verifier_reward(self, completions: Any, **columns: Any) -> list[float | None]:
         """Return the default reward: 1 for right, 0 for wrong, None (no reward, no gradient) for abstain."""

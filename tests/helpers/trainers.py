@@ -61,7 +61,11 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
         "disable_tqdm": True,
         "seed": 7,
     }
-    extras = {key: options.pop(key) for key in ("reward_funcs", "train_dataset", "callbacks") if key in options}
+    extras = {
+        key: options.pop(key)
+        for key in ("reward_funcs", "train_dataset", "eval_dataset", "callbacks")
+        if key in options
+    }
     extras.setdefault("train_dataset", sums())
     peft_config = LoraConfig(**LORA) if options.pop("lora", True) else None
     model = tiny_model(base) if model is None else model

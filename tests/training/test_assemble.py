@@ -12,8 +12,8 @@ from trl import GRPOConfig
 
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS
-from mel_lite.errors import ConfigError, DataError
-from tiny_models import tiny_tokenizer
+from mel_lite.errors import ConfigError, DataError, ModelError
+from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from trainers import build, sums, tiny_model
 
 
@@ -109,6 +109,30 @@ def test_a_column_with_the_name_of_an_argument_changes_nothing(tmp_path: Path, n
     assert (name in trainer.train_dataset.column_names) is not dropped
     trainer.train()
     assert 0 < next(log["reward"] for log in trainer.state.log_history if "reward" in log) < 1
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != loop.index0 is even %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
+)
+
+
+def test_a_conversation_that_the_template_rejects_is_named_at_construction(tmp_path: Path) -> None:
+    rows = sums(4).to_list()
+    rows[2]["prompt"] *= 2
+    bad, options = Dataset.from_list(rows), {"chat_template_kwargs": {"chat_template": ALTERNATE}}
+    message = "row 3, column 'prompt': The tokenizer's chat template rejects the conversation: roles must alternate"
+    with pytest.raises(ModelError, match=f"^train_dataset, {message}"):
+        build(tmp_path, train_dataset=bad, **options)
+    for data, name in ((bad, "eval_dataset"), ({"hard": bad}, r"eval_dataset\['hard'\]")):
+        with pytest.raises(ModelError, match=f"^{name}, {message}"):
+            build(tmp_path, eval_dataset=data, **options)
+    streamed = bad.select([2]).to_iterable_dataset().repeat(2)
+    trainer = build(tmp_path, train_dataset=streamed, accelerator_config={"dispatch_batches": False}, **options)
+    with pytest.raises(
+        ModelError, match=r"^The prompt 'User: What is 5 plus 4\?.*rejects the conversation: roles must"
+    ):
+        trainer.train()
 
 
 def test_a_config_of_trls_is_refused(tmp_path: Path) -> None:
