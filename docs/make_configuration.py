@@ -17,8 +17,9 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mel_lite.config import MELConfig
+from mel_lite.gpus import GPU_PRESETS
 from mel_lite.lessons.internalise import INTERNALISATIONS
-from mel_lite.recipe import GPU_PRESETS, SECTIONS
+from mel_lite.recipe import SECTIONS
 from mel_lite.verify.verifiers import BUILT_IN
 
 PAGE = Path(__file__).with_name("configuration.md")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -15,22 +14,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from mel_lite.errors import ConfigError
+from mel_lite.gpus import GPU_PRESETS, preset_of
 from mel_lite.models.adapters import LoraSpec
 from mel_lite.models.load import DEMO, ModelSpec
 from mel_lite.text import suggest
 
 logger = logging.getLogger(__name__)
 
-GPU_PRESETS = {"cpu": "cpu"} | {size: f"gpu-{size}" for size in ("12gb", "16gb", "24gb", "40gb", "80gb")}
-"""`--gpu` value -> file in `mel_lite/configs/`."""
-CARD_GIB = {
-    "3060": 12, "4070": 12, "2080ti": 11, "3080": 10, "t4": 16, "v100": 16, "p100": 16, "4060ti": 16, "4080": 16,
-    "5080": 16, "5070ti": 16, "a4000": 16, "3090": 24, "4090": 24, "5090": 32, "a10": 24, "a10g": 24, "l4": 24,
-    "a30": 24, "a5000": 24, "7900xtx": 24, "v10032gb": 32, "6000ada": 48, "a6000": 48, "a40": 48, "l40": 48, "l40s": 48,
-    "a100": 40, "a10040gb": 40, "a10080gb": 80, "h100": 80, "h800": 80, "h20": 96, "gh200": 96, "h200": 141,
-    "b200": 180,
-}  # fmt: skip
-"""Memory of common cards by their names in lower case without maker, series and separators; the smallest variant."""
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
 """Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` creates the third from an f16."""
 MergedDtype = Literal["auto", "bfloat16", "float16"]
@@ -204,25 +194,10 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def _load_preset(preset: str) -> dict[str, Any]:
-    name = GPU_PRESETS.get(preset)
-    if name is None:
-        raise ConfigError(f"--gpu {preset!r} is not a preset.{suggest_preset(preset)}")
-    return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()))
-
-
-def suggest_preset(name: str) -> str:
-    """Return a hint for an unknown `--gpu`: the preset of a named card, or nearest a size, or all."""
-    card = re.sub(r"nvidia|geforce|rtx|gtx|tesla|quadro|sxm\d?|pcie|[\s_-]", "", name.lower())
-    size = re.fullmatch(r"(\d{1,3})(g|gb|gib)?", card)
-    memory = CARD_GIB.get(card) or CARD_GIB.get(re.sub(r"\d+gb$", "", card))
-    presets = {int(preset.removesuffix("gb")): preset for preset in GPU_PRESETS if preset != "cpu"}
-    if memory is not None:
-        near = max((gib for gib in presets if gib <= memory), default=min(presets))
-    elif size is not None:
-        near = min(presets, key=lambda gib: abs(gib - int(size[1])))
-    else:
-        return suggest(name, [*GPU_PRESETS, "auto"])
-    return f" Did you mean {presets[near]!r}? Presets are named by memory: {', '.join(presets.values())}, auto, cpu."
+    name, _ = preset_of(preset)
+    if name == "auto":
+        raise ConfigError("preset 'auto' depends on the machine. Name the card or its memory, such as 24gb.")
+    return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{GPU_PRESETS[name]}.yaml").read_text()))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli.shared import ConfigOption, EngineOption, ModelOption, SetOption, console, loading
+from mel_lite.cli.shared import (
+    GPUS,
+    ConfigOption,
+    EngineOption,
+    ModelOption,
+    SetOption,
+    chosen_preset,
+    completing,
+    console,
+    loading,
+    overrides_of,
+)
 from mel_lite.errors import ConfigError
 
 
@@ -90,7 +101,14 @@ def recipe_of(
 
 
 def plan(
-    gpu: Annotated[str, typer.Option(help="12gb, 16gb, 24gb, 40gb, 80gb, or auto for this machine's GPU.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="Memory (12gb, 16gb, 24gb, 40gb, 80gb, or any other), card (rtx4090, a100-80gb, t4, ...), or auto "
+            "for this machine's GPU.",
+            autocompletion=completing(*GPUS),
+        ),
+    ],
     config: ConfigOption = None,
     model: ModelOption = None,
     engine: EngineOption = None,
@@ -99,12 +117,11 @@ def plan(
 ) -> None:
     """Predict the GPU memory of every phase of a run without loading a model. Exit code 2 if it does not fit."""
     from mel_lite.memory.plan import plan_for
-    from mel_lite.recipe import build_args, parse_set
+    from mel_lite.recipe import build_args
     from mel_lite.run.display import plan_view
 
-    flags = {"model.name": model, "model.engine": engine}
-    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
-    recipe, made, reason = plan_for(gpu, config, overrides + [parse_set(text) for text in set_ or []])
+    overrides = overrides_of({"model.name": ("--model", model), "model.engine": ("--engine", engine)}, set_)
+    recipe, made, reason = plan_for(str(chosen_preset(gpu)), config, overrides)
     with loading("checking options"):  # as for a run on the CPU, since this machine may have no GPU
         checked = replace(recipe, train={**recipe.train, "use_cpu": True, "bf16": False, "fp16": False})
         build_args(checked, Path("runs"))

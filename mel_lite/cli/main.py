@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
@@ -18,44 +19,51 @@ from mel_lite.cli.experiences import experiences
 from mel_lite.cli.probe import probe
 from mel_lite.cli.rollouts import rollouts
 from mel_lite.cli.shared import (
-    NO_PRESET,
     AnswerColumnOption,
-    ConfigOption,
     ConversationalOption,
-    DatasetOption,
-    EngineOption,
-    GpuOption,
     ModelOption,
     PromptColumnOption,
-    SetOption,
-    SplitOption,
     SystemPromptOption,
     TemplateKwargsOption,
     ThinkTagsOption,
     VerifierOption,
+    completing,
     console,
-    hide_gpus,
     loading,
     newest_run,
     tags_of,
     template_kwargs,
 )
+from mel_lite.cli.train import train
 from mel_lite.errors import ConfigError, MelLiteError
 from mel_lite.files import atomic_write_text
 from mel_lite.text import printable
-from mel_lite.types import Algorithm
+
+ALSO = {"evaluate": "eval", "sft": "warmup", "merge": "export", "lessons": "experiences"}
+"""Verbs of other tools -> our command."""
+
+
+class Commands(TyperGroup):
+    """The commands, which also answer to the verbs of other tools."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, [ALSO.get(args[0], args[0]), *args[1:]])
+
 
 app = typer.Typer(
     name="mel-lite",
+    cls=Commands,
     help="Meta-Experience Learning on one GPU: GRPO plus lessons that the model draws from its own mistakes.",
+    epilog="Other names: " + ", ".join(f"{name} = {command}" for name, command in ALSO.items()) + ".",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(experiences, name="experiences")
 app.add_typer(rollouts, name="rollouts")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command()(train)
 app.command()(gpu_commands.plan)
 app.command()(gpu_commands.doctor)
 app.command()(report_commands.report)
@@ -72,112 +80,10 @@ def _version(shown: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Meta-Experience Learning on one GPU: GRPO plus lessons that the model draws from its own mistakes."""
-
-
-@app.command()
-def train(
-    gpu: GpuOption = None,
-    config: ConfigOption = None,
-    model: ModelOption = None,
-    dataset: DatasetOption = None,
-    split: SplitOption = None,
-    prompt_column: PromptColumnOption = None,
-    answer_column: AnswerColumnOption = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one in runs/.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help=", ".join(Algorithm))] = None,
-    meta_experience: Annotated[
-        bool | None, typer.Option(help="Also train on meta-experiences. Default: with mel only.")
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to continue training.")] = None,
-    lessons_from: Annotated[
-        Path | None, typer.Option(help="Run or checkpoint folder whose lessons the bank starts with.")
-    ] = None,
-    engine: EngineOption = None,
-    set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's newest intact checkpoint.")] = False,
-    auto_resume: Annotated[
-        bool, typer.Option("--auto-resume", help="Resume the run in --output-dir if there is one, else start it.")
-    ] = False,
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --resume: an option (train.learning_rate) or input (dataset, templates, chat_template, dtype, "
-            "batch) that may differ from the original run; repeatable."
-        ),
-    ] = None,
-    worst_case: Annotated[
-        bool | None, typer.Option(help="First run a step at full length and measure its memory. Default: on a GPU.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check options and data, print the recipe, and stop.")
-    ] = False,
-) -> None:
-    """Train a model with GRPO and meta-experiences, evaluate it before and after, and export it."""
-    from mel_lite.recipe import parse_set
-    from mel_lite.run.folder import default_output_dir
-
-    if auto_resume and output_dir is None:
-        raise ConfigError("--auto-resume needs --output-dir: each start without it makes another folder in runs/.")
-    resumes_again = auto_resume and output_dir is not None and (output_dir / "config.yaml").is_file()
-    flags = {
-        "model.name": model,
-        "model.engine": engine,
-        "data.train": dataset,
-        "data.split": split,
-        "data.prompt_column": prompt_column,
-        "data.answer_column": answer_column,
-        "lora.start_from": None if adapter is None else str(adapter),
-        "train.max_steps": max_steps,
-        "train.algorithm": algorithm,
-        "train.meta_experience": meta_experience,
-        "train.lessons_from": None if lessons_from is None else str(lessons_from),
-    }
-    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
-    if dataset is not None and not resume:
-        # The preset's held-out set belongs to the preset's dataset.
-        overrides += [("data.eval", None), ("data.eval_split", None)]
-    overrides += [parse_set(text) for text in set_ or []]
-    resume |= resumes_again  # after the flags, which must give the same recipe at each start
-    if allow_change and not resume and not auto_resume:
-        raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
-    if resume:
-        output_dir = output_dir or newest_run()
-        # Reuse the run's own config unless a preset or file is given.
-        config = config or (output_dir / "config.yaml" if gpu is None else None)
-    if gpu is None and config is None:
-        raise ConfigError(NO_PRESET)
-    recipe, budget_bytes = gpu_commands.recipe_of(gpu, config, overrides, resumed=output_dir if resume else None)
-    if recipe.train.get("use_cpu"):
-        hide_gpus()  # loading, engine, memory check and export must all see none
-    with loading("loading"):
-        from mel_lite.run import train as run
-    if dry_run:
-        _dry_run(recipe)
-        return
-    try:
-        folder = output_dir or default_output_dir(recipe.model.name, recipe.train.get("algorithm", "mel"))
-        options: dict[str, Any] = {"worst_case": worst_case, "budget_bytes": budget_bytes, "preset": gpu}
-        run.train(recipe, folder, resume=resume, console=console(), allow_change=allow_change or (), **options)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; committed checkpoints are intact: continue with --resume", err=True)
-        raise typer.Exit(130) from None
-
-
-def _dry_run(recipe: Any) -> None:
-    """Check options and data, and print the recipe and the number of tasks."""
-    from mel_lite.run import train as run
-
-    args = run.check(recipe, Path("runs"))
-    tasks = run.load_run_tasks(recipe, args, run.run_tokenizer(recipe))
-    held_out = "none" if tasks.held_out is None else len(tasks.held_out)
-    typer.echo(recipe.as_yaml())
-    counts = f"{len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}"
-    typer.echo(f"# {counts}. Dry run: nothing was trained.")
 
 
 @app.command("eval")
@@ -323,10 +229,18 @@ def export_(
         Path | None, typer.Option(help="Folder to write. Default: a subfolder of the argument, named after the format.")
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.")
+        str,
+        typer.Option(
+            "--format",
+            help="adapter, merged-16bit, or GGUF: f16, q8_0, q4_k_m.",
+            autocompletion=completing("adapter", "merged-16bit", "f16", "q8_0", "q4_k_m"),
+        ),
     ] = "merged-16bit",
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one named by the adapter.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, bfloat16 or float16.", autocompletion=completing("auto", "bfloat16", "float16")),
+    ] = "auto",
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="Allow an adapter whose LoRA-B weights are still zero.")
     ] = False,

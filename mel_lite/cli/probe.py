@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,9 +21,11 @@ from mel_lite.cli.shared import (
     PromptColumnOption,
     SetOption,
     SplitOption,
+    chosen_preset,
     console,
     hide_gpus,
     loading,
+    overrides_of,
 )
 from mel_lite.errors import ConfigError
 
@@ -45,24 +47,22 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure on a few dozen prompts if lessons can help, and which internalisation to choose. Trains nothing."""
-    from mel_lite.recipe import parse_set
     from mel_lite.run.folder import default_output_dir
 
     if gpu is None and config is None:
         raise ConfigError(NO_PRESET)
     flags = {
-        "model.name": model,
-        "model.engine": engine,
-        "data.train": dataset,
-        "data.split": split,
-        "data.prompt_column": prompt_column,
-        "data.answer_column": answer_column,
-        "lora.start_from": None if adapter is None else str(adapter),
+        "model.name": ("--model", model),
+        "model.engine": ("--engine", engine),
+        "data.train": ("--dataset", dataset),
+        "data.split": ("--split", split),
+        "data.prompt_column": ("--prompt-column", prompt_column),
+        "data.answer_column": ("--answer-column", answer_column),
+        "lora.start_from": ("--adapter", None if adapter is None else str(adapter)),
     }
-    overrides: list[tuple[str, Any]] = [(key, value) for key, value in flags.items() if value is not None]
-    overrides += [parse_set(text) for text in set_ or []]
+    overrides = overrides_of(flags, set_)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        recipe, _ = recipe_of(gpu, config, overrides, resumed=None)
+        recipe, _ = recipe_of(chosen_preset(gpu), config, overrides, resumed=None)
         if recipe.train.get("use_cpu"):
             hide_gpus()
         with loading("loading"):

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mel_lite.cli.shared import ConfigOption, SetOption, console, loading, newest_run
+from mel_lite.cli.shared import (
+    NO_PRESET,
+    ConfigOption,
+    GpuOption,
+    SetOption,
+    chosen_preset,
+    console,
+    loading,
+    newest_run,
+)
 from mel_lite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def compare(
         int | None,
         typer.Option(min=1, help="With --arms: tokens that each run generates, lessons and replays included."),
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="With --arms: preset, as for train.")] = None,
+    gpu: GpuOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     output: Annotated[
@@ -89,17 +98,18 @@ def _trained(
     set_: list[str], output: Path,
 ) -> tuple[list[Arm], list[str]]:  # fmt: skip
     """Train what is missing of an experiment, and return its arms and sentences on runs that are left out."""
-    from mel_lite.recipe import GPU_PRESETS, parse_set, resolve
+    from mel_lite.recipe import parse_set, resolve
     from mel_lite.run.experiment import UNTUNED, Experiment, arms_of, in_subprocess, parse_arms, run_experiment
 
     if budget_tokens is None:
         raise ConfigError("compare --arms needs --budget-tokens: the tokens that each run generates.")
     if gpu is None and config is None:
-        raise ConfigError("No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE.")
+        raise ConfigError(NO_PRESET)
+    gpu = chosen_preset(gpu)
     base = [*(["--gpu", gpu] if gpu else []), *(["--config", str(config)] if config else [])]
     base += [part for text in set_ for part in ("--set", text)]
     recipe = None
-    if gpu is None or gpu in GPU_PRESETS:
+    if gpu != "auto":
         recipe = resolve(preset=gpu, config=config, overrides=[parse_set(text) for text in set_])
     chosen = parse_arms([name.strip() for name in names.split(",") if name.strip()], own)
     experiment = Experiment(output, chosen, seeds, budget_tokens, tuple(base), recipe)

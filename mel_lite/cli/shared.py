@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mel_lite.errors import ConfigError
+from mel_lite.gpus import CARDS_GB, GPU_PRESETS, preset_of
 from mel_lite.text import first_line
+from mel_lite.types import Algorithm
 from mel_lite.verify.verifiers import BUILT_IN
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-GpuOption = Annotated[str | None, typer.Option(help="Preset: cpu, 12gb, 16gb, 24gb, 40gb, 80gb or auto.")]
+
+def completing(*values: str) -> Callable[[str], list[str]]:
+    """Return the function by which a shell completes an option with these values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+GPUS = (*GPU_PRESETS, "auto", *CARDS_GB)
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
+GpuOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Memory ({', '.join(GPU_PRESETS)}, or any other), card (rtx4090, a100-80gb, t4, ...), or auto.",
+        autocompletion=completing(*GPUS),
+    ),
+]
 ModelOption = Annotated[str | None, typer.Option(help="Hub id, local folder, or `demo`.")]
 DatasetOption = Annotated[
     str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
@@ -25,7 +46,14 @@ DatasetOption = Annotated[
 SplitOption = Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that overrides the preset.")]
 EngineOption = Annotated[
-    str | None, typer.Option(help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.")
+    str | None,
+    typer.Option(
+        help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.",
+        autocompletion=completing("auto", "unsloth", "hf"),
+    ),
+]
+AlgorithmOption = Annotated[
+    str | None, typer.Option(help=", ".join(Algorithm) + ". Default: mel.", autocompletion=completing(*Algorithm))
 ]
 PromptColumnOption = Annotated[
     str | None, typer.Option(help="Column of the question, dots for nested ones. Default: by its usual names.")
@@ -41,20 +69,56 @@ TemplateKwargsOption = Annotated[
     str | None,
     typer.Option(help="Variables of the chat template as YAML or JSON, such as '{enable_thinking: false}'."),
 ]
-VerifierOption = Annotated[str | None, typer.Option(help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's.")]
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(BUILT_IN)}, or pkg:fn. Default: the dataset's.", autocompletion=completing(*BUILT_IN)
+    ),
+]
 ThinkTagsOption = Annotated[
     list[str] | None,
     typer.Option(help="Tags around thoughts, 'START END'; repeatable; none = no tags. Default: the usual ones."),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value; overrides everything else; repeatable.")
+    list[str] | None, typer.Option("--set", help="section.key=value; overrides preset and file; repeatable.")
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
 LimitOption = Annotated[int, typer.Option(min=1, help="Number of newest rows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-NO_PRESET = "No preset or config given. Use --gpu (cpu, 12gb, 16gb, 24gb, 40gb, 80gb) or --config FILE."
+NO_PRESET = f"No preset or config given. Use --gpu ({', '.join(GPU_PRESETS)}, auto, rtx4090, ...) or --config FILE."
+
+
+def chosen_preset(gpu: str | None) -> str | None:
+    """Return the preset of a `--gpu` value, and say on stderr which one a card or another memory means.
+
+    Raises: ConfigError for an unknown card, or one below every preset.
+    """
+    if gpu is None:
+        return None
+    preset, line = preset_of(gpu)
+    if line and os.environ.get("RANK", "0") == "0":
+        typer.echo(line, err=True)
+    return preset
+
+
+def overrides_of(flags: Mapping[str, tuple[str, Any]], set_: list[str] | None) -> list[tuple[str, Any]]:
+    """Return flags and then `--set` as overrides of a recipe.
+
+    Args:
+        flags: recipe key -> name of the flag and its value; None = not given.
+    Raises: ConfigError for a `--set` that is no assignment, or that sets what a flag sets.
+    """
+    from mel_lite.recipe import parse_set
+
+    given = {key: pair for key, pair in flags.items() if pair[1] is not None}
+    sets = [parse_set(text) for text in set_ or []]
+    for key, value in sets:
+        if key in given:
+            flag, wanted = given[key]
+            raise ConfigError(f"{flag} {wanted} and --set {key}={value} set the same option. Give one of them.")
+    return [(key, value) for key, (_, value) in given.items()] + sets
 
 
 def hide_gpus() -> None:

@@ -17,13 +17,14 @@ from typing import Any
 from mel_lite.engines import distributed
 from mel_lite.engines.choice import EngineChoice, check_engine, check_length, planned_engine, this_machine
 from mel_lite.errors import ConfigError, ModelError
+from mel_lite.gpus import preset_of
 from mel_lite.memory import formulas
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB, Shape
 from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.search import BATCH, GROUP, Search, value_of
 from mel_lite.memory.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
 from mel_lite.models.adapters import lora_config
-from mel_lite.recipe import Recipe, keys_of, resolve, suggest_preset, value_in
+from mel_lite.recipe import Recipe, keys_of, resolve, value_in
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +234,7 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     """
     if name == "cpu":
         raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Use one of {', '.join(BUDGETS)} or auto.")
-    if name != "auto" and name not in BUDGETS:
-        raise ConfigError(f"--gpu {name!r} is not a preset.{suggest_preset(name)}")
+    name, _ = preset_of(name)
     if name in BUDGETS and not run_here:
         return _nominal_card(name)
     import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite.files import atomic_write_text
-from mel_lite.recipe import GPU_PRESETS, resolve
+from mel_lite.gpus import GPU_PRESETS
+from mel_lite.recipe import resolve
 from mel_lite.report import charts, figures
 from mel_lite.report.lessons import chosen, status_text, view
 from mel_lite.report.record import stage_seconds

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 from click import Context
+from typer.testing import CliRunner
 
 import mel_lite
 from command_line import cold_mel_lite_command, mel_lite_command
-from mel_lite.cli.main import app
+from mel_lite.cli.main import ALSO, app
 from mel_lite.lessons.store import ExperienceStore
 from tiny_models import save_tiny
 
@@ -50,6 +52,60 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded.strip() == "[]"
 
 
+def test_the_ways_of_other_commands_work_here_too() -> None:
+    run = CliRunner().invoke
+    assert "--system-prompt" in run(app, ["train", "-h"]).stdout
+    assert run(app, ["-V"]).stdout == f"mel-lite {mel_lite.__version__}\n"
+    for verb, command in ALSO.items():
+        shown, wanted = (run(app, [name, "-h"]) for name in (verb, command))
+        assert wanted.exit_code == 0 and shown.stdout == wanted.stdout and f"mel-lite {command}" in wanted.stdout
+
+
+def test_a_shell_completes_options_and_their_values() -> None:
+    for line, found in {
+        "mel-lite tr": "train",
+        "mel-lite train --gpu rt": "",
+        "mel-lite train --gpu a100": "a100",
+        "mel-lite train --verifier ma": "math",
+        "mel-lite train --learning-": "--learning-rate",
+        "mel-lite export --format q4": "q4_k_m",
+    }.items():
+        environment = {"_MEL_LITE_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": line}
+        shown = CliRunner().invoke(app, env=environment, prog_name="mel-lite").stdout
+        assert re.findall(r'"([\w-]+)"', shown)[:1] == ([found] if found else []), shown
+
+
+def test_flags_of_train_are_options_of_the_recipe(tmp_path: Path) -> None:
+    """In a dry run, which checks them as a run does."""
+    base = save_tiny(tmp_path / "base")
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"prompt": "{i}+2?", "answer": "{i + 2}"}}\n' for i in range(8)))
+    flags = {
+        "--verifier": ("exact", "train.verifier", "exact"),
+        "--system-prompt": ("Be brief.", "data.system_prompt", "Be brief."),
+        "--seed": ("7", "train.seed", 7),
+        "--limit": ("5", "data.limit", 5),
+        "--learning-rate": ("2e-6", "train.learning_rate", 2e-6),
+        "--report-to": ("tensorboard", "train.report_to", "tensorboard"),
+    }
+    given = [part for flag, (text, _, _) in flags.items() for part in (flag, text)]
+    done = mel_lite_command(
+        "train", "--gpu", "cpu", "--model", base, "--dataset", tmp_path / "t.jsonl", "--dry-run", "--no-load-in-4bit",
+        *given,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recipe = yaml.safe_load(done.stdout)
+    for _, key, value in flags.values():
+        section, _, name = key.partition(".")
+        assert recipe[section][name] == value, key
+    assert recipe["model"]["load_in_4bit"] is False and "5 training tasks" in done.stdout
+
+
+def test_a_card_gives_a_preset_and_a_line_about_it() -> None:
+    done = mel_lite_command("plan", "--gpu", "rtx4090", "--json")
+    assert json.loads(done.stdout)["gpu"] == "24gb" and done.returncode == 0
+    assert done.stderr == "--gpu rtx4090: a card with 24 GB, so the preset is 24gb.\n"
+
+
 def test_version() -> None:
     assert cold_mel_lite_command("--version").stdout.strip() == f"mel-lite {mel_lite.__version__}"
 
@@ -58,7 +114,15 @@ def test_version() -> None:
     ("arguments", "message", "code"),
     [
         (("train",), "No preset or config given. Use --gpu", 2),
-        (("train", "--gpu", "23gb"), "Did you mean '24gb'?", 2),
+        (("train", "--gpu", "24g"), "Did you mean '24gb'?", 2),
+        (("plan", "--gpu", "rtx4009"), "Did you mean '4090'?", 2),
+        (("train", "--gpu", "8gb"), "8 GB is less than the smallest preset takes. Use --gpu 12gb", 2),
+        (("train", "--gpu", "cpu", "--report-to", "wandbb", "--dry-run"), "Did you mean 'wandb'?", 2),
+        (("train", "--gpu", "cpu", "--report-to", "neptune", "--dry-run"), "the package is not installed", 2),
+        (("train", "--gpu", "cpu", "--verifier", "maths", "--dry-run"), "Did you mean 'math'?", 2),
+        (("train", "--gpu", "cpu", "--limit", "0", "--dry-run"), "limit = 0: keep at least 1 row", 2),
+        (("train", "--gpu", "cpu", "--seed", "1", "--set", "train.seed=2"), "--seed 1 and --set train.seed=2 set", 2),
+        (("probe", "--gpu", "cpu", "--model", "a/b", "--set", "model.name=b/c"), "--model a/b and --set model.name", 2),
         (("train", "--gpu", "cpu", "--set", "train.lerning_rate=1"), "Did you mean 'learning_rate'?", 2),
         (("train", "--gpu", "cpu", "--set", "train.num_generations=null", "--dry-run"), "num_generations=None", 2),
         (("plan", "--gpu", "24gb", "--set", "train.num_generations=null"), "train.num_generations=None must be", 2),

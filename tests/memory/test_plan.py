@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mel_lite.errors import ConfigError
+from mel_lite.gpus import GPU_PRESETS
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import BUDGETS, TARGET_SHARE, apply, plan_for, shape_for
-from mel_lite.recipe import GPU_PRESETS, resolve
+from mel_lite.recipe import resolve
 from plans import planned, with_vllm
 from tiny_models import save_tiny
 
