@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,27 @@ def _print_rows(rows: Sequence[Any], *, as_json: bool) -> None:
         return
     shown = console()
     shown.print(experiences_list(rows, shown.width))
+
+
+@experiences.command("browse")
+def browse(
+    run: Annotated[Path | None, typer.Argument(help="Run folder. Default: the newest in runs/.")] = None,
+) -> None:
+    """Browse meta-experiences with the keyboard, also while the run trains."""
+    try:
+        from mel_lite.report.browser import browse as open_browser
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "textual":
+            raise
+        raise ConfigError(
+            "experiences browse needs Textual, which is not installed. Run `pip install textual`."
+        ) from error
+    folder = run or newest_run()
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(
+            "experiences browse needs a terminal. Use `mel-lite experiences list`, or `report` for a page."
+        )
+    open_browser(folder)
 
 
 @experiences.command("export")

@@ -28,19 +28,23 @@ from mel_lite.lessons.store_rows import (
     SCHEMA_VERSION,
     SEARCHED,
     ExperienceRow,
+    Outline,
     clean,
     finite,
+    to_outline,
     to_record,
     to_row,
     write_jsonl,
     write_parquet,
 )
+from mel_lite.text import first_line
 from mel_lite.types import Experience, Status
 
 FILE_NAME = "experiences.sqlite"
 BUSY_TIMEOUT_S = 30.0
 
 Rows = list[ExperienceRow]
+Outlines = list[Outline]
 Ids = list[int]
 
 
@@ -118,6 +122,18 @@ class ExperienceStore:
                 f"experience store {self.path}: {error}. Check that mel-lite wrote this file, that no other run "
                 "writes to this folder, and that the disk has free space."
             ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Like `_errors`, and for rows whose values cannot be what a writer wrote."""
+        with self._errors():
+            try:
+                yield
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"experience store {self.path}: a row is damaged ({first_line(error)}). Restore the file from a "
+                    "copy."
+                ) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -258,8 +274,14 @@ class ExperienceStore:
 
     def _select(self, where: str, values: Sequence[object]) -> Rows:
         sql = f"SELECT * FROM (SELECT {', '.join(self._columns.values())} FROM experiences {where}) ORDER BY id"
-        with self._errors():
+        with self._reading():
             return [to_row(values) for values in self._db.execute(sql, tuple(values))]
+
+    def outline(self, *, after: int = 0) -> Outlines:
+        """Return the short columns of the rows after an id, oldest first."""
+        sql = "SELECT id, step, status, prompt, heuristic, reason FROM experiences WHERE id > ? ORDER BY id"
+        with self._reading():
+            return [to_outline(values) for values in self._db.execute(sql, (after,))]
 
     def _no_such_row(self, id_: int) -> StoreError:
         last = self.last_id()
@@ -279,4 +301,4 @@ class ExperienceStore:
         self.close()
 
 
-__all__ = ["FILE_NAME", "SCHEMA_VERSION", "ExperienceRow", "ExperienceStore"]
+__all__ = ["FILE_NAME", "SCHEMA_VERSION", "ExperienceRow", "ExperienceStore", "Outline"]

@@ -98,6 +98,19 @@ class ExperienceRow:
         return Span(self.quote_start, self.quote_end).of(self.wrong_text)
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """The short columns of a row, for lists of many."""
+
+    id: int
+    step: int
+    """Optimizer step that drew it, from 1."""
+    status: Status
+    prompt: Prompt
+    lesson: str
+    """Its heuristic; the reason for the drop where it was dropped."""
+
+
 COLUMNS = tuple(field.name for field in fields(ExperienceRow))
 
 
@@ -166,6 +179,13 @@ def to_row(values: Sequence[Any]) -> ExperienceRow:
     for column in ("replay_verdicts", "control_verdicts"):
         row[column] = tuple(Verdict(verdict) for verdict in row[column])
     return ExperienceRow(**row)
+
+
+def to_outline(values: Sequence[Any]) -> Outline:
+    """Convert the values of id, step, status, prompt, heuristic and reason."""
+    id_, step, status, prompt, heuristic, reason = values
+    kept = Status(status) is Status.KEPT
+    return Outline(id_, step + 1, Status(status), json.loads(prompt), (heuristic if kept else reason) or "")
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:

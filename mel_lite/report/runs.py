@@ -136,8 +136,6 @@ def _lessons(path: Path, config: dict[str, Any], problems: list[str]) -> tuple[E
             return tuple(store.list())
     except StoreError as error:
         problems.append(printable(first_line(error, 400)))
-    except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path.name}: a row cannot be read ({printable(first_line(error))}).")
     return ()
 
 

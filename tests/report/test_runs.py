@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
         file.write(b"\xff\n[1]\n")
     run = read_run(folder)
     assert run.steps == 4 and run.problems == ("metrics.jsonl: 2 of 6 lines cannot be read and are left out.",)
+
+
+def test_a_damaged_row_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with sqlite3.connect(folder / "experiences.sqlite") as db:
+        db.execute("UPDATE experiences SET status = 'good' WHERE id = 2")
+    run = read_run(folder)
+    assert run.steps == 12 and run.lessons == ()
+    assert len(run.problems) == 1 and "a row is damaged ('good' is not a valid Status)" in run.problems[0]
 
 
 @pytest.mark.parametrize("made", [False, True])

@@ -38,6 +38,7 @@ ONE_ROOM = {
     "wandb": None,
     "trackio": None,
     "matplotlib": "report.charts",
+    "textual": "report.browser",
 }
 """Heavy package -> the only room that may import it, inside functions or not; None = nobody (TRL logs for us)."""
 
@@ -45,7 +46,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 
 NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
     """engines.hf engines.unsloth engines.vllm export.merge run.train run.progress run.load_model run.finish
-    run.probe run.probe_gradients run.probe_lessons run.probe_measure
+    run.probe run.probe_gradients run.probe_lessons run.probe_measure report.browser
     warmup.train""".split()
 )
 """Packages and modules about tensors or TRL's classes. The others load no heavy package until a function runs."""
