@@ -39,9 +39,9 @@ ARMS: dict[str, dict[str, Any]] = {
 
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "starved": {
-        "grpo": {"num_iterations": 4, "learning_rate": 7e-5},
-        "bank-frozen": {"num_iterations": 4, "learning_rate": 7e-5},
-        "sibling": {"num_iterations": 3, "learning_rate": 2e-4, "mel_weight": 0.3},
+        "grpo": {"num_iterations": 4, "learning_rate": 1e-4},
+        "bank-frozen": {"num_iterations": 4, "learning_rate": 1e-4},
+        "sibling": {"num_iterations": 4, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
     "plenty": {
         "grpo": {"num_iterations": 3, "learning_rate": 2e-4},
