@@ -188,6 +188,17 @@ class MELConfig(GRPOConfig):
         "no meta-experience was kept or taught), with a warning after a fifth of them. 0 = only warn. The presets set "
         "50.",
     )
+    dynamic_sampling_rounds: int = _option(
+        0,
+        "Rounds in which groups whose completions all earn the same reward give way to other prompts before training, "
+        "at most so many per batch; 0 = none.",
+    )
+    rest_after: int = _option(
+        0, "A prompt rests after so many groups in a row that were all right, or all without a right one; 0 = never."
+    )
+    rest_batches: int = _option(
+        10, "Generation batches of a prompt's first rest; each next one is twice as long, up to 32 times."
+    )
     max_generated_tokens: int | None = _option(
         None,
         "Stop after the optimizer step by which this many tokens were generated: rollouts, analyses and replays. "
@@ -245,6 +256,9 @@ class MELConfig(GRPOConfig):
             ("grad_norm_every", 0),
             ("max_idle_steps", 0),
             ("mel_decay_steps", 0),
+            ("dynamic_sampling_rounds", 0),
+            ("rest_after", 0),
+            ("rest_batches", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")

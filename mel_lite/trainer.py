@@ -70,6 +70,7 @@ from mel_lite.training.assemble import (
 )
 from mel_lite.training.bank_updates import unsettled, update_bank
 from mel_lite.training.cut_mass import CutMass
+from mel_lite.training.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
@@ -177,6 +178,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             self.engine_probe = EngineProbe(self)
             if self.engine.own_kernels:
                 correct_by_importance(self)
+        self.dynamic_sampling = build_dynamic_sampling(self)
         self.scorer = Scorer(self)
         self.lesson_context = build_context(self)
         reads_start = args.with_meta_experience and self.internalisation.needs_frozen_reader
@@ -187,7 +189,9 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.funnel_totals = FunnelTotals()
         self.nonfinite = NonFiniteGuard(self)
         self.collapse = CollapseWatch(self)
-        self.stateful = (self.engine, self.funnel_totals, self.collapse, *(() if self.bank is None else (self.bank,)))
+        memory = getattr(self.dynamic_sampling, "memory", None)
+        parts = (self.engine, self.funnel_totals, self.collapse, self.bank, memory)
+        self.stateful = tuple(each for each in parts if each is not None)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(AroundTheUpdate(self))
 
@@ -198,7 +202,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         if not all(prompt_ids):
             raise DataError("train_dataset or eval_dataset has a prompt without tokens. Remove prompts that are empty.")
-        first = self.accelerator.process_index * len(prompts)
+        drawing = self.dynamic_sampling if self.model.training else None
+        first = self.accelerator.process_index * len(prompts) if drawing is None else drawing.first_index
         step, purpose = (self._batch, "rollout") if self.model.training else (self.state.global_step, "eval_rollout")
         requests = [
             Request(
@@ -256,8 +261,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     def _draw(self, groups: list[Group]) -> DrawnBatch:
         """Draw and store this batch's meta-experiences. Ranks share the pairs; every rank gets every outcome."""
         args, batch, step = self.args, self._batch, self.state.global_step
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        pairs = []
+        rank, world, pairs = self.accelerator.process_index, self.accelerator.num_processes, []
         if self.internalisation.writes_lessons:
             asked = unsettled(self.bank, groups)
             pairs = select_pairs(
@@ -301,8 +305,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             total_weight=drawn.weight,
             denominator=None if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
         )
-        experiences = [each for _, each in drawn.experiences]
-        stages = funnel(drawn.groups, drawn.pairs, experiences, sum(len(each.target_ids) for each in lessons))
+        tokens = sum(len(each.target_ids) for each in lessons)
+        stages = funnel(drawn.groups, drawn.pairs, [each for _, each in drawn.experiences], tokens)
         self.add_metrics(stages)
         self.funnel_totals.add(stages)
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)

@@ -35,6 +35,10 @@ class GenerationBatch(list[dict[str, Any]]):
         """This rank's judged completions, each with its question, in row order."""
         self.reward_W: torch.Tensor | None = None
         """Weighted rewards over all ranks; NaN where every function abstained."""
+        self.rewards_WF: torch.Tensor | None = None
+        """Rewards by function over all ranks, where dynamic sampling has computed them already."""
+        self.extras: dict[str, list[Any]] = {}
+        """What reward functions logged about this rank's completions then, by column."""
         self.shares: list[LessonShare] = []
         """Lessons per micro-batch of this rank; empty when none were drawn."""
 
@@ -67,6 +71,7 @@ class JudgedRewards:
     judge: Judge
     answer_column: str | None
     clock: PhaseClock
+    dynamic_sampling: Any
     engine_probe: Any
     _tokenizer: Any
     _is_vlm: bool
@@ -76,12 +81,39 @@ class JudgedRewards:
 
     def policy_batch(self, scored: GenerationBatch) -> dict[str, Any]:
         """Sample and judge the completions of a batch; returns TRL's batch, with advantages and before any lesson."""
+        if self.dynamic_sampling is not None and self.model.training:  # type: ignore[attr-defined]
+            self.dynamic_sampling.fill(scored)
         batch = super()._generate_and_score_completions(scored)  # type: ignore[misc]
         if self.engine_probe is not None:
             self.engine_probe.check(batch)
         return self._estimated(batch, scored)
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        ready = None if self.dynamic_sampling is None else self.dynamic_sampling.take()
+        return super()._generate(prompts) if ready is None else ready  # type: ignore[misc]
+
+    def reward(
+        self, part: GenerationBatch, completions: list[Any], completion_ids: list[list[int]]
+    ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+        """Judge and reward completions that may not be trained on.
+
+        Returns: rewards by function over all ranks (W, F), NaN where a function abstained; and what reward functions
+        logged about each completion, kept out of the table of completions.
+        """
+        pending, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
+        try:
+            rewards_WF = self._calculate_rewards(part, [row["prompt"] for row in part], completions, completion_ids)
+            logged = {name: values for name, values in self._pending_extra_logs.items() if len(values) == len(part)}
+        finally:
+            self._pending_extra_logs = pending
+        return rewards_WF, logged
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        if isinstance(inputs, GenerationBatch) and inputs.rewards_WF is not None:
+            for name, values in inputs.extras.items():
+                self._pending_extra_logs[name].extend(values)
+            inputs.reward_W = self._weighted(inputs.rewards_WF)
+            return inputs.rewards_WF
         self.stop_together()  # type: ignore[attr-defined]  # all ranks are here, with their rollouts sampled
         ends = self._prompt_ends(prompts)
         groups = [group_of(row, self.answer_column, end) for row, end in zip(inputs, ends, strict=True)]

@@ -108,6 +108,36 @@ def test_two_processes_teach_what_one_teaches(tmp_path: Path, form: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("group", [2, 8])
+def test_two_processes_draw_the_prompts_of_one(tmp_path: Path, group: int) -> None:
+    """Dynamic sampling and the difficulty memory decide alike on all ranks, also when a group is split over both."""
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "base")
+    options = EXACT | {
+        "algorithm": "grpo", "replay_control": False, "num_generations": group, "max_steps": 5,
+        "dynamic_sampling_rounds": 3, "rest_after": 1, "rest_batches": 2,
+    }  # fmt: skip
+    run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
+    launch(
+        str(HELPERS / "rank_run.py"),
+        str(tmp_path / "two"),
+        json.dumps(options | {"per_device_train_batch_size": 4}),
+    )
+    alone = load_file(tmp_path / "one" / "weights-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"weights-{rank}.safetensors") for rank in (0, 1)]
+    for name, expected in alone.items():
+        assert (ranks[0][name] == ranks[1][name]).all(), f"ranks drifted apart in {name}"
+        assert (ranks[0][name] - expected).norm() <= 1e-4 * expected.norm() + 1e-8, name
+    logged = []
+    for name in ("one", "two"):
+        text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in text if '"reward"' in line]
+        logged.append([{key: row[key] for key in row if key.startswith("sampling/")} for row in rows])
+    assert logged[0] == logged[1]
+    assert group == 8 or max(row["sampling/rounds"] for row in logged[0]) > 1
+
+
+@pytest.mark.slow
 def test_two_processes_keep_the_bank_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_tiny(tmp_path / name / "base")
