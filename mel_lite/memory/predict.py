@@ -82,7 +82,8 @@ def _generation(load: Workload, name: str) -> dict[str, int]:
 def _scoring(load: Workload) -> int:
     """Return the peak bytes of no-gradient passes; 0 if there are none.
 
-    Lessons are scored after their update, one row at a time; rollouts are scored if TRL needs their log-probs.
+    Lessons are scored after their update, one row at a time; rollouts are scored if TRL needs their log-probs, and read
+    with notes in their prompts if the internalisation has teachers.
     """
     options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
     peak = 0
@@ -96,7 +97,17 @@ def _scoring(load: Workload) -> int:
         block = (rows, load.rollout_tokens)
         scored = load.completions * load.completion_tokens
         peak = max(peak, formulas.scoring_bytes(load.shape, block, scored, **options))
+    if load.teacher_states:
+        block = (1, load.context_tokens + load.completion_tokens)
+        scored = load.completions * load.completion_tokens
+        others = (load.teacher_states - 1) * _teacher_bytes(load)
+        peak = max(peak, others + formulas.scoring_bytes(load.shape, block, scored, **options))
     return peak
+
+
+def _teacher_bytes(load: Workload) -> int:
+    """Return the bytes of one hidden state per token of all rollouts: completions * C * H * e."""
+    return load.completions * load.completion_tokens * load.shape.hidden * load.element_bytes
 
 
 def _total(parts: Mapping[str, int]) -> int:
@@ -130,4 +141,5 @@ def _update(load: Workload, part: Part) -> dict[str, int]:
         "activations": activations,
         "adapter copies": copies,
         "measured gradients": sums,
+        "teachers": _teacher_bytes(load) if load.teacher_states else 0,
     }

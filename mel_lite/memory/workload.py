@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.internalise import get_internalisation
+from mel_lite.lessons.internalise import Internalisation, get_internalisation
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
@@ -121,6 +121,8 @@ class Workload:
     lessons: int
     """Texts trained on."""
     replays: int
+    teacher_states: int
+    """Hidden states per rollout token that the internalisation holds at once."""
     max_cache_tokens: int | None
     max_micro_batch_tokens: int | None
     checkpointing: bool
@@ -286,6 +288,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
     per_group = option["pairs_per_group"] if option["pairs_per_group"] > 0 else max_pairs
     pairs = prompts * per_group if with_lessons(recipe) else 0
     control = option["replay_control"] or ReplayCriterion(option["replay_criterion"]).compares
+    way = _internalisation(recipe)
     prompt, completion = _rollout_tokens(recipe, shape)
     context = prompt + 2 * completion + INSTRUCTION_TOKENS
     window = shape.context
@@ -308,7 +311,8 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         completions=completions,
         micro_batch=micro,
         pairs=pairs,
-        lessons=pairs * _texts_per_experience(recipe) if pairs else 0,
+        lessons=pairs * way.texts_per_experience if pairs else 0,
+        teacher_states=way.teacher_states if pairs else 0,
         replays=pairs * option["replay_attempts"] * (2 if control else 1),
         max_cache_tokens=option["max_cache_tokens"],
         max_micro_batch_tokens=option["max_micro_batch_tokens"],
@@ -327,10 +331,10 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
     )
 
 
-def _texts_per_experience(recipe: Recipe) -> int:
+def _internalisation(recipe: Recipe) -> Internalisation:
     # `mel_train_on` is the deprecated name.
     name = recipe.train.get("mel_train_on") or option_of(recipe, "internalisation")
-    return get_internalisation(name, recipe.train.get("internalisation_options")).texts_per_experience
+    return get_internalisation(name, recipe.train.get("internalisation_options"))
 
 
 def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:

@@ -102,3 +102,22 @@ def test_lessons_are_planned_for_with_every_estimator(algorithm: str) -> None:
         peaks[name] = {phase.name: phase.bytes for phase in phases}
     assert peaks["with"] == peaks["mel"] and "analysis" in peaks["with"]
     assert "analysis" not in peaks["without"] and peaks["without"]["update"] < peaks["mel"]["update"]
+
+
+@pytest.mark.parametrize(
+    ("options", "held", "kept"),
+    [({"form": "sampled"}, 0, 0), ({"context": "sibling"}, 1, 1), ({"context": "bank", "mask": "shift"}, 2, 1)],
+)
+def test_teachers_hidden_states_are_planned_for(options: dict[str, Any], held: int, kept: int) -> None:
+    """One hidden state of a batch is completions x C x H x e bytes."""
+    peaks = {}
+    for way, chosen in (("analysis", None), ("distill", options)):
+        overrides = [("train.internalisation", way), ("train.internalisation_options", chosen)]
+        recipe = resolve(preset="24gb", overrides=[*overrides, ("train.max_completion_length", 2048)])
+        load = workload(recipe, shape_for(recipe))
+        peaks[way] = {phase.name: phase for phase in predict(load)}
+    state = load.completions * 2048 * load.shape.hidden * 2
+    assert peaks["distill"]["update"].parts["teachers"] == kept * state
+    assert peaks["analysis"]["update"].parts["teachers"] == 0
+    scored = peaks["distill"]["scoring"].parts["activations"]
+    assert scored >= (held + 1) * state if held else scored == peaks["analysis"]["scoring"].parts["activations"]

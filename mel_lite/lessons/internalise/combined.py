@@ -25,6 +25,7 @@ class Combined(Internalisation):
         self.writes_lessons = any(way.writes_lessons for way in self.ways)
         self.uses_bank = any(way.uses_bank for way in self.ways)
         self.needs_frozen_head = any(way.needs_frozen_head for way in self.ways)
+        self.teacher_states = sum(way.teacher_states for way in self.ways)
         self.needs_frozen_reader = any(way.needs_frozen_reader for way in self.ways)
         self.trains_whole_analysis = any(way.trains_whole_analysis for way in self.ways)
         self.texts_per_experience = sum(way.texts_per_experience for way in self.ways)

@@ -102,6 +102,7 @@ class Distill(Internalisation):
         self.uses_bank = context in (NoteSource.BANK, NoteSource.SIBLING_BANK)
         self.writes_lessons = context not in (NoteSource.SIBLING, NoteSource.NONE)
         self.needs_frozen_head = form == DistillForm.KL or mask == TokenMask.SHIFT
+        self.teacher_states = (form == DistillForm.KL) + (mask == TokenMask.SHIFT)
         self.needs_frozen_reader = self.frozen
         self._metrics: dict[str, float] = {}
 

@@ -111,6 +111,9 @@ class Internalisation:
     """It reads the lesson bank."""
     needs_frozen_head: bool = False
     """Its divergence is between hidden states under one head, which must not train."""
+    teacher_states: int = 0
+    """Hidden states per token of all rollouts that `batch_entries` holds at once; at most one stays until the update.
+    `mel-lite plan` reserves memory for them."""
     needs_frozen_reader: bool = False
     """It reads with the policy as it was at the start of the run."""
 
