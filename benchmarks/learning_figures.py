@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ RUNS = Path(__file__).resolve().parent / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
 NOT_RUN = "Not run yet."
+FIRST = "first"
+"""Folder of the runs of the study's first round."""
+LEAST_SEEDS = 3
+"""Fewer common seeds get no verdict."""
 ROLLOUTS = 64
 """Completions per generation batch of every run."""
 MEANINGS = {
@@ -58,14 +63,16 @@ def lead(group: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], split
     return interval(one - other), f"{ahead} of {len(seeds)}"
 
 
-def verdict(estimate: Estimate) -> str:
-    """Return the decision rule's word for a difference."""
+def verdict(estimate: Estimate, ahead: str) -> str:
+    """Return the decision rule's word for a difference; `ahead` as `lead` returns it."""
+    if int(ahead.split()[-1]) < LEAST_SEEDS:
+        return "too few seeds"
     return "tie" if not estimate.excludes_zero else "wins" if estimate.value > 0 else "loses"
 
 
-def results(regime: str) -> str:
+def results(regime: str, folder: str = ".") -> str:
     """Return the results of a regime: the end of every arm against GRPO's, paired by seed and task."""
-    found = runs(regime)
+    found = runs(regime, folder)
     if REFERENCE not in found:
         return NOT_RUN
     lines = [
@@ -94,7 +101,7 @@ def results(regime: str) -> str:
         else:
             against, ahead = lead(group, found[REFERENCE])
             longer, _ = lead(group, found[REFERENCE], "longer")
-            cells += [against.as_points(), ahead, verdict(against), f"{best:.1%}", longer.as_points()]
+            cells += [against.as_points(), ahead, verdict(against, ahead), f"{best:.1%}", longer.as_points()]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, "", *(f"- `{arm}`: {MEANINGS[arm]}." for arm in found)])
 
@@ -106,9 +113,9 @@ def lesson_share(group: Sequence[dict[str, Any]]) -> float:
     return max(0.0, 1 - rollouts / total)
 
 
-def per_seed(regime: str) -> str:
+def per_seed(regime: str, folder: str = ".") -> str:
     """Return Avg@8 at the end of every run."""
-    found = runs(regime)
+    found = runs(regime, folder)
     if REFERENCE not in found:
         return NOT_RUN
     seeds = sorted({run["seed"] for group in found.values() for run in group})
@@ -211,12 +218,12 @@ def line() -> str:
     """Say what the study found, in the words of its decision rule."""
     said = []
     for regime, words in REGIMES.items():
-        found = runs(regime)
+        found = runs(regime) or runs(regime, FIRST)
         if REFERENCE not in found:
             continue
         leads = {arm: lead(group, found[REFERENCE]) for arm, group in found.items() if arm != REFERENCE}
         each = "; ".join(
-            f"`{arm}` {estimate.as_points()} ({verdict(estimate)}, ahead on {ahead} seeds)"
+            f"`{arm}` {estimate.as_points()} ({verdict(estimate, ahead)}, ahead on {ahead} seeds)"
             for arm, (estimate, ahead) in leads.items()
         )
         said.append(f"Where {words} (start {avg_RP(found[REFERENCE], 0).mean():.0%}), tuned GRPO ends at "
@@ -224,5 +231,13 @@ def line() -> str:
     return " ".join(said)
 
 
-TABLES = {"tuning": tuning, "results": results, "seeds": per_seed, "curve": curve, "lessons": lessons}
+TABLES = {
+    "tuning": tuning,
+    "results": results,
+    "seeds": per_seed,
+    "curve": curve,
+    "lessons": lessons,
+    "first-results": partial(results, folder=FIRST),
+    "first-seeds": partial(per_seed, folder=FIRST),
+}
 """Tables of one regime, by name."""
