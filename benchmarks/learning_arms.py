@@ -17,6 +17,8 @@ FROZEN: dict[str, Any] = {"reader": "frozen", "per_prompt": "all", "mask": "shif
 
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
+    "grpo-dynamic": {"algorithm": "grpo", "dynamic_sampling_rounds": 4},
+    "grpo-rest": {"algorithm": "grpo", "rest_after": 2},
     "mel": {"algorithm": "mel"},
     "mel-tenth": {"algorithm": "mel", "mel_weight": 0.1},
     "replay": {"algorithm": "mel", "internalisation": "replay"},
