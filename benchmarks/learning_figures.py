@@ -24,7 +24,7 @@ ROLLOUTS = 64
 """Completions per generation batch of every run."""
 MEANINGS = {
     "grpo": "GRPO",
-    "grpo-dynamic": "GRPO with dynamic sampling: groups without variance give way to other prompts, in up to four rounds",
+    "grpo-dynamic": "GRPO with dynamic sampling: other prompts for groups without variance, in up to four rounds",
     "grpo-rest": "GRPO whose prompts rest after two groups in a row that were all right or all wrong",
     "mel": "MEL as in the paper: NLL of the whole analysis, lambda 1, kept when the replay is solved",
     "mel-tenth": "the same with lambda 0.1",
