@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +55,35 @@ def tiny_config(
 def save_tiny(
     folder: Path, kind: str = "llama", *, tied: bool = True, dtype: str = "float32", seed: int = 0, **config: int
 ) -> Path:
-    """Write a random model and tokenizer. Weights are scaled up, since initial distributions are nearly uniform."""
+    """Write a random model and tokenizer. Weights are scaled up, since initial distributions are nearly uniform.
+
+    Leaves the random generator as it is after drawing the weights.
+    """
+    files, generator = _tiny_files(kind, tied=tied, dtype=dtype, seed=seed, **config)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.set_rng_state(generator)
+    return folder
+
+
+@functools.cache
+def _tiny_files(
+    kind: str, *, tied: bool, dtype: str, seed: int, **config: int
+) -> tuple[dict[str, bytes], torch.Tensor]:
+    """Files of a model by name, and the state of the random generator after it was made."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, **config), dtype=torch.float32)
+    generator = torch.get_rng_state()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(5)
         model.model.norm.weight.mul_(8)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}, generator
 
 
 def set_lora(model: Any, scale: float, *, seed: int = 1) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from mel_lite.cli.main import app
 from tiny_models import save_tiny
+from warm_pool import warm_verifiers
 
 
 def task_settings(folder: Path) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def task_settings(folder: Path) -> dict[str, Any]:
         "data.train": folder / "tasks.jsonl", "data.eval": "null", "data.eval_split": "null",
         "data.max_prompt_tokens": 60, "train.max_completion_length": 8, "train.analysis_max_tokens": 16,
         "train.max_context_tokens": 480, "train.max_steps": 1, "train.per_device_train_batch_size": 8,
-        "train.gradient_accumulation_steps": 1, "export.format": "null",
+        "train.gradient_accumulation_steps": 1, "train.verifier": "numeric", "export.format": "null",
     }  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def command(folder: Path, *flags: str, **settings: Any) -> Any:
     """One step of `mel-lite train` in `folder`."""
     values = task_settings(folder) | {key.replace("__", "."): value for key, value in settings.items()}
     options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = CliRunner().invoke(app, ["train", "--gpu", "cpu", *flags, *options, "--output-dir", str(folder / "run")])
+    with warm_verifiers():
+        done = CliRunner().invoke(app, ["train", "--gpu", "cpu", *flags, *options, "--output-dir", str(folder / "run")])
     assert done.exit_code == 0, done.output
     return done

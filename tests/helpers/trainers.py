@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -16,10 +17,12 @@ from mel_lite import MELConfig, MELTrainer
 from mel_lite.types import Group, Rollout
 from scripted import ScriptedEngine
 from tiny_models import save_tiny
+from warm_pool import warm_verifiers
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
+@functools.cache
 def sums(n: int = 24) -> Dataset:
     """Return `n` conversational addition tasks."""
     pairs = [(3 + i % 7, 2 + i % 5 + i // 7) for i in range(n)]
@@ -71,14 +74,15 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
     model = tiny_model(base) if model is None else model
     model.config.max_position_embeddings = 8192
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return MELTrainer(
-        model,
-        args=MELConfig(**{**defaults, **options}),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        engine=engine or ScriptedEngine(tokenizer),
-        **extras,
-    )
+    with warm_verifiers():
+        return MELTrainer(
+            model,
+            args=MELConfig(**{**defaults, **options}),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            engine=engine or ScriptedEngine(tokenizer),
+            **extras,
+        )
 
 
 def judged_rollouts(trainer: MELTrainer) -> list[tuple[Group, Rollout]]:
