@@ -35,6 +35,7 @@ def options(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**defaults | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["grpo", "sibling", "bank-frozen"])
 def test_an_arm_measures_at_equal_distances_and_stops_at_its_tokens(arm: str, tmp_path: Path) -> None:
     learning = importlib.import_module("learning")

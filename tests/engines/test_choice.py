@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
-from command_line import mel_lite_command
+from mel_lite.cli.main import app
 from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, planned_engine, this_machine
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import adapter_fingerprint, is_unsloth
@@ -111,14 +112,14 @@ def test_describing_the_machine_imports_nothing() -> None:
 
 
 def test_the_command_line_rejects_an_engine_that_is_missing_or_unknown(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "base")
-    arguments = ("train", "--gpu", "cpu", "--model", tmp_path / "base", "--set", "lora.start_from=null")
+    arguments = ["train", "--gpu", "cpu", "--model", str(save_tiny(tmp_path / "base")), "--set", "lora.start_from=null"]
     if "unsloth" not in this_machine().packages:
-        refused = mel_lite_command(*arguments, "--engine", "unsloth", "--output-dir", tmp_path / "a")
-        assert refused.returncode == 2 and "Traceback" not in refused.stderr
-        assert "engine='unsloth': the package unsloth is not installed" in refused.stderr
-    unknown = mel_lite_command(*arguments, "--engine", "vllm", "--output-dir", tmp_path / "b")
-    assert unknown.returncode == 2 and "model.engine='vllm' must be auto or unsloth or hf" in unknown.stderr
+        missing = CliRunner().invoke(app, [*arguments, "--engine", "unsloth", "--output-dir", str(tmp_path / "a")])
+        assert isinstance(missing.exception, ConfigError)
+        assert "engine='unsloth': the package unsloth is not installed" in str(missing.exception)
+    unknown = CliRunner().invoke(app, [*arguments, "--engine", "vllm", "--output-dir", str(tmp_path / "b")])
+    assert isinstance(unknown.exception, ConfigError)
+    assert "model.engine='vllm' must be auto or unsloth or hf" in str(unknown.exception)
 
 
 def test_unsloth_receives_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +165,6 @@ def test_a_model_without_sdpa_is_loaded_with_eager_attention(tmp_path: Path, mon
 
 
 def test_the_cpu_preset_hides_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from mel_lite.cli.main import app
     from mel_lite.run import train as run
 
     seen, check = [], run.check

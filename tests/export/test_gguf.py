@@ -100,7 +100,14 @@ def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 2e-3), ("q8_0", 0.15), ("q4_k_m", 2e-3)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        pytest.param("f16", 2e-3, marks=pytest.mark.slow),
+        pytest.param("q8_0", 0.15, marks=pytest.mark.slow),
+        ("q4_k_m", 2e-3),  # an f16 file that is quantized
+    ],
+)
 def test_the_file_loads_back_with_the_logits_of_the_model(
     run: Path, llama_cpp: Path, tmp_path: Path, kind: str, tolerance: float
 ) -> None:

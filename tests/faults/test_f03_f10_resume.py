@@ -116,6 +116,7 @@ def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) ->
     assert run_state(resumed) == run_state(whole)
 
 
+@pytest.mark.slow
 def test_a_16_bit_adapter_stays_16_bit_when_a_run_is_resumed(tmp_path: Path) -> None:
     """TRL keeps the adapter of a 4-bit base in bfloat16, but PEFT loads it in float32, which would change the run."""
     base = save_tiny(tmp_path / "base")

@@ -69,7 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "export_report.json"}
 
 
-@pytest.mark.parametrize("form", ["merged-16bit", "adapter"])
+@pytest.mark.parametrize("form", [pytest.param("merged-16bit", marks=pytest.mark.slow), "adapter"])
 def test_a_half_export_is_never_visible(adapter_dir: Path, tmp_path: Path, form: str) -> None:
     """Kill the export at a dozen of its operations, including the first and the last.
 

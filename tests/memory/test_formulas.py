@@ -283,7 +283,11 @@ class StandInHead(torch.autograd.Function):
 
 @pytest.mark.parametrize(
     ("name", "layers", "rows", "tokens"),
-    [("Qwen/Qwen3-8B", 36, 4, 3072), ("Qwen/Qwen3-4B", 6, 2, 2048), ("Qwen/Qwen2.5-7B", 6, 2, 3072)],
+    [
+        pytest.param("Qwen/Qwen3-8B", 36, 4, 3072, marks=pytest.mark.slow),
+        ("Qwen/Qwen3-4B", 6, 2, 2048),
+        ("Qwen/Qwen2.5-7B", 6, 2, 3072),
+    ],
 )
 def test_an_update_of_a_large_model_peaks_where_predicted(name: str, layers: int, rows: int, tokens: int) -> None:
     """Layers of full size on tensors without storage: only shapes are computed. One model has all of its layers.

@@ -142,7 +142,7 @@ def test_without_held_out_tasks_nothing_is_trained(tmp_path: Path) -> None:
 def test_an_interrupt_waits_for_the_run_to_save(tmp_path: Path) -> None:
     """Ctrl-C reaches the run and this process; the run may take its time."""
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\ntrap 'sleep 1; echo saved; exit 130' INT\nsleep 2\necho started\nsleep 60 & wait\n")
+    program.write_text("#!/bin/sh\ntrap 'sleep 0.5; echo saved; exit 130' INT\necho started\nsleep 60 & wait\n")
     program.chmod(0o700)
     code = (
         "import sys\nfrom pathlib import Path\nfrom mel_lite.run import experiment\n"

@@ -53,6 +53,7 @@ def test_the_evaluation_waits_for_the_worst_step_and_its_tokens_are_not_training
     assert row["mel/generated_tokens"] == 8 * row["completions/mean_length"] > 0, "of the rollouts alone"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_measure_another_model_as_the_one_it_began_with(tmp_path: Path) -> None:
     options = {"train__save_steps": 1, "train__save_strategy": "steps"}
     assert "Pass@1" in evaluated(tmp_path, **options).stdout

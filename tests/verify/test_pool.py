@@ -136,6 +136,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_honest_answers_are_right_among_hostile_ones(pool: Callable[..., VerifyPool], tmp_path: Path) -> None:
     before = children()
     honest = [(text, gold, verdict) for name, text, gold, verdict in PAIRS if name == "math"]

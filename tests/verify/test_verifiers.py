@@ -45,17 +45,17 @@ def test_gold_and_answer_are_not_interchangeable() -> None:
 
 
 @pytest.mark.parametrize("name", ["numeric", "exact", "multiple-choice"])
-def test_text_verifiers_are_fast_on_a_megabyte(name: str) -> None:
+def test_text_verifiers_are_fast_on_long_texts(name: str) -> None:
     verifier = get_verifier(name)
     gold = {"numeric": "42", "exact": "forty-two", "multiple-choice": "D"}[name]
     texts = [completion for attack, completion, _, _ in ATTACKS if len(completion) > 9_000]
     texts += [
-        "answer is " * 100_000,
-        "<answer>" * 100_000,
-        "\\" * 1_000_000,
-        "1/" * 500_000,
-        "A " * 500_000,
-        "{" * 1_000_000,
+        "answer is " * 30_000,
+        "<answer>" * 30_000,
+        "\\" * 300_000,  # above what the pool passes on
+        "1/" * 150_000,
+        "A " * 150_000,
+        "{" * 300_000,
     ]
     for text in texts:
         with cpu_limit(4):
