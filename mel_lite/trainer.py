@@ -33,6 +33,7 @@ from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine, Request, Sampling
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
 from mel_lite.errors import DataError
+from mel_lite.lessons.bank.updates import unsettled, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
     RolloutBatch,
@@ -68,7 +69,6 @@ from mel_lite.training.assemble import (
     free_reward_arguments,
     prepare_weights,
 )
-from mel_lite.training.bank_updates import unsettled, update_bank
 from mel_lite.training.cut_mass import CutMass
 from mel_lite.training.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.engine_probe import EngineProbe
@@ -78,8 +78,7 @@ from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.sampler import EpochSampler
-from mel_lite.training.scorer import Scorer
-from mel_lite.training.scoring import install_scoring_head
+from mel_lite.training.scoring import Scorer, install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
 from mel_lite.verify.judge import RewardJudge

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from mel_lite.memory.formulas import CONTEXT_BYTES
-from mel_lite.training.peak import peak_rss_bytes
+from mel_lite.training.metrics import peak_rss_bytes
 
 
 class Gauge(Protocol):

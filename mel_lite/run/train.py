@@ -47,8 +47,8 @@ from mel_lite.run.display import peaks_table
 from mel_lite.run.finish import export_trained, print_summary, release, save, write_run_report
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
+from mel_lite.run.preflight import check_dependencies
 from mel_lite.run.progress import LiveDisplay
-from mel_lite.run.services import check_services
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.verify.verifiers import get_verifier
@@ -133,7 +133,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     build_bank(args, used=way.uses_bank)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
-    check_services(recipe, args)
+    check_dependencies(recipe, args)
     return args
 
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mel_lite.training.assemble import check_rows
-from mel_lite.training.peak import peak_metrics
+from mel_lite.training.metrics import peak_metrics
 
 
 def tokens_are_spent(trainer: Any) -> bool:

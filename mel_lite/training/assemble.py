@@ -25,7 +25,7 @@ from mel_lite.models.generation import make_generation_config_valid
 from mel_lite.models.load import context_length, keep_four_bit_layout
 from mel_lite.models.peft_support import is_peft
 from mel_lite.training.scoring import balances_experts
-from mel_lite.training.services import check_outside
+from mel_lite.training.services import check_services
 from mel_lite.types import Group, ReplayCriterion
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool
@@ -51,7 +51,7 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
             f"args is a {type(args).__name__}, but MELTrainer needs a MELConfig: it has every GRPOConfig option. "
             "Replace GRPOConfig(...) by MELConfig(...)."
         )
-    check_outside(args)
+    check_services(args)
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
     check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)

@@ -1,4 +1,4 @@
-"""Metrics in addition to TRL's: the lesson funnel, gradient norms of both loss terms, and metrics.jsonl."""
+"""Metrics in addition to TRL's: lesson funnel, gradient norms of both loss terms, peak memory, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mel_lite.files import atomic_write_text
+from mel_lite.memory.formulas import GIB
 from mel_lite.types import Experience, Group, Replay, Status
 
 logger = logging.getLogger(__name__)
@@ -165,6 +167,29 @@ class GradientMeter:
             product = torch.dot(flat["policy"], flat["nll"]).item()
             metrics["mel/grad_cosine"] = product / (norms["policy"] * norms["nll"])
         return metrics
+
+
+def peak_metrics() -> dict[str, float]:
+    """Return `mel/peak_memory_gib`: the peak since the process began, of the GPU or of this process's RSS.
+
+    On a GPU it is what is in use on the device, by any program, plus what PyTorch's allocator held above that at its
+    peak. Reads counters only and resets none. Empty where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        above_now = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+        return {"mel/peak_memory_gib": (total_bytes - free_bytes + above_now) / GIB}
+    peak_bytes = peak_rss_bytes()
+    return {"mel/peak_memory_gib": peak_bytes / GIB} if peak_bytes else {}
+
+
+def peak_rss_bytes() -> int:
+    """Return this process's peak RSS, from Linux' /proc; 0 elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 class MetricsWriter(TrainerCallback):

@@ -11,7 +11,7 @@ PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet_ml", "dagshub"
 """Packages of the trackers that are not named like them."""
 
 
-def check_outside(args: Any) -> None:
+def check_services(args: Any) -> None:
     """Check the trackers of a run and, on rank 0, the Hub if it is pushed there. Raises: ConfigError."""
     check_trackers(args.report_to)
     if args.push_to_hub and args.process_index == 0:

@@ -21,6 +21,7 @@ def test_a_base_without_weights_is_found_out_early(tmp_path: Path) -> None:
         check_weights(ModelSpec(str(base)))
 
 
+@pytest.mark.slow
 def test_one_command_starts_and_resumes(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     tasks = write(tmp_path / "t.jsonl", [{"prompt": f"{i}+2?", "answer": str(i + 2)} for i in range(8)])

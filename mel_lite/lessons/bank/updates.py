@@ -1,4 +1,4 @@
-"""One step of a lesson bank in training: mixed groups re-examine what matches them, then kept lessons enter."""
+"""Update a lesson bank with a training batch: mixed groups re-examine what matches them, then kept lessons enter."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ import pytest
 
 from fault_runs import farm
 from lesson_banks import bank_of, rule, write_checkpoint
+from mel_lite.lessons.bank.updates import spread
 from mel_lite.lessons.scored import score_shifts
 from mel_lite.models.chat import question_text
 from mel_lite.resilience import saved_bank
-from mel_lite.training.bank_updates import spread
 from mel_lite.types import BankLesson, Group, Status
 from scripted import ANALYSIS, ScriptedEngine
 from tiny_models import tiny_tokenizer
