@@ -122,7 +122,7 @@ $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt
 	@touch $@
 
-# Beside site-packages: `pip check` and the other tests see an environment without them (tests/real_packages.py).
+# Outside site-packages: `pip check` and the other tests see an environment without them (tests/real_packages.py).
 $(VENV)/.unsloth $(VENV)/.vllm: $(VENV)/.%: requirements/%.txt $(VENV)/.locked
 	rm -rf $(VENV)/$*
 	$(PIP) install $(LOCKED) --no-compile --target $(VENV)/$* -r requirements/$*.txt

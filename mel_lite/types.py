@@ -319,7 +319,7 @@ class Experience:
     quote: Span | None = None
     """Characters of the wrong solution that the bifurcation quotes; None when it quotes none, or is not parsed."""
     shift_nats: float | None = None
-    """How much more M lifts the group's right rollouts than its wrong ones; None when not scored."""
+    """Lift by M of the group's right rollouts minus that of its wrong ones; None when not scored."""
 
     @property
     def text(self) -> str:

@@ -88,7 +88,7 @@ class ExperienceRow:
     templates_version: str | None
     """Identifies the texts of the analysis prompt."""
     shift_nats: float | None
-    """How much more M lifts the group's right rollouts than its wrong ones; None when it was not scored."""
+    """Lift by M of the group's right rollouts minus that of its wrong ones; None when it was not scored."""
 
     @property
     def quoted_step(self) -> str | None:

@@ -94,7 +94,7 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
     def apply(turns: list[Turn]) -> str:
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
-        except Exception as error:  # a template is a program: besides its own errors it may raise any other
+        except Exception as error:  # a template is a program, which may raise any error
             raise _Rejected(str(error) or type(error).__name__) from error
 
     systems = [i for i, turn in enumerate(turns) if turn.get("role") == "system"] if is_text(turns) else []

@@ -83,7 +83,7 @@ class Comparison:
     samples: int
     conclusions: tuple[str, ...]
     limits: tuple[str, ...]
-    """What this comparison cannot show, and why."""
+    """Limits of this comparison, with their reasons."""
 
     def to_json(self) -> str:
         """Return all figures as JSON."""

@@ -39,7 +39,7 @@ class LessonView:
     right: tuple[Segment, ...]
     wrong: tuple[Segment, ...]
     quote: str
-    """What the bifurcation quotes from the wrong solution, in a sentence."""
+    """Sentence on the step of the wrong solution that the bifurcation quotes."""
     common_prefix_tokens: int
     parts: tuple[tuple[str, str], ...]
     """Title and text of bifurcation, critique and heuristic; of the raw analysis when it was not parsed."""
@@ -116,7 +116,7 @@ def _text(text: str | None) -> str:
 def marked(text: str, fork: Span, quote: Span | None) -> tuple[Segment, ...]:
     """Cut a text where its marks begin and end. What comes before the fork has the class `same`.
 
-    A fork after the end of the text, where the other solution goes on, is a segment that says so.
+    A fork after the end of the text, where the other solution continues, is a segment that says so.
     """
     shown = _text(text)  # as many characters as before, up to a cut
     marks = [("same", Span(0, fork.start)), ("fork", fork), *([("quoted", quote)] if quote else [])]

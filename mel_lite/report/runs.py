@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder holds."""
+    """Contents of a run folder."""
 
     folder: Path
     config: dict[str, Any]

@@ -40,7 +40,7 @@ class FirstBatches:
         return {"first_batches": {"sums": dict(self._sums), "logs": dict(self._logs), "done": list(self._done)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state; a checkpoint of an older version has none, so its run is summed up anew."""
+        """Restore a state; a checkpoint of an older version has none, so its sums begin at 0."""
         saved = state.get("first_batches") or {"sums": {}, "logs": {}, "done": []}
         self._sums, self._logs = defaultdict(float, saved["sums"]), Counter(saved["logs"])
         self._done = list(saved["done"])

@@ -65,7 +65,7 @@ class ExperimentArm:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What is trained, and where."""
+    """Arms, seeds and token budget of an experiment, and its folder."""
 
     folder: Path
     arms: tuple[ExperimentArm, ...]

@@ -54,7 +54,7 @@ class Lessons:
     uplift: Estimate | None
     """`solved - resampled`."""
     shift_nats: Estimate | None
-    """How much more a lesson lifts the right rollouts of its group than the wrong ones."""
+    """Lift by a lesson of the right rollouts of its group minus that of the wrong ones."""
     shift_from_fork: float | None
     """Share of sum_t |log pi(y_t | M, x) - log pi(y_t | x)| at and after the fork, over wrong rollouts."""
     tokens_from_fork: float | None

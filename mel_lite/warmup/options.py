@@ -51,7 +51,7 @@ class WarmupOptions:
 
 @dataclass(frozen=True, slots=True)
 class WarmupData:
-    """How to read the examples, and how to render them and the evaluation tasks."""
+    """Split and columns of the examples, and the rendering of them and of the evaluation tasks."""
 
     split: str | None = None
     """Split of the examples; None = its training split."""
