@@ -187,7 +187,7 @@ class DynamicSampling:
         everything = [each for group in drawn for each in group]
         rewards = [each.rollout.reward for each in everything if not math.isnan(each.rollout.reward)]
         varied = sum(map(_varies, drawn))
-        metrics = {
+        metrics: dict[str, float] = {
             "sampling/rounds": rounds,
             "sampling/drawn_groups": len(drawn),
             "sampling/varied_groups": varied,
