@@ -22,7 +22,7 @@ LOCKED := --progress-bar off --no-deps --require-hashes
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all faults lint format docs wheel lock audit clean
+.PHONY: help venv train test test-all faults lint format docs site wheel lock audit clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,9 +58,14 @@ format: venv  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: venv  ## write docs/configuration.md, and the figures that the pages quote
+docs: venv  ## write the generated pages and figures, then build the site
 	$(BIN)/python docs/make_configuration.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python docs/make_cli.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/tables.py
+	@$(MAKE) --no-print-directory site
+
+site: $(VENV)/.docs  ## build the documentation in build/site; a link or an anchor that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
 wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
 	$(BIN)/python -m build --no-isolation
@@ -69,7 +74,7 @@ lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.tools  ## write requirements/
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
-	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth vllm tools,-r requirements/$(file).txt) $(ARGS)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth vllm docs tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -120,6 +125,11 @@ $(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
 $(VENV)/.tools: requirements/tools.txt $(VENV)/.created
 	"$(PYTHON)" -m venv $(VENV)/tools
 	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/tools.txt
+	@touch $@
+
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.created
+	"$(PYTHON)" -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip --disable-pip-version-check install $(LOCKED) -r requirements/docs.txt
 	@touch $@
 
 # Outside site-packages: `pip check` and the other tests see an environment without them (tests/real_packages.py).

@@ -21,7 +21,14 @@ import plan_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/kernels.md", "docs/learning.md", "docs/memory.md", "docs/method.md")
+PAGES = (
+    "README.md",
+    "docs/kernels.md",
+    "docs/learning.md",
+    "docs/memory.md",
+    "docs/method.md",
+    "docs/which-card.md",
+)
 RETIRED = ("mel_lite, whole loss",)
 """Contenders in the raw results whose code was deleted."""
 MARK = re.compile(r"(<!-- figures (?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)

@@ -6,7 +6,8 @@ SHA-256 of every file the package index has of that version: any platform and Py
 because one of its dependencies is compiled, and what only notebooks need is in `notebook.txt`.
 
 `torch.txt` is apart, for torch has builds (CPU, CUDA, ROCm) on indexes of their own: it has the hashes of the default
-index's files and, with `--torch-wheel FILE`, of the build that was tested. `tools.txt` is what locks and audits.
+index's files and, with `--torch-wheel FILE`, of the build that was tested. `tools.txt` is what locks and audits, and
+`docs.txt` what builds the site.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ CPU_ROOTS = ("setuptools", "mel-lite[demo,dev]", "tensorboard", "triton")
 GYM_ROOTS = ("mel-lite[gym]",)
 NOTEBOOK_ROOTS = ("mel-lite[notebook]",)
 TOOL_ROOTS = ("pip-audit", "uv")
+DOCS_ROOTS = ("mkdocs-material>=9.7,<10", "mkdocs<2", "mkdocstrings[python]>=1")
 LINUX_ONLY = ("triton",)
 PYTHON = "3.11"
 
@@ -38,6 +40,7 @@ ABOUT = {
     "cpu": "The CPU environment of `make train` and `make test`, beside torch.",
     "gym": "What the `gym` extra adds to cpu.txt; needs a C compiler.",
     "notebook": "What the `notebook` extra adds to cpu.txt: a Jupyter kernel, and what runs notebooks in it.",
+    "docs": "What `make site` builds the documentation with, in an environment of its own.",
     "tools": "What `make lock` and `make audit` run, in an environment of its own.",
 }
 
@@ -115,8 +118,9 @@ def main() -> None:
         text = with_wheel(text, given.torch_wheel) if file == "torch" else text
         (FOLDER / f"{file}.txt").write_text(HEADER.format(what=ABOUT[file]) + text)
     # Not installed here: versions move only when they are deleted from the file.
-    tools = FOLDER / "tools.txt"
-    tools.write_text(HEADER.format(what=ABOUT["tools"]) + hashed(given.uv, [*TOOL_ROOTS, *pinned(tools)]))
+    for file, wanted in (("tools", TOOL_ROOTS), ("docs", DOCS_ROOTS)):
+        path = FOLDER / f"{file}.txt"
+        path.write_text(HEADER.format(what=ABOUT[file]) + hashed(given.uv, [*wanted, *pinned(path)]))
     for beside in (FOLDER / "unsloth.txt", FOLDER / "vllm.txt"):
         about = [line for line in beside.read_text().splitlines() if line.startswith("#")]
         beside.write_text("\n".join([*about, hashed(given.uv, pinned(beside), "--no-deps")]))

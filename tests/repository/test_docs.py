@@ -53,6 +53,7 @@ def configuration() -> ModuleType:
         "docs/learning.md",
         "docs/memory.md",
         "docs/method.md",
+        "docs/which-card.md",
     ],
 )
 def test_pages_quote_the_raw_results(tables: ModuleType, page: str) -> None:
