@@ -89,14 +89,21 @@ def browse(
 
 @experiences.command("export")
 def export_experiences(
-    output: Annotated[Path, typer.Argument(help="File to write: .jsonl or .parquet.")],
+    output: Annotated[
+        Path, typer.Argument(help="File to write (.jsonl or .parquet), or a new folder for a dataset with its card.")
+    ],
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
 ) -> None:
-    """Write meta-experiences to a JSONL or parquet file."""
+    """Write meta-experiences to a JSONL or parquet file, or as a dataset that `mel-lite push` uploads."""
     wanted = _status(status)
-    with _store(run) as store:
-        rows = store.export(output, status=wanted)
+    if not output.suffix:
+        from mel_lite.hub.dataset_card import export_dataset
+
+        rows = export_dataset(run or newest_run(), output, status=wanted)
+    else:
+        with _store(run) as store:
+            rows = store.export(output, status=wanted)
     typer.echo(f"wrote {rows} rows to {output}")
 
 

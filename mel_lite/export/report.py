@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mel_lite.export.gguf import GGUF_TYPES
-from mel_lite.models.adapters import RECORD, hub_id_of
+from mel_lite.hub.model_card import Kind, Subject, model_card, run_of
 from mel_lite.models.load import ModelSpec
 
 if TYPE_CHECKING:
@@ -81,21 +81,19 @@ class ExportReport:
 
 
 def card(report: ExportReport) -> str:
-    """Write a model card with the origin of the model and the figures of its check."""
-    hub_id = hub_id_of(report.base.name)
-    name = hub_id or Path(report.base.name).name
-    hub_base = [f"base_model: {hub_id}"] if hub_id else []
-    library = "peft" if report.format == "adapter" else "transformers"
-    front = ["---", f"library_name: {library}", *hub_base, "tags: [mel-lite, mel, grpo]", "---"]
-    body = ["# Trained with MEL-Lite", ""]
-    if report.fidelity is None:
-        body.append(f"A LoRA adapter for `{name}`, loaded as given in {RECORD}.")
-    else:
-        body.append(
+    """Return the model card of an export, with what the run of its adapter tells."""
+    kind = Kind.GGUF if report.format in GGUF_TYPES else Kind.ADAPTER if report.fidelity is None else Kind.MODEL
+    run = run_of(report.adapter)
+    name = run.name if run else report.path.resolve().name
+    if kind is Kind.GGUF:
+        name = f"{Path(report.base.name).name.lower()}-{report.format}"
+    text = ""
+    if report.fidelity is not None:
+        text = (
             f"Base and LoRA update merged in float32 and rounded once to {report.dtype}. Compared with the adapter "
             f"model over {report.fidelity.tokens} tokens: mean KL {report.fidelity.mean_kl_nats:.1e} nats/token, same "
-            f"top token {report.fidelity.top1_agreement:.2%}; all figures in {REPORT}."
+            f"top token {report.fidelity.top1_agreement:.2%}; all figures in `{REPORT}`."
         )
-        if report.format in GGUF_TYPES:
-            body.append(f"Then converted to {report.format} by llama.cpp; the figures do not cover this step.")
-    return "\n".join([*front, "", *body, ""])
+    if kind is Kind.GGUF:
+        text += f" Then converted to {report.format} by llama.cpp; the figures do not cover this step."
+    return model_card(Subject(kind, name, report.base.name, export=text), run)

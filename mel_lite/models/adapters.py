@@ -214,14 +214,19 @@ def adapter_card(hub_id: str | None) -> str:
     return "\n".join([*front, "", "# Trained with MEL-Lite", "", text, ""])
 
 
+def base_name(model: Any) -> str:
+    """Return the name or folder that a model's base was loaded from; `demo` for the demo model."""
+    name = str(model.config._name_or_path or "unknown")
+    return DEMO if name == str(demo_path()) else name
+
+
 def _describe_base(model: Any, revision: str | None) -> ModelSpec:
     config = model.config
-    name = config._name_or_path or "unknown"
     weights = [weight for _, weight in base_weights(model)]
     dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
     four_bit = next((weight.quant_state for weight in weights if getattr(weight, "quant_state", None)), None)
     return ModelSpec(
-        name=DEMO if name == str(demo_path()) else name,
+        name=base_name(model),
         revision=revision or getattr(config, "_commit_hash", None),
         dtype=str(dtype).removeprefix("torch."),
         load_in_4bit=four_bit is not None,

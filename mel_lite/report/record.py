@@ -33,11 +33,8 @@ class RunRecord:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._session: dict[str, Any] = {"started_at": started, "stages_s": {}}
         self._values = {
-            "mel_lite": __version__,
             "preset": preset or earlier.get("preset"),
-            "device": device,
-            "python": platform.python_version(),
-            "packages": _versions(),
+            **record_here(device),
             "sessions": [*earlier.get("sessions", ()), self._session],
         }
 
@@ -84,6 +81,16 @@ def stage_seconds(record: dict[str, Any]) -> dict[str, float]:
             if isinstance(seconds, int | float):
                 totals[name] = totals.get(name, 0.0) + seconds
     return totals
+
+
+def record_here(device: str | None = None) -> dict[str, Any]:
+    """Return versions and device of this process."""
+    return {
+        "mel_lite": __version__,
+        "device": device or device_here(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+    }
 
 
 def device_here() -> str:

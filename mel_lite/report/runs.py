@@ -67,8 +67,8 @@ class Run:
         return (self.config.get(section) or {}).get(key)
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises: ConfigError when the folder holds no run."""
+def read_run(folder: Path, *, lessons: bool = True) -> Run:
+    """Read a run folder, with its meta-experiences or without. Raises: ConfigError when the folder holds no run."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder. Pass the folder of a run, such as runs/<name>.")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Run:
     problems: list[str] = []
     config = _config(folder / "config.yaml", problems)
     rows = _rows(folder / "metrics.jsonl", problems)
-    lessons = _lessons(folder / FILE_NAME, config, problems)
+    found = _lessons(folder / FILE_NAME, config, problems) if lessons else ()
     before, after = (_evaluation(folder / "eval" / f"{name}.json", problems) for name in ("before", "after"))
     return Run(
         folder,
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
         before,
         after,
         finished=any((folder / name).is_dir() for name in ("adapter", "model")),
-        lessons=lessons,
+        lessons=found,
         problems=tuple(problems),
     )
 

@@ -18,7 +18,9 @@ from transformers.trainer_utils import TrainOutput
 
 from mel_lite.errors import CheckpointError, DiskFullError
 from mel_lite.files import nearest_existing_folder
-from mel_lite.models.adapters import RECORD, check_base, write_fingerprint
+from mel_lite.hub.model_card import write_card_so_far
+from mel_lite.models.adapters import RECORD, base_name, check_base, write_fingerprint
+from mel_lite.report.record import record_here
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.resume_checks import began_unmarked, check_inputs, inputs
 from mel_lite.resilience.state_files import (
@@ -209,15 +211,22 @@ class AtomicCheckpoints:
         if (folder / "adapter_config.json").is_file():
             write_fingerprint(folder, self.accelerator.unwrap_model(self.model))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card without the names it cannot know: a base in a local folder, a model that is not pushed."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        card = Path(self.args.output_dir) / "README.md"
-        if not card.is_file():
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the run's card in place of TRL's, which names folders of this machine and knows no meta-experience."""
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        text = card.read_text(encoding="utf-8")
-        text = text.replace("[None](https://huggingface.co/None)", "a local base model")
-        card.write_text(text.replace('model="None"', f'model="{Path(self.args.output_dir).name}"'), encoding="utf-8")
+        model = self.accelerator.unwrap_model(self.model)
+        config: dict[str, Any] = {"train": self.args.to_dict(), "model": {"name": base_name(model)}}
+        config |= {} if dataset_name is None else {"data": {"train": dataset_name}}
+        if lora := getattr(model, "peft_config", {}).get("default"):
+            config["lora"] = {"r": lora.r, "alpha": lora.lora_alpha}
+        ends = self.state.max_steps > 0 and self.state.global_step >= self.state.max_steps
+        self.side_service.call(
+            write_card_so_far, Path(self.args.output_dir), config, record_here(), name=model_name,
+            tags=[tags] if isinstance(tags, str) else tags or (), with_lessons=ends,
+        )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint once it is committed: its files must not be renamed during the upload."""

@@ -19,6 +19,7 @@ from mel_lite.evaluate import EvalResult
 from mel_lite.export.merge import export
 from mel_lite.export.report import ExportReport
 from mel_lite.files import share_weights
+from mel_lite.hub.model_card import write_run_cards
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.adapters import write_fingerprint
 from mel_lite.recipe import Recipe
@@ -151,6 +152,14 @@ def write_run_report(folder: Path, console: Console) -> None:
         console.print(f"[yellow]no report:[/] {reason}. Try again with: {retry}", soft_wrap=True)
         return
     console.print(f"report    {escape(str(path))}", soft_wrap=True)
+
+
+def write_cards(folder: Path, console: Console) -> None:
+    """Write the model cards of a finished run. A failure is printed and not raised, as for the report."""
+    try:
+        write_run_cards(folder)
+    except Exception as error:
+        console.print(f"[yellow]no model card:[/] {escape(printable(f'{type(error).__name__}: {first_line(error)}'))}")
 
 
 def sample_rows(store: ExperienceStore, limit: int = 3) -> list[ExperienceRow]:

@@ -44,7 +44,7 @@ from mel_lite.resilience.resume_checks import check_changes
 from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
 from mel_lite.run.display import peaks_table
-from mel_lite.run.finish import export_trained, print_summary, release, save, write_run_report
+from mel_lite.run.finish import export_trained, print_summary, release, save, write_cards, write_run_report
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
 from mel_lite.run.preflight import check_dependencies
@@ -209,6 +209,7 @@ def _export_and_report(
     with record.stage("export"):
         exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
     print_summary(trainer, folder, adapter_dir, exported, before, after, record.elapsed_s, console)
+    write_cards(folder, console)
     write_run_report(folder, console)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from command_line import mel_lite_command
 from mel_lite.errors import ModelError
@@ -36,6 +37,10 @@ def test_one_command_starts_and_resumes(tmp_path: Path) -> None:
     second = mel_lite_command(*command, "--max-steps", 2)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    for card in (tmp_path / "run" / "README.md", tmp_path / "run" / "adapter" / "README.md"):
+        text = card.read_text()
+        assert ModelCard(text).data.eval_results is not None and "| learning rate |" in text
+        assert str(tmp_path) not in text and "`base`" in text and "- trl: " in text
     again = mel_lite_command(*command, "--max-steps", 2)
     assert again.returncode == 0, again.stderr
     assert "before" in again.stdout
