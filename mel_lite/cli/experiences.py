@@ -95,7 +95,7 @@ def export_experiences(
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
 ) -> None:
-    """Write meta-experiences to a JSONL or parquet file, or as a dataset that `mel-lite push` uploads."""
+    """Write meta-experiences to a JSONL or parquet file, or as a dataset folder that the Hub reads."""
     wanted = _status(status)
     if not output.suffix:
         from mel_lite.hub.dataset_card import export_dataset
