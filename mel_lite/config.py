@@ -106,6 +106,10 @@ class MELConfig(GRPOConfig):
         "Options of the internalisation, such as `{context: sibling}` for `distill` (docs/internalisation.md). Of "
         "several, by name: `{distill: {context: sibling}}`.",
     )
+    token_credit_rollouts: int = _option(
+        8,
+        "Rollouts per step whose token credit (`credit`, `distill`) is stored, those of kept lessons first; 0 = none.",
+    )
     mel_decay_steps: int = _option(
         0, "Optimizer steps over which lambda falls linearly to 0 from the start of the run; 0 = it stays."
     )
@@ -250,16 +254,10 @@ class MELConfig(GRPOConfig):
             if option.name in MELConfig.__annotations__ and "choices" in option.metadata:
                 check_choice(option.name, getattr(self, option.name), option.metadata["choices"])
         for name, least in (
-            ("analysis_max_tokens", 16),
-            ("replay_attempts", 1),
-            ("verifier_workers", 1),
-            ("grad_norm_every", 0),
-            ("max_idle_steps", 0),
-            ("mel_decay_steps", 0),
-            ("dynamic_sampling_rounds", 0),
-            ("rest_after", 0),
-            ("rest_batches", 1),
-        ):
+            ("analysis_max_tokens", 16), ("replay_attempts", 1), ("verifier_workers", 1), ("rest_batches", 1),
+            ("grad_norm_every", 0), ("max_idle_steps", 0), ("mel_decay_steps", 0), ("dynamic_sampling_rounds", 0),
+            ("rest_after", 0), ("token_credit_rollouts", 0),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}. Raise {name}.")
         if self.verifier is not None and not (isinstance(self.verifier, str) or callable(self.verifier)):

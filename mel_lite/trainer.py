@@ -41,6 +41,7 @@ from mel_lite.lessons.internalise import (
     checked_entries,
     deal_lessons,
     get_internalisation,
+    token_credit,
 )
 from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
@@ -281,13 +282,9 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.collapse.idle.saw(groups)
         self.collapse.saw_analyses(experiences)
         drawn = DrawnBatch(
-            tuple(zip(row_ids, experiences, strict=True)),
-            tuple(groups),
-            self.lesson_context,
-            len(pairs),
-            self.mel_weight,
-            self.bank,
-        )
+            tuple(zip(row_ids, experiences, strict=True)), tuple(groups), self.lesson_context, len(pairs),
+            self.mel_weight, self.bank,
+        )  # fmt: skip
         if self.bank is not None:
             with self.clock("examine"):
                 self.add_metrics(update_bank(self.bank, drawn, rank=rank, world=world, gather=gather_object))
@@ -297,13 +294,10 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         """Turn meta-experiences into what is trained on: lessons dealt to micro-batches, and batch entries."""
         lessons = self.internalisation.lessons(drawn)
         scored.shares = deal_lessons(
-            lessons,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            micro_batches=self.args.steps_per_generation,
-            total_weight=drawn.weight,
+            lessons, rank=self.accelerator.process_index, world=self.accelerator.num_processes,
+            micro_batches=self.args.steps_per_generation, total_weight=drawn.weight,
             denominator=None if self.args.mel_normalization == LessonNormalization.KEPT else len(drawn.groups),
-        )
+        )  # fmt: skip
         tokens = sum(len(each.target_ids) for each in lessons)
         stages = funnel(drawn.groups, drawn.pairs, [each for _, each in drawn.experiences], tokens)
         self.add_metrics(stages)
@@ -311,6 +305,10 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         rollouts = RolloutBatch(tuple(scored.rollouts), batch)
         with self.clock("internalise"):
             entries = self.internalisation.batch_entries(drawn, rollouts, self.scorer)
+            most, step = self.args.token_credit_rollouts, self.state.global_step
+            credit = token_credit(self.internalisation, drawn, rollouts, step=step, most=most, gather=gather_object)
+        if credit and self.is_world_process_zero():
+            self.store.add_credit(credit)
         self.add_metrics(mean_over_ranks(self.internalisation.metrics()))
         return batch | checked_entries(self.internalisation, entries, batch)
 

@@ -39,14 +39,16 @@ def list_(
 @experiences.command("show")
 def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = None, as_json: JsonOption = False) -> None:
     """Show one meta-experience in full, with both rollouts and its replays."""
+    from mel_lite.report.credit import strips
     from mel_lite.report.terminal import experience_page
 
     with _store(run) as store:
         row = store.get(id_)
+        credit = store.credit(row.step, (row.wrong_index, row.right_index))
     if as_json:
-        print_json(asdict(row))
+        print_json(asdict(row) | {"token_credit": [asdict(each) for each in credit]})
     else:
-        console().print(experience_page(row))
+        console().print(experience_page(row, strips(credit)))
 
 
 @experiences.command("search")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mel_lite.cli.shared import JsonOption, LimitOption, RunOption, console, newest_run, print_json
-
-if TYPE_CHECKING:
-    from mel_lite.report.rollouts import RolloutLog
 
 rollouts = typer.Typer(help="Browse the rollouts of a run.", no_args_is_help=True)
 
@@ -54,28 +51,31 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one rollout in full."""
+    from mel_lite.lessons.store import FILE_NAME, ExperienceStore
+    from mel_lite.report.credit import strips
+    from mel_lite.report.rollouts import RolloutLog
     from mel_lite.report.terminal import rollout_page
 
-    row = _log(run).get(id_)
+    folder = run or newest_run()
+    row = RolloutLog(folder).get(id_)
+    credit = []
+    if (folder / FILE_NAME).is_file():
+        with ExperienceStore(folder / FILE_NAME, read_only=True) as store:
+            credit = store.credit(row.step, [row.row])
     if as_json:
-        print_json(asdict(row))
+        print_json(asdict(row) | {"token_credit": [asdict(each) for each in credit]})
     else:
-        console().print(rollout_page(row))
-
-
-def _log(run: Path | None) -> RolloutLog:
-    from mel_lite.report.rollouts import RolloutLog
-
-    return RolloutLog(run or newest_run())
+        console().print(rollout_page(row, strips(credit)))
 
 
 def _print_found(
     run: Path | None, step: int | None, task: str, text: str, right: bool | None, limit: int, *, as_json: bool
 ) -> None:
+    from mel_lite.report.rollouts import RolloutLog
     from mel_lite.report.terminal import rollouts_list
     from mel_lite.types import Verdict
 
-    log = _log(run)
+    log = RolloutLog(run or newest_run())
     verdict = None if right is None else (Verdict.RIGHT if right else Verdict.WRONG).value
     rows = log.find(step=step, task=task, text=text, verdict=verdict, limit=limit)
     if as_json:

@@ -16,8 +16,9 @@ from textual.widgets import DataTable, Input, Static
 from mel_lite.errors import ConfigError, StoreError
 from mel_lite.lessons.store import FILE_NAME, ExperienceStore, Outline
 from mel_lite.models.chat import question_text
+from mel_lite.report.credit import CreditStrip, strips_of
 from mel_lite.report.lessons import LessonView, Segment, status_text, view
-from mel_lite.report.terminal import STATUS_STYLE, VERDICT_STYLE, one_line
+from mel_lite.report.terminal import STATUS_STYLE, VERDICT_STYLE, credit_text, one_line
 from mel_lite.text import first_line, printable
 from mel_lite.types import Status
 
@@ -70,6 +71,7 @@ class Browser(App[None]):
         Binding("s", "enter('step')"),
         Binding("slash", "enter('task')"),
         Binding("z", "zoom"),
+        Binding("c", "credit"),
         Binding("escape", "clear"),
         Binding("q", "quit"),
     ]
@@ -88,6 +90,7 @@ class Browser(App[None]):
         self._wanted_task = ""
         self._entering = ""
         self._trouble = ""
+        self._credit = False
 
     def compose(self) -> ComposeResult:
         yield Static(id="state")
@@ -194,21 +197,27 @@ class Browser(App[None]):
             return
         try:
             full = self._store.get(row.id)
+            credit = strips_of(full, self._store) if self._credit else ()
         except StoreError as error:
             head.update(Text(printable(first_line(error, 300)), style="yellow"))
             return
-        seen = view(full)
+        seen = view(full, credit)
         head.update(_head(seen, full.status))
         wrong.border_title = f"wrong (rollout {full.wrong_index})"
         right.border_title = f"right (rollout {full.right_index})"
-        wrong.update(_marked(seen.wrong))
-        right.update(_marked(seen.right))
+        for name, pane, segments in (("wrong", wrong, seen.wrong), ("right", right, seen.right)):
+            strips = [strip for strip in credit if strip.verdict == name]
+            pane.update(_credited(strips) if self._credit else _marked(segments))
         lesson.update(_lesson(seen))
 
     def _nothing(self) -> str:
         if self._known:
             return "No meta-experience matches. Press escape to see all."
         return "No meta-experience yet. They appear here as the run writes them; plain GRPO writes none."
+
+    def place_of(self, id_: int) -> int:
+        """Return the place in the list of a meta-experience that is listed."""
+        return [row.id for row in self._shown].index(id_)
 
     # ---- keys ----
 
@@ -239,6 +248,11 @@ class Browser(App[None]):
 
     def action_zoom(self) -> None:
         self.screen.toggle_class("zoomed")
+
+    def action_credit(self) -> None:
+        """Show the token credit in place of the marks, or the marks again."""
+        self._credit = not self._credit
+        self._draw_detail()
 
     def action_enter(self, what: str) -> None:
         entry = self.query_one("#entry", Input)
@@ -294,6 +308,17 @@ def _marked(segments: Sequence[Segment]) -> Text:
             parted = True
             text.append("\u2500\u2500 here they part \u2500\u2500\n", "bold")
         text.append(segment.text.expandtabs(4), MARKS.get(segment.classes, ""))
+    return text
+
+
+def _credited(strips: Sequence[CreditStrip]) -> Text:
+    """Return the strips of one solution with the way that read it."""
+    if not strips:
+        return Text("No token credit is stored: nothing read this rollout with notes in the prompt.", "dim")
+    text = Text()
+    for strip in strips:
+        text.append(f"{strip.way}: blue is likelier with the notes, orange less likely\n", "dim")
+        text.append_text(credit_text(strip)).append(f"\n[{strip.cut}]\n" if strip.cut else "\n", "dim")
     return text
 
 

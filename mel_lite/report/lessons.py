@@ -10,6 +10,7 @@ from mel_lite.lessons.fork import find_fork
 from mel_lite.lessons.quotes import locate_quote
 from mel_lite.lessons.store import ExperienceRow
 from mel_lite.models.chat import question_text
+from mel_lite.report.credit import CreditStrip
 from mel_lite.text import printable, shorten
 from mel_lite.types import Span, Status, Verdict
 
@@ -55,8 +56,8 @@ class LessonView:
     nll_before: float | None
     nll_after: float | None
     nll_written: float | None
-    credit: tuple[Segment, ...]
-    """Tokens of the wrong solution, marked by their credit; empty where none is stored."""
+    credit: tuple[CreditStrip, ...]
+    """Token credit of its rollouts; empty where none is stored."""
 
 
 def status_text(status: Status) -> str:
@@ -64,8 +65,8 @@ def status_text(status: Status) -> str:
     return status.value.replace("_", " ")
 
 
-def view(row: ExperienceRow) -> LessonView:
-    """Return a row of the store as the page shows it."""
+def view(row: ExperienceRow, credit: tuple[CreditStrip, ...] = ()) -> LessonView:
+    """Return a row of the store, and the token credit of its rollouts, as the page shows them."""
     fork = find_fork(row.right_text, row.wrong_text)
     quote = locate_quote(row.bifurcation or "", row.wrong_text, fork=fork.wrong)
     if row.quote_start is not None and row.quote_end is not None:
@@ -96,7 +97,7 @@ def view(row: ExperienceRow) -> LessonView:
         nll_before=row.nll_before,
         nll_after=row.nll_after,
         nll_written=row.nll_written,
-        credit=credit_strip(getattr(row, "token_credit", ())),
+        credit=credit,
     )
 
 
@@ -129,16 +130,6 @@ def marked(text: str, fork: Span, quote: Span | None) -> tuple[Segment, ...]:
         at = next((i for i, segment in enumerate(segments) if segment.classes == ""), len(segments))
         segments.insert(at, Segment("(ends here)", "fork"))
     return tuple(segments)
-
-
-def credit_strip(credit: Sequence[tuple[str, float]]) -> tuple[Segment, ...]:
-    """Return tokens marked by the size of their credit: classes `up1` to `up4`, `down1` to `down4`, or none near 0."""
-    largest = max((abs(value) for _, value in credit), default=0.0)
-    strip = []
-    for token, value in credit:
-        level = round(4 * abs(value) / largest) if largest else 0
-        strip.append(Segment(printable(token), f"{'up' if value > 0 else 'down'}{level}" if level else ""))
-    return tuple(strip)
 
 
 def replay_line(verdicts: Sequence[Verdict], controls: Sequence[Verdict]) -> str:

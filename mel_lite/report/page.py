@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mel_lite.errors import StoreError
 from mel_lite.files import atomic_write_text
 from mel_lite.gpus import GPU_PRESETS
+from mel_lite.lessons.store import FILE_NAME, ExperienceRow, ExperienceStore
 from mel_lite.recipe import resolve
 from mel_lite.report import charts, figures
+from mel_lite.report.credit import CreditStrip, strips_of
 from mel_lite.report.lessons import chosen, status_text, view
 from mel_lite.report.record import stage_seconds
 from mel_lite.report.runs import Run, generated_tokens, phase_seconds, read_run
-from mel_lite.text import printable
+from mel_lite.text import first_line, printable
 from mel_lite.types import Status
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_LESSONS = 200
+MOST_STRIPS = 40
+"""Lessons with token credit in the page: a token takes 60 bytes of it."""
 STAGES = {
     "load": "loading model and data",
     "evaluation": "evaluating before and after",
@@ -43,7 +48,9 @@ def report_page(run: Run, *, most_lessons: int = MOST_LESSONS) -> str:
     """Return the report of a run as HTML."""
     found, warning = figures.evaluation(run)
     line, meaning = figures.headline(run, found)
-    lessons = [view(row) for row in chosen(run.lessons, most_lessons)]
+    rows, damaged = chosen(run.lessons, most_lessons), list[str]()
+    credit = _credit(run, rows, damaged)
+    lessons = [view(row, credit.get(row.id, ())) for row in rows]
     counts = {status: sum(row.status is status for row in run.lessons) for status in Status}
     tokens = generated_tokens(run.rows)
     return render(
@@ -52,7 +59,7 @@ def report_page(run: Run, *, most_lessons: int = MOST_LESSONS) -> str:
         title=f"MEL-Lite: {run.name}",
         headline=line,
         meaning=meaning,
-        problems=[*run.problems, *([warning] if warning else []), *_state(run)],
+        problems=[*run.problems, *damaged, *([warning] if warning else []), *_state(run)],
         facts=_facts(run, tokens[-1] if tokens else 0),
         measures=found,
         conditions=run.after.conditions() if run.after else "",
@@ -66,6 +73,21 @@ def report_page(run: Run, *, most_lessons: int = MOST_LESSONS) -> str:
         lessons_total=len(run.lessons),
         statuses=[(status.value, status_text(status), counts[status]) for status in Status],
     )
+
+
+def _credit(run: Run, rows: Sequence[ExperienceRow], problems: list[str]) -> dict[int, tuple[CreditStrip, ...]]:
+    """Return the token credit of the newest lessons that have some, by id; a note in `problems` if it is damaged."""
+    found: dict[int, tuple[CreditStrip, ...]] = {}
+    if not rows:
+        return found
+    try:
+        with ExperienceStore(run.folder / FILE_NAME, read_only=True) as store:
+            for row in rows:
+                if len(found) < MOST_STRIPS and (strips := strips_of(row, store)):
+                    found[row.id] = strips
+    except StoreError as error:
+        problems.append(printable(first_line(error, 400)))
+    return found
 
 
 def render(template: str, **values: Any) -> str:

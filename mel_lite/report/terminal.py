@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mel_lite.lessons.store import ExperienceRow
 from mel_lite.models.chat import question_text
+from mel_lite.report.credit import CreditStrip
 from mel_lite.report.rollouts import RolloutRow
 from mel_lite.text import printable
 from mel_lite.types import Status
@@ -20,6 +21,13 @@ NARROW = 70
 STATUS_STYLE = {Status.KEPT: "green", Status.LEAKED: "red"} | dict.fromkeys(
     (Status.UNPARSED, Status.NOT_LIFTING, Status.REPLAY_FAILED), "yellow"
 )
+CREDIT_STYLE = {
+    -4: "bold underline black on dark_orange", -3: "underline black on dark_orange", -2: "bold underline dark_orange",
+    -1: "underline dark_orange", 0: "", 1: "dodger_blue1", 2: "bold dodger_blue1", 3: "black on dodger_blue1",
+    4: "bold black on dodger_blue1",
+}  # fmt: skip
+"""Style of a token by the level of its credit."""
+Section = tuple[str, "str | Text | None"]
 VERDICT_STYLE = {"right": "green", "wrong": "red", "abstain": "yellow"}
 
 
@@ -73,11 +81,11 @@ def store_line(counts: Mapping[Status, int]) -> Text:
     return Text(f"{total} meta-experiences: {', '.join(parts)}", style="dim")
 
 
-def experience_page(row: ExperienceRow) -> RenderableType:
+def experience_page(row: ExperienceRow, credit: Sequence[CreditStrip] = ()) -> RenderableType:
     """Render one meta-experience in full. The analysis appears once: by its parts, or as sampled if it has none."""
     parts = [(name, getattr(row, name)) for name in ("bifurcation", "critique", "heuristic")]
     parsed = any(text for _, text in parts)
-    sections = [
+    sections: list[Section] = [
         ("question", question_text(row.prompt)),
         ("reference answer", row.answer),
         (f"wrong (rollout {row.wrong_index})", row.wrong_text),
@@ -91,13 +99,34 @@ def experience_page(row: ExperienceRow) -> RenderableType:
         ("lift of the right rollouts over the wrong ones", _nats(row.shift_nats)),
         ("reason for the drop", row.reason),
         ("NLL in nats per token", _nlls(row)),
+        *_credit_sections(credit),
     ]
     return _page(f"meta-experience {row.id}, step {row.step}: {row.status}", sections, STATUS_STYLE[row.status])
 
 
-def _page(title: str, sections: Sequence[tuple[str, str | None]], style: str) -> Panel:
-    parts = [Text.assemble((f"{label}\n", "bold cyan"), plain(text), "\n") for label, text in sections if text]
+def _page(title: str, sections: Sequence[Section], style: str) -> Panel:
+    shown = [(label, text if isinstance(text, Text) else plain(text)) for label, text in sections if text]
+    parts = [Text.assemble((f"{label}\n", "bold cyan"), text, "\n") for label, text in shown]
     return Panel(Group(*parts), title=title, title_align="left", border_style=style)
+
+
+def _credit_sections(credit: Sequence[CreditStrip]) -> list[Section]:
+    """Return each strip, and the numbers of its most changed tokens."""
+    sections: list[Section] = []
+    for strip in credit:
+        cut = f", {strip.cut}" if strip.cut else ""
+        sections.append((f"token credit of the {strip.verdict} solution, read by {strip.way}{cut}", credit_text(strip)))
+        largest = "\n".join(f"{token.text.strip() or '(blank)'}: {token.title}" for token in strip.strongest[:8])
+        sections.append(("its most changed tokens: log-prob with the notes minus without, and effect", largest))
+    return sections
+
+
+def credit_text(strip: CreditStrip) -> Text:
+    """Return the tokens of a strip: blue where notes make them likelier, orange and underlined where less likely."""
+    text = Text()
+    for token in strip.tokens:
+        text.append(token.text.expandtabs(4), CREDIT_STYLE[token.level])
+    return text
 
 
 def _nats(value: float | None) -> str:
@@ -127,15 +156,16 @@ def rollouts_list(rows: Sequence[RolloutRow], width: int) -> RenderableType:
     return table
 
 
-def rollout_page(row: RolloutRow) -> RenderableType:
+def rollout_page(row: RolloutRow, credit: Sequence[CreditStrip] = ()) -> RenderableType:
     """Render one rollout in full."""
     known = {"verdict": row.verdict, "reward": _number(row.reward), "advantage": _number(row.advantage)}
     figures = [f"{name} {value}" for name, value in known.items() if value not in (None, "-")]
-    sections = [
+    sections: list[Section] = [
         ("question", row.question),
         ("rollout", row.text or "(empty)"),
         ("figures", ", ".join(figures)),
         ("other columns", "\n".join(f"{name}: {value}" for name, value in row.columns.items())),
+        *_credit_sections(credit),
     ]
     return _page(
         f"rollout {row.id}: row {row.row} of step {row.step}", sections, VERDICT_STYLE.get(str(row.verdict), "")

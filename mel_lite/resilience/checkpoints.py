@@ -139,7 +139,7 @@ class AtomicCheckpoints:
             checkpoint_files.set_aside_after(run_dir, state["step"])
             truncate_metrics(run_dir / "metrics.jsonl", state["step"])
             if state["last_experience_id"] is not None:
-                self._roll_back_store(path, run_dir, state["last_experience_id"])
+                self._roll_back_store(path, run_dir, state["last_experience_id"], state["step"])
 
     def _keep_unmarked(self, began: Mapping[str, str] | None, allow_change: Sequence[str]) -> None:
         """Continue a run that began without marked forks, such as an older release's, without them."""
@@ -149,7 +149,7 @@ class AtomicCheckpoints:
             self.lesson_context = replace(self.lesson_context, mark_fork=False)
             self.__dict__.pop("_inputs", None)
 
-    def _roll_back_store(self, path: Path, run_dir: Path, last_id: int) -> None:
+    def _roll_back_store(self, path: Path, run_dir: Path, last_id: int, steps: int) -> None:
         """Delete later experiences. A checkpoint of another folder continues with a new store: none is read back."""
         store: Any = self.store  # type: ignore[attr-defined]
         if path.resolve().parent != run_dir.resolve() and store.last_id() == 0:
@@ -159,7 +159,7 @@ class AtomicCheckpoints:
                     "experiences.sqlite, and new ones are stored in %s.", path, last_id, run_dir,
                 )  # fmt: skip
             return
-        store.truncate_after(last_id)
+        store.truncate_after(last_id, steps=steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_weights(Path(resume_from_checkpoint))

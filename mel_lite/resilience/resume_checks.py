@@ -29,7 +29,7 @@ FREE = (
     "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "run_name",
     "log_completions", "num_completions_to_print", "report_to", "grad_norm_every", "max_idle_steps", "on_collapse",
     "verifier_workers", "verifier_deadline_s", "dataloader_num_workers", "max_cache_tokens", "max_micro_batch_tokens",
-    "max_generated_tokens", "probe_max_diff",
+    "max_generated_tokens", "probe_max_diff", "token_credit_rollouts",
 )  # fmt: skip
 """Options of `train` that do not affect the steps a resumed run has already done."""
 ENGINE = ("engine", "fast_inference", "gpu_memory_utilization", "max_num_seqs", "max_lora_rank", "max_seq_length")

@@ -126,7 +126,7 @@ class CleanStop:
         for part, state in zip(self.stateful, boundary.parts, strict=True):
             part.load_state_dict(state)
         if self.accelerator.is_main_process and boundary.last_experience_id is not None:
-            self.store.truncate_after(boundary.last_experience_id)  # type: ignore[attr-defined]
+            self.store.truncate_after(boundary.last_experience_id, steps=boundary.step)  # type: ignore[attr-defined]
         set_rng_state(boundary.rng)
         self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
         message = f"Stopped. Saved checkpoint-{boundary.step} in {time.monotonic() - start_s:.1f} s; {resume}."

@@ -20,6 +20,7 @@ EXPERIENCE = """id step prompt_hash prompt answer right_text wrong_text right_in
 common_prefix_tokens analysis analysis_tokens bifurcation critique heuristic status reason leak_reasons redacted
 replay_verdicts replay_texts control_verdicts uplift nll_written nll_before nll_after trained_tokens written_at
 quote_start quote_end templates_version shift_nats""".split()
+CREDIT = "step rollout_index way verdict effect tokens shift_nats effects all_tokens".split()
 ROLLOUT = "id step row prompt question verdict reward advantage text columns".split()
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "browsing.md"
 
@@ -33,7 +34,7 @@ def call(*arguments: object, columns: int = 200) -> Any:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = make_run(tmp_path / "run", lessons=6)
+    folder = make_run(tmp_path / "run", lessons=6, credit=True)
     (folder / "completions").mkdir()
     rows = [
         {"prompt": "3 + 8?", "completion": f"It is {n}", "f": float(n == 11), "mel_verdict": verdict,
@@ -50,7 +51,9 @@ def test_json_of_experiences_has_the_documented_keys(run: Path) -> None:
     assert rows[0]["status"] == "kept" and rows[0]["replay_verdicts"] == ["right"] and rows[0]["step"] == 5
     found = json.loads(call("experiences", "search", "rule-4:", "--run", run, "--json").stdout)
     assert found == [rows[0]]
-    assert json.loads(call("experiences", "show", 5, "--run", run, "--json").stdout) == rows[0]
+    one = json.loads(call("experiences", "show", 5, "--run", run, "--json").stdout)
+    assert [list(each) for each in one["token_credit"]] == [CREDIT, CREDIT]
+    assert [each["rollout_index"] for each in one.pop("token_credit")] == [6, 4] and one == rows[0]
     kept = json.loads(call("experiences", "list", "--run", run, "--json", "--status", "leaked").stdout)
     assert [row["id"] for row in kept] == [3]
 
@@ -58,14 +61,16 @@ def test_json_of_experiences_has_the_documented_keys(run: Path) -> None:
 def test_json_of_rollouts_has_the_documented_keys(run: Path) -> None:
     rows = json.loads(call("rollouts", "list", "--run", run, "--json").stdout)
     assert list(rows[0]) == ROLLOUT and [row["verdict"] for row in rows] == ["right", "wrong"]
-    assert json.loads(call("rollouts", "show", "4.1", "--run", run, "--json").stdout) == rows[1]
+    assert json.loads(call("rollouts", "show", "4.1", "--run", run, "--json").stdout) == rows[1] | {"token_credit": []}
     assert json.loads(call("rollouts", "search", "IS 12", "--run", run, "--json").stdout) == [rows[1]]
     for option, wanted in (("--right", rows[:1]), ("--wrong", rows[1:])):
         assert json.loads(call("rollouts", "list", "--run", run, "--step", 4, option, "--json").stdout) == wanted
     assert json.loads(call("rollouts", "list", "--run", run, "--task", "minus", "--json").stdout) == []
 
 
-@pytest.mark.parametrize(("part", "keys"), [("an experience", EXPERIENCE), ("a rollout", ROLLOUT)])
+@pytest.mark.parametrize(
+    ("part", "keys"), [("an experience", EXPERIENCE), ("a rollout", ROLLOUT), ("token credit", CREDIT)]
+)
 def test_the_page_documents_every_key(part: str, keys: list[str]) -> None:
     section = re.search(rf"<!-- keys of {part} -->\n(.*?)\n\n", DOCS.read_text(), re.DOTALL)
     assert section is not None

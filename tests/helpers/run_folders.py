@@ -9,7 +9,7 @@ from typing import Any
 
 from experiences import experience
 from mel_lite.evaluate import EvalResult, Interval, PromptScore
-from mel_lite.lessons.store import ExperienceStore
+from mel_lite.lessons.store import Effect, ExperienceStore, TokenCredit
 from mel_lite.recipe import resolve
 from mel_lite.types import MetaExperience, Replay, Rollout, Status, Verdict
 
@@ -59,6 +59,17 @@ def lesson(step: int, *, status: Status = Status.KEPT, hostile: bool = False) ->
     )
 
 
+def token_credit(step: int) -> list[TokenCredit]:
+    """Token credit of both rollouts of `lesson(step - 1)`: of their first line, and of a hostile token."""
+    tokens = ("First", ",", " 3", " +", " 8", " =", " 11", ".", "\n", HOSTILE)
+    shift_nats = (0.0, 0.05, 0.2, 0.5, 2.0, 4.0, -0.2, -0.5, -2.0, -4.0)
+    effects = (1.0, 1.01, 1.1, 1.25, 1.5, 2.0, 0.9, 0.75, 0.5, 0.1)
+    return [
+        TokenCredit(step, index, "credit", verdict, Effect.FACTOR, tokens, shift_nats, effects, 20)
+        for index, verdict in ((4, Verdict.RIGHT), (6, Verdict.WRONG))
+    ]
+
+
 def metrics(steps: int, *, every: int = 1, tokens: float = 100.0) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl in which step i has a pass rate of i / steps and takes 3 seconds."""
     return [
@@ -85,6 +96,7 @@ def make_run(
     before: list[int] | None = None,
     after: list[int] | None = None,
     rows: list[dict[str, Any]] | None = None,
+    credit: bool = False,
     **options: Any,
 ) -> Path:
     """A finished run of the preset `cpu` with `options` of its section `train`."""
@@ -103,5 +115,7 @@ def make_run(
         with ExperienceStore(folder / "experiences.sqlite") as store:
             ids = store.add(made)
             store.set_nll(ids[:1], before=[0.412], after=[0.387])
+            if credit:
+                store.add_credit([each for step in range(1, lessons + 1) for each in token_credit(step)])
     (folder / "adapter").mkdir()
     return folder

@@ -36,7 +36,7 @@ def test_files_that_are_no_store_are_named(tmp_path: Path) -> None:
     ExperienceStore(newer).close()
     sqlite3.connect(newer, isolation_level=None).execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"schema version is 4, but this release of mel-lite reads 3"):
+        with pytest.raises(StoreError, match=r"schema version is 5, but this release of mel-lite reads 4"):
             ExperienceStore(newer, read_only=read_only)
 
     foreign = tmp_path / "foreign.sqlite"
@@ -140,7 +140,7 @@ def test_readers_see_whole_steps_while_another_process_writes(tmp_path: Path, wr
 
 
 def test_a_reader_in_no_hurry_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mel_lite.lessons.store.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("mel_lite.lessons.store.store.BUSY_TIMEOUT_S", 0.05)
     with ExperienceStore(tmp_path / "experiences.sqlite") as store:
         store.add([experience(), experience()])
         reader = sqlite3.connect(store.path)
@@ -164,7 +164,7 @@ def test_a_killed_writer_leaves_whole_steps(tmp_path: Path, writer: subprocess.P
 
 
 def test_a_locked_store_is_an_error_a_user_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mel_lite.lessons.store.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("mel_lite.lessons.store.store.BUSY_TIMEOUT_S", 0.05)
     with ExperienceStore(tmp_path / "experiences.sqlite") as first, ExperienceStore(first.path) as second:
         first._db.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match=r"database is locked. .*no other run writes to this folder"):

@@ -22,7 +22,8 @@ WIDTHS = (390, 1280)
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with 40 lessons, the first of them hostile, on the page of a finished run."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    make_run(folder, steps=60, lessons=40, hostile=True, before=[0, 1, 2, 3] * 5, after=[1, 2, 3, 4] * 5)
+    make_run(folder, steps=60, lessons=40, hostile=True, before=[0, 1, 2, 3] * 5, after=[1, 2, 3, 4] * 5,
+             credit=True)  # fmt: skip
     return write_report(folder)
 
 
@@ -125,21 +126,26 @@ def test_the_fork_and_the_quote_are_marked(browser: Any, page_file: Path) -> Non
 
 
 def contrast(page: Any, selector: str) -> float:
-    """WCAG contrast of an element's text with the nearest background that is not transparent."""
+    """WCAG contrast of an element's text with the backgrounds behind it, painted over each other."""
     return float(
         page.locator(selector).first.evaluate(
             """(element) => {
-            const rgb = (text) => text.match(/[0-9.]+/g).map(Number);
-            const light = (c) => c.slice(0, 3).map((v) => v / 255)
+            const light = (c) => [...c].slice(0, 3).map((v) => v / 255)
               .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
               .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-            let behind = element;
-            while (behind.parentElement && (rgb(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0)
-              behind = behind.parentElement;
+            const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+            const over = (color) => {
+              paint.fillStyle = color;
+              paint.fillRect(0, 0, 1, 1);
+              return light(paint.getImageData(0, 0, 1, 1).data);
+            };
+            const layers = [];
+            for (let each = element; each; each = each.parentElement)
+              layers.unshift(getComputedStyle(each).backgroundColor);
+            const behind = layers.map(over).at(-1);
             const style = getComputedStyle(element);
-            const front = element.namespaceURI.includes('svg') ? style.fill : style.color;
-            const [a, b] = [light(rgb(front)), light(rgb(getComputedStyle(behind).backgroundColor))];
-            return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+            const front = over(element.namespaceURI.includes('svg') ? style.fill : style.color);
+            return (Math.max(front, behind) + 0.05) / (Math.min(front, behind) + 0.05);
             }"""
         )
     )
@@ -154,6 +160,36 @@ def test_texts_can_be_read_in_light_and_dark(browser: Any, page_file: Path, sche
         for selector in ("h1", ".small", ".meaning", "figure svg text", "td", ".tag.kept", ".lesson pre", ".same"):
             assert contrast(page, selector) >= 4.5, selector
         assert said == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_token_credit_is_a_heat_strip_with_numbers(browser: Any, page_file: Path, scheme: str) -> None:
+    with opened(browser, page_file, color_scheme=scheme) as (page, said):
+        lesson = page.locator(".lesson[data-status=kept]").first
+        lesson.locator("summary").first.click()
+        assert lesson.locator(".strip").count() == 2
+        tokens = lesson.locator(".strip").first.locator(".heat")
+        assert [token.split("<")[0] for token in tokens.all_text_contents()] == [
+            "First", ",", " 3", " +", " 8", " =", " 11", ".", "\n", "",
+        ]  # fmt: skip
+        assert "<script>document.title='owned'</script>" in tokens.last.inner_text()
+        assert tokens.nth(5).get_attribute("title") == "+4.00 nats, advantage \u00d7 2.00"
+        marks = [f"{sign}{level}" for sign in ("up", "down") for level in (1, 2, 3, 4)]
+        looks = [
+            lesson.locator(f".strip .{mark}").first.evaluate(
+                "(e) => [getComputedStyle(e).backgroundColor, getComputedStyle(e).borderBottomStyle].join()"
+            )
+            for mark in marks
+        ]
+        assert len(set(looks)) == 8 and [look.split(",")[-1] for look in looks] == ["solid"] * 4 + ["dotted"] * 4
+        for mark in marks:
+            assert contrast(page, f".lesson[open] .strip .{mark}") >= 4.5, mark
+        numbers = lesson.locator(".numbers").first
+        assert not numbers.locator("table").is_visible()
+        numbers.locator("summary").click()
+        cells = [row.locator("th, td").all_inner_texts() for row in numbers.locator("tbody tr").all()]
+        assert cells[0] == ["=", "6", "+4.00 nats", "advantage \u00d7 2.00"] and len(cells) == 10
+        assert page.title() == "MEL-Lite: run" and said == []
 
 
 def test_without_javascript_everything_is_there(browser: Any, page_file: Path) -> None:

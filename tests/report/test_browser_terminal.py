@@ -140,6 +140,22 @@ def test_the_pair_is_side_by_side_where_there_is_room(tmp_path: Path, width: int
     play(make_run(tmp_path / "run", lessons=2), keys, size=(width, 24))
 
 
+def test_token_credit_takes_the_place_of_the_marks(tmp_path: Path) -> None:
+    async def keys(opened: Browser, pilot: Pilot[None]) -> None:
+        await press(pilot, "c")
+        wrong = opened.query_one("#wrong", Static)
+        assert text(opened, "wrong").startswith(
+            "credit: blue is likelier with the notes, orange less likely\nFirst, 3 + 8 = 11.\n"
+        )
+        assert "[the first 10 of 20 tokens]" in text(opened, "wrong") and "\x1b" not in text(opened, "wrong")
+        styles = {str(wrong.content)[s.start : s.end]: str(s.style) for s in wrong.content.spans}  # type: ignore[union-attr]
+        assert (styles[" ="], styles[" 11"]) == ("bold black on dodger_blue1", "underline dark_orange")
+        await press(pilot, "c")
+        assert "here they part" in text(opened, "wrong")
+
+    play(make_run(tmp_path / "run", lessons=2, credit=True), keys)
+
+
 def test_hostile_texts_are_shown_as_text(tmp_path: Path) -> None:
     async def keys(opened: Browser, pilot: Pilot[None]) -> None:
         for name in ("head", "wrong", "right", "lesson"):

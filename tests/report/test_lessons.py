@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mel_lite.lessons.fork import find_fork
-from mel_lite.lessons.store import ExperienceStore
-from mel_lite.report.lessons import chosen, credit_strip, marked, view
-from mel_lite.types import Status
+from mel_lite.lessons.store import Effect, ExperienceStore, TokenCredit
+from mel_lite.report.credit import strips, strips_of
+from mel_lite.report.lessons import chosen, marked, view
+from mel_lite.types import Status, Verdict
 from run_folders import WRONG, lesson
 
 
@@ -74,7 +75,42 @@ def test_kept_lessons_come_first_where_not_all_have_room(tmp_path: Path) -> None
     assert len(chosen(only_dropped, 8)) == 8 and chosen(rows, 0) == []
 
 
+def credit(**changes: Any) -> TokenCredit:
+    values: dict[str, Any] = {
+        "step": 1, "rollout_index": 6, "way": "credit", "verdict": Verdict.WRONG, "effect": Effect.FACTOR,
+        "tokens": ("a", "b", "c", "d\u202e", "e"), "shift_nats": (3.5, -1.0, 0.29, 0.09, -0.1),
+        "effects": (1.9, 0.45, 1.1, 1.0, 1.0), "all_tokens": 5,
+    }  # fmt: skip
+    return TokenCredit(**values | changes)
+
+
 def test_credit_is_marked_by_its_size_and_sign() -> None:
-    strip = credit_strip([("a", 2.0), ("b", -1.0), ("c", 0.1), ("d\u202e", 0.0)])
-    assert [(s.text, s.classes) for s in strip] == [("a", "up4"), ("b", "down2"), ("c", ""), ("d\ufffd", "")]
-    assert credit_strip([("a", 0.0)])[0].classes == "" and credit_strip(()) == ()
+    (strip,) = strips([credit()])
+    assert [(t.number, t.text, t.mark) for t in strip.tokens] == [
+        (1, "a", "up4"), (2, "b", "down3"), (3, "c", "up1"), (4, "d\ufffd", ""), (5, "e", "down1"),
+    ]  # fmt: skip
+    assert strip.tokens[0].title == "+3.50 nats, advantage \u00d7 1.90" and strip.cut == ""
+    assert [token.number for token in strip.strongest] == [1, 2, 3, 5, 4]
+    added, taught = strips(
+        [credit(effect=Effect.ADDED), credit(effect=Effect.TAUGHT, effects=(1.0, 0.0, 1.0, 1.0, 0.0))]
+    )
+    assert added.tokens[1].effect == "advantage +0.45"
+    assert [token.effect for token in taught.tokens[:2]] == ["taught", "not taught"]
+
+
+def test_a_long_strip_is_cut_and_says_so() -> None:
+    (strip,) = strips([credit(tokens=("a",) * 500, shift_nats=tuple(i / 100 for i in range(500)), effects=(1.0,) * 500,
+                              all_tokens=1200)])  # fmt: skip
+    assert len(strip.tokens) == 400 and strip.cut == "the first 400 of 1,200 tokens"
+    assert [token.number for token in strip.strongest] == list(range(400, 380, -1))
+
+
+def test_a_lesson_has_the_credit_of_its_own_rollouts(tmp_path: Path) -> None:
+    with ExperienceStore(tmp_path / "store.sqlite") as store:
+        store.add([lesson(0)])
+        rows = [credit(rollout_index=i, step=step) for step, i in ((1, 4), (1, 6), (1, 5), (2, 6))]
+        store.add_credit([rows[0], rows[1], replace(rows[1], way="distill"), *rows[2:]])
+        row = store.get(1)
+        found = view(row, strips_of(row, store)).credit
+    assert [(strip.way, strip.all_tokens) for strip in found] == [("credit", 5), ("distill", 5), ("credit", 5)]
+    assert view(row).credit == ()

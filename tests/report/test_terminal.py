@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
+from mel_lite.report.credit import strips
 from mel_lite.report.rollouts import RolloutRow
-from mel_lite.report.terminal import experience_page, experiences_list, plain, rollout_page, rollouts_list
+from mel_lite.report.terminal import credit_text, experience_page, experiences_list, plain, rollout_page, rollouts_list
 from mel_lite.types import Span, Status
-from run_folders import HOSTILE, WRONG, lesson
+from run_folders import HOSTILE, WRONG, lesson, token_credit
 
 
 def shown(renderable: Any, width: int = 100) -> str:
@@ -70,6 +71,19 @@ def test_a_rollout_is_shown_with_its_figures() -> None:
     bare = replace(ROLLOUT, verdict=None, reward=None, advantage=None, text="", columns={})
     page = shown(rollout_page(bare), 200)
     assert "(empty)" in page and "figures" not in page and "other columns" not in page
+
+
+def test_token_credit_is_shown_with_its_largest_numbers(tmp_path: Path) -> None:
+    row, credit = row_of(tmp_path, lesson(0)), strips(token_credit(1))
+    for page in (experience_page(row, credit), rollout_page(ROLLOUT, credit)):
+        text = shown(page, 200)
+        assert text.count("solution, read by credit, the first 10 of 20 tokens") == 2
+        assert "First, 3 + 8 = 11." in text and "=: +4.00 nats, advantage \u00d7 2.00" in text
+        assert "\x1b" not in text and "\u202e" not in text
+    strip = credit_text(credit[0])
+    styles = [str(span.style) for span in strip.spans]
+    assert styles[1:4] == ["bold dodger_blue1", "black on dodger_blue1", "bold black on dodger_blue1"]
+    assert "token credit" not in shown(experience_page(row))
 
 
 def test_model_text_has_neither_markup_nor_control_characters() -> None:

@@ -24,9 +24,11 @@ from mel_lite.lessons.internalise.protocol import (
     Internalisation,
     RolloutBatch,
     ScoredMicroBatch,
+    TokenReading,
     checked_entries,
     deal_lessons,
 )
+from mel_lite.lessons.internalise.token_credit import token_credit
 from mel_lite.lessons.reading import Reading, Scorer
 from mel_lite.text import did_you_mean
 
@@ -114,7 +116,9 @@ __all__ = [
     "RolloutBatch",
     "ScoredMicroBatch",
     "Scorer",
+    "TokenReading",
     "checked_entries",
     "deal_lessons",
     "get_internalisation",
+    "token_credit",
 ]

@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch, ScoredMicroBatch
+from mel_lite.lessons.internalise.protocol import (
+    DrawnBatch,
+    Internalisation,
+    RolloutBatch,
+    ScoredMicroBatch,
+    TokenReading,
+)
 from mel_lite.lessons.reading import Scorer
 from mel_lite.types import Lesson
 
@@ -31,6 +37,7 @@ class Combined(Internalisation):
         self.texts_per_experience = sum(way.texts_per_experience for way in self.ways)
         self.needs_every_rollout = any(way.needs_every_rollout for way in self.ways)
         self.needs_replay = any(way.needs_replay for way in self.ways)
+        self.reads_tokens = any(way.reads_tokens for way in self.ways)
 
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         return [replace(lesson, way=i) for i, way in enumerate(self.ways) for lesson in way.lessons(drawn)]
@@ -70,3 +77,7 @@ class Combined(Internalisation):
 
     def metrics(self) -> dict[str, float]:
         return {name: value for way in self.ways for name, value in way.metrics().items()}
+
+    def token_readings(self) -> list[TokenReading]:
+        ways = zip(self.names, self.ways, strict=True)
+        return [replace(reading, way=name) for name, way in ways for reading in way.token_readings()]

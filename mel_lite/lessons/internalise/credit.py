@@ -16,9 +16,10 @@ from mel_lite.lessons.internalise.notes import (
     teacher_texts,
 )
 from mel_lite.lessons.internalise.options import check_flag, check_number, check_option
-from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch
+from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch, TokenReading
 from mel_lite.lessons.pairs import fork_token
 from mel_lite.lessons.reading import Scorer
+from mel_lite.lessons.store import Effect
 from mel_lite.types import Verdict
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Credit(Internalisation):
     Raises: ConfigError for an option outside its range. Source: docs/internalisation.md.
     """
 
+    reads_tokens = True
+
     def __init__(
         self,
         *,
@@ -60,9 +63,13 @@ class Credit(Internalisation):
         self.uses_bank = context == NoteSource.BANK
         self.writes_lessons = context != NoteSource.SIBLING
         self._metrics: dict[str, float] = {}
+        self._readings: list[TokenReading] = []
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
+
+    def token_readings(self) -> list[TokenReading]:
+        return self._readings
 
     def batch_entries(self, drawn: DrawnBatch, batch: RolloutBatch, score: Scorer) -> dict[str, Tensor]:
         import torch
@@ -79,14 +86,17 @@ class Credit(Internalisation):
         logps = score.logps([text for pair in pairs.values() for text in pair])
         out_BC = batch.token_advantages()
         moved = []
+        self._readings = []
         for n, i in enumerate(pairs):
             rollout = batch.rows[i][1]
             sign = 1.0 if rollout.verdict is Verdict.RIGHT else -1.0
-            evidence_T = torch.tanh((logps[2 * n] - logps[2 * n + 1]) / self.tau_nats)
+            shift_T = logps[2 * n] - logps[2 * n + 1]
+            evidence_T = torch.tanh(shift_T / self.tau_nats)
             factor_T = (1 + drawn.weight * self.strength * sign * evidence_T).clamp(LEAST, MOST)
             if self.from_fork:
                 factor_T[: fork_token(drawn.group_of(rollout), rollout)] = 1.0
             out_BC[i, : len(factor_T)] *= factor_T
+            self._readings.append(TokenReading(i, "credit", shift_T, Effect.FACTOR, factor_T))
             moved.append(float((factor_T - 1).abs().mean()))
         self._metrics = {
             "mel/credited_rows": len(pairs),

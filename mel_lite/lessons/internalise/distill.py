@@ -21,9 +21,16 @@ from mel_lite.lessons.internalise.notes import (
     teacher_texts,
 )
 from mel_lite.lessons.internalise.options import check_flag, check_number, check_option
-from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, RolloutBatch, ScoredMicroBatch
+from mel_lite.lessons.internalise.protocol import (
+    DrawnBatch,
+    Internalisation,
+    RolloutBatch,
+    ScoredMicroBatch,
+    TokenReading,
+)
 from mel_lite.lessons.pairs import fork_token
 from mel_lite.lessons.reading import Scorer
+from mel_lite.lessons.store import Effect
 from mel_lite.types import Choice, Lesson, Verdict
 
 if TYPE_CHECKING:
@@ -63,6 +70,8 @@ class Distill(Internalisation):
 
     Raises: ConfigError for an option outside its range. Source: docs/internalisation.md.
     """
+
+    reads_tokens = True
 
     def __init__(
         self,
@@ -105,9 +114,13 @@ class Distill(Internalisation):
         self.teacher_states = (form == DistillForm.KL) + (mask == TokenMask.SHIFT)
         self.needs_frozen_reader = self.frozen
         self._metrics: dict[str, float] = {}
+        self._readings: list[TokenReading] = []
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
+
+    def token_readings(self) -> list[TokenReading]:
+        return self._readings
 
     def batch_entries(self, drawn: DrawnBatch, batch: RolloutBatch, score: Scorer) -> dict[str, Tensor]:
         notes = notes_of(drawn, batch, self.context, per_prompt=self.per_prompt, shuffled=self.shuffled)
@@ -123,6 +136,9 @@ class Distill(Internalisation):
         }
         if self.form == DistillForm.SAMPLED:
             return self._advantages(drawn, batch, taught)
+        self._readings = [
+            TokenReading(each.row, "distill", each.gain_T, Effect.TAUGHT, each.use_T.float()) for each in taught
+        ]
         return _teachers(batch, taught)
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
@@ -175,9 +191,11 @@ class Distill(Internalisation):
         import torch
 
         out_BC = batch.token_advantages()
+        self._readings = []
         for each in taught:
-            extra_T = torch.where(each.use_T, each.gain_T.clamp(-self.clip_nats, self.clip_nats), 0.0)
-            out_BC[each.row, : len(extra_T)] += drawn.weight * extra_T
+            extra_T = drawn.weight * torch.where(each.use_T, each.gain_T.clamp(-self.clip_nats, self.clip_nats), 0.0)
+            out_BC[each.row, : len(extra_T)] += extra_T
+            self._readings.append(TokenReading(each.row, "distill", each.gain_T, Effect.ADDED, extra_T))
         return {"advantages": out_BC}
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mel_lite.errors import ConfigError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.reading import Scorer
+from mel_lite.lessons.store import Effect
 from mel_lite.types import Experience, Group, Lesson, LessonShare, Rollout, Status
 
 if TYPE_CHECKING:
@@ -94,6 +95,22 @@ class ScoredMicroBatch:
     """KL(policy || teacher) in nats at the positions of `teacher_mask`, with a gradient; None without that entry."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenReading:
+    """What notes made of each token of a rollout."""
+
+    row: int
+    """Row of the rollout in the batch."""
+    way: str
+    """Name of the internalization."""
+    shift_T: Tensor
+    """log pi with the notes minus log pi without them, in nats."""
+    effect: Effect
+    """Unit of `effect_T`."""
+    effect_T: Tensor
+    """What the way did with each token."""
+
+
 class Internalisation:
     """One way for lessons to enter the weights. Override what the way needs; the defaults are no-ops."""
 
@@ -117,6 +134,9 @@ class Internalisation:
     needs_frozen_reader: bool = False
     """It reads with the policy as it was at the start of the run."""
 
+    reads_tokens: bool = False
+    """It reads rollouts with and without notes, and `token_readings` tells what it read."""
+
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         """Return the texts to train on. Every rank gets the same `drawn` and must return the same list."""
         return []
@@ -133,6 +153,10 @@ class Internalisation:
     def metrics(self) -> dict[str, float]:
         """Return numbers about this rank's last batch; their means over the ranks that return them are logged."""
         return {}
+
+    def token_readings(self) -> list[TokenReading]:
+        """Return what this rank's last batch was told about its tokens, for people to see."""
+        return []
 
     def loss(self, scored: ScoredMicroBatch) -> Tensor | None:
         """Return the weighted loss to add, or None.

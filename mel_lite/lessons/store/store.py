@@ -21,7 +21,9 @@ from typing import Self
 
 from mel_lite.errors import StoreError
 from mel_lite.files import replacing
-from mel_lite.lessons.store_rows import (
+from mel_lite.lessons.store import credit
+from mel_lite.lessons.store.credit import TokenCredit
+from mel_lite.lessons.store.rows import (
     ADDED,
     COLUMNS,
     SCHEMA,
@@ -45,6 +47,7 @@ BUSY_TIMEOUT_S = 30.0
 
 Rows = list[ExperienceRow]
 Outlines = list[Outline]
+Credits = list[TokenCredit]
 Ids = list[int]
 
 
@@ -100,13 +103,15 @@ class ExperienceStore:
                     for column in ADDED[version]:
                         self._db.execute(f"ALTER TABLE experiences ADD COLUMN {column}")
                     self._db.execute(f"PRAGMA user_version = {version + 1}")
+                self._db.execute(credit.SCHEMA)
         version = self._version()
         if version not in (*ADDED, SCHEMA_VERSION):
             raise StoreError(
                 f"experience store {self.path}: its schema version is {version}, but this release of mel-lite reads "
                 f"{SCHEMA_VERSION}. Use the release that wrote it, or another output folder."
             )
-        # A reader cannot add the columns that the file of an older release lacks.
+        # A reader cannot add the columns and the table that the file of an older release lacks.
+        self._has_credit = bool(self._db.execute("SELECT * FROM sqlite_master WHERE name = 'token_credit'").fetchone())
         found = {name for _, name, *_ in self._db.execute("PRAGMA table_info(experiences)")}
         self._columns = {name: name if name in found else f"NULL AS {name}" for name in COLUMNS}
 
@@ -180,8 +185,25 @@ class ExperienceStore:
                     if self._db.execute(sql, (value, id_)).rowcount != 1:
                         raise self._no_such_row(id_)
 
-    def truncate_after(self, id_: int) -> int:
+    def add_credit(self, rows: Sequence[TokenCredit]) -> None:
+        """Write the token credit of rollouts in one transaction. It replaces that of the same step, rollout and way."""
+        marks = ", ".join("?" * len(credit.COLUMNS))
+        with self._errors(), self._transaction():
+            self._db.executemany(f"INSERT OR REPLACE INTO token_credit VALUES ({marks})", map(credit.to_values, rows))
+
+    def credit(self, step: int, rollouts: Sequence[int]) -> Credits:
+        """Return the token credit of some rollouts of a step, counted from 1, in their order and by name of the way."""
+        if not self._has_credit:
+            return []
+        sql = f"SELECT {', '.join(credit.COLUMNS)} FROM token_credit WHERE step = ? AND rollout_index = ? ORDER BY way"
+        with self._reading():
+            found = [values for index in rollouts for values in self._db.execute(sql, (step - 1, index))]
+            return [credit.to_credit(values) for values in found]
+
+    def truncate_after(self, id_: int, *, steps: int | None = None) -> int:
         """Delete the rows after `id_` (0 = all), which a resumed run writes again. Returns: the number of deleted rows.
+
+        Also deletes the token credit of all steps after the first `steps`; None deletes none.
 
         Raises: StoreError when the store ends before `id_`, so that rows of the checkpoint are missing.
         """
@@ -192,6 +214,8 @@ class ExperienceStore:
                 f"{last}. Restore the store of that run, or start a new run in another output folder."
             )
         with self._errors(), self._transaction():
+            if steps is not None:
+                self._db.execute("DELETE FROM token_credit WHERE step >= ?", (steps,))
             return self._db.execute("DELETE FROM experiences WHERE id > ?", (id_,)).rowcount
 
     def last_id(self) -> int:
@@ -240,12 +264,18 @@ class ExperienceStore:
         return {status: counts.get(status.value, 0) for status in Status}
 
     def digest(self) -> str:
-        """Return the SHA-256 of all rows without `written_at`. It is equal for an uninterrupted and a resumed run."""
+        """Return the SHA-256 of all rows without `written_at`, and of the token credit.
+
+        It is equal for an uninterrupted and a resumed run.
+        """
         names = ", ".join(selected for name, selected in self._columns.items() if name != "written_at")
         sha = hashlib.sha256()
         with self._errors():
             for row in self._db.execute(f"SELECT {names} FROM experiences ORDER BY id"):
                 sha.update(json.dumps(row).encode() + b"\n")
+            if self._has_credit:
+                for row in self._db.execute("SELECT * FROM token_credit ORDER BY step, rollout_index, way"):
+                    sha.update(json.dumps(row).encode() + b"\n")
         return sha.hexdigest()
 
     def export(self, path: str | Path, *, status: Status | str | None = None) -> int:
@@ -301,4 +331,4 @@ class ExperienceStore:
         self.close()
 
 
-__all__ = ["FILE_NAME", "SCHEMA_VERSION", "ExperienceRow", "ExperienceStore", "Outline"]
+__all__ = ["FILE_NAME", "ExperienceStore"]

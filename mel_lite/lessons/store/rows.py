@@ -12,9 +12,11 @@ from typing import Any
 
 from mel_lite.types import Experience, Prompt, Span, Status, Verdict
 
-SCHEMA_VERSION = 3
-ADDED = {1: ("quote_start INTEGER", "quote_end INTEGER", "templates_version TEXT"), 2: ("shift_nats REAL",)}
-"""Columns that the next version adds to each; all may be NULL."""
+SCHEMA_VERSION = 4
+ADDED: dict[int, tuple[str, ...]] = {
+    1: ("quote_start INTEGER", "quote_end INTEGER", "templates_version TEXT"), 2: ("shift_nats REAL",), 3: (),
+}  # fmt: skip
+"""Columns that the next version adds to each; all may be NULL. Version 4 adds the table of token credit."""
 
 # Without AUTOINCREMENT, SQLite gives a new row the id max(id) + 1. So after `truncate_after`, a resumed run assigns the
 # same ids as the uninterrupted run.
