@@ -20,37 +20,37 @@ class DifficultyMemory:
 
     def __init__(self, after: int, batches: int) -> None:
         self.after, self.batches = after, batches
-        self._rows: dict[str, list[int]] = {}
+        self._streaks: dict[str, list[int]] = {}
         """By prompt hash: outcome (1 solved, -1 failed), groups in a row, rests so far, first batch after the rest."""
 
     def rests(self, prompt_hash: str, batch: int) -> bool:
         """Return True while the prompt rests at this generation batch."""
-        return prompt_hash in self._rows and batch < self._rows[prompt_hash][3]
+        return prompt_hash in self._streaks and batch < self._streaks[prompt_hash][3]
 
     def resting(self, batch: int) -> int:
         """Return the number of prompts that rest at this generation batch."""
-        return sum(batch < row[3] for row in self._rows.values())
+        return sum(batch < row[3] for row in self._streaks.values())
 
     def saw(self, group: Group, batch: int) -> None:
         """Count a group that was sampled at this generation batch."""
         key, outcome = group.prompt_hash, _outcome(group.rollouts)
         if outcome == 0:
-            self._rows.pop(key, None)
+            self._streaks.pop(key, None)
             return
-        before, streak, rests, until = self._rows.get(key, (outcome, 0, 0, 0))
+        before, streak, rests, until = self._streaks.get(key, (outcome, 0, 0, 0))
         if before != outcome:
             streak, rests, until = 0, 0, 0
         streak += 1
         if streak >= self.after:
             until = batch + 1 + self.batches * 2 ** min(rests, MOST_DOUBLINGS)
             streak, rests = self.after - 1, rests + 1  # back from its rest, one more such group is enough
-        self._rows[key] = [outcome, streak, rests, until]
+        self._streaks[key] = [outcome, streak, rests, until]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"difficulty_memory": self._rows}
+        return {"difficulty_memory": self._streaks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rows = {key: list(row) for key, row in state.get("difficulty_memory", {}).items()}
+        self._streaks = {key: list(row) for key, row in state.get("difficulty_memory", {}).items()}
 
 
 def _outcome(rollouts: Sequence[Rollout]) -> int:

@@ -100,7 +100,7 @@ class DynamicSampling:
                 self.memory.saw(group, batch)
         chosen = sorted(drawn, key=_varies, reverse=True)[:needed]  # stable: in drawing order
         self._hand_over(scored, [each for group in chosen for each in group])
-        trainer.add_metrics(self._metrics(drawn, needed, rounds, batch))
+        trainer.add_metrics(self._counts(drawn, needed, rounds, batch))
 
     def take(self) -> Generated | None:
         """Return what the batch being filled has sampled already, once; None when TRL is to generate."""
@@ -120,17 +120,17 @@ class DynamicSampling:
                 seen.add(key)
                 yield row
 
-    def _step(self) -> int:
+    def _fewest(self) -> int:
         """Return the least number of groups whose completions divide evenly among ranks."""
         world: int = self._trainer.accelerator.num_processes
         return world // math.gcd(world, self._trainer.num_generations)
 
     def _rounded(self, groups: int) -> int:
-        return -(-groups // self._step()) * self._step()
+        return -(-groups // self._fewest()) * self._fewest()
 
     def _share_out(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return as many of the rows as divide evenly among ranks."""
-        return rows[: len(rows) // self._step() * self._step()]
+        return rows[: len(rows) // self._fewest() * self._fewest()]
 
     def _draw(self, asked: Sequence[dict[str, Any]], *, first: int) -> list[list[Candidate]]:
         """Sample, judge and reward G completions of each row; returns the groups of all ranks."""
@@ -183,7 +183,7 @@ class DynamicSampling:
             [],
         )
 
-    def _metrics(self, drawn: Sequence[Sequence[Candidate]], needed: int, rounds: int, batch: int) -> dict[str, float]:
+    def _counts(self, drawn: Sequence[Sequence[Candidate]], needed: int, rounds: int, batch: int) -> dict[str, float]:
         everything = [each for group in drawn for each in group]
         rewards = [each.rollout.reward for each in everything if not math.isnan(each.rollout.reward)]
         varied = sum(map(_varies, drawn))

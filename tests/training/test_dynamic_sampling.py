@@ -130,7 +130,7 @@ def test_prompts_at_rest_are_not_asked(tmp_path: Path) -> None:
 
     trainer.dynamic_sampling._draw = spy
     trainer.train()
-    flat = {key for key, row in trainer.dynamic_sampling.memory._rows.items() if row[3]}
+    flat = {key for key, row in trainer.dynamic_sampling.memory._streaks.items() if row[3]}
     assert len(flat) == 5
     assert all(sum(key in asked for asked in batches) == 1 for key in flat)
     assert len(batches) == 8 and all(len(asked) == 2 for asked in batches)
