@@ -20,7 +20,7 @@ from mel_lite.types import (
     ReplayCriterion,
 )
 from mel_lite.verify.thoughts import parse_tags
-from mel_lite.verify.verifiers import BUILT_IN, callable_name
+from mel_lite.verify.verifiers import BUILT_IN, PassedFunction, callable_name
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -47,19 +47,6 @@ def _choice(default: Choice, help_text: str) -> Any:
     """Return the field of an option with a fixed set of values; its help text ends with what each value means."""
     meanings = " ".join(f"`{choice}`: {choice.__doc__}" for choice in type(default))
     return _option(default.value, f"{help_text} {meanings}", tuple(choice.value for choice in type(default)))
-
-
-class _Function:
-    """A function within a copied or pickled config: a copy holds the function, a pickle its name."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __deepcopy__(self, _: Any) -> _Function:
-        return self
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (callable_name(self.function),)
 
 
 @dataclass
@@ -152,6 +139,16 @@ class MELConfig(GRPOConfig):
         "With a bank, write no lesson for a question when lessons of score 1 and above mention at least this share of "
         "its words (numbers and stop words do not count). None: always write.",
     )
+    engine_url: str | None = _option(
+        None,
+        "Address of a vLLM server that samples, such as `http://localhost:8000` (docs/engines.md). `mel-lite train` "
+        "also needs `model.engine: vllm-server`. None: the model in this process samples.",
+    )
+    engine_exchange: str | None = _option(
+        None,
+        "Folder for adapters that the server at `engine_url` sees under the same path. None = `engine_adapters` in the "
+        "output folder.",
+    )
     max_cache_tokens: int | None = _option(
         None,
         "Maximum KV-cache tokens while sampling; further sequences are queued. A sequence counts at full length. "
@@ -224,11 +221,11 @@ class MELConfig(GRPOConfig):
         return options
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"verifier": _Function(self.verifier)} if callable(self.verifier) else {})
+        return self.__dict__ | ({"verifier": PassedFunction(self.verifier)} if callable(self.verifier) else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = state.get("verifier")
-        self.__dict__.update(state | ({"verifier": kept.function} if isinstance(kept, _Function) else {}))
+        self.__dict__.update(state | ({"verifier": kept.function} if isinstance(kept, PassedFunction) else {}))
 
     def _rename_deprecated(self) -> None:
         if self.mel_train_on is None:

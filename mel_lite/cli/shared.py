@@ -48,8 +48,8 @@ ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that override
 EngineOption = Annotated[
     str | None,
     typer.Option(
-        help="Engine that loads the model and samples: auto, unsloth or hf. Default: auto.",
-        autocompletion=completing("auto", "unsloth", "hf"),
+        help="Engine that loads the model and samples: auto, unsloth, hf or vllm-server. Default: auto.",
+        autocompletion=completing("auto", "unsloth", "hf", "vllm-server"),
     ),
 ]
 AlgorithmOption = Annotated[

@@ -72,6 +72,9 @@ def train(
         Path | None, typer.Option(help="Run or checkpoint folder whose lessons the bank starts with.")
     ] = None,
     engine: EngineOption = None,
+    engine_url: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server that samples; implies --engine vllm-server.")
+    ] = None,
     report_to: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +115,8 @@ def train(
     flags = {
         "model.name": ("--model", model),
         "model.load_in_4bit": ("--load-in-4bit" if load_in_4bit else "--no-load-in-4bit", load_in_4bit),
-        "model.engine": ("--engine", engine),
+        "model.engine": ("--engine", engine or ("vllm-server" if engine_url else None)),
+        "train.engine_url": ("--engine-url", engine_url),
         "data.train": ("--dataset", dataset),
         "data.split": ("--split", split),
         "data.prompt_column": ("--prompt-column", prompt_column),

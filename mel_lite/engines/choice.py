@@ -25,6 +25,7 @@ VLLM_BATCHED_TOKENS = 4096
 BNB_PLUGIN = "vllm-bnb-plugin"
 """Package that vLLM (0.28 or newer) needs to load 4-bit weights."""
 
+_TITLES = {"hf": "transformers", "unsloth": "Unsloth", "vllm-server": "a vLLM server"}
 _AVAILABLE = "CUDA and unsloth are available"
 
 
@@ -33,7 +34,7 @@ class EngineChoice:
     """Engine of a run, with the reason for it."""
 
     engine: str
-    """`unsloth` or `hf`."""
+    """`unsloth`, `hf` or `vllm-server`."""
     vllm: bool
     """With `unsloth`: True to sample with vLLM on the trained weights, False for Unsloth's own generation."""
     reason: str
@@ -41,7 +42,7 @@ class EngineChoice:
     @property
     def title(self) -> str:
         """Display name of the library that samples."""
-        return "Unsloth and vLLM" if self.vllm else {"hf": "transformers", "unsloth": "Unsloth"}[self.engine]
+        return "Unsloth and vLLM" if self.vllm else _TITLES[self.engine]
 
     @property
     def line(self) -> str:
@@ -83,8 +84,8 @@ def choose_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine) -> E
 
     Raises: ConfigError when `unsloth` is requested but cannot be used, with the fix.
     """
-    if spec.engine == "hf":
-        return EngineChoice("hf", False, "model.engine=hf")
+    if spec.engine in ("hf", "vllm-server"):
+        return EngineChoice(spec.engine, False, f"model.engine={spec.engine}")
     obstacle = _obstacle(spec, lora, machine)
     if spec.engine == "unsloth":
         if obstacle is not None:
@@ -112,6 +113,7 @@ def planned_engine(spec: ModelSpec, lora: LoraSpec | None, machine: Machine | No
 def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
     """Check the options of a run against its engine. Raises: ConfigError for one it cannot honor, with the fix."""
     spec, given = recipe.model, {name: _number(value) for name, value in recipe.train.items()}
+    _check_server(choice, recipe)
     if choice.vllm and given.get("beta"):
         raise ConfigError(
             f"beta={given['beta']:g} with vLLM on the trained weights: TRL keeps a second adapter as the reference, "
@@ -134,6 +136,19 @@ def check_engine(choice: EngineChoice, recipe: Recipe) -> None:
         raise ConfigError(
             f"max_lora_rank={spec.max_lora_rank} is below the adapter's rank of {rank}. Raise model.max_lora_rank, or "
             "leave it unset."
+        )
+
+
+def _check_server(choice: EngineChoice, recipe: Recipe) -> None:
+    url = recipe.train.get("engine_url")
+    if choice.engine == "vllm-server" and not url:
+        raise ConfigError("engine='vllm-server' without engine_url: give the server's address with --engine-url.")
+    if choice.engine == "vllm-server" and recipe.lora is None:
+        raise ConfigError("engine='vllm-server' with lora=null: only a LoRA adapter can be sent to a server.")
+    if url and choice.engine != "vllm-server":
+        raise ConfigError(
+            f"engine_url={url!r} with engine={choice.engine!r}, which samples in this process. Set "
+            "--engine vllm-server, or unset train.engine_url."
         )
 
 

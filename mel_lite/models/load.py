@@ -29,7 +29,7 @@ DEMO = "demo"
 """Name of the demo model of `mel_lite.models.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QuantType = Literal["nf4", "fp4"]
-EngineName = Literal["auto", "unsloth", "hf"]
+EngineName = Literal["auto", "unsloth", "hf", "vllm-server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class ModelSpec:
     they are code."""
     engine: EngineName = "auto"
     """Library that loads the model of a run and samples from it: Unsloth, or transformers (`hf`). `auto`: Unsloth if
-    there is a CUDA device and the package is installed."""
+    there is a CUDA device and the package is installed. `vllm-server`: transformers loads and trains it, and the vLLM
+    server at `train.engine_url` samples."""
     fast_inference: bool = True
     """With Unsloth: sample with vLLM on the trained weights, if it is installed."""
     gpu_memory_utilization: float | None = None

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from trl.models import unwrap_model_for_generation
@@ -15,7 +16,8 @@ from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS, check_dataset, 
 from mel_lite.data.tasks import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.engines.unsloth import is_unsloth, unsloth_engine
+from mel_lite.engines.unsloth import adapter_fingerprint, is_unsloth, unsloth_engine
+from mel_lite.engines.vllm_server import VLLMServerEngine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.internalise import Internalisation
@@ -273,6 +275,8 @@ def build_judge(
 def build_engine(trainer: Any) -> Engine:
     """Build the engine over the trained model: Unsloth's if Unsloth loaded it, else transformers. Raises ModelError."""
     args = trainer.args
+    if args.engine_url is not None:
+        return _server_engine(trainer)
     options: dict[str, Any] = {
         "eos_ids": trainer.eos_token_ids,
         "pad_id": trainer._tokenizer.pad_token_id,
@@ -287,6 +291,31 @@ def build_engine(trainer: Any) -> Engine:
     if is_unsloth(trainer.model):
         return unsloth_engine(trainer.model, step=lambda: trainer.state.global_step, **options)
     return HFEngine(trainer.model, **options)
+
+
+def _server_engine(trainer: Any) -> Engine:
+    """Build the engine over the server at `engine_url`. Raises ConfigError when no adapter can be sent to it."""
+    args, model = trainer.args, trainer.model
+    plugin = args.deepspeed_plugin
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        raise ConfigError(
+            f"engine_url={args.engine_url!r} with FSDP or ZeRO-3: no process has the whole adapter to send. Use DDP or "
+            "ZeRO-2, or unset engine_url."
+        )
+    if not is_peft(model):
+        raise ConfigError(
+            f"engine_url={args.engine_url!r} without a LoRA adapter: nothing else can be sent to a server. Pass a "
+            "peft_config, or unset engine_url."
+        )
+    return VLLMServerEngine(
+        args.engine_url,
+        base=model.get_base_model().config.name_or_path,
+        save_adapter=lambda folder: model.save_pretrained(folder, selected_adapters=[model.active_adapter]),
+        version=lambda: (trainer.state.global_step, adapter_fingerprint(model)),
+        eos_ids=trainer.eos_token_ids,
+        exchange=Path(args.engine_exchange or Path(args.output_dir) / "engine_adapters"),
+        cpu=args.use_cpu,
+    )
 
 
 def build_context(trainer: Any) -> LessonContext:

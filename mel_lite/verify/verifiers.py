@@ -311,6 +311,19 @@ def callable_name(function: Callable[..., Any]) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+class PassedFunction:
+    """A function within a copied or pickled config: a copy holds the function, a pickle its name."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __deepcopy__(self, _: Any) -> PassedFunction:
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (callable_name(self.function),)
+
+
 def _wrap(name: str, function: Callable[..., Any]) -> Verifier:
     try:
         parameters = inspect.signature(function).parameters.values()

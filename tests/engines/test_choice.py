@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mel_lite.cli.main import app
-from mel_lite.engines.choice import BNB_PLUGIN, EngineChoice, Machine, choose_engine, planned_engine, this_machine
+from mel_lite.engines.choice import (
+    BNB_PLUGIN,
+    EngineChoice,
+    Machine,
+    check_engine,
+    choose_engine,
+    planned_engine,
+    this_machine,
+)
 from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.unsloth import adapter_fingerprint, is_unsloth
 from mel_lite.errors import ConfigError, ModelError
 from mel_lite.models.adapters import LoraSpec, adapter_rank
 from mel_lite.models.load import ModelSpec, load_base
+from mel_lite.recipe import resolve
 from tiny_models import save_tiny
 from trainers import build
 
@@ -177,3 +187,25 @@ def test_the_cpu_preset_hides_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "check", watched)
     assert CliRunner().invoke(app, ["train", "--gpu", "cpu", "--dry-run"]).exit_code == 0
     assert seen == [""]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([("model.engine", "vllm-server")], "without engine_url: give the server's address with --engine-url"),
+        ([("train.engine_url", "http://x")], "engine_url='http://x' with engine='hf'.*--engine vllm-server"),
+    ],
+)
+def test_a_server_needs_its_address_and_an_adapter(options: list[tuple[str, Any]], said: str) -> None:
+    recipe = resolve(preset="cpu", overrides=options)
+    with pytest.raises(ConfigError, match=said):
+        check_engine(choose_engine(recipe.model, recipe.lora, CPU), recipe)
+
+
+def test_a_server_samples_for_a_model_that_transformers_loads() -> None:
+    recipe = resolve(preset="cpu", overrides=[("model.engine", "vllm-server"), ("train.engine_url", "http://x")])
+    choice = choose_engine(recipe.model, recipe.lora, GPU)
+    check_engine(choice, recipe)
+    with pytest.raises(ConfigError, match="engine='vllm-server' with lora=null"):
+        check_engine(choice, replace(recipe, lora=None))
+    assert (choice.engine, choice.vllm, choice.title) == ("vllm-server", False, "a vLLM server")

@@ -80,7 +80,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
             args=MELConfig(**{**defaults, **options}),
             processing_class=tokenizer,
             peft_config=peft_config,
-            engine=engine or ScriptedEngine(tokenizer),
+            engine=None if "engine_url" in options else engine or ScriptedEngine(tokenizer),
             **extras,
         )
 
