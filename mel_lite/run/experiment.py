@@ -7,6 +7,7 @@ not repeated, and a run that was stopped is resumed from its last checkpoint.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -177,7 +178,12 @@ def is_done(folder: Path) -> bool:
 def in_subprocess(arguments: Sequence[str], log: Path) -> int:
     """Run `mel-lite` in a process of its own, whose output goes to the end of a file. Returns: the exit code."""
     command = [sys.executable, "-m", "mel_lite", *arguments]
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    # A Jupyter kernel sets these, and every turn of a spinner would be written to the file.
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
         while True:
             try:
                 return process.wait()

@@ -20,7 +20,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.recipe import parse_set, resolve
 from mel_lite.report.compare import compare
 from mel_lite.report.runs import generated_tokens, read_run
-from mel_lite.run.experiment import ARMS, Experiment, arms_of, parse_arms, run_experiment
+from mel_lite.run.experiment import ARMS, Experiment, arms_of, in_subprocess, parse_arms, run_experiment
 from run_folders import make_run
 from train_command import task_settings
 
@@ -184,3 +184,12 @@ def test_arms_are_trained_for_real_at_equal_tokens(tmp_path: Path) -> None:
         spent = generated_tokens(read_run(arm.runs[0].folder).rows)
         assert spent[-1] >= 100 > ([0.0, *spent])[-2], "stopped by the step that spent its tokens"
     assert arms[0].runs[0].before == arms[1].runs[0].before, "both begin with the same model, tasks and seeds"
+
+
+def test_the_log_of_a_run_is_plain_text_also_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jupyter kernel sets FORCE_COLOR: each turn of a spinner would become a part of the file."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("CLICOLOR_FORCE", "1")
+    assert in_subprocess(["--help"], tmp_path / "log") == 0
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "Usage" in text and "compare" in text and "\x1b" not in text
