@@ -71,14 +71,14 @@ from mel_lite.training.assemble import (
     prepare_weights,
 )
 from mel_lite.training.cut_mass import CutMass
-from mel_lite.training.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.micro_batches import MicroBatches
+from mel_lite.training.prompts.dynamic_sampling import build_dynamic_sampling
+from mel_lite.training.prompts.sampler import EpochSampler
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
-from mel_lite.training.sampler import EpochSampler
 from mel_lite.training.scoring import Scorer, install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair

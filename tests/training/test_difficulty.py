@@ -1,6 +1,6 @@
 import pytest
 
-from mel_lite.training.difficulty import DifficultyMemory
+from mel_lite.training.prompts.difficulty import DifficultyMemory
 from mel_lite.types import Finish, Group, Rollout, Verdict
 
 

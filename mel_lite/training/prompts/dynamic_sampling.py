@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 
 from mel_lite.errors import ConfigError
 from mel_lite.seeds import prompt_hash, seed_for
-from mel_lite.training.difficulty import DifficultyMemory
+from mel_lite.training.prompts.difficulty import DifficultyMemory
 from mel_lite.training.rewards import GenerationBatch, groups_of
 from mel_lite.types import Algorithm, Group, Rollout
 
