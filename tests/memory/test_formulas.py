@@ -141,11 +141,12 @@ def cpu_scratch_bytes(shape: formulas.Shape, scored_tokens: int) -> int:
         ("qwen3", {}, [256, 250], [200, 200]),
         ("llama", {}, [512], [300]),
         ("llama", {}, [512, 256, 250], [100, 200, 200]),
-        (
+        pytest.param(
             "qwen3",
             {"hidden_size": 128, "num_hidden_layers": 12, "num_key_value_heads": 8},
             [512, 200, 190],
             [9, 150, 1],
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -220,7 +221,10 @@ def test_float32_adapters_under_autocast_peak_where_predicted(
 
 @pytest.mark.parametrize(
     ("kind", "lengths", "scored"),
-    [("llama", [512, 256, 250], [100, 100, 100]), ("qwen3", [300, 280, 256], [200, 9, 100])],
+    [
+        pytest.param("llama", [512, 256, 250], [100, 100, 100], marks=pytest.mark.slow),
+        ("qwen3", [300, 280, 256], [200, 9, 100]),
+    ],
 )
 def test_measuring_both_gradients_peaks_where_predicted(kind: str, lengths: list[int], scored: list[int]) -> None:
     """The passes of `GradientMeter`: the gradient of each loss term, then the training backward pass."""
@@ -250,7 +254,7 @@ def test_measuring_both_gradients_peaks_where_predicted(kind: str, lengths: list
     ("kind", "sizes", "prompts", "new_tokens"),
     [
         ("qwen3", {}, [256] * 7 + [200], 4),
-        ("llama", {}, [32] * 7 + [20], 60),
+        pytest.param("llama", {}, [32] * 7 + [20], 60, marks=pytest.mark.slow),
         ("llama", {"num_key_value_heads": 8}, [32] * 7 + [20], 60),
         ("qwen3", {"vocab_size": 4096, "num_hidden_layers": 2}, [16] * 15 + [12], 32),
     ],
