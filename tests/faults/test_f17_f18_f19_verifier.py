@@ -68,6 +68,7 @@ def _math_verify_alone(completion: str, answer: str) -> bool:
     return bool(verify(gold, found, timeout_seconds=None))
 
 
+@pytest.mark.slow
 def test_no_attack_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(HOSTILE) >= 50
