@@ -13,7 +13,7 @@ from mel_lite.files import publish_dir
 from mel_lite.hub import metadata
 from mel_lite.hub.model_card import cell, environment
 from mel_lite.lessons.store import FILE_NAME, ExperienceStore
-from mel_lite.lessons.store_rows import COLUMNS
+from mel_lite.lessons.store.rows import COLUMNS
 from mel_lite.report.runs import Run, read_run
 from mel_lite.types import Status
 

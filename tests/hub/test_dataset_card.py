@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mel_lite.cli.main import app
 from mel_lite.errors import StoreError
 from mel_lite.hub.dataset_card import MEANINGS, export_dataset
-from mel_lite.lessons.store_rows import COLUMNS
+from mel_lite.lessons.store.rows import COLUMNS
 from run_folders import make_run
 
 
