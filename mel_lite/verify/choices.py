@@ -59,6 +59,11 @@ _ASSERTIONS = (
         r"(?:correct|right|best|answer|true|valid|one\b|solution|better|likely|plausible|my\s+(?:final\s+)?(?:answer|choice))",
         re.IGNORECASE,
     ),
+    re.compile(
+        rf"\b(?:find|consider|deem|judge)\s+(?:(?:option|choice|answer)\s+)?{_L}\s+(?:to\s+be\s+)?(?:the\s+)?"
+        r"(?:most|more|best|correct|right|true)\b",
+        re.IGNORECASE,
+    ),
     re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|it\s+is(?=\W*$))", re.IGNORECASE),
     re.compile(
         rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+(?:with|for)|went\s+(?:with|for)|opt(?:ing)?\s+for|"
@@ -75,7 +80,7 @@ _ASSERTIONS = (
 _REVISION = re.compile(
     r"\b(?:actually|wait|instead|correction|on second thought|no,|rather|finally|in the end)", re.IGNORECASE
 )
-_SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
+_SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+|,?\s+but\s+(?=(?:actually|in fact|on second thought|rather)\b)")
 _FUNCTION_WORDS = (
     "is|was|or|and|but|not|then|nor|to|through|if|when|since|because|as|works|fits|holds|matches|seems|has|must|should|"
     "would|could|can|cannot|fails|are"

@@ -74,8 +74,11 @@ def _tag(text: str) -> _Mark | None:
     lower = text.lower() if text.isascii() else re.sub("[A-Z]", lambda match: match[0].lower(), text)
     close = lower.rfind("</answer>")
     start = lower.rfind("<answer>", 0, max(close, 0))
-    if close < 0 or start < 0:
+    if close < 0:
         return None
+    if start < 0:  # the prompt ended with the opening tag
+        start = max(lower.rfind("\n", 0, close) + 1, (lower.rfind("</answer>", 0, close) + 1 or -8) + 8)
+        return _Mark(start, close + len("</answer>"), markup.strip(text[start:close]))
     close = lower.find("</answer>", start)
     return _Mark(start, close + len("</answer>"), markup.strip(text[start + len("<answer>") : close]))
 
@@ -152,7 +155,9 @@ def last_line(text: str) -> str:
 TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|textrm|mathit|textsf|texttt|emph|underline|bf|mbox|operatorname)\s*\{([^{}]*)\}"
 )
+_BRACKETED_WORDS = re.compile(r"\[[^\W\d_](?:[^\[\](),\d]*[^\W\d_])?\]")
 _PARENTHESIZED = re.compile(r"\([^(),]+\)")
+_CLOCK = re.compile(r"(?<=[0-9])\s?([apAP])\.?\s?[mM]\b\.?")
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
 
 
@@ -168,10 +173,10 @@ def normalize(text: str) -> str:
         for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
             if text.startswith(start) and text.endswith(end):
                 text = text[2:-2]
-        if _PARENTHESIZED.fullmatch(text):
+        if _PARENTHESIZED.fullmatch(text) or _BRACKETED_WORDS.fullmatch(text):
             text = text[1:-1]
         text = text.strip("$*`_ " + markup.QUOTES).rstrip(".,;:!?").rstrip()
-    return (text or whole).casefold()
+    return _CLOCK.sub(r" \1m", text or whole).casefold()
 
 
 def is_word(text: str) -> bool:

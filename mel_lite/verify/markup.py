@@ -9,7 +9,16 @@ import re
 
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
-_PLAIN = _FULL_WIDTH | {0x2212: "-", 0x2013: "-", 0xA0: " ", 0x202F: " ", 0x2009: " ", 0x3002: "."}
+_VULGAR = {
+    ord(sign): f" {value}"
+    for sign, value in zip(
+        "\u00bc\u00bd\u00be\u2153\u2154\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e",
+        "1/4 1/2 3/4 1/3 2/3 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(),
+        strict=True,
+    )
+}
+"""One-character fractions, with a space before, so that `3\u00bd` is `3 1/2`."""
+_PLAIN = _FULL_WIDTH | _VULGAR | {0x2212: "-", 0x2013: "-", 0xA0: " ", 0x202F: " ", 0x2009: " ", 0x3002: "."}
 
 _STRUCK = re.compile(r"~~[^~\n]{1,300}~~")
 _TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|span|big|center|p)(?:\s[^<>\n]{0,100})?>", re.IGNORECASE)
@@ -36,6 +45,9 @@ _THOUSANDS = (
     ),
     re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\\![ ]?\d{3})+)(?!\d)"),
 )
+_APOSTROPHES = re.compile(r"(?<![\w.,'\u2019])[1-9]\d{0,2}(?:['\u2019]\d{3})+(?![\d'\u2019])")
+_LAKHS = re.compile(r"(?<![\d.,])[1-9]\d?(?:,\d{2})+,\d{3}(?![\d,])")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d{1,2})(?![\d.,]\d|\d)")
 
 
 def clean(text: str) -> str:
@@ -79,4 +91,18 @@ def join_thousands(text: str) -> str:
     if "\\" in text or "~" in text or "{" in text:
         text = _THOUSANDS[0].sub("", text)
         text = _THOUSANDS[1].sub(lambda match: re.sub(r"\\![ ]?", "", match[0]), text)
+    return text
+
+
+def join_groups(text: str) -> str:
+    """Write grouped numbers without groups: `10'000`, Indian `12,34,567`, and `1.234,50` with a decimal comma.
+
+    A single comma or dot, which can be either, stays. Only for text that is read as one number: `1,23,456` may be
+    three.
+    """
+    if "'" in text or "\u2019" in text:
+        text = _APOSTROPHES.sub(lambda match: re.sub("['\u2019]", "", match[0]), text)
+    if "," in text:
+        text = _LAKHS.sub(lambda match: match[0].replace(",", ""), text)
+        text = _DECIMAL_COMMA.sub(lambda match: f"{match[1].replace('.', '')}.{match[2]}", text)
     return text

@@ -37,12 +37,15 @@ _LATEX_NOISE = re.compile(
 _NAMED_UNIT = re.compile(
     r"\\(?:text|mathrm|textrm|mathit|mbox|operatorname)\s*\{([^{}]*)\}\s*\^\s*(?:\{[-0-9 ]{1,4}\}|[0-9])"
 )
+_POWER_IN_UNIT = re.compile(r"\\(?:text|mathrm|textrm)\s*\{([^{}]{1,20}\^\s?\{-?[0-9]\}[^{}]{0,20})\}")
+"""A unit with a power inside: `\\mathrm{m\\,s^{-1}}`."""
 _CURRENCY = re.compile(
     r"\b(?:US|USD|EUR|GBP|INR|Rs|CAD|AUD|JPY|CNY|RMB|HK|AU|CA|NZ)\b\.?[ ]?(?=[$\u20ac\u00a3\u00a5\u20b9]?[ ]?-?[0-9.])"
 )
 _LENGTH = r"(?:[mckd]?m|in|ft|yd|mi|inch(?:es)?|feet|foot|yards?|miles?|[a-z]{0,6}met(?:er|re)s?|units?)"
 _UNIT = re.compile(
     rf"(?<![A-Za-z])(?:{_LENGTH}\s*(?:\^\s*(?:\{{-?[23]\}}|[23])|[\u00b2\u00b3])"
+    r"|(?:[ckm]?m|[mk]?g|mol|rad|[ckm]?[NJWLC])\s*(?:s|min|h|m|kg|mol|K)\s*\^\s*(?:\{\s*-[12]\s*\}|-[12])"
     r"|(?:[a-z]{2,12}|[mgsLJNWVA])\s*/\s*(?:[a-z]{2,12}|[hsmgL]|kg)\b\s*(?:\^\s*(?:\{[23]\}|[23])|[\u00b2\u00b3])?)"
 )
 _POWER_OF_TEN = re.compile(
@@ -61,6 +64,23 @@ _NO_STATEMENT = re.compile(
     re.IGNORECASE,
 )
 """A denial, or a bound: `not 5` and `at least 5` do not state the number 5."""
+_CONTRAST = re.compile(r"\s?[,;(]\s?(?:and |but )?(?:not|rather than) [^,;()]{1,30}\)?\W{0,3}$")
+"""The end of `7, not 8`, which does state 7."""
+_WORDS = {
+    word: str(value)
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen".split()
+    )
+}
+_TENS = {
+    word: 10 * value
+    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
+}
+_SPELLED = re.compile(
+    rf"(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_WORDS)[1:10])}))?|(?P<small>{'|'.join(_WORDS)})"
+)
+_CALCULATION = re.compile(r"[-+*/x\u00d7\u00f7^(). 0-9]+")
 _GROUPED = re.compile(r"[^0-9]{0,40}?(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?[^0-9]*")
 _BRACKETED = re.compile(r"\s*[\[({]\s*([^\[\](){},]*)[\])}]\s*")
 
@@ -101,11 +121,21 @@ def last_number(text: str) -> Number | None:
 
 
 def sole_number(text: str) -> Number | None:
-    """Return the only number the text states after its last `=`. None for several, a bound, a denial or a formula."""
+    """Return the only number the text states after its last `=`. None for several, a bound, a denial or a formula.
+
+    In `7 = 3 + 4` the calculation is the reason. A number in words (`forty-two`) must be the whole text.
+    """
     if len(text) > 2_000:
         return None
-    text = _without_latex(first_sentence(text))
-    text = re.split(r"=|\u2248|\\approx|\\equiv", text)[-1]
+    text = _CONTRAST.sub("", _without_latex(spelled_out(first_sentence(text))))
+    sides = re.split(r"=|\u2248|\\approx|\\equiv", text)
+    found = _only_number(sides[-1])
+    if found is None and len(sides) == 2 and _CALCULATION.fullmatch(sides[1]):
+        return _only_number(sides[0])
+    return found
+
+
+def _only_number(text: str) -> Number | None:
     if bracketed := _BRACKETED.fullmatch(text):
         text = bracketed[1]
     if _GROUPED.fullmatch(text):
@@ -119,17 +149,27 @@ def sole_number(text: str) -> Number | None:
     return numbers.pop()
 
 
+def spelled_out(text: str) -> str:
+    """Return digits for a text that is nothing but a number below 100 in words (`Forty-two`); other texts stay."""
+    found = _SPELLED.fullmatch(markup.strip(TEXT_COMMAND.sub(r"\1", text)).casefold())
+    if found is None:
+        return text
+    return (
+        _WORDS[found["small"]] if found["small"] else str(_TENS[found["tens"]] + int(_WORDS[found["ones"] or "zero"]))
+    )
+
+
 def denies(text: str) -> bool:
     """Return True when the text denies or bounds what it names (`not 5`, `at least 5`) rather than states it."""
-    return _NO_STATEMENT.search(_without_latex(text)) is not None
+    return _NO_STATEMENT.search(_CONTRAST.sub("", _without_latex(text))) is not None
 
 
 def _without_latex(text: str) -> str:
     """Rewrite LaTeX fractions as plain text and remove LaTeX spacing, currencies and units."""
-    text = markup.join_thousands(markup.plain(text))
+    text = markup.join_groups(markup.join_thousands(markup.plain(text)))
     for latex, plain in (("\\$", "$"), ("\\%", "%"), ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " ")):
         text = text.replace(latex, plain)
-    text = TEXT_COMMAND.sub(r" \1 ", _NAMED_UNIT.sub(r" \1 ", text))
+    text = TEXT_COMMAND.sub(r" \1 ", _NAMED_UNIT.sub(r" \1 ", _POWER_IN_UNIT.sub(r" \1 ", text)))
     text = _UNIT.sub(" ", _CURRENCY.sub("", _LATEX_NOISE.sub(" ", text)))
     text = _NEGATIVE.sub("-", _ORDINAL.sub("", text))
     text = _POWER_OF_TEN.sub(

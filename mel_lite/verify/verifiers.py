@@ -40,6 +40,14 @@ MAX_ANSWER_CHARS = 2_000
 _MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
 """Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
 _BECAUSE = re.compile(r",?\s(?:because|since)\s")
+_SUBJECT = (
+    r"(?:it|they|he|she|this|that|there|we|you|i)\s"
+    r"(?:is|are|was|were|does|do|did|can|could|has|have|will|would)"
+)
+_REPEATED = re.compile(
+    rf"(?P<yes>yes)\W{{1,4}}{_SUBJECT}\W*|(?P<no>no)\W{{1,4}}{_SUBJECT}(?:n['\u2019]t|\snot)\W*", re.IGNORECASE
+)
+"""`Yes, it is.`: the second half says the first again."""
 _WORDS = frozenset({"yes", "no", "odd", "all", "any", "one", "two", "six", "ten", "red"})
 """Answers that are words although they could be products of variables."""
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,4})(?![0-9.A-Za-z])")
@@ -62,6 +70,8 @@ def exact(completion: str, answer: str) -> Verdict:
         candidates = [completion, extract.last_line(completion)]
     else:
         candidates = [marked, extract.first_sentence(marked), _BECAUSE.split(marked, maxsplit=1)[0]]
+        if repeated := _REPEATED.fullmatch(marked):
+            candidates.append(repeated["yes"] or repeated["no"])
     return _verdict(any(extract.normalize(candidate) == gold for candidate in candidates))
 
 
@@ -100,7 +110,7 @@ def math_verify(completion: str, answer: str) -> Verdict:
 
     Has no deadline of its own. Raises: MemoryError, which the pool counts.
     """
-    gold_text = markup.join_thousands(extract.marked_or_whole(answer))
+    gold_text = numbers.spelled_out(markup.join_thousands(extract.marked_or_whole(answer)))
     if (
         extract.is_word(gold_text) or extract.normalize(gold_text) in _WORDS
     ):  # a letter product would make anagrams equal
@@ -120,7 +130,7 @@ def math_verify(completion: str, answer: str) -> Verdict:
         return _verdict(_equal(gold, _parse_prose(prose)))
     if len(marked) > MAX_ANSWER_CHARS:
         return Verdict.WRONG
-    marked = markup.join_thousands(extract.first_sentence(marked))
+    marked = numbers.spelled_out(markup.join_thousands(extract.first_sentence(marked)))
     if extract.normalize(marked) == extract.normalize(gold_text):
         return Verdict.RIGHT
     if extract.normalize(marked) in _WORDS:

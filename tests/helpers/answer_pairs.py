@@ -84,7 +84,7 @@ PAIRS: tuple[tuple[str, str, str, str], ...] = (
     ("numeric", "She has 3 and then 5, so 8 in all.", "8", R),
     ("numeric", "She has 3 and then 5, so 8 in all.", "5", W),
     ("numeric", "none", "8", W),
-    ("numeric", "Answer: 8", "eight", A),
+    ("numeric", "Answer: 8", "eight of them", A),
     ("numeric", "Answer: 8", "3 or 4", A),
     # exact
     ("exact", "<answer> New   York. </answer>", "new york", R),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from answer_forms import FORMS
 from answer_pairs import ATTACKS, PAIRS
 from cpu_limit import cpu_limit
 from mel_lite.errors import VerifierError
@@ -29,6 +30,11 @@ def test_answers_of_public_reports(verifier: str, completion: str, answer: str, 
     if verifier == "reasoning-gym":
         pytest.importorskip("reasoning_gym")
     assert get_verifier(verifier)(completion, answer, **columns_of(verifier, answer)) == verdict
+
+
+@pytest.mark.parametrize(("verifier", "completion", "answer", "verdict"), FORMS)
+def test_forms_of_answers(verifier: str, completion: str, answer: str, verdict: str) -> None:
+    assert get_verifier(verifier)(completion, answer) == verdict
 
 
 def test_enough_pairs_of_every_kind() -> None:
