@@ -37,6 +37,7 @@ KEYS = (
     "esc all",
     "g newest",
     "z zoom",
+    "c credit",
     "q quit",
 )
 HELP = " \u00b7 ".join(KEYS)

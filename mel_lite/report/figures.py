@@ -27,6 +27,8 @@ PHASES = {
     "analysis": "writing analyses",
     "replay": "replaying",
     "score": "scoring",
+    "examine": "examining lessons of the bank",
+    "internalise": "reading rollouts with notes",
     "update": "updating the weights",
     "rescore": "scoring lessons again",
 }

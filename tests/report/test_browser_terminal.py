@@ -128,6 +128,9 @@ def test_the_pair_is_side_by_side_where_there_is_room(tmp_path: Path, width: int
         wrong, right = (opened.query_one(f"#{name}").region for name in ("wrong", "right"))
         assert (wrong.y == right.y) is side_by_side and (wrong.x == right.x) is not side_by_side
         assert wrong.width + right.width <= width if side_by_side else wrong.right <= width
+        assert [key.split()[0] for key in text(opened, "help").split(" \u00b7 ")] == [
+            "\u2191\u2193", "space/b", "v", "s", "/", "esc", "g", "z", "c", "q",
+        ]  # fmt: skip
         shown = opened.query_one("#help").region
         assert shown.width == width and shown.bottom == 24, "the help line is on the screen"
         await press(pilot, "z")
