@@ -14,6 +14,7 @@ from mel_lite.report.statistics import Estimate, interval, measures
 
 RUNS = Path(__file__).resolve().parent / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
+WITH_BANK = ("bank", "bank-frozen")
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
 NOT_RUN = "Not run yet."
 FIRST = "first"
@@ -105,7 +106,19 @@ def results(regime: str, folder: str = ".") -> str:
             longer, _ = lead(group, found[REFERENCE], "longer")
             cells += [against.as_points(), ahead, verdict(against, ahead), f"{best:.1%}", longer.as_points()]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", *(f"- `{arm}`: {MEANINGS[arm]}." for arm in found)])
+    return "\n".join([*lines, "", *against_peer(found), *(f"- `{arm}`: {MEANINGS[arm]}." for arm in found)])
+
+
+def against_peer(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a paragraph on the arms with lessons against the right sibling, which costs no lesson."""
+    if PEER not in found:
+        return []
+    leads = {arm: lead(group, found[PEER]) for arm, group in found.items() if arm in WITH_BANK}
+    said = [
+        f"`{arm}` {estimate.as_points()} ({verdict(estimate, ahead)}, ahead on {ahead} seeds)"
+        for arm, (estimate, ahead) in leads.items()
+    ]
+    return [f"Minus `{PEER}`, in points: {'; '.join(said)}.", ""] if said else []
 
 
 def lesson_share(group: Sequence[dict[str, Any]]) -> float:
@@ -216,20 +229,36 @@ def subject() -> str:
     return "\n".join([*lines, "", f"{report['questions']} questions x {report['samples']} samples, temperature 1."])
 
 
+SENTENCES = {
+    "bank-frozen": "A bank of lessons, distilled",
+    "bank": "A bank of lessons, distilled",
+    "sibling": "A right solution in place of lessons",
+    "mel": "MEL as in the paper",
+    "bank-frozen-shuffled": "Lessons of other questions",
+}
+"""Arms that the headline names."""
+OUTCOMES = {"wins": "ahead", "loses": "behind", "tie": "a tie by the rule", "too few seeds": "too few seeds to say"}
+
+
 def line() -> str:
-    """Say what the study found, in the words of its decision rule."""
+    """Say what the study found, one sentence per arm and regime."""
     said = []
     for regime, words in REGIMES.items():
         found = runs(regime) or runs(regime, FIRST)
         if REFERENCE not in found:
             continue
-        leads = {arm: lead(group, found[REFERENCE]) for arm, group in found.items() if arm != REFERENCE}
-        each = "; ".join(
-            f"`{arm}` {estimate.as_points()} ({verdict(estimate, ahead)}, ahead on {ahead} seeds)"
-            for arm, (estimate, ahead) in leads.items()
-        )
-        said.append(f"Where {words} (start {avg_RP(found[REFERENCE], 0).mean():.0%}), tuned GRPO ends at "
-                    f"{avg_RP(found[REFERENCE]).mean():.1%} and, in points of Avg@8 against it: {each}.")  # fmt: skip
+        start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
+        said.append(f"Where {words}, tuned GRPO goes from {start:.0%} to {end:.1%}.")
+        for arm, subject in SENTENCES.items():
+            if arm in found:
+                against, ahead = lead(found[arm], found[REFERENCE])
+                outcome = OUTCOMES[verdict(against, ahead)]
+                said.append(f"{subject}: {against.as_points()} points, {outcome} ({ahead} seeds ahead).")
+        for arm in WITH_BANK:
+            if arm in found and PEER in found:
+                against, ahead = lead(found[arm], found[PEER])
+                outcome = OUTCOMES[verdict(against, ahead)]
+                said.append(f"The bank against the right solution: {against.as_points()}, {outcome} ({ahead} seeds).")
     return " ".join(said)
 
 
