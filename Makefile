@@ -58,10 +58,11 @@ format: venv  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: venv  ## write the generated pages and figures, then build the site
+docs: venv $(VENV)/.notebook  ## write the generated pages, figures and notebooks, then build the site
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_cli.py
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/tables.py
+	$(BIN)/python notebooks/make.py
 	@$(MAKE) --no-print-directory site
 
 site: $(VENV)/.docs  ## build the documentation in build/site; a link or an anchor that leads nowhere is an error
