@@ -170,7 +170,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         prepare_weights(self)
         for scored in filter(None, (self.model, self.ref_model)):
             base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
-            install_scoring_head(base)
+            install_scoring_head(base, checked=scored is self.model)
         self.engine = MeteredEngine(engine or build_engine(self), self.clock)
         self.cut_mass = CutMass(self)
         self.engine_probe = None

@@ -50,7 +50,7 @@ class RowScores(NamedTuple):
     hiddens: list[torch.Tensor] | None = None
 
 
-def install_scoring_head(model: Any) -> None:
+def install_scoring_head(model: Any, *, checked: bool = True) -> None:
     """Teach a causal language model `model(score_blocks=...) -> Scores`; its other calls are unchanged.
 
     The blocks go through the backbone one after another and their scored hidden states through one call of the fused
@@ -58,12 +58,15 @@ def install_scoring_head(model: Any) -> None:
     it on the base model before anything wraps it; head and backbone are looked up at each call, since wrappers replace
     them.
 
+    `checked`: compare fused with plain scores once. Not for a reference model, which TRL has already wrapped in
+    autocast, so that the two differ by rounding; it has the class and config of the model that was checked.
+
     Raises: ModelError when the model's logits are not what its config says, so that fused scores would be wrong.
     """
     original_forward = model.forward
     try:
         spec = head_spec(model)
-        if not is_deepspeed_zero3_enabled():  # weights are partitioned until the model is wrapped
+        if checked and not is_deepspeed_zero3_enabled():  # weights are partitioned until the model is wrapped
             check_head_spec(model, spec)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{type(model).__name__}: {error}. Train it with TRL's GRPOTrainer instead.") from error
