@@ -215,7 +215,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         sampling = Sampling(
             self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
         )
-        with self.clock("rollout"):
+        with self.clock("rollout") if self.model.training else self.engine.evaluating():
             self.engine.wake()
             completions = self.engine.generate(requests, sampling)
             self.engine.sleep()  # scoring comes next and needs the memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mel_lite.types import Finish
@@ -54,6 +54,9 @@ class Engine(ABC):
     """Share of the GPU's memory that the engine was started with, in (0, 1); None = it reserves none, or unknown."""
     max_num_seqs: int | None = None
     """Most sequences the engine samples at once; None = unknown."""
+    watch: Callable[[int, int], None] | None = None
+    """Called while `generate` samples, with the number of finished sequences and the tokens that each of the current
+    ones has (0 = unknown). It must be cheap: transformers call it once per token."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

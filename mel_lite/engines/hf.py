@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class HFEngine(Engine):
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
         self._max_cache_tokens = max_cache_tokens
+        self._saw_finished: Callable[[int], None] | None = None
+        """`watch` with the number of sequences that earlier batches of the call have finished."""
 
     def wake(self) -> None:
         """No-op: the engine samples from the model that is trained."""
@@ -84,6 +87,7 @@ class HFEngine(Engine):
         with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
+                self._saw_finished = partial(self.watch, len(done)) if self.watch is not None else None
                 try:
                     completions = self._generate_batch(model, [requests[i] for i in rows], sampling)
                 except torch.OutOfMemoryError as error:
@@ -99,6 +103,8 @@ class HFEngine(Engine):
                     pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
                     continue
                 done.update(zip(rows, completions, strict=True))
+                if self.watch is not None:
+                    self.watch(len(done), 0)
         return [done[i] for i in range(len(requests))]
 
     def _sampling_mode(self, model: Any) -> AbstractContextManager[None]:
@@ -132,7 +138,7 @@ class HFEngine(Engine):
             ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
             mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
         ids_UP, mask_UP = ids_UP.to(device), mask_UP.to(device)
-        sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device)
+        sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw_finished)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -192,8 +198,16 @@ def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: to
 class _SeededSampler(LogitsProcessor):
     """Logits processor that keeps one finite logit per row: the token drawn for the row's seed, for greedy decoding."""
 
-    def __init__(self, seeds: Sequence[int], prompt_tokens: int, sampling: Sampling, device: torch.device) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        prompt_tokens: int,
+        sampling: Sampling,
+        device: torch.device,
+        saw: Callable[[int], None] | None,
+    ) -> None:
         self.logprobs: list[torch.Tensor] = []
+        self._saw = saw
         self._prompt_tokens = prompt_tokens
         self._warpers = LogitsProcessorList()
         self._uniform_BT: torch.Tensor | None = None
@@ -216,6 +230,8 @@ class _SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         signals.poll()  # called once per token, so that a signal can stop the longest phase of a run
+        if self._saw is not None:
+            self._saw(len(self.logprobs) + 1)
         scores_BV = self._warpers(input_ids, scores.float())
         logp_BV = torch.log_softmax(scores_BV, dim=-1)
         if self._uniform_BT is None:

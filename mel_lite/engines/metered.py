@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from mel_lite import signals
@@ -16,36 +17,90 @@ from mel_lite.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseEnd:
+    """A phase that has just ended."""
+
+    name: str
+    seconds_s: float
+    """Without the phases inside it."""
+    parts: int
+    """Sequences, answers or micro-batches it had; 0 = it has none."""
+    tokens: int
+    """Tokens generated in it."""
+
+
 class PhaseClock:
-    """Seconds and generated tokens per phase of a step, on a monotonic clock."""
+    """Seconds and generated tokens per phase of a step, on a monotonic clock.
+
+    `phase`, `done`, `total`, `tokens_each` and `since_s` say what is going on; another thread may read them.
+    """
 
     def __init__(self) -> None:
         self.seconds_s: defaultdict[str, float] = defaultdict(float)
         self.generated_tokens = 0
         self.phase = ""
         """The innermost phase that is open; empty between phases."""
+        self.done, self.total = 0, 0
+        """Parts of the open phase that are done, of how many: sequences, answers or micro-batches; 0 = unknown."""
+        self.tokens_each = 0
+        """Tokens that each of the sequences being sampled has so far; 0 = unknown."""
+        self.most_tokens = 0
+        """Most tokens that each of them may get; 0 = unknown."""
+        self.since_s = 0.0
+        """Start of the open phase by `time.monotonic`."""
+        self.on_end: Callable[[PhaseEnd], None] | None = None
+        """Called at the end of each phase."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start_s, outer = time.monotonic(), self.phase
-        self.phase = phase
-        try:
-            yield
-        finally:
-            self.phase = outer
-            self.seconds_s[phase] += time.monotonic() - start_s
+        with self._open(phase) as start_s:
+            tokens = self.generated_tokens
+            try:
+                yield
+            finally:
+                self._end(phase, time.monotonic() - start_s, tokens)
 
     @contextmanager
     def rest(self, phase: str) -> Iterator[None]:
         """Time the block, excluding phases timed inside it."""
-        start_s, before_s, outer = time.monotonic(), sum(self.seconds_s.values()), self.phase
-        self.phase = phase
-        try:
+        before_s = sum(self.seconds_s.values())
+        with self._open(phase) as start_s:
+            tokens = self.generated_tokens
+            try:
+                yield
+            finally:
+                inner_s = sum(self.seconds_s.values()) - before_s
+                self._end(phase, time.monotonic() - start_s - inner_s, tokens)
+
+    @contextmanager
+    def untimed(self, phase: str) -> Iterator[None]:
+        """Name the phase that is going on, without counting its seconds: it is no part of a step."""
+        with self._open(phase):
             yield
+
+    def expect(self, total: int, *, most_tokens: int = 0) -> None:
+        """The open phase has this many parts, of which none is done."""
+        self.done, self.total, self.tokens_each, self.most_tokens = 0, total, 0, most_tokens
+
+    def saw(self, done: int, tokens_each: int = 0) -> None:
+        """Note how far the open phase is."""
+        self.done, self.tokens_each = done, tokens_each
+
+    @contextmanager
+    def _open(self, phase: str) -> Iterator[float]:
+        outer = self.phase, self.done, self.total, self.tokens_each, self.most_tokens, self.since_s
+        self.phase, self.done, self.total, self.tokens_each = phase, 0, 0, 0
+        self.since_s = time.monotonic()
+        try:
+            yield self.since_s
         finally:
-            self.phase = outer
-            inner_s = sum(self.seconds_s.values()) - before_s
-            self.seconds_s[phase] += time.monotonic() - start_s - inner_s
+            self.phase, self.done, self.total, self.tokens_each, self.most_tokens, self.since_s = outer
+
+    def _end(self, phase: str, seconds_s: float, tokens_before: int) -> None:
+        self.seconds_s[phase] += seconds_s
+        if self.on_end is not None:
+            self.on_end(PhaseEnd(phase, seconds_s, self.total, self.generated_tokens - tokens_before))
 
     def drain(self) -> dict[str, float]:
         """Metrics since the last call: `time/<phase>_s`, `mel/generated_tokens` and `mel/tokens_per_s`."""
@@ -66,6 +121,7 @@ class MeteredEngine(Engine):
         self.name, self.own_kernels, self.context_tokens = engine.name, engine.own_kernels, engine.context_tokens
         self.share, self.max_num_seqs = engine.share, engine.max_num_seqs
         self.unmetered = engine
+        engine.watch = clock.saw
         self._clock = clock
         self.total_generated_tokens = 0
 
@@ -80,8 +136,10 @@ class MeteredEngine(Engine):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         signals.poll()
+        self._clock.expect(len(requests), most_tokens=sampling.max_new_tokens)
         completions = self._with_one_restart(requests, sampling)
         signals.poll()
+        self._clock.saw(len(requests))
         tokens = sum(len(c.ids) for c in completions)
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
@@ -101,6 +159,12 @@ class MeteredEngine(Engine):
             yield
         finally:
             self._clock.generated_tokens, self.total_generated_tokens = before
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While open, neither tokens nor seconds count as training's."""
+        with self._clock.untimed("evaluation"), self.uncounted():
+            yield
 
     def _with_one_restart(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Sample, restarting the engine after one failure; the requests' seeds give the same completions again."""

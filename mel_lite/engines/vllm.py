@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ class VLLMEngine(Engine):
                 [{"prompt_token_ids": list(r.prompt_ids)} for r in requests],
                 sampling_params=[self._params(r, sampling) for r in requests],
                 lora_request=self._lora_request,
-                use_tqdm=_Interruptible,
+                use_tqdm=partial(_Interruptible, watch=self.watch),
             )
         except BaseException:
             self._drop_unfinished()
@@ -251,9 +252,13 @@ class VLLMEngine(Engine):
 class _Interruptible(tqdm):
     """Progress bar for vLLM that shows nothing and polls for signals whenever a sequence is finished."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, watch: Callable[[int, int], None] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"file": io.StringIO()}))
+        self._watch = watch
 
     def update(self, n: float | None = 1) -> bool | None:
         signals.poll()
-        return super().update(n)
+        shown = super().update(n)
+        if self._watch is not None:
+            self._watch(int(self.n), 0)
+        return shown

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mel_lite import signals
+from mel_lite.engines.metered import PhaseClock
 from mel_lite.training.metrics import GradientMeter
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
@@ -66,6 +67,7 @@ class MicroBatches:
     accelerator: Any
     args: Any
     model: Any
+    clock: PhaseClock
     gradient_meter: GradientMeter
     trained_lessons: list[tuple[Lesson, torch.Tensor]]
     """Lessons of the current optimizer step and their NLL () before the update, without gradient."""
@@ -83,6 +85,9 @@ class MicroBatches:
         """Compute TRL's loss. Taken in parts, the backward is already done and the result is a detached leaf."""
         if return_outputs or not self.scores_in_one_forward:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        steps = self.args.gradient_accumulation_steps
+        self.clock.expect(steps)
+        self.clock.saw(self._step % steps)  # type: ignore[attr-defined]
         forward = self.forward_of(model, inputs)
         if self.budget_tokens is not None or self._can_retry or self.args.skip_zero_advantage:
             loss = self._in_parts(forward, inputs)
@@ -115,13 +120,17 @@ class MicroBatches:
 
     def _in_parts(self, forward: MicroBatchForward, inputs: Any) -> torch.Tensor:
         wanted = self._wanted(inputs, forward.rows)
-        parts = self._parts(forward.rows, wanted)
+        parts, done = self._parts(forward.rows, wanted), 0
         while True:
             loss = self._try_part(forward, inputs, parts)
             if loss is None:
                 parts = self._parts(forward.rows, [i for part in parts for i in part])
                 continue
             del parts[0]
+            done += 1
+            if self.args.gradient_accumulation_steps == 1:
+                self.clock.expect(done + len(parts))
+                self.clock.saw(done)
             if not parts:
                 if self.args.skip_zero_advantage:
                     self._log_forwarded(forward, inputs, wanted)

@@ -123,6 +123,7 @@ class JudgedRewards:
         rows = inputs
         if not isinstance(judge, RewardJudge):
             with self.clock("verify"):
+                self.clock.expect(len(texts))
                 verdicts = judge(groups, texts)
             if self._verifier_reward in self.reward_funcs:
                 rows = [example | {VERDICT_COLUMN: verdict} for example, verdict in zip(inputs, verdicts, strict=True)]
