@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.errors import ConfigError, DataError
+from mel_lite.intervals import share_of_tasks
 from mel_lite.models.chat import prompt_end, render, render_tasks
 from mel_lite.seeds import seed_for
 from mel_lite.types import Finish, Group, Verdict
@@ -29,7 +30,7 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Mean over prompts, in [0, 1], with its 95 % percentile bootstrap interval."""
+    """Mean over prompts with its 95 % interval."""
 
     value: float
     low: float
@@ -70,7 +71,6 @@ class EvalResult:
     temperature: float
     max_new_tokens: int
     seed: int
-    bootstrap: int
     truncation_rate: float
     """Fraction of all answers, greedy and sampled, that were truncated at `max_new_tokens`."""
     abstain_rate: float
@@ -87,6 +87,7 @@ class EvalResult:
         """Restore a result from `to_json` text. Raises DataError for any other text."""
         try:
             values = json.loads(text)
+            values.pop("bootstrap", None)  # resamples of the intervals of older versions
             for name in ("pass_at_1", "avg_at_k", "pass_at_k"):
                 values[name] = Interval(**values[name])
             values["scores"] = tuple(PromptScore(**score) for score in values["scores"])
@@ -156,7 +157,6 @@ def evaluate(
     max_new_tokens: int = 1024,
     seed: int = 42,
     chat_template_kwargs: dict[str, Any] | None = None,
-    bootstrap: int = 2000,
     limit: int | None = None,
     context_tokens: int | None = None,
     prompts: Sequence[tuple[int, ...]] | None = None,
@@ -172,7 +172,7 @@ def evaluate(
     Raises: ConfigError for values out of range; DataError if no task counts.
     """
     samples = k if samples is None else samples
-    _check(k, samples, temperature, bootstrap, limit)
+    _check(k, samples, temperature, limit)
     tasks = tasks if limit is None else tasks.select(range(min(limit, len(tasks))))
     column = answer_column(tasks.column_names)
     questions = [group_of(row, column) for row in tasks]
@@ -195,7 +195,7 @@ def evaluate(
     verdicts = judge([group for group in groups for _ in range(1 + samples)], texts)
     scores = _score(groups, verdicts, samples)
     return EvalResult(
-        **_figures(scores, samples, k, bootstrap, seed),
+        **_figures(scores, samples, k),
         k=k,
         samples=samples,
         n=len(scores),
@@ -204,7 +204,6 @@ def evaluate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        bootstrap=bootstrap,
         truncation_rate=sum(c.finish is Finish.LENGTH for c in completions) / len(completions),
         abstain_rate=sum(v is Verdict.ABSTAIN for v in verdicts) / len(verdicts),
         mean_tokens=sum(len(c.ids) for c in completions) / len(completions),
@@ -212,7 +211,7 @@ def evaluate(
     )
 
 
-def _check(k: int, samples: int, temperature: float, bootstrap: int, limit: int | None) -> None:
+def _check(k: int, samples: int, temperature: float, limit: int | None) -> None:
     if not 1 <= k <= samples:
         raise ConfigError(f"k={k} with samples={samples}: Pass@k needs 1 <= k <= samples. Lower k or raise samples.")
     if not temperature > 0:
@@ -220,9 +219,8 @@ def _check(k: int, samples: int, temperature: float, bootstrap: int, limit: int 
             f"temperature={temperature}: all k samples would equal the greedy answer. Set it above 0 (the paper uses "
             "0.6). Pass@1 is always greedy."
         )
-    for name, value in (("bootstrap", bootstrap), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit} must be at least 1.")
 
 
 def _answer(
@@ -269,13 +267,14 @@ def _score(groups: list[Group], verdicts: list[Verdict], samples: int) -> tuple[
     return tuple(scores)
 
 
-def _figures(scores: Sequence[PromptScore], samples: int, k: int, bootstrap: int, seed: int) -> dict[str, Interval]:
-    per_prompt = {
-        "pass_at_1": [float(s.greedy_right) for s in scores],
-        "avg_at_k": [s.samples_right / samples for s in scores],
-        "pass_at_k": [pass_at_k(samples, s.samples_right, k) for s in scores],
+def _figures(scores: Sequence[PromptScore], samples: int, k: int) -> dict[str, Interval]:
+    """Return the three measures with Wilson intervals over prompts, also where every answer is right or wrong."""
+    found = {
+        "pass_at_1": share_of_tasks([float(s.greedy_right) for s in scores]),
+        "avg_at_k": share_of_tasks([s.samples_right / samples for s in scores], samples),
+        "pass_at_k": share_of_tasks([pass_at_k(samples, s.samples_right, k) for s in scores]),
     }
-    return {name: bootstrap_interval(v, resamples=bootstrap, seed=seed) for name, v in per_prompt.items()}
+    return {name: Interval(each.value, each.low, each.high) for name, each in found.items()}
 
 
 @overload

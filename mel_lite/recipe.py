@@ -33,7 +33,9 @@ class DataOptions:
     train: str = "demo"
     """Spec of the training tasks."""
     eval: str | None = None
-    """Spec of the held-out tasks; None = no evaluation."""
+    """Spec of the evaluation's tasks; None = no evaluation. `held-out`: a tenth of the training tasks, at most
+    `eval.limit` (unset: 100), which are then not trained on; none if there are fewer than 100. The choice depends on
+    the questions alone."""
     split: str | None = None
     """Split of `train`; None = its training split."""
     eval_split: str | None = None
@@ -64,6 +66,12 @@ class EvalOptions:
     """Temperature of those samples."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; None = `train.max_completion_length`."""
+    with_lessons: bool = False
+    """After training, put the run's kept lessons that match a question into its prompt, as `mel-lite eval
+    --with-lessons` does."""
+    every_steps: int | None = None
+    """Also evaluate after every this many optimizer steps, for the curves of `report` and `compare`; None = only before
+    and after training."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from mel_lite.engines.base import Completion, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError, DataError, ModelError
 from mel_lite.evaluate import EvalResult, bootstrap_interval, evaluate, evaluate_model, pass_at_k
+from mel_lite.intervals import share_of_tasks, wilson
 from mel_lite.models.load import ModelSpec, context_length, eos_ids, load_base, load_tokenizer
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.types import Finish, Group, Verdict
@@ -130,10 +131,12 @@ TASKS = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "answer": ["1", "
 
 def test_figures_by_hand() -> None:
     engine = Script(SCRIPT)
-    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=2, samples=4, max_new_tokens=9, bootstrap=50)
+    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=2, samples=4, max_new_tokens=9)
     assert result.pass_at_1.value == pytest.approx(1 / 3)
     assert result.avg_at_k.value == pytest.approx((1 / 4 + 1 + 0) / 3)
     assert result.pass_at_k.value == pytest.approx((1 / 2 + 1 + 0) / 3)
+    wilson_of = share_of_tasks([1 / 4, 1, 0], samples=4)
+    assert (result.avg_at_k.low, result.avg_at_k.high) == (wilson_of.low, wilson_of.high)
     assert result.truncation_rate == pytest.approx(3 / 15)
     assert result.abstain_rate == pytest.approx(1 / 15)
     assert result.mean_tokens == pytest.approx((15 + 12) / 15)  # one byte each, and <|im_end|> on the 12 that stopped
@@ -142,18 +145,20 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("answer", "share"), [("1", 1.0), ("9", 0.0)])
-def test_all_right_and_all_wrong_have_intervals_without_width(answer: str, share: float) -> None:
+def test_all_right_and_all_wrong_are_not_certain(answer: str, share: float) -> None:
     engine = Script({"a": ("1", ["1", "1"]), "b": ("1", ["1", "1"])})
     tasks = datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": [answer] * 2})
-    result = evaluate(engine, engine.tokenizer, tasks, judge, k=2, bootstrap=50)
+    result = evaluate(engine, engine.tokenizer, tasks, judge, k=2)
     for interval in (result.pass_at_1, result.avg_at_k, result.pass_at_k):
-        assert (interval.value, interval.low, interval.high) == (share, share, share)
+        two = wilson(2 * share, 2)
+        assert (interval.value, interval.low, interval.high) == (share, two.low, two.high)
+        assert 0.6 < interval.high - interval.low < 0.7
 
 
 def test_prompts_that_cannot_count_are_left_out_and_counted() -> None:
     engine = Script({"a": ("1", ["1", "x"]), "b": ("1", ["1", "1"])})
     tasks = datasets.Dataset.from_dict({"prompt": ["a", "b", "long" * 5], "answer": ["1", "unusable", "1"]})
-    result = evaluate(engine, engine.tokenizer, tasks, judge, k=2, max_new_tokens=4, context_tokens=20, bootstrap=9)
+    result = evaluate(engine, engine.tokenizer, tasks, judge, k=2, max_new_tokens=4, context_tokens=20)
     assert (result.n, result.skipped_long, result.skipped_unjudged) == (1, 1, 1)
     assert (result.avg_at_k.value, result.abstain_rate) == (0.5, 0.5)
     assert "1 prompts too long, 1 prompts without a usable reference" in result.conditions()
@@ -161,7 +166,7 @@ def test_prompts_that_cannot_count_are_left_out_and_counted() -> None:
 
 def test_engine_is_woken_seeded_and_put_to_sleep() -> None:
     engine = Script(SCRIPT)
-    evaluate(engine, engine.tokenizer, TASKS, judge, k=4, temperature=0.7, max_new_tokens=9, seed=5, bootstrap=9)
+    evaluate(engine, engine.tokenizer, TASKS, judge, k=4, temperature=0.7, max_new_tokens=9, seed=5)
     (greedy, cold), (sampled, warm) = engine.calls
     assert (cold.temperature, warm.temperature, warm.top_p, warm.top_k) == (0.0, 0.7, 1.0, 0)
     assert cold.max_new_tokens == warm.max_new_tokens == 9
@@ -184,7 +189,7 @@ def test_engine_is_woken_seeded_and_put_to_sleep() -> None:
 
 def test_limit_takes_the_first_tasks() -> None:
     engine = Script(SCRIPT)
-    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=4, limit=2, bootstrap=9)
+    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=4, limit=2)
     assert [s.prompt_hash for s in result.scores] == [prompt_hash("a"), prompt_hash("b")]
 
 
@@ -194,7 +199,6 @@ def test_limit_takes_the_first_tasks() -> None:
         ({"k": 9, "samples": 8}, "k=9 with samples=8"),
         ({"k": 0}, "k=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"bootstrap": 0}, "bootstrap=0"),
         ({"limit": 0}, "limit=0"),
     ],
 )
@@ -216,10 +220,12 @@ def test_nothing_to_count_is_an_error() -> None:
 
 def test_json_and_table_carry_the_figures() -> None:
     engine = Script(SCRIPT)
-    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=2, samples=4, seed=3, bootstrap=50)
+    result = evaluate(engine, engine.tokenizer, TASKS, judge, k=2, samples=4, seed=3)
     assert EvalResult.from_json(result.to_json()) == result
     values = json.loads(result.to_json())
     assert (values["seed"], values["temperature"], values["n"], values["k"]) == (3, 0.6, 3, 2)
+    older = json.dumps(values | {"bootstrap": 2000})
+    assert EvalResult.from_json(older) == result, "a file of an older version"
     with pytest.raises(DataError, match="evaluate again"):
         EvalResult.from_json('{"k": 1}')
     console = Console(width=110, record=True, file=open("/dev/null", "w"))
@@ -258,9 +264,7 @@ def test_a_prompts_score_does_not_depend_on_the_other_prompts(tmp_path: Path) ->
         engine = HFEngine(
             model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_concurrent=concurrent
         )
-        return evaluate(
-            engine, tokenizer, tasks, parity, k=4, max_new_tokens=8, seed=seed, temperature=1.0, bootstrap=20
-        )
+        return evaluate(engine, tokenizer, tasks, parity, k=4, max_new_tokens=8, seed=seed, temperature=1.0)
 
     whole = run(tasks, 64)
     assert run(tasks, 64) == whole
@@ -273,9 +277,7 @@ def test_evaluate_model_from_files(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     file = tmp_path / "tasks.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(3)))
-    result = evaluate_model(
-        ModelSpec(str(base)), None, str(file), verifier="exact", k=2, max_new_tokens=4, limit=2, bootstrap=9
-    )
+    result = evaluate_model(ModelSpec(str(base)), None, str(file), verifier="exact", k=2, max_new_tokens=4, limit=2)
     assert (result.n, result.pass_at_1.value, result.max_new_tokens) == (2, 0.0, 4)
     assert context_length(load_base(ModelSpec(str(base)))) == 512
     with pytest.raises(ConfigError, match="nothing to evaluate"):
@@ -323,12 +325,11 @@ def test_an_adapter_is_evaluated_on_the_prompts_it_was_trained_on(
         chat_template_kwargs={"mode": "fast"},
         k=1,
         max_new_tokens=2,
-        bootstrap=9,
     )
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n2+2?<|im_end|>\n"
     assert result.n == 1 and asked == [f"{system}{user}<|im_start|>assistant\nfast>"] * 2
     evaluate_model(
         None, adapter, str(file), verifier="numeric", prompt_column="query", answer_column="target",
-        conversational=False, k=1, max_new_tokens=2, bootstrap=9,
+        conversational=False, k=1, max_new_tokens=2,
     )  # fmt: skip
     assert asked[2:] == ["2+2?"] * 2

@@ -106,7 +106,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of tasks.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to NF4.")] = False,
     system_prompt: SystemPromptOption = None,
-    seed: Annotated[int, typer.Option(help="Seed for sampling and for the bootstrap intervals.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 42,
     with_lessons: Annotated[
         Path | None,
         typer.Option(help="Run whose lessons are put into the prompts that they match; also measured without them."),

@@ -31,8 +31,11 @@ from mel_lite.cli.shared import (
     newest_run,
     overrides_of,
 )
+from mel_lite.data.held_out import HELD_OUT
 from mel_lite.errors import ConfigError
 
+NOTHING = "none"
+"""Value of --eval-dataset for no evaluation."""
 OF_PRESET = "the preset's"
 """Default of an option that the preset or file sets."""
 
@@ -56,6 +59,15 @@ def train(
         int | None, typer.Option(help="Number of training tasks, from the first on.", show_default="all")
     ] = None,
     verifier: VerifierOption = None,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of the evaluation before and after: as --dataset, `held-out` for a part of the training tasks, "
+            "or `none`.",
+            show_default="the preset's; with --dataset, held-out",
+        ),
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split of --eval-dataset.", show_default="train")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder.", show_default="a new one in runs/")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default=OF_PRESET)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=OF_PRESET)] = None,
@@ -112,6 +124,8 @@ def train(
     if auto_resume and output_dir is None:
         raise ConfigError("--auto-resume needs --output-dir: each start without it makes another folder in runs/.")
     resumes_again = auto_resume and output_dir is not None and (output_dir / "config.yaml").is_file()
+    if resume:
+        output_dir = output_dir or newest_run()
     flags = {
         "model.name": ("--model", model),
         "model.load_in_4bit": ("--load-in-4bit" if load_in_4bit else "--no-load-in-4bit", load_in_4bit),
@@ -123,6 +137,8 @@ def train(
         "data.answer_column": ("--answer-column", answer_column),
         "data.system_prompt": ("--system-prompt", system_prompt),
         "data.limit": ("--limit", limit),
+        "data.eval": ("--eval-dataset", None if eval_dataset == NOTHING else eval_dataset),
+        "data.eval_split": ("--eval-split", eval_split),
         "lora.start_from": ("--adapter", None if adapter is None else str(adapter)),
         "train.verifier": ("--verifier", verifier),
         "train.max_steps": ("--max-steps", max_steps),
@@ -133,15 +149,15 @@ def train(
         "train.lessons_from": ("--lessons-from", None if lessons_from is None else str(lessons_from)),
         "train.report_to": ("--report-to", None if report_to is None else _trackers(report_to)),
     }
-    overrides = overrides_of(flags, set_)
-    if dataset is not None and not resume:
-        # The preset's held-out set belongs to the preset's dataset.
-        overrides = [("data.eval", None), ("data.eval_split", None), *overrides]
+    resumed = output_dir if resume or resumes_again else None
+    if eval_split is not None and eval_dataset is None:
+        raise ConfigError(f"--eval-split {eval_split} without --eval-dataset: name the dataset that has this split.")
+    overrides = _evaluation(dataset, eval_dataset, config=config, resumed=resumed) + overrides_of(flags, set_)
     resume |= resumes_again  # after the flags, which must give the same recipe at each start
     if allow_change and not resume and not auto_resume:
         raise ConfigError(f"--allow-change {allow_change[0]} without --resume: a new run has nothing to differ from.")
     if resume:
-        output_dir = output_dir or newest_run()
+        assert output_dir is not None
         # Reuse the run's own config unless a preset or file is given.
         config = config or (output_dir / "config.yaml" if gpu is None else None)
     if gpu is None and config is None:
@@ -164,6 +180,25 @@ def train(
         raise typer.Exit(130) from None
 
 
+def _evaluation(
+    dataset: str | None, eval_dataset: str | None, *, config: Path | None, resumed: Path | None
+) -> list[tuple[str, Any]]:
+    """Return what is evaluated where neither flags nor `--set` say it; empty where the preset or `config` says it.
+
+    The preset's tasks belong to the preset's dataset. A resumed run keeps its own: holding out others would change the
+    tasks that it trains on.
+    """
+    from mel_lite.recipe import keys_of, value_in
+
+    if eval_dataset is not None:
+        return [("data.eval", None), ("data.eval_split", None)]
+    stored = None if resumed is None else resumed / "config.yaml"
+    if stored is not None and stored.is_file():
+        keys = {"data.eval", "data.eval_split"} - (keys_of(config) if config is not None else set())
+        return [(key, value_in(stored, key)) for key in sorted(keys)]
+    return [] if dataset is None else [("data.eval", HELD_OUT), ("data.eval_split", None)]
+
+
 def _trackers(text: str) -> str | list[str]:
     """Return the value of --report-to as TRL takes it: one name, or a list of several."""
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -172,11 +207,13 @@ def _trackers(text: str) -> str | list[str]:
 
 def _dry_run(recipe: Any) -> None:
     """Check options and data, and print the recipe and the number of tasks."""
-    from mel_lite.run import train as run
+    from mel_lite.run.tasks import load_run_tasks, run_tokenizer
+    from mel_lite.run.train import check
 
-    args = run.check(recipe, Path("runs"))
-    tasks = run.load_run_tasks(recipe, args, run.run_tokenizer(recipe))
+    tasks = load_run_tasks(recipe, check(recipe, Path("runs")), run_tokenizer(recipe))
     held_out = "none" if tasks.held_out is None else len(tasks.held_out)
     typer.echo(recipe.as_yaml())
+    for note in tasks.notes:
+        typer.echo(f"# {note}")
     counts = f"{len(tasks.train)} training tasks ({tasks.dropped_long} too long), held out: {held_out}"
     typer.echo(f"# {counts}. Dry run: nothing was trained.")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.data.held_out import HELD_OUT
 from mel_lite.models.adapters import hub_id_of
 from mel_lite.models.load import DEMO
 from mel_lite.report import figures
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from mel_lite.evaluate import Interval
-    from mel_lite.report.statistics import Estimate
+    from mel_lite.intervals import Estimate
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TAGS = ("mel-lite", "mel", "meta-experience-learning", "grpo", "trl", "reinforcement-learning", "arxiv:2602.10224")
@@ -45,6 +46,8 @@ def dataset_hub_id(spec: str | None) -> str | None:
 def shown_dataset(spec: str | None) -> str:
     """Return a dataset as a card may show it, without a local path."""
     text = str(spec or "unknown")
+    if text == HELD_OUT:
+        return "held-out training tasks"
     is_name = dataset_hub_id(text) or text.partition(":")[0] in (DEMO, "reasoning-gym")
     return text if is_name else Path(text).name
 
@@ -90,7 +93,7 @@ def eval_results(run: Run) -> list[EvalResult]:
         "max_new_tokens": after.max_new_tokens,
         "seed": after.seed,
     }
-    measured, _ = figures.evaluation(run)
+    measured, _ = figures.evaluation(run.before, run.after)
     found: list[Estimate | Interval] = [one.after for one in measured]
     kinds = (("pass@1", "Pass@1 (greedy)"), ("accuracy", f"Avg@{after.k}"), (f"pass@{after.k}", f"Pass@{after.k}"))
     return [
@@ -131,7 +134,7 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
 
 def evaluation_rows(run: Run) -> tuple[list[tuple[str, str, str, str]], str]:
     """Return name, before, after and change of each measure with 95 % intervals, and a note; no rows without any."""
-    found, warning = figures.evaluation(run)
+    found, warning = figures.evaluation(run.before, run.after)
     rows = [
         (one.name, one.before.as_share(), one.after.as_share(), one.change.as_points() if one.change else "not paired")
         for one in found

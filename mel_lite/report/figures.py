@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mel_lite.intervals import Estimate, share_of_tasks
 from mel_lite.report.charts import Chart, Line, thinned, trend
-from mel_lite.report.runs import Row, Run, phase_seconds, series, step_counts
-from mel_lite.report.statistics import Estimate, interval, measures, share_of_tasks
+from mel_lite.report.runs import Row, Run, evaluations, phase_seconds, series, step_counts
+from mel_lite.report.statistics import interval, measures
+
+if TYPE_CHECKING:
+    from mel_lite.evaluate import EvalResult
 
 FUNNEL = {
     "groups": "groups of rollouts",
@@ -46,9 +50,8 @@ class Measure:
     """Paired difference; None when the two evaluations do not have the same tasks and samples."""
 
 
-def evaluation(run: Run) -> tuple[list[Measure], str]:
+def evaluation(before: EvalResult | None, after: EvalResult | None) -> tuple[list[Measure], str]:
     """Return Pass@1, Avg@k and Pass@k before and after, and a warning; nothing unless both were measured."""
-    before, after = run.before, run.after
     if before is None or after is None:
         return [], ""
     scores = [{score.prompt_hash: score for score in result.scores} for result in (before, after)]
@@ -129,6 +132,7 @@ def charts(run: Run) -> list[tuple[str, Chart]]:
         or of("Right rollouts", {"": "rewards/_verifier_reward/mean"}, percent=True),
         "reward": None if _is_pass_rate(rows) else of("Reward of rollouts", {"": "reward"}),
         "evaluation": _evaluation_chart(run),
+        "eval_reward": _eval_reward_chart(run),
         "policy": of("Policy loss", {"": "mel/policy_loss"}, zero=True) or of("Loss", {"": "loss"}, zero=True),
         "nll": of("Lessons: NLL of their update", {"before": "mel/nll", "after": "mel/nll_after"},
                   y_label="nats per token"),
@@ -158,6 +162,15 @@ def _is_pass_rate(rows: Sequence[Row]) -> bool:
 
 
 def _evaluation_chart(run: Run) -> Chart | None:
+    """Return the held-out figures over the steps, if some were measured during training."""
+    if not series(run.eval_rows, "eval_avg_at_k")[1]:
+        return None
+    names = {"Avg@k": "avg_at_k", "Pass@1": "pass_at_1", "Pass@k": "pass_at_k"}
+    lines = (Line(label, *evaluations(run, name), i, marks=True) for i, (label, name) in enumerate(names.items()))
+    return Chart("Held-out tasks", tuple(lines), percent=True)
+
+
+def _eval_reward_chart(run: Run) -> Chart | None:
     x, y = series(run.eval_rows, "eval_reward")
     if not y:
         return None

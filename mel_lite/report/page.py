@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mel_lite.data.held_out import HELD_OUT
 from mel_lite.errors import StoreError
 from mel_lite.files import atomic_write_text
 from mel_lite.gpus import GPU_PRESETS
@@ -46,7 +47,7 @@ def write_report(folder: Path, output: Path | None = None, *, most_lessons: int 
 
 def report_page(run: Run, *, most_lessons: int = MOST_LESSONS) -> str:
     """Return the report of a run as HTML."""
-    found, warning = figures.evaluation(run)
+    found, warning = figures.evaluation(run.before, run.after)
     line, meaning = figures.headline(run, found)
     rows, damaged = chosen(run.lessons, most_lessons), list[str]()
     credit = _credit(run, rows, damaged)
@@ -133,7 +134,7 @@ def _facts(run: Run, tokens: float) -> list[tuple[str, str]]:
         "model": run.option("model.name"),
         "algorithm": run.option("train.algorithm") or ("mel" if run.config else None),
         "tasks": run.option("data.train"),
-        "held out": run.option("data.eval"),
+        "evaluated on": "held-out training tasks" if run.option("data.eval") == HELD_OUT else run.option("data.eval"),
         "steps": f"{run.steps}{of}",
         "generated": f"{tokens:,.0f} tokens" if tokens else None,
         "took": figures.duration(total_s) if total_s else None,

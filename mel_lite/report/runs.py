@@ -35,7 +35,8 @@ class Run:
     rows: tuple[Row, ...]
     """Training steps of metrics.jsonl, oldest first."""
     eval_rows: tuple[Row, ...]
-    """Evaluations during training (`eval_strategy`), from the same file."""
+    """Evaluations during training, from the same file: Avg@k of `eval.every_steps`, or TRL's reward of `eval_strategy`.
+    """
     before: EvalResult | None
     after: EvalResult | None
     finished: bool
@@ -83,7 +84,7 @@ def read_run(folder: Path, *, lessons: bool = True) -> Run:
         config,
         read_record(folder),
         tuple(row for row in rows if is_number(row.get("reward"))),
-        tuple(row for row in rows if is_number(row.get("eval_reward"))),
+        tuple(row for row in rows if any(is_number(row.get(f"eval_{name}")) for name in ("reward", "avg_at_k"))),
         before,
         after,
         finished=any((folder / name).is_dir() for name in ("adapter", "model")),
@@ -160,6 +161,15 @@ def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """Return the steps that logged a number under `name`, and the numbers."""
     found = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
     return [float(step) for step, _ in found], [float(value) for _, value in found]
+
+
+def evaluations(run: Run, name: str) -> tuple[list[float], list[float]]:
+    """Return the steps at which held-out tasks were evaluated, from 0 = before training, and a measure's values."""
+    steps, values = series(run.eval_rows, f"eval_{name}")
+    first = [(0.0, getattr(run.before, name).value)] if run.before is not None else []
+    last = [(float(run.steps), getattr(run.after, name).value)] if run.after is not None else []
+    points = [*first, *zip(steps, values, strict=True), *last]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def step_counts(rows: Sequence[Row]) -> list[int]:

@@ -72,8 +72,8 @@ class Means:
 class CollapseChecks:
     """Read the logs of a run; `look` returns the warnings that are due."""
 
-    METRICS = ("reward", "eval_reward", "completions/mean_length", "mel/nll", "mel/retention_ratio", "mel/leak_rate",
-               "mel/written", "mel/replay_valid")  # fmt: skip
+    METRICS = ("reward", "eval_reward", "eval_avg_at_k", "completions/mean_length", "mel/nll", "mel/retention_ratio",
+               "mel/leak_rate", "mel/written", "mel/replay_valid")  # fmt: skip
 
     def __init__(self) -> None:
         self._means = {name: Means(EVALUATIONS if name.startswith("eval") else WINDOW) for name in self.METRICS}
@@ -175,9 +175,15 @@ class CollapseChecks:
         )
 
     def _fallen_evaluation(self) -> str | None:
-        mean, best = self._means["eval_reward"].mean(), self._means["eval_reward"].best
-        if mean is None or best is None or best < LEAST_BEST or mean >= FALLEN_EVALUATION * best:
+        kinds = [self._means[name] for name in ("eval_reward", "eval_avg_at_k")]
+        fallen = [
+            (mean, kind.best) for kind in kinds
+            if (mean := kind.mean()) is not None and kind.best is not None and kind.best >= LEAST_BEST
+            and mean < FALLEN_EVALUATION * kind.best
+        ]  # fmt: skip
+        if not fallen:
             return None
+        mean, best = fallen[0]
         return (
             f"The evaluation fell to {mean:.3g} (mean of the last {EVALUATIONS}) from {best:.3g} at its best: training "
             "does not generalize to held-out tasks. Stop, and use the best checkpoint."
@@ -352,7 +358,7 @@ class CollapseWatch:
     def on_log(self, logs: dict[str, Any]) -> None:
         """Check one log of a step or an evaluation. Raises: DivergedError under `on_collapse='stop'`."""
         self.first_batches.on_log(logs)
-        if "reward" not in logs and "eval_reward" not in logs:
+        if not {"reward", "eval_reward", "eval_avg_at_k"} & logs.keys():
             return
         trainer, checks = self._trainer, self.checks
         args, step, is_main = trainer.args, trainer.state.global_step, trainer.accelerator.is_main_process

@@ -49,7 +49,12 @@ def saved_lessons(folder: Path, *, field: str = "lessons_from") -> list[BankLess
 
 def _stored_lessons(run: Path) -> list[BankLesson]:
     with ExperienceStore(run / FILE_NAME, read_only=True) as store:
-        rows = store.list(status=Status.KEPT)
+        return kept_lessons(store)
+
+
+def kept_lessons(store: ExperienceStore) -> list[BankLesson]:
+    """Return the kept meta-experiences of a store as lessons with score 1, oldest first; repeated rules are merged."""
+    rows = store.list(status=Status.KEPT)
     bank = LessonBank(BankOptions(size=max(1, len(rows))))
     bank.extend(
         BankLesson(row.id, row.heuristic or "", question_text(row.prompt), 1.0, 1, False, row.step) for row in rows
@@ -89,4 +94,4 @@ def build_bank(args: MELConfig, *, used: bool) -> LessonBank | None:
     return bank
 
 
-__all__ = ["build_bank", "saved_bank", "saved_lessons"]
+__all__ = ["build_bank", "kept_lessons", "saved_bank", "saved_lessons"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mel_lite.lessons.store import ExperienceRow
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import Plan
 from mel_lite.models.chat import question_text
+from mel_lite.report.figures import evaluation
 from mel_lite.report.terminal import STATUS_STYLE, labeled, one_line
 from mel_lite.types import BankLesson
 
@@ -25,8 +27,52 @@ if TYPE_CHECKING:
 FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
 
 
-def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
-    """Return one line about a step, with the name of each figure. Missing metrics are omitted."""
+PHASES = {
+    "probe": "engine check", "scored": "scoring", "examine": "re-examination", "internalise": "scoring of teachers",
+    "rescore": "scoring",
+}  # fmt: skip
+"""Phases that are shown under another name than the clock's."""
+PARTS = {
+    "rollout": "completions", "verify": "answers", "analysis": "analyses", "replay": "replays", "evaluation": "answers",
+    "update": "parts",
+}  # fmt: skip
+"""What a phase consists of."""
+
+
+def phase_text(phase: str, total: int, done: int | None = None) -> str:
+    """Return a phase by name with its number of parts, such as `rollout 24/64 completions` or `rollout: 64 ...`."""
+    name, parts = PHASES.get(phase, phase), PARTS.get(phase, "parts")
+    if not total:
+        return name
+    return f"{name}: {total:,} {parts}" if done is None else f"{name} {done:,}/{total:,} {parts}"
+
+
+def progress_bar(share: float, cells: int = 20) -> str:
+    """Return a bar of which a share in [0, 1] is filled."""
+    filled = round(cells * min(1.0, max(0.0, share)))
+    return "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * filled + "\N{BOX DRAWINGS LIGHT HORIZONTAL}" * (cells - filled)
+
+
+def flowed(parts: Sequence[str], width: int, separator: str, *, indent: int) -> list[str]:
+    """Join the parts to lines of at most `width` characters, broken between parts where possible.
+
+    Lines after the first are indented. A word longer than a line stays whole.
+    """
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + len(separator) + len(part) <= width:
+            lines[-1] += separator + part
+            continue
+        first = " " * indent if lines else ""
+        lines += textwrap.wrap(
+            part, max(width, 2 * indent), initial_indent=first, subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    return lines
+
+
+def step_parts(step: int, max_steps: int, logs: dict[str, Any]) -> list[str]:
+    """Return the parts of a line about a step, with the name of each figure. Missing metrics are omitted."""
 
     def metric(name: str, text: str) -> str:
         value = logs.get(name)
@@ -52,7 +98,7 @@ def step_line(step: int, max_steps: int, logs: dict[str, Any]) -> Text:
         norms or metric("grad_norm", "gradient {:.3f}"),
         several(metric("mel/tokens_per_s", "{:.0f} tokens/s"), metric("mel/peak_memory_gib", "peak {:.1f} GiB")),
     ]
-    return Text(" | ".join(part for part in parts if part))
+    return [part for part in parts if part]
 
 
 def _lessons_part(logs: dict[str, Any]) -> str:
@@ -63,6 +109,8 @@ def _lessons_part(logs: dict[str, Any]) -> str:
         stage: f"{logs.get(f'mel/{stage}', 0.0):g}" for stage in ("replay_valid", "pairs", "mixed_groups", "groups")
     }
     text = "{replay_valid} of {pairs} lessons kept, {mixed_groups} of {groups} groups mixed".format(**counts)
+    if not logs.get("mel/pairs"):
+        text = "{mixed_groups} of {groups} groups mixed".format(**counts)
     uplift = logs.get("mel/replay_uplift")
     return text if uplift is None else f"{text}, uplift {100 * uplift:+.0f} points"
 
@@ -117,13 +165,14 @@ def bank_line(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | Non
 
 
 def comparison_table(before: EvalResult, after: EvalResult) -> Table:
-    """Render two evaluations on the same tasks, with 95 % intervals."""
-    table = Table("held-out tasks", "before", "after", title="Evaluation", title_justify="left")
-    table.caption = after.conditions()
-    rows = {"Pass@1 (greedy)": "pass_at_1", f"Avg@{after.k}": "avg_at_k", f"Pass@{after.k}": "pass_at_k"}
-    for label, name in rows.items():
-        table.add_row(label, str(getattr(before, name)), str(getattr(after, name)))
-    table.add_row("truncated at the token limit", f"{before.truncation_rate:.1%}", f"{after.truncation_rate:.1%}")
+    """Render two evaluations and their paired difference in percentage points, with 95 % intervals."""
+    found, warning = evaluation(before, after)
+    table = Table("held-out tasks", "before", "after", "change, paired", title="Evaluation", title_justify="left")
+    table.caption = " ".join(filter(None, (f"95 % intervals; {after.conditions()}.", warning)))
+    for measure in found:
+        change = "" if measure.change is None else measure.change.as_points()
+        table.add_row(measure.name, measure.before.as_share(), measure.after.as_share(), change)
+    table.add_row("truncated at the token limit", f"{before.truncation_rate:.1%}", f"{after.truncation_rate:.1%}", "")
     return table
 
 

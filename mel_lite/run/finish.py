@@ -8,11 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from mel_lite.errors import ExportError
 from mel_lite.evaluate import EvalResult
@@ -28,6 +30,9 @@ from mel_lite.run.display import comparison_table, funnel_table, sample_panel
 from mel_lite.text import first_line, printable
 from mel_lite.trainer import MELTrainer
 from mel_lite.types import Status
+
+MOST_WARNINGS = 5
+"""Warnings of the run that the summary repeats, the newest ones."""
 
 
 def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
@@ -116,12 +121,13 @@ def print_summary(
     folder: Path,
     adapter_dir: Path,
     exported: ExportReport | None,
-    before: EvalResult | None,
-    after: EvalResult | None,
+    results: tuple[EvalResult | None, EvalResult | None],
+    warnings: Sequence[str],
     elapsed_s: float,
     console: Console,
 ) -> None:
-    """Print evaluations, funnel, sample meta-experiences, export report and output paths."""
+    """Print evaluations before and after, funnel, samples, export report, warnings of the run, and output paths."""
+    before, after = results
     console.rule("summary")
     if before is not None and after is not None:
         console.print(comparison_table(before, after))
@@ -134,6 +140,8 @@ def print_summary(
         console.print(exported.as_table())
     if trainer.collapse.idle.idle_batches and not trainer.funnel_totals["mel/mixed_groups"]:
         console.print(f"[yellow]{trainer.collapse.idle.advice()}[/]")
+    for warning in warnings[-MOST_WARNINGS:]:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
     console.print(f"adapter   {escape(str(adapter_dir))}")
     if exported is not None:
         console.print(f"exported  {escape(str(exported.path))}")

@@ -24,7 +24,8 @@ from mel_lite.recipe import Recipe
 from mel_lite.run.folder import run_folder
 from mel_lite.run.probe_measure import measure
 from mel_lite.run.probe_result import ProbeResult
-from mel_lite.run.train import Tasks, build_trainer, check, load_run_tasks, run_tokenizer
+from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
+from mel_lite.run.train import build_trainer, check
 from mel_lite.seeds import prompt_hash
 from mel_lite.types import ReplayCriterion
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from mel_lite.config import MELConfig
 from mel_lite.evaluate import bootstrap_interval
+from mel_lite.intervals import Estimate
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.pairs import fork_token, select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.lessons.replay import is_kept
 from mel_lite.lessons.scored import score_shifts
-from mel_lite.report.statistics import RESAMPLES, Estimate, interval
+from mel_lite.report.statistics import RESAMPLES, interval
 from mel_lite.run.probe_result import Lessons
 from mel_lite.types import Experience, Finish, Group, Lesson, ReplayCriterion, Status
 

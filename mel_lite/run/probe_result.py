@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mel_lite.report.statistics import Estimate
+    from mel_lite.intervals import Estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,86 +1,175 @@
-"""Live training progress in a terminal: one line per step, a bar with the current phase, and a sample now and then."""
+"""Progress of a run: on a terminal a line per step above a live view of the current phase, in a file plain lines."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
-from mel_lite.run.display import sample_panel, step_line
+from mel_lite.engines.metered import PhaseClock, PhaseEnd
+from mel_lite.report.figures import duration
+from mel_lite.run.display import flowed, phase_text, progress_bar, sample_panel, step_parts
+from mel_lite.run.outlook import Outlook
+from mel_lite.training.metrics import peak_metrics
+
+BRIEF_S = 0.5
+"""A phase without parts that is shorter than this gets no line in a file."""
 
 
 class LiveDisplay(TrainerCallback):
-    """Print one line per logged step above a progress bar with the remaining time, and a sample every few steps."""
+    """Shows steps, phases, remaining time, memory, and a meta-experience every few steps."""
 
     side_service = True
     """A failure, such as a closed terminal, does not stop training."""
 
-    def __init__(self, console: Console, trainer: Any = None, *, sample_every: int = 10) -> None:
+    def __init__(self, console: Console, trainer: Any = None, *, evaluations: int = 0, sample_every: int = 10) -> None:
+        """Show a trainer; None = only the lines of the steps.
+
+        Args:
+            evaluations: number of evaluations that the run makes.
+        """
         self._console = console
+        self._is_live = console.is_terminal and not console.is_dumb_terminal
+        """False in a file, or on a terminal that cannot move its cursor."""
+        self._trainer = trainer
+        self._clock = PhaseClock() if trainer is None else trainer.clock
+        self._evaluations_left = evaluations
         self._sample_every = sample_every
         self._last_sample = 0
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self.trainer = trainer
-        """Source of the samples; None = show no samples."""
+        self._outlook = Outlook()
+        self._live: Live | None = None
+        self._state: Any = None
+        """The trainer's state, while it trains."""
+        self._step_began_s, self._tokens_before = 0.0, 0
+        self._evaluated_s = 0.0
+        """Seconds of evaluations within the current step."""
+        self._memory = ""
+        self._clock.on_end = self._phase_ended
+
+    # ---- events ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        clock = None if self.trainer is None else self.trainer.clock
-        self._progress = Progress(
-            _PhaseColumn(clock), BarColumn(), TextColumn("step"), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=self._console, transient=True,
-        )  # fmt: skip
-        self._progress.start()
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._state = state
+        self._open()
+        self._begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        seconds_s = time.monotonic() - self._step_began_s - self._evaluated_s
+        self._outlook.step_ended(seconds_s, self._generated() - self._tokens_before)
+        self._begin_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
             return
-        # In a file, a step is one line however long it is.
-        soft_wrap = not self._console.is_terminal
-        self._console.print(step_line(state.global_step, state.max_steps, logs), soft_wrap=soft_wrap)
-        if self.trainer is not None and self.trainer.collapse.first_batches.line:
-            self._console.print(Text(self.trainer.collapse.first_batches.line, style="bold"), soft_wrap=soft_wrap)
-        if self.trainer is None or (self._last_sample and state.global_step - self._last_sample < self._sample_every):
+        parts = step_parts(state.global_step, self._last_step(state), logs)
+        if self._console.is_terminal:
+            lines = flowed(parts, self._console.width, " | ", indent=4)
+            self._console.print("\n".join(lines), highlight=False, markup=False)
+        else:  # in a file, a step is one line however long it is
+            self._console.print(" | ".join(parts), soft_wrap=True, highlight=False, markup=False)
+        if self._trainer is None:
             return
-        if (sample := self.trainer.latest_sample()) is not None:
+        if self._trainer.collapse.first_batches.line:
+            line = Text(self._trainer.collapse.first_batches.line, style="bold")
+            self._console.print(line, soft_wrap=not self._console.is_terminal)
+        if self._last_sample and state.global_step - self._last_sample < self._sample_every:
+            return
+        if (sample := self._trainer.latest_sample()) is not None:
             self._last_sample = state.global_step
             self._console.print(sample_panel(sample))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Show the block as the phase `evaluation`, which is no part of a step."""
+        began_s, is_alone = time.monotonic(), self._live is None
+        self._open()
+        try:
+            yield
+        finally:
+            seconds_s = time.monotonic() - began_s
+            self._evaluated_s += seconds_s
+            self._outlook.evaluated(seconds_s)
+            self._evaluations_left = max(0, self._evaluations_left - 1)
+            if is_alone:
+                self.close()
+
     def close(self) -> None:
-        """Remove the progress bar. Call it after an error, too, or the terminal keeps a stale line."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Remove the live view. Call it after an error, too, or the terminal keeps a stale line."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
+    def _open(self) -> None:
+        if self._live is None and self._is_live and not self._console.quiet:
+            self._live = Live(get_renderable=self._view, console=self._console, transient=True, refresh_per_second=4)
+            self._live.start()
 
-class _PhaseColumn(ProgressColumn):
-    """The phase that the trainer is in, such as `rollout` or `update`."""
+    def _begin_step(self) -> None:
+        self._step_began_s, self._evaluated_s, self._tokens_before = time.monotonic(), 0.0, self._generated()
 
-    def __init__(self, clock: Any) -> None:
-        super().__init__()
-        self._clock = clock
+    def _generated(self) -> int:
+        return 0 if self._trainer is None else int(self._trainer.engine.total_generated_tokens)
 
-    def render(self, task: Task) -> Text:
-        """Return the phase's name at a fixed width, so that the bar does not jump."""
-        phase = getattr(self._clock, "phase", "") or "training"
-        return Text(f"{phase:<9}")
+    def _phase_ended(self, phase: PhaseEnd) -> None:
+        if self._state is None:
+            return  # the worst step, before training
+        self._outlook.phase_ended(phase.name, phase.seconds_s)
+        memory_gib = peak_metrics().get("mel/peak_memory_gib")
+        self._memory = "" if memory_gib is None else f"peak {memory_gib:.1f} GiB"
+        if self._is_live or not (phase.parts > 1 or phase.seconds_s >= BRIEF_S):
+            return
+        tokens = f", {phase.tokens:,} tokens" if phase.tokens else ""
+        line = f"{phase_text(phase.name, phase.parts)}{tokens}, {duration(phase.seconds_s)}"
+        step = f"step {self._state.global_step + 1}/{self._last_step(self._state)}"
+        try:
+            self._console.print(f"{step} {line}", soft_wrap=True, highlight=False, markup=False)
+        except (OSError, ValueError):  # a closed file or terminal; the callbacks report it
+            self._clock.on_end = None
+
+    # ---- the live view ----
+
+    def _budget(self) -> int | None:
+        return None if self._trainer is None else self._trainer.args.max_generated_tokens
+
+    def _last_step(self, state: Any) -> int:
+        """Return the number of the last step; with a token budget, as the steps so far let expect."""
+        budget = self._budget()
+        more = None if budget is None else self._outlook.steps_for(budget - self._generated())
+        return int(state.max_steps if more is None else min(state.max_steps, state.global_step + more))
+
+    def _view(self) -> Group:
+        lines = [] if self._state is None else [self._progress_parts(self._state)]
+        clock, now_s = self._clock, time.monotonic()
+        if clock.phase:
+            each = f"{clock.tokens_each:,} of {clock.most_tokens:,} tokens each" if clock.tokens_each else ""
+            parts = [phase_text(clock.phase, clock.total, clock.done), each, duration(max(0.0, now_s - clock.since_s))]
+            lines.append([*parts, "" if self._state is not None else "before training"])
+        width = self._console.width
+        texts = [Text(line, no_wrap=True) for parts in lines for line in flowed(parts, width, "  ", indent=2)]
+        return Group(*texts)
+
+    def _progress_parts(self, state: Any) -> list[str]:
+        last, budget = self._last_step(state), self._budget()
+        share, tokens = state.global_step / max(1, last), ""
+        if budget is not None:
+            share = max(share, min(1.0, self._generated() / budget)) if last < state.max_steps else 0.0
+            tokens = f"{self._generated():,} of {budget:,} tokens"
+        phase = (self._clock.phase, time.monotonic() - self._clock.since_s) if self._clock.phase else ("", 0.0)
+        left_s = self._outlook.remaining_s(
+            last - state.global_step, evaluations_left=self._evaluations_left, open_phase=phase
+        )
+        step = f"step {min(state.global_step + 1, last)} of {'about ' if budget is not None else ''}{last:,}"
+        if budget is not None and last == state.max_steps:
+            step = f"step {state.global_step + 1}"
+        bar = progress_bar(share) if self._console.width >= 70 else ""
+        left = "time left: known after a step" if left_s is None else f"about {duration(left_s)} left"
+        return [step, bar, left, tokens, self._memory]

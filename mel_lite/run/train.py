@@ -6,26 +6,23 @@ checkpoint-N/, adapter/, merged-16bit/, eval/ and report.html.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from mel_lite.config import MELConfig
-from mel_lite.data.tasks import load_tasks, recommended_verifier
+from mel_lite.data.tasks import recommended_verifier
 from mel_lite.engines import distributed
-from mel_lite.engines.distributed import SplitEngine
 from mel_lite.engines.unsloth import is_unsloth
-from mel_lite.errors import ConfigError, DataError, EngineError, MelLiteError, ModelError
-from mel_lite.evaluate import EvalResult, evaluate
+from mel_lite.errors import ConfigError, EngineError, MelLiteError, ModelError
+from mel_lite.evaluate import EvalResult
 from mel_lite.export.gguf import GGUF_TYPES, find_tools
 from mel_lite.files import atomic_write_text
 from mel_lite.lessons.internalise import get_internalisation
@@ -33,10 +30,8 @@ from mel_lite.lessons.prompts import load_templates
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
-from mel_lite.models.adapters import find_adapter, lora_config
-from mel_lite.models.chat import render
-from mel_lite.models.load import context_length, load_config, load_tokenizer
-from mel_lite.recipe import Recipe, build_args, resolve
+from mel_lite.models.adapters import lora_config
+from mel_lite.recipe import EvalOptions, Recipe, build_args, resolve
 from mel_lite.report.record import RunRecord, device_here
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.memory_gauge import Gauge, gauge_here
@@ -44,74 +39,17 @@ from mel_lite.resilience.resume_checks import check_changes
 from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.worst_step import PhasePeak, WorstStepFirst, as_started
 from mel_lite.run.display import peaks_table
+from mel_lite.run.evaluations import Evaluations
 from mel_lite.run.finish import export_trained, print_summary, release, save, write_cards, write_run_report
 from mel_lite.run.folder import run_folder
 from mel_lite.run.load_model import load_for_training
+from mel_lite.run.notices import Notices
 from mel_lite.run.preflight import check_dependencies
 from mel_lite.run.progress import LiveDisplay
+from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.verify.verifiers import get_verifier
-
-
-@dataclass(frozen=True, slots=True)
-class Tasks:
-    """Datasets of a run, with prompts in conversational or plain-text form."""
-
-    train: Any
-    held_out: Any | None
-    dropped_long: int
-    """Number of training prompts dropped because prompt and completion together exceed the context."""
-    longest_prompt_tokens: int
-    """Length of the longest remaining training prompt."""
-
-
-def load_run_tasks(recipe: Recipe, args: MELConfig, tokenizer: Any) -> Tasks:
-    """Load and check the datasets of a recipe.
-
-    Raises: DataError for malformed rows, if no prompt fits the model's context, or if there are too few rows;
-        ModelError for a conversation that the chat template rejects.
-    """
-    options = recipe.data
-    conversational = options.conversational
-    if conversational is None:
-        conversational = tokenizer.chat_template is not None
-    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
-    shared: dict[str, Any] = columns | {"system_prompt": options.system_prompt, "conversational": conversational}
-    as_ids = partial(render, tokenizer=tokenizer, chat_template_kwargs=args.chat_template_kwargs)
-    lengths: list[int] = []
-    train = load_tasks(
-        options.train,
-        split=options.split,
-        limit=options.limit,
-        render=lambda prompt: lengths.append(len(as_ids(prompt))),
-        **shared,
-    )
-    held_out = None
-    if options.eval:
-        held_out = load_tasks(options.eval, split=options.eval_split, limit=recipe.eval.limit, render=as_ids, **shared)
-    room_tokens = context_length(load_config(recipe.model)) - args.max_completion_length
-    room_tokens = min(room_tokens, options.max_prompt_tokens or room_tokens)
-    fits = train.select([i for i, length in enumerate(lengths) if length <= room_tokens])
-    if len(fits) == 0:
-        raise DataError(
-            f"None of the {len(train)} prompts of {options.train!r} leaves room for max_completion_length="
-            f"{args.max_completion_length} in the model's context. Lower train.max_completion_length."
-        )
-    prompts = args.generation_batch_size // args.num_generations
-    if len(fits) < prompts:
-        raise DataError(
-            f"{options.train!r} has {len(fits)} usable rows, but one step needs {prompts} different prompts. Lower "
-            "train.gradient_accumulation_steps or train.per_device_train_batch_size, or add rows."
-        )
-    longest = max(length for length in lengths if length <= room_tokens)
-    return Tasks(fits, held_out, len(train) - len(fits), longest)
-
-
-def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a run: with the chat template of the adapter it starts from. Raises: ModelError."""
-    start = None if recipe.lora is None else recipe.lora.start_from
-    return load_tokenizer(recipe.model, saved_in=None if start is None else find_adapter(start))
 
 
 def check(recipe: Recipe, folder: Path) -> MELConfig:
@@ -122,6 +60,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     for key in DEFAULTS:
         option_of(recipe, key)
     args = build_args(recipe, folder)
+    _check_evaluation(recipe.eval, args)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True
     if args.verifier is not None:
@@ -135,6 +74,18 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
         find_tools(recipe.export.format, folder)
     check_dependencies(recipe, args)
     return args
+
+
+def _check_evaluation(options: EvalOptions, args: MELConfig) -> None:
+    if options.with_lessons and not args.with_meta_experience:
+        raise ConfigError(
+            f"eval.with_lessons=true with algorithm={args.algorithm!r}: such a run writes no lessons. Set "
+            "train.algorithm=mel, or eval.with_lessons=false."
+        )
+    if options.every_steps is not None and options.every_steps < 1:
+        raise ConfigError(
+            f"eval.every_steps={options.every_steps} must be at least 1, or null for no evaluation during training."
+        )
 
 
 def train(
@@ -166,7 +117,7 @@ def train(
         raise ConfigError(f"--resume: {folder} holds no run (no config.yaml). Pass the run's folder with --output-dir.")
     is_main = distributed.rank() == 0
     console = console if is_main else Console(quiet=True)
-    with ExitStack() as lock:
+    with ExitStack() as lock, Notices(console) as notices:
         distributed.on_first(lambda: lock.enter_context(run_folder(folder, resume=resume)), cpu=on_cpu)
         resume = distributed.on_first(lambda: resume and _can_resume(recipe, folder, console, allow_change), cpu=on_cpu)
         gauge = _gauge(worst_case, console)  # before the model allocates anything
@@ -184,31 +135,31 @@ def train(
         if gauge is not None:
             _add_worst_step(trainer, _with_prompt_bound(recipe, tasks), console, gauge, budget_bytes)
         # Added after the worst step: a run that does not fit should fail before it spends time on the evaluation.
-        path = folder / "eval" / "before.json"
-        evaluation = record.stage("evaluation")(partial(_evaluation, recipe, trainer, tasks, console=console))
-        trainer.add_callback(baseline := _Baseline(trainer, lambda: evaluation(path, reuse=resume)))
+        display = LiveDisplay(console, trainer, evaluations=_count(recipe.eval, args, tasks, resumed=resume))
+        evaluations = _evaluations(recipe, trainer, tasks, folder, display, record, console, resumed=resume)
+        trainer.add_callback(evaluations)
         with record.stage("training"):
-            _fit(trainer, folder, console, resume=resume, allow_change=allow_change)
+            _fit(trainer, folder, display, resume=resume, allow_change=allow_change)
         with record.stage("export"):
             adapter_dir = save(trainer, recipe, folder) if is_main else folder  # before anything else can fail
-        after = evaluation(folder / "eval" / "after.json")
+        after = evaluations.after()
         trainer.accelerator.wait_for_everyone()
         if is_main:
-            before = baseline.result or _stored_evaluation(path)  # a finished run is not trained again
-            _export_and_report(recipe, trainer, folder, adapter_dir, before, after, record, console)
+            results = evaluations.before, after
+            _export_and_report(recipe, trainer, folder, adapter_dir, results, record, notices, console)
         trainer.accelerator.end_training()
 
 
 def _export_and_report(
-    recipe: Recipe, trainer: MELTrainer, folder: Path, adapter_dir: Path, before: EvalResult | None,
-    after: EvalResult | None, record: RunRecord, console: Console,
+    recipe: Recipe, trainer: MELTrainer, folder: Path, adapter_dir: Path,
+    results: tuple[EvalResult | None, EvalResult | None], record: RunRecord, notices: Notices, console: Console,
 ) -> None:  # fmt: skip
     """Export the trained model, print the summary and write the report, on rank 0."""
     patched = is_unsloth(trainer.model)
     release(trainer)
     with record.stage("export"):
         exported = export_trained(recipe, adapter_dir, folder, console, in_subprocess=patched)
-    print_summary(trainer, folder, adapter_dir, exported, before, after, record.elapsed_s, console)
+    print_summary(trainer, folder, adapter_dir, exported, results, notices.seen, record.elapsed_s, console)
     write_cards(folder, console)
     write_run_report(folder, console)
 
@@ -221,6 +172,8 @@ def _announce(recipe: Recipe, args: MELConfig, tasks: Tasks, folder: Path, conso
     )
     if tasks.dropped_long:
         console.print(f"{tasks.dropped_long} prompts were dropped: too long for the context.")
+    for note in tasks.notes:
+        console.print(note, style="yellow" if note.startswith("warning") else None, markup=False, highlight=False)
 
 
 def _gauge(worst_case: bool | None, console: Console) -> Gauge | None:
@@ -233,28 +186,36 @@ def _gauge(worst_case: bool | None, console: Console) -> Gauge | None:
     return gauge_here()
 
 
-def _fit(trainer: MELTrainer, folder: Path, console: Console, *, resume: bool, allow_change: Sequence[str]) -> None:
+def _evaluations(
+    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, folder: Path, display: LiveDisplay, record: RunRecord,
+    console: Console, *, resumed: bool,
+) -> Evaluations:  # fmt: skip
+    @contextmanager
+    def shown() -> Iterator[None]:
+        with record.stage("evaluation"), display.evaluating():
+            yield
+
+    return Evaluations(
+        recipe.eval, trainer, tasks.held_out, folder / "eval", resumed=resumed, shown=shown, console=console
+    )
+
+
+def _count(options: EvalOptions, args: MELConfig, tasks: Tasks, *, resumed: bool) -> int:
+    """Return the number of evaluations of a run: before, after, and those during training."""
+    if tasks.held_out is None:
+        return 0
+    return 2 - resumed + (max(0, args.max_steps - 1) // options.every_steps if options.every_steps else 0)
+
+
+def _fit(trainer: MELTrainer, folder: Path, display: LiveDisplay, *, resume: bool, allow_change: Sequence[str]) -> None:
     """Train, with a live display. Raises EngineError if the GPU runs out of memory."""
-    display = LiveDisplay(console, trainer)
-    trainer.add_callback(display)  # last, since nothing else may print while its progress bar is up
+    trainer.add_callback(display)  # last: a step ends for it after the evaluation that follows the step
     try:
         trainer.train(resume_from_checkpoint=resume or None, allow_change=allow_change)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(error, folder) from error
     finally:
         display.close()
-
-
-class _Baseline(TrainerCallback):
-    """Evaluate the model before its first step. A resumed run loads the stored result instead."""
-
-    def __init__(self, trainer: MELTrainer, evaluation: Callable[[], EvalResult | None]) -> None:
-        self._trainer, self._evaluation = trainer, evaluation
-        self.result: EvalResult | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.result = self._evaluation()
-        self._trainer.stop_together()  # if a signal arrived during the evaluation
 
 
 class _WriteConfigOnTrainBegin(TrainerCallback):
@@ -352,37 +313,3 @@ def build_trainer(recipe: Recipe, args: MELConfig, tokenizer: Any, tasks: Tasks,
         raise ConfigError(f"section 'train': {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _evaluation(
-    recipe: Recipe, trainer: MELTrainer, tasks: Tasks, path: Path, *, console: Console, reuse: bool = False
-) -> EvalResult | None:
-    """Evaluate the current model on the held-out tasks, and store the result; None if there are no held-out tasks.
-
-    `reuse`: load the stored result instead; None if there is none.
-    """
-    if tasks.held_out is None:
-        return None
-    if reuse:  # the model has been trained since, so it cannot be evaluated as the baseline
-        return _stored_evaluation(path)
-    with console.status(f"evaluating on {len(tasks.held_out)} held-out tasks"), trainer.engine.uncounted():
-        result = evaluate(
-            SplitEngine(trainer.engine) if distributed.world() > 1 else trainer.engine,
-            trainer.processing_class,
-            tasks.held_out,
-            trainer.judge,
-            k=recipe.eval.k,
-            temperature=recipe.eval.temperature,
-            max_new_tokens=recipe.eval.max_new_tokens or trainer.args.max_completion_length,
-            seed=trainer.args.seed,
-            chat_template_kwargs=trainer.args.chat_template_kwargs,
-            context_tokens=min(context_length(trainer.model), trainer.engine.context_tokens or sys.maxsize),
-        )
-    if distributed.rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        atomic_write_text(path, result.to_json() + "\n")
-    return result
-
-
-def _stored_evaluation(path: Path) -> EvalResult | None:
-    return EvalResult.from_json(path.read_text()) if path.is_file() else None

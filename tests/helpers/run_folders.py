@@ -28,7 +28,7 @@ def evaluation(right: list[int], *, samples: int = 4, greedy: list[int] | None =
     scores = tuple(PromptScore(f"task{first + i}", bool((greedy or right)[i]), count) for i, count in enumerate(right))
     return EvalResult(
         mean, mean, mean, k=samples, samples=samples, n=len(right), skipped_long=0, skipped_unjudged=0,
-        temperature=0.6, max_new_tokens=64, seed=42, bootstrap=2000, truncation_rate=0.0, abstain_rate=0.0,
+        temperature=0.6, max_new_tokens=64, seed=42, truncation_rate=0.0, abstain_rate=0.0,
         mean_tokens=20.0, scores=scores,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_the_hub_reads_what_the_run_measured(run_dir: Path) -> None:
         assert (data.library_name, data.base_model_relation, data.datasets) == (library, "adapter", ["owner/train"])
         assert {"mel-lite", "grpo", "lora", "arxiv:2602.10224"} <= set(data.tags)
         name, results = model_index_to_eval_results(data.to_dict()["model-index"])
-        measured, _ = figures.evaluation(read_run(run_dir))
+        measured, _ = figures.evaluation(read_run(run_dir).before, read_run(run_dir).after)
         assert name == "run" and [one.metric_type for one in results] == ["pass@1", "accuracy", "pass@4"]
         for result, measure in zip(results, measured, strict=True):
             assert (result.dataset_type, result.dataset_split) == ("owner/tests", "test")
@@ -155,3 +155,4 @@ def test_dataset_specs_are_told_apart() -> None:
     for local in ("demo", "demo:test", "data/tasks.jsonl", "./own/data", "reasoning-gym:chain_sum", None, "/a/b"):
         assert metadata.dataset_hub_id(local) is None
     assert metadata.shown_dataset("reasoning-gym:chain_sum") == "reasoning-gym:chain_sum"
+    assert metadata.shown_dataset("held-out") == "held-out training tasks"

@@ -19,7 +19,7 @@ from mel_lite.evaluate import evaluate
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES
 from mel_lite.models.chat import question_text, render
 from mel_lite.recipe import build_args, resolve
-from mel_lite.run.train import load_run_tasks
+from mel_lite.run.tasks import load_run_tasks
 from mel_lite.types import Group, Prompt, Verdict
 from mel_lite.warmup.examples import Example, tokenize
 from scripted import ScriptedEngine
@@ -91,7 +91,7 @@ def test_every_stage_sees_the_same_tokens(tmp_path: Path, case: str) -> None:
     assert set(seen["control"]) <= set(seen["rollout"])
 
     engine = ScriptedEngine(tokenizer)
-    evaluate(engine, tokenizer, rows, all_right, k=1, max_new_tokens=16, bootstrap=1)
+    evaluate(engine, tokenizer, rows, all_right, k=1, max_new_tokens=16)
     evaluated = {request.prompt_ids for requests, _ in engine.calls for request in requests}
     assert evaluated == set(expected)
 

@@ -122,9 +122,7 @@ def planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelSpec,
 @pytest.mark.parametrize(("tags", "share"), [(["<plan> </plan>"], 0.0), (None, 1.0), ([], 1.0)])
 def test_tags_of_an_evaluation(planner: tuple[ModelSpec, Path], tags: list[str] | None, share: float) -> None:
     spec, tasks = planner
-    result = evaluate_model(
-        spec, None, str(tasks), verifier="numeric", think_tags=tags, k=1, max_new_tokens=64, bootstrap=9
-    )
+    result = evaluate_model(spec, None, str(tasks), verifier="numeric", think_tags=tags, k=1, max_new_tokens=64)
     assert result.pass_at_1.value == result.avg_at_k.value == share
 
 

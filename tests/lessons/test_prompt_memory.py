@@ -93,7 +93,9 @@ def test_differences_are_paired_by_prompt() -> None:
     assert result.taught_difference["avg_at_k"] == bootstrap_interval(with_lesson, resamples=2000, seed=5)
     greedy = [float(b.greedy_right) - float(a.greedy_right)
               for a, b in zip(result.plain.scores, result.with_lessons.scores, strict=True)]  # fmt: skip
-    assert result.difference["pass_at_1"] == bootstrap_interval(greedy, resamples=2000, seed=5)
+    assert set(greedy) == {0.0}, "no greedy answer changes, which six tasks do not make certain"
+    missed = 1 - 0.025 ** (1 / 6)
+    assert result.difference["pass_at_1"] == Interval(0.0, -missed, missed)
 
 
 def test_lessons_that_do_not_fit_the_context_are_left_out_and_counted() -> None:
@@ -102,7 +104,7 @@ def test_lessons_that_do_not_fit_the_context_are_left_out_and_counted() -> None:
     assert (result.taught, result.over_context, result.lessons_per_task) == (0, 4, 0.0)
     assert result.plain.scores == result.with_lessons.scores and result.taught_difference == {}
     assert not any("<notes>" in prompt for prompt in engine.prompts)
-    assert result.difference["avg_at_k"] == Interval(0.0, 0.0, 0.0)
+    assert result.difference["avg_at_k"].value == 0.0
 
 
 def test_limit_takes_the_first_tasks() -> None:

@@ -32,7 +32,7 @@ def test_the_result_is_the_paired_difference(tmp_path: Path) -> None:
     """Tasks differ much, and nearly each gains one sample of four: pairing makes the gain clear."""
     before, after = [0, 1, 2, 3, 0, 1, 2, 3], [1, 2, 3, 4, 1, 2, 3, 3]
     run = read_run(make_run(tmp_path / "run", before=before, after=after))
-    found, warning = evaluation(run)
+    found, warning = evaluation(run.before, run.after)
     assert warning == "" and [measure.name for measure in found] == ["Pass@1 (greedy)", "Avg@4", "Pass@4"]
     average = found[1]
     assert (average.before.value, average.after.value) == (12 / 32, 19 / 32)
@@ -50,18 +50,20 @@ def test_the_result_is_the_paired_difference(tmp_path: Path) -> None:
 
 def test_an_interval_around_zero_is_called_no_difference(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", before=[2] * 6, after=[2] * 6))
-    assert "shows no difference" in headline(run, evaluation(run)[0])[1]
+    assert "shows no difference" in headline(run, evaluation(run.before, run.after)[0])[1]
 
 
 def test_evaluations_of_other_tasks_are_not_compared(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", before=[1, 2, 3], after=[4, 4, 4])
     path = folder / "eval" / "before.json"
     path.write_text(path.read_text().replace('"task2"', '"other"'))
-    found, warning = evaluation(read_run(folder))
+    run = read_run(folder)
+    found, warning = evaluation(run.before, run.after)
     assert warning == "Only the 2 tasks that both evaluations judged are compared."
     assert found[1].change is not None and found[1].change.value == pytest.approx((3 + 2) / 8)
     path.write_text(path.read_text().replace('"task', '"else'))
-    found, warning = evaluation(read_run(folder))
+    run = read_run(folder)
+    found, warning = evaluation(run.before, run.after)
     assert "do not have the same tasks" in warning and found[1].change is None
     assert "cannot be compared" in headline(read_run(folder), found)[1]
 

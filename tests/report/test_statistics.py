@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mel_lite.report.statistics import difference, interval, share_of_tasks, wilson
+from mel_lite.intervals import share_of_tasks, wilson
+from mel_lite.report.statistics import difference, interval
 
 
 @pytest.mark.parametrize(

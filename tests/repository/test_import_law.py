@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "types errors files gpus imports seeds signals text trl_compat kernels",
+        "types errors files gpus imports intervals seeds signals text trl_compat kernels",
         "models data verify config",
         "engines recipe",
         "lessons evaluate memory",
@@ -47,6 +47,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
     """engines.hf engines.unsloth engines.vllm export.merge run.train run.progress run.load_model run.finish
     run.probe run.probe_gradients run.probe_lessons run.probe_measure report.browser
+    run.tasks run.evaluations
     warmup.train""".split()
 )
 """Packages and modules about tensors or TRL's classes. The others load no heavy package until a function runs."""

@@ -12,8 +12,18 @@ from rich.console import Console
 
 from mel_lite.lessons.store import ExperienceStore
 from mel_lite.memory.formulas import GIB
+from mel_lite.report import figures
 from mel_lite.report.terminal import experience_page
-from mel_lite.run.display import funnel_table, plan_view, sample_panel, step_line
+from mel_lite.run.display import (
+    comparison_table,
+    flowed,
+    funnel_table,
+    phase_text,
+    plan_view,
+    progress_bar,
+    sample_panel,
+    step_parts,
+)
 from mel_lite.training.metrics import funnel
 from mel_lite.types import (
     Analysis,
@@ -30,6 +40,7 @@ from mel_lite.types import (
     Verdict,
 )
 from plans import planned, with_vllm
+from run_folders import evaluation
 
 R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
 
@@ -87,15 +98,26 @@ def test_a_step_is_one_line_with_every_figure() -> None:
         "mel/tokens_per_s": 88.4,
         "mel/peak_memory_gib": 2.5,
     }
-    line = step_line(3, 120, logs).plain
+    line = " | ".join(step_parts(3, 120, logs))
     assert line == (
         "step   3/120 | 50% right, reward 0.50 | 1 of 1 lessons kept, 1 of 1 groups mixed, uplift +100 points | "
         "policy loss -0.0125, lessons' NLL 1.234 to 1.100 | gradient policy 0.200, lessons 0.400 | "
         "88 tokens/s, peak 2.5 GiB"
     )
-    assert step_line(1, 9, {"reward": 0.0, "loss": 0.5, "grad_norm": 1.0}).plain == (
-        "step 1/9 | reward 0.00 | loss +0.5000 | gradient 1.000"
-    )
+    assert step_parts(1, 9, {"reward": 0.0, "loss": 0.5, "grad_norm": 1.0}) == [
+        "step 1/9", "reward 0.00", "loss +0.5000", "gradient 1.000"
+    ]  # fmt: skip
+
+
+def test_a_line_is_broken_between_its_parts() -> None:
+    parts = ["step 1/9", "", "50% right, reward 0.50", "peak 2.5 GiB", "lessons " * 6 + "x" * 50]
+    assert flowed(parts[:4], 200, " | ", indent=4) == ["step 1/9 | 50% right, reward 0.50 | peak 2.5 GiB"]
+    broken = ["step 1/9 | 50% right, reward 0.50", "    peak 2.5 GiB"]
+    broken += ["    lessons lessons lessons lessons", "    lessons lessons", "    " + "x" * 50]
+    assert flowed(parts, 40, " | ", indent=4) == broken
+    assert flowed([], 40, " | ", indent=4) == []
+    assert phase_text("rollout", 64, 24) == "rollout 24/64 completions" and phase_text("scored", 0, 0) == "scoring"
+    assert phase_text("replay", 4) == "replay: 4 replays" and progress_bar(0.25, 8) == "━━──────"
 
 
 def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) -> None:
@@ -122,3 +144,16 @@ def test_the_view_shows_every_phase_and_the_card() -> None:
     assert "max_cache_tokens=" in text and "CUDA_VISIBLE_DEVICES= mel-lite export" in text
     _, made = with_vllm("24gb")
     assert "the export runs on the CPU, in a separate process" in shown(plan_view(made))
+
+
+def test_before_and_after_are_shown_with_their_paired_difference() -> None:
+    """All 12 tasks are never solved before; afterwards 9 of them are, 3 with every sample."""
+    before, after = evaluation([0] * 12), evaluation([4] * 3 + [2] * 6 + [0] * 3)
+    text = shown(comparison_table(before, after))
+    rows = {line.split("\u2502")[1].strip(): line for line in text.splitlines() if "\u2502" in line}
+    assert "0.0% [0.0%, 24.2%]" in rows["Avg@4"], "Wilson's interval of 0 of 12 tasks"
+    change = figures.evaluation(before, after)[0][1].change
+    assert change is not None and change.value == 0.5 and 0.2 < change.low < 0.4 and 0.6 < change.high < 0.8
+    assert change.as_points() in rows["Avg@4"]
+    fewer = shown(comparison_table(before, evaluation([0] * 11)))
+    assert "Only the 11 tasks that both evaluations judged are compared." in " ".join(fewer.split())

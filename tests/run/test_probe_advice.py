@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mel_lite.report.statistics import Estimate
+from mel_lite.intervals import Estimate
 from mel_lite.run.probe_advice import NO_HELP, advise
 from mel_lite.run.probe_result import Attempts, Lessons, ProbeResult, WayGradient
 

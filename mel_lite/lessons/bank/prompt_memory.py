@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.engines.base import Engine
 from mel_lite.evaluate import EvalResult, Interval, PromptScore, bootstrap_interval, evaluate
+from mel_lite.intervals import widened
 from mel_lite.lessons.bank.bank import LessonBank, notes_text
 from mel_lite.lessons.prompts import Templates, replay_prompt
 from mel_lite.models.chat import question_text, render, render_tasks
@@ -92,12 +93,62 @@ def evaluate_with_lessons(
     the same answers in both. Raises: as `evaluate`; DataError for a conversation without a user turn.
     """
     tasks = tasks if limit is None else tasks.select(range(min(limit, len(tasks))))
+    asked = lesson_prompts(
+        tasks, tokenizer, bank, templates, max_new_tokens=max_new_tokens, context_tokens=context_tokens,
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
+    without, taught = (
+        evaluate(
+            engine, tokenizer, tasks, judge, prompts=prompts, max_new_tokens=max_new_tokens, seed=seed,
+            context_tokens=context_tokens, **options,
+        )
+        for prompts in (asked.plain, asked.taught)
+    )  # fmt: skip
+    have_lessons = {prompt_hash for prompt_hash, _ in asked.counts}
+    pairs = _pairs(without.scores, taught.scores)
+    shift = functools.partial(_difference, samples=without.samples, resamples=bootstrap, seed=seed)
+    return MemoryResult(
+        without,
+        taught,
+        difference=shift(pairs),
+        taught_difference=shift([pair for pair in pairs if pair[0].prompt_hash in have_lessons]),
+        tasks=len(tasks),
+        taught=len(asked.counts),
+        over_context=asked.over_context,
+        lessons_per_task=sum(count for _, count in asked.counts) / max(1, len(asked.counts)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LessonPrompts:
+    """Prompts of tasks as token ids, without lessons and with those that the bank retrieves."""
+
+    plain: list[tuple[int, ...]]
+    taught: list[tuple[int, ...]]
+    """Equal to `plain` for a task without lessons, or with lessons that do not fit the context."""
+    counts: list[tuple[str, int]]
+    """Hash and number of lessons of each task with lessons."""
+    over_context: int
+    """Number of tasks whose lessons do not fit."""
+
+
+def lesson_prompts(
+    tasks: datasets.Dataset,
+    tokenizer: Any,
+    bank: LessonBank,
+    templates: Templates,
+    *,
+    max_new_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    context_tokens: int | None = None,
+) -> LessonPrompts:
+    """Return the prompts of tasks. Raises: DataError for a conversation without a user turn."""
     column = answer_column(tasks.column_names)
     groups = [group_of(row, column) for row in tasks]
     as_ids = functools.partial(render, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
-    plain = render_tasks((group.prompt for group in groups), as_ids, "evaluation tasks")
+    plain = list(render_tasks((group.prompt for group in groups), as_ids, "evaluation tasks"))
     room_tokens = math.inf if context_tokens is None else context_tokens - max_new_tokens
-    prompts, counts, over_context = list(plain), [], 0
+    taught, counts, over_context = list(plain), [], 0
     for i, group in enumerate(groups):
         found = bank.retrieve(question_text(group.prompt))
         notes = notes_text(found)
@@ -106,28 +157,9 @@ def evaluate_with_lessons(
             if len(ids) > room_tokens:
                 over_context += len(plain[i]) <= room_tokens
                 continue
-            prompts[i] = ids
+            taught[i] = ids
             counts.append((group.prompt_hash, len(found)))
-    without, taught = (
-        evaluate(
-            engine, tokenizer, tasks, judge, prompts=asked, max_new_tokens=max_new_tokens, seed=seed,
-            bootstrap=bootstrap, context_tokens=context_tokens, **options,
-        )
-        for asked in (plain, prompts)
-    )  # fmt: skip
-    have_lessons = {prompt_hash for prompt_hash, _ in counts}
-    pairs = _pairs(without.scores, taught.scores)
-    shift = functools.partial(_difference, samples=without.samples, resamples=bootstrap, seed=seed)
-    return MemoryResult(
-        without,
-        taught,
-        difference=shift(pairs),
-        taught_difference=shift([pair for pair in pairs if pair[0].prompt_hash in have_lessons]),
-        tasks=len(groups),
-        taught=len(counts),
-        over_context=over_context,
-        lessons_per_task=sum(count for _, count in counts) / max(1, len(counts)),
-    )
+    return LessonPrompts(plain, taught, counts, over_context)
 
 
 def _pairs(plain: Sequence[PromptScore], taught: Sequence[PromptScore]) -> list[tuple[PromptScore, PromptScore]]:
@@ -147,7 +179,12 @@ def _difference(
         "pass_at_1": [float(b.greedy_right) - float(a.greedy_right) for a, b in pairs],
         "avg_at_k": [(b.samples_right - a.samples_right) / samples for a, b in pairs],
     }
-    return {name: bootstrap_interval(values, resamples=resamples, seed=seed) for name, values in per_prompt.items()}
+    found = {}
+    for name, values in per_prompt.items():
+        plain = bootstrap_interval(values, resamples=resamples, seed=seed)
+        honest = widened(plain.value, plain.low, plain.high, len(values))
+        found[name] = Interval(honest.value, honest.low, honest.high)
+    return found
 
 
-__all__ = ["MemoryResult", "evaluate_with_lessons"]
+__all__ = ["MemoryResult", "evaluate_with_lessons", "lesson_prompts"]
