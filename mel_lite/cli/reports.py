@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,8 @@ from mel_lite.cli.shared import (
 from mel_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mel_lite.report.compare import Arm, Comparison
+    from mel_lite.report.arms import Arm, Comparison
+    from mel_lite.report.conclusions import Control
 
 
 def report(
@@ -72,18 +74,22 @@ def compare(
     Runs that differ in their seed alone are one arm. With --arms the runs are trained first, at equal generated tokens
     and with the same seeds; the same command continues after a stop.
     """
+    from mel_lite.report.arms import read_arms
     from mel_lite.report.compare import compare as compare_arms
-    from mel_lite.report.compare import read_arms
     from mel_lite.report.comparison_page import write_comparison
 
     if (arms is None) == (not runs):
         raise ConfigError("compare needs the folders of finished runs, or --arms to train some; not both.")
     left_out: list[str] = []
+    controls: Mapping[str, Control] = {}
     if arms is None:
         found_arms = read_arms(runs or [])
     else:
+        from mel_lite.run.experiment import CONTROLS
+
+        controls = CONTROLS
         found_arms, left_out = _trained(arms, arm or [], seeds, budget_tokens, gpu, config, set_ or [], output)
-    found = compare_arms(found_arms, left_out=left_out)
+    found = compare_arms(found_arms, left_out=left_out, controls=controls)
     try:
         written = write_comparison(found_arms, found, output)
     except OSError as error:
@@ -111,7 +117,8 @@ def _trained(
     recipe = None
     if gpu != "auto":
         recipe = resolve(preset=gpu, config=config, overrides=[parse_set(text) for text in set_])
-    chosen = parse_arms([name.strip() for name in names.split(",") if name.strip()], own)
+    group_size = None if recipe is None else recipe.train.get("num_generations")
+    chosen = parse_arms([name.strip() for name in names.split(",") if name.strip()], own, group_size=group_size)
     experiment = Experiment(output, chosen, seeds, budget_tokens, tuple(base), recipe)
     try:
         run_experiment(experiment, launch=in_subprocess, say=lambda line: typer.echo(line, err=True))

@@ -1,153 +1,52 @@
-"""Comparison of finished runs: arms, paired differences over tasks and seeds, and what can be concluded."""
+"""Comparison of finished runs: paired differences over tasks and seeds, and learning curves."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from mel_lite.errors import ConfigError
+from mel_lite.report.arms import Against, Arm, ArmResult, Comparison
 from mel_lite.report.charts import Chart, Line, smoothed, thinned
-from mel_lite.report.page import flat
-from mel_lite.report.runs import Run, generated_tokens, read_run, series, training_seconds
-from mel_lite.report.statistics import Estimate, difference, interval, measures
+from mel_lite.report.conclusions import Control, conclusions, limits
+from mel_lite.report.runs import Run, evaluations, generated_tokens, series, training_seconds
+from mel_lite.report.statistics import difference, interval, measures
 
 if TYPE_CHECKING:
     import numpy as np
 
-MEASURES = {"pass_at_1": "Pass@1", "avg_at_k": "Avg@{k}", "pass_at_k": "Pass@{k}"}
-IGNORED = ("train.seed", "train.data_seed", "train.output_dir", "train.run_name", "train.max_steps")
-"""Options that do not make another arm."""
-FEW_SEEDS = 5
-LONGEST_NAME = 40
+MARKED = 12
+"""Most points of a line that are marked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """Runs with the same options but for their seeds."""
+def compare(
+    arms: Sequence[Arm], *, left_out: Sequence[str] = (), controls: Mapping[str, Control] | None = None
+) -> Comparison:
+    """Compare the final evaluations of all arms with those of the first one, and of each control.
 
-    name: str
-    runs: tuple[Run, ...]
-    """In the order of their seeds."""
-
-    @property
-    def seeds(self) -> list[Any]:
-        """Seed of each run; None where its config is missing."""
-        return [run.option("train.seed") for run in self.runs]
-
-    @property
-    def tokens(self) -> float:
-        """Mean number of generated tokens of a run: rollouts, analyses and replays."""
-        return sum((generated_tokens(run.rows) or [0.0])[-1] for run in self.runs) / len(self.runs)
-
-    @property
-    def seconds(self) -> float:
-        """Mean seconds in the phases of the training steps."""
-        return sum((training_seconds(run.rows) or [0.0])[-1] for run in self.runs) / len(self.runs)
-
-    @property
-    def steps(self) -> float:
-        """Mean number of optimizer steps."""
-        return sum(run.steps for run in self.runs) / len(self.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class ArmResult:
-    """Figures of an arm after training."""
-
-    name: str
-    folders: tuple[str, ...]
-    seeds: tuple[Any, ...]
-    steps: float
-    tokens: float
-    seconds: float
-    after: dict[str, Estimate]
-    """Pass@1, Avg@k and Pass@k over the tasks that all runs share; empty without evaluations."""
-    difference: dict[str, Estimate]
-    """The same minus those of the first arm; empty for the first arm."""
-    paired_seeds: int
-    """Number of seeds that both arms have; 0 = the runs are compared as independent ones."""
-    seeds_ahead: int
-    """Of these, how many end with a higher Avg@k."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Arms, the first of which is the reference, and sentences on what follows."""
-
-    arms: tuple[ArmResult, ...]
-    tasks: int
-    """Number of tasks that all runs were evaluated on."""
-    samples: int
-    conclusions: tuple[str, ...]
-    limits: tuple[str, ...]
-    """Limits of this comparison, with their reasons."""
-
-    def to_json(self) -> str:
-        """Return all figures as JSON."""
-        return json.dumps(asdict(self), indent=1)
-
-
-def read_arms(folders: Sequence[Path]) -> list[Arm]:
-    """Read runs and group those that differ in their seed alone, in the order given.
-
-    Raises: ConfigError for fewer than two runs, the same folder twice, or a folder without a run.
+    Args:
+        left_out: sentences on runs that belong to the arms and are missing.
+        controls: arms that are controls, by name, with what they show.
     """
-    if len(folders) < 2:
-        raise ConfigError("compare needs at least two runs, or --arms to train some. Pass the folders of two runs.")
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ConfigError("compare: a run is named twice. Pass each folder once.")
-    return group([read_run(folder) for folder in folders])
-
-
-def group(runs: Sequence[Run]) -> list[Arm]:
-    """Group runs by their options, ignoring seeds. A run without config.yaml is an arm of its own."""
-    options = [
-        {k: v for k, v in flat(run.config).items() if k not in IGNORED} if run.config else {"folder": str(run.folder)}
-        for run in runs
-    ]
-    groups: list[tuple[dict[str, Any], list[Run]]] = []
-    for run, found in zip(runs, options, strict=True):
-        same = next((each for known, each in groups if known == found), None)
-        if same is None:
-            groups.append((found, [run]))
-        else:
-            same.append(run)
-    names = _names([known for known, _ in groups], [each[0].name for _, each in groups])
-    return [
-        Arm(name, tuple(sorted(each, key=lambda run: str(run.option("train.seed")))))
-        for name, (_, each) in zip(names, groups, strict=True)
-    ]
-
-
-def _names(options: list[dict[str, Any]], folders: list[str]) -> list[str]:
-    """Name each arm by the options in which the arms differ, or by a folder where these are too many."""
-    differing = [key for key in dict.fromkeys(key for each in options for key in each)
-                 if len({json.dumps(each.get(key), default=str) for each in options}) > 1]  # fmt: skip
-    names = []
-    for each, folder in zip(options, folders, strict=True):
-        parts = [f"{key.rpartition('.')[2]}={each[key]}" for key in differing if key in each]
-        parts = [part.removeprefix("algorithm=") for part in parts]
-        name = ", ".join(parts)
-        names.append(name if 0 < len(name) <= LONGEST_NAME else folder)
-    return names if len(set(names)) == len(names) else folders
-
-
-def compare(arms: Sequence[Arm], *, left_out: Sequence[str] = ()) -> Comparison:
-    """Compare the final evaluations of all arms with those of the first one.
-
-    `left_out`: sentences on runs that belong to the arms and are missing.
-    """
+    known = controls or {}
     tasks, samples, problem = _shared_tasks(arms)
     values = [_values(arm, tasks, samples) for arm in arms] if tasks else [{} for _ in arms]
     results = tuple(
         _result(arm, each, arms[0], values[0] if i else None)
         for i, (arm, each) in enumerate(zip(arms, values, strict=True))
     )
-    found = Comparison(results, len(tasks), samples, (), ())
-    return Comparison(results, len(tasks), samples, _conclusions(found), (*problem, *left_out, *_limits(found, arms)))
+    against = []
+    for i, control in enumerate(arms[1:], start=1):
+        for arm, each in zip(arms[1:], values[1:], strict=True):
+            if control.name in known and known[control.name].treats(arm.name, known):
+                found = _result(arm, each, control, values[i])
+                against.append(Against(arm.name, control.name, found.difference, found.paired_seeds, found.seeds_ahead))
+    compared = Comparison(results, len(tasks), samples, tuple(against), (), ())
+    return replace(
+        compared,
+        conclusions=conclusions(compared, known),
+        limits=(*problem, *left_out, *limits(compared, arms)),
+    )
 
 
 def _shared_tasks(arms: Sequence[Arm]) -> tuple[list[str], int, tuple[str, ...]]:
@@ -205,68 +104,6 @@ def _result(arm: Arm, values: dict[str, np.ndarray], first: Arm, reference: dict
     )
 
 
-def _conclusions(found: Comparison) -> tuple[str, ...]:
-    """Return one sentence on each arm against the first."""
-    sentences = []
-    for arm in found.arms[1:]:
-        lead = arm.difference.get("avg_at_k")
-        if lead is None:
-            continue
-        span = f"{abs(100 * lead.value):.1f} points [{100 * lead.low:+.1f}, {100 * lead.high:+.1f}]"
-        first = found.arms[0].name
-        if not lead.excludes_zero:
-            sentence = (
-                f"{arm.name} and {first} cannot be told apart: the difference in Avg@{found.samples} is "
-                f"{lead.as_points()} points, and its interval contains 0."
-            )
-        elif lead.value > 0:
-            sentence = f"{arm.name} ends {span} above {first} in Avg@{found.samples}."
-        else:
-            sentence = f"{arm.name} ends {span} below {first} in Avg@{found.samples}."
-        if arm.paired_seeds > 1:
-            sentence += f" It is ahead on {arm.seeds_ahead} of {arm.paired_seeds} seeds."
-        sentences.append(sentence)
-    return tuple(sentences)
-
-
-def _limits(found: Comparison, arms: Sequence[Arm]) -> tuple[str, ...]:
-    """Return what keeps the comparison from showing more."""
-    limits = []
-    fewest = min(len(arm.runs) for arm in arms)
-    if found.tasks and fewest == 1:
-        limits.append(
-            "At least one arm is a single run. The intervals cover the choice of tasks and not the luck of training: "
-            "with another seed the order can be different. Train each arm with several seeds."
-        )
-    elif found.tasks and fewest < FEW_SEEDS:
-        limits.append(
-            f"With {fewest} seeds per arm the intervals are narrower than they should be. The number of seeds ahead is "
-            "the more robust figure."
-        )
-    if found.tasks and any(not arm.paired_seeds for arm in found.arms[1:]):
-        limits.append("The arms do not have the same seeds, so runs are not compared seed by seed.")
-    tokens = [arm.tokens for arm in found.arms]
-    if min(tokens) < 0.95 * max(tokens):
-        each = ", ".join(f"{arm.name} {arm.tokens:,.0f}" for arm in found.arms)
-        limits.append(f"The arms did not generate equally many tokens ({each}), so they did not cost the same.")
-    for arm in arms:
-        limits += [f"{run.name} has not finished ({run.steps} steps)." for run in arm.runs if not run.finished]
-    if found.tasks and _begin_differently(arms):
-        limits.append("Runs of one seed answered differently before training: they began with different models.")
-    if len(found.arms) > 2 and found.tasks:
-        limits.append(f"{len(found.arms) - 1} arms are compared with one: the more arms, the likelier a lucky one.")
-    return tuple(limits)
-
-
-def _begin_differently(arms: Sequence[Arm]) -> bool:
-    """Return True when two runs of one seed, from which the evaluation draws, have different scores at the start."""
-    starts: dict[Any, set[Any]] = {}
-    for run in (run for arm in arms for run in arm.runs):
-        if run.before is not None:
-            starts.setdefault(run.option("train.seed"), set()).add(run.before.scores)
-    return any(len(scores) > 1 for scores in starts.values())
-
-
 def charts(arms: Sequence[Arm]) -> list[tuple[str, Chart]]:
     """Return the learning curves: evaluations and rollouts over generated tokens and over training time."""
     axes = {
@@ -275,17 +112,22 @@ def charts(arms: Sequence[Arm]) -> list[tuple[str, Chart]]:
     }
     found = []
     for name, (label, scale, progress) in axes.items():
-        lines: dict[str, list[Line]] = {"eval": [], "pass": []}
+        lines: dict[str, list[Line]] = {"eval": [], "reward": [], "pass": []}
         for color, arm in enumerate(arms):
             at = [[value / scale for value in progress(run.rows)] for run in arm.runs]
             lines["eval"] += _with_mean(
                 arm.name, [_evaluations(*each) for each in zip(arm.runs, at, strict=True)], color
             )
+            rewards = [_eval_rewards(*each) for each in zip(arm.runs, at, strict=True)]
+            lines["reward"] += _with_mean(arm.name, rewards, color)
             lines["pass"] += _with_mean(arm.name, [_rollouts(*each) for each in zip(arm.runs, at, strict=True)], color)
-        titles = {"eval": "Held-out Avg@k, before and after", "pass": "Right rollouts, moving average"}
+        titles = {
+            "eval": "Held-out Avg@k", "reward": "Reward on evaluation tasks", "pass": "Right rollouts, moving average",
+        }  # fmt: skip
         for kind, title in titles.items():
             if lines[kind]:
-                found.append((f"{kind}-{name}", Chart(title, tuple(lines[kind]), x_label=label, percent=True)))
+                chart = Chart(title, tuple(lines[kind]), x_label=label, percent=kind != "reward")
+                found.append((f"{kind}-{name}", chart))
     return found
 
 
@@ -293,9 +135,22 @@ Points = tuple[list[float], list[float]]
 
 
 def _evaluations(run: Run, at: list[float]) -> Points:
-    results = [(0.0, run.before), (at[-1] if at else 0.0, run.after)]
-    points = [(x, result.avg_at_k.value) for x, result in results if result is not None]
-    return [x for x, _ in points], [y for _, y in points]
+    steps, values = evaluations(run, "avg_at_k")
+    return _progress(run, at, steps), values
+
+
+def _eval_rewards(run: Run, at: list[float]) -> Points:
+    steps, values = series(run.eval_rows, "eval_reward")
+    return _progress(run, at, steps), values
+
+
+def _progress(run: Run, at: list[float], steps: list[float]) -> list[float]:
+    """Return the tokens or the time at these steps; `at` has them at each logged step."""
+    import numpy as np
+
+    logged = [0.0, *(float(row["step"]) for row in run.rows)]
+    found: list[float] = np.interp(np.asarray(steps), logged, [0.0, *at]).tolist()
+    return found
 
 
 def _rollouts(run: Run, at: list[float]) -> Points:
@@ -311,14 +166,10 @@ def _with_mean(name: str, runs: list[Points], color: int) -> list[Line]:
 
     runs = [(x, y) for x, y in runs if x]
     if len(runs) < 2:
-        return [Line(name, x, y, color, marks=len(x) < 3) for x, y in runs]
+        return [Line(name, x, y, color, marks=len(x) <= MARKED) for x, y in runs]
     start, end = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
     longest = max(runs, key=lambda run: len(run[0]))[0]
     grid = [start, *(x for x in longest if start < x < end), end] if start < end else [start]
     mean = np.mean([np.interp(grid, x, y) for x, y in runs], axis=0).tolist()
-    return [*(Line("", x, y, color, faint=True) for x, y in runs), Line(name, grid, mean, color, marks=len(grid) < 3)]
-
-
-def names_of(found: Comparison) -> dict[str, str]:
-    """Return the measures' names for readers."""
-    return {name: text.format(k=found.samples) for name, text in MEASURES.items()}
+    faint = [Line("", x, y, color, faint=True) for x, y in runs]
+    return [*faint, Line(name, grid, mean, color, marks=len(grid) <= MARKED)]

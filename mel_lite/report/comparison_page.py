@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mel_lite.files import atomic_write_text, replacing
 from mel_lite.report import charts
-from mel_lite.report.compare import Arm, Comparison, names_of
+from mel_lite.report.arms import Arm, Comparison, names_of
 from mel_lite.report.compare import charts as curves
 from mel_lite.report.figures import duration
 from mel_lite.report.page import drawn, flat, render

@@ -18,16 +18,22 @@ from typing import Any
 from mel_lite.errors import ConfigError, DivergedError
 from mel_lite.files import atomic_write_text
 from mel_lite.recipe import Recipe, parse_set
-from mel_lite.report.compare import Arm
+from mel_lite.report.arms import Arm
+from mel_lite.report.conclusions import Control
 from mel_lite.report.runs import read_run
 from mel_lite.text import suggest
 
 MEL = {"train.algorithm": "mel"}
+TWICE = "twice the recipe's"
+"""Value of `train.num_generations` in an arm with groups twice as large."""
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"train.algorithm": "grpo"},
     "rft": {"train.algorithm": "rft"},
     "reinforce++": {"train.algorithm": "reinforce++"},
+    "resampling": {"train.algorithm": "grpo", "train.num_generations": TWICE},
     "mel": MEL,
+    "mel-shuffled": MEL | {"train.internalisation": "analysis", "train.internalisation_options": {"shuffled": True}},
+    "prompt-only": MEL | {"train.learning_rate": 0.0, "train.on_collapse": "warn", "eval.with_lessons": True},
     "distill": MEL | {"train.internalisation": "distill"},
     "distill-shuffled": MEL | {
         "train.internalisation": "distill", "train.internalisation_options": {"shuffled": True},
@@ -40,8 +46,36 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "credit": MEL | {"train.internalisation": "credit"},
 }  # fmt: skip
-"""Built-in arms by name, with what they change in the recipe. `grpo` at equal tokens is also the control for lessons:
-what lessons cost goes into more rollouts there."""
+"""Built-in arms by name, with what they change in the recipe."""
+_POLICY_TERMS = ("rft", "reinforce++")
+_CONTENT = ("what the lessons of {arm} say matters", "nothing shows that it matters what the lessons of {arm} say")
+_NOTES = ("the notes of {arm} teach", "nothing shows that the notes of {arm} teach anything")
+CONTROLS = {
+    "grpo": Control(
+        "the lessons of {arm} were worth more than the rollouts that they cost",
+        "nothing shows that the lessons of {arm} are worth the rollouts that they cost",
+        but=_POLICY_TERMS,
+    ),
+    "resampling": Control(
+        "the lessons of {arm} were worth more than as many tokens of further attempts at the same questions",
+        "nothing shows that the lessons of {arm} are worth more than further attempts at the same questions",
+        but=_POLICY_TERMS,
+    ),
+    "mel-shuffled": Control(*_CONTENT, of=("mel",)),
+    "prompt-only": Control(
+        "training as in {arm} does more than the same kind of lessons in the prompt of an untrained model",
+        "nothing shows that training as in {arm} does more than lessons in the prompt of an untrained model",
+        but=_POLICY_TERMS,
+    ),
+    "distill-shuffled": Control(*_CONTENT, of=("distill",)),
+    "distill-none": Control(*_NOTES, of=("distill", "distill-sibling")),
+    "distill-sibling": Control(
+        "a written lesson teaches more than another right answer of the group",
+        "nothing shows that a written lesson teaches more than another right answer of the group",
+        of=("distill",),
+    ),
+}
+"""Arms that are controls, with what a difference to them shows."""
 UNTUNED = (
     "No option was tuned for any arm. Another learning rate, or another number of updates per batch (num_iterations), "
     "can turn the order round."
@@ -94,11 +128,12 @@ class Experiment:
         return ["train", "--auto-resume", "--output-dir", folder, *self.base, *sets]
 
 
-def parse_arms(names: Sequence[str], own: Sequence[str]) -> tuple[ExperimentArm, ...]:
+def parse_arms(names: Sequence[str], own: Sequence[str], *, group_size: int | None = None) -> tuple[ExperimentArm, ...]:
     """Return the arms with these names, the first of which is the reference.
 
     Args:
         own: further arms as `NAME:section.key=value`; several options of one arm repeat its name.
+        group_size: `train.num_generations` of the recipe; None = unknown.
     Raises: ConfigError for an unknown name, a name twice, fewer than two arms, or an option that is not an assignment.
     """
     known: dict[str, dict[str, Any]] = {}
@@ -117,7 +152,18 @@ def parse_arms(names: Sequence[str], own: Sequence[str]) -> tuple[ExperimentArm,
             )
     if len(set(names)) < len(names) or len(names) < 2:
         raise ConfigError(f"--arms {','.join(names)}: name at least two different arms; the first is the reference.")
-    return tuple(ExperimentArm(name, known[name]) for name in names)
+    return tuple(ExperimentArm(name, _settled(name, known[name], group_size)) for name in names)
+
+
+def _settled(name: str, changes: dict[str, Any], group_size: int | None) -> dict[str, Any]:
+    if changes.get("train.num_generations") != TWICE:
+        return changes
+    if group_size is None:
+        raise ConfigError(
+            f"--arms {name}: its groups are twice as large as the recipe's, whose train.num_generations is not known. "
+            "Set it with --set, or name a preset."
+        )
+    return changes | {"train.num_generations": 2 * group_size}
 
 
 def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str], None]) -> None:
@@ -148,6 +194,11 @@ def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str
         elif code:
             last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
             raise ConfigError(f"run {folder.name} failed with exit code {code}: {last} See {log}.")
+        elif not is_done(folder):
+            raise ConfigError(
+                f"run {folder.name} ended without an evaluation, so there is nothing to compare: its tasks are too few "
+                "to hold some out. Name others with --set data.eval=... and choose another --output."
+            )
 
 
 def arms_of(experiment: Experiment) -> tuple[list[Arm], list[str]]:
@@ -196,7 +247,8 @@ def _check(experiment: Experiment) -> None:
     if experiment.recipe is not None and experiment.recipe.data.eval is None:
         raise ConfigError(
             "compare --arms needs held-out tasks: with data.eval unset there is nothing to compare. Add --set "
-            "data.eval=... (a file, a Hub id, demo:test or reasoning-gym:<task>)."
+            "data.eval=... (a file, a Hub id, demo:test, reasoning-gym:<task>, or held-out for a part of the training "
+            "tasks)."
         )
     file = experiment.folder / "experiment.json"
     plan: dict[str, Any] = {

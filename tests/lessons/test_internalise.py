@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def experience(
     return Experience(1, analysis, status, "", parsed, LeakReport((), redacted), replay)
 
 
-def lessons(name: str, *experiences: Experience) -> list[Lesson]:
+def lessons(name: str, *experiences: Experience, **options: Any) -> list[Lesson]:
     rows = tuple(enumerate(experiences, start=7))
     groups = tuple(each.analysis.pair.group for each in experiences)
-    return get_internalisation(name).lessons(DrawnBatch(rows, groups, lesson_context(TOKENIZER), len(rows)))
+    return get_internalisation(name, options).lessons(DrawnBatch(rows, groups, lesson_context(TOKENIZER), len(rows)))
 
 
 # ---- the texts of the built-in ways
@@ -93,6 +94,26 @@ def test_the_analysis_is_trained_on_exactly_as_sampled() -> None:
     assert made.target_ids == each.analysis.analysis_ids
     (odd,) = lessons("analysis", experience("not what the ids decode to", ids=(70, 71, EOS)))
     assert odd.target_ids == (70, 71, EOS)
+
+
+def about(question: str, text: str, status: Status = Status.KEPT) -> Experience:
+    """A meta-experience of another question, with C_retro of its own."""
+    made = experience(text, status=status)
+    pair = made.analysis.pair
+    group = replace(pair.group, prompt=[{"role": "user", "content": question}], prompt_hash=question)
+    context = (*question_prompt(group, TOKENIZER), *ids_of(PREFILL))
+    return replace(made, analysis=replace(made.analysis, pair=replace(pair, group=group), context_ids=context))
+
+
+def test_a_shuffled_analysis_is_trained_on_in_the_context_of_another_question() -> None:
+    made = [about("1+1?", "a"), about("1+1?", "b"), about("2+2?", "c"), about("3+3?", "d", Status.LEAKED)]
+    shuffled = lessons("analysis", *made, shuffled=True)
+    contexts = {each.analysis.context_ids: each.analysis.pair.group.prompt_hash for each in made}
+    assert [contexts[each.context_ids] for each in shuffled] == ["2+2?", "2+2?", "1+1?"]
+    assert [each.target_ids for each in shuffled] == [each.target_ids for each in lessons("analysis", *made)]
+    assert lessons("analysis", *made[:2], shuffled=True) == [], "there is no other question"
+    with pytest.raises(ConfigError, match=r"internalisation_options.shuffled='yes' is a str"):
+        get_internalisation("analysis", {"shuffled": "yes"})
 
 
 @pytest.mark.parametrize("redacted", [None, MetaExperience("It adds [...].", "c", "h")])

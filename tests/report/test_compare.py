@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from mel_lite.errors import ConfigError
+from mel_lite.report import figures
+from mel_lite.report.arms import group, read_arms
 from mel_lite.report.charts import LIGHT
-from mel_lite.report.compare import charts, compare, group, read_arms
+from mel_lite.report.compare import charts, compare
 from mel_lite.report.comparison_page import write_comparison
 from mel_lite.report.runs import read_run
 from run_folders import evaluation, make_run, metrics
@@ -116,6 +118,22 @@ def test_curves_are_over_tokens_and_time(tmp_path: Path) -> None:
     shown = [(line.label, line.faint) for line in found["eval-tokens"].lines]
     assert shown == [("", True), ("", True), ("grpo", False), ("", True), ("", True), ("mel", False)]
     assert list(found["eval-tokens"].lines[-1].y) == [0.375, 0.6875] and found["eval-tokens"].lines[-1].color == 1
+
+
+def test_evaluations_during_training_are_points_of_the_curves(tmp_path: Path) -> None:
+    """Steps of 100 tokens and 3 seconds; the steps 4 and 8 were evaluated, the latter by TRL, too."""
+    measured = [{"step": 4, "eval_avg_at_k": 0.4}, {"step": 8, "eval_avg_at_k": 0.5, "eval_reward": 0.7}]
+    rows = sorted([*metrics(12), *measured], key=lambda row: row["step"])
+    folders = [make_run(tmp_path / name, rows=rows, before=[0, 1], after=[4, 2], lessons=0, seed=i)
+               for i, name in enumerate(("a-0", "a-1"))]  # fmt: skip
+    found = dict(charts(read_arms(folders)))
+    for line in found["eval-tokens"].lines:
+        assert list(line.x) == pytest.approx([0.0, 0.4, 0.8, 1.2]) and list(line.y) == [0.125, 0.4, 0.5, 0.75]
+    assert list(found["eval-time"].lines[-1].x) == pytest.approx([0.0, 0.2, 0.4, 0.6]), "minutes"
+    (reward, *_) = found["reward-tokens"].lines
+    assert (list(reward.x), list(reward.y)) == ([0.8], [0.7])
+    (chart,) = [chart for name, chart in figures.charts(read_run(folders[0])) if name == "evaluation"]
+    assert [(list(line.x), line.y[1]) for line in chart.lines if line.label == "Avg@k"] == [([0, 4, 8, 12], 0.4)]
 
 
 def test_the_mean_goes_as_far_as_all_runs_of_an_arm(tmp_path: Path) -> None:

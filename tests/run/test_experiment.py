@@ -13,16 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
-from mel_lite.cli.main import app
 from mel_lite.errors import ConfigError
 from mel_lite.recipe import parse_set, resolve
+from mel_lite.report.arms import Arm
 from mel_lite.report.compare import compare
 from mel_lite.report.runs import generated_tokens, read_run
-from mel_lite.run.experiment import ARMS, Experiment, arms_of, in_subprocess, parse_arms, run_experiment
+from mel_lite.run.experiment import (
+    ARMS,
+    CONTROLS,
+    Experiment,
+    arms_of,
+    in_subprocess,
+    parse_arms,
+    run_experiment,
+)
+from mel_lite.run.train import check
 from run_folders import make_run
-from train_command import task_settings
+from train_command import command, task_settings
 
 
 def experiment(folder: Path, **changes: Any) -> Experiment:
@@ -47,12 +56,49 @@ class Launcher:
         return 0
 
 
-def test_arms_are_recipes_that_can_be_run() -> None:
-    for name, changes in ARMS.items():
-        recipe = resolve(preset="cpu", overrides=list(changes.items()))
-        assert recipe.train["algorithm"] == changes["train.algorithm"], name
+def test_arms_are_recipes_that_can_be_run(tmp_path: Path) -> None:
+    for name in ARMS:
+        other = "mel" if name == "grpo" else "grpo"
+        arm = parse_arms([name, other], [], group_size=8)[0]
+        recipe = resolve(preset="cpu", overrides=list(arm.changes.items()))
+        assert check(recipe, tmp_path).algorithm == ARMS[name]["train.algorithm"], name
+    (resampling, _) = parse_arms(["resampling", "mel"], [], group_size=6)
+    assert resampling.changes == {"train.algorithm": "grpo", "train.num_generations": 12}
+    with pytest.raises(ConfigError, match="--arms resampling: its groups are twice as large as the recipe's"):
+        parse_arms(["resampling", "mel"], [])
     chosen = parse_arms(["grpo", "tenth"], ["tenth:train.algorithm=mel", "tenth:train.mel_weight=0.1"])
     assert chosen[1].changes == {"train.algorithm": "mel", "train.mel_weight": 0.1}
+
+
+def shown(tmp_path: Path, **rights: list[int]) -> tuple[str, ...]:
+    """Conclusions about arms of three seeds, with this many right samples of 4 per task."""
+    arms = [
+        Arm(name, tuple(
+            read_run(make_run(tmp_path / f"{name}-{seed}", after=right * 10, lessons=0, seed=seed)) for seed in range(3)
+        ))
+        for name, right in rights.items()
+    ]  # fmt: skip
+    return compare(arms, controls=CONTROLS).conclusions
+
+
+def test_what_a_control_shows_is_said_in_words(tmp_path: Path) -> None:
+    found = shown(tmp_path, grpo=[1, 2, 1], mel=[3, 2, 3], **{"mel-shuffled": [3, 2, 3], "prompt-only": [2, 1, 1]})
+    assert len(found) == 5
+    assert found[0].startswith("mel ends 33.3 points [+") and found[0].endswith(
+        "It is ahead on 3 of 3 seeds. So the lessons of mel were worth more than the rollouts that they cost."
+    )
+    assert found[1].startswith("mel-shuffled ends 33.3 points") and "So" not in found[1], "a control is no treatment"
+    assert found[2].startswith("prompt-only and grpo cannot be told apart") and "So" not in found[2]
+    assert found[3].startswith("mel and mel-shuffled cannot be told apart: the difference in Avg@4 is +0.0 [")
+    assert found[3].endswith("So nothing shows that it matters what the lessons of mel say.")
+    assert found[4].endswith(
+        "So training as in mel does more than the same kind of lessons in the prompt of an untrained model."
+    )
+    reversed_ = shown(tmp_path / "b", mel=[3, 2, 3], grpo=[1, 2, 1], rft=[1, 1, 1])
+    assert reversed_[0].startswith("grpo ends 33.3 points") and reversed_[0].endswith(
+        "So the lessons of mel were worth more than the rollouts that they cost."
+    )
+    assert len(reversed_) == 2 and "So" not in reversed_[1], "rft has no lessons, so grpo is no control of it"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +177,19 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
         run_experiment(experiment(tmp_path), launch=Launcher(), say=str)
 
 
+def test_a_run_without_an_evaluation_ends_the_experiment(tmp_path: Path) -> None:
+    class Blind(Launcher):
+        def __call__(self, arguments: Sequence[str], log: Path) -> int:
+            code = super().__call__(arguments, log)
+            (Path(arguments[arguments.index("--output-dir") + 1]) / "eval" / "after.json").unlink()
+            return code
+
+    launch = Blind()
+    with pytest.raises(ConfigError, match="run grpo-0 ended without an evaluation"):
+        run_experiment(experiment(tmp_path), launch=launch, say=str)
+    assert launch.runs == ["grpo-0"]
+
+
 def test_without_held_out_tasks_nothing_is_trained(tmp_path: Path) -> None:
     launch = Launcher()
     recipe = resolve(preset="cpu", overrides=[("data.eval", None)])
@@ -163,27 +222,18 @@ def test_an_interrupt_waits_for_the_run_to_save(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "started\nsaved\n"
 
 
-@pytest.mark.slow
-def test_arms_are_trained_for_real_at_equal_tokens(tmp_path: Path) -> None:
+def test_the_arm_without_training_reads_its_lessons(tmp_path: Path) -> None:
+    """Three runs of one step: `prompt-only` changes no weight, and its last evaluation has lessons in the prompts."""
     tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    settings = task_settings(tmp_path) | {"data.eval": tmp_path / "held_out.jsonl", "eval.k": 2}
-    base = ["--gpu", "cpu", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
-    tried = Experiment(tmp_path / "out", parse_arms(["grpo", "mel"], []), 1, 100, tuple(base))
-
-    def in_this_process(arguments: Sequence[str], log: Path) -> int:
-        done = CliRunner().invoke(app, list(arguments))
-        log.write_text(done.output)
-        return done.exit_code
-
-    run_experiment(tried, launch=in_this_process, say=str)
-    arms, left_out = arms_of(tried)
-    found = compare(arms, left_out=left_out)
-    assert [arm.name for arm in found.arms] == ["grpo", "mel"] and found.tasks == 2
-    for arm in arms:
-        spent = generated_tokens(read_run(arm.runs[0].folder).rows)
-        assert spent[-1] >= 100 > ([0.0, *spent])[-2], "stopped by the step that spent its tokens"
-    assert arms[0].runs[0].before == arms[1].runs[0].before, "both begin with the same model, tasks and seeds"
+    arm = parse_arms(["grpo", "prompt-only"], [])[1]
+    settings = {"data.eval": tmp_path / "held_out.jsonl", "eval.k": 2} | arm.changes
+    out = command(tmp_path, **{key.replace(".", "__"): value for key, value in settings.items()}).stdout
+    assert "0 of 2 evaluation tasks have lessons in their prompts" in out, "a random model writes none"
+    run = read_run(tmp_path / "run")
+    assert run.before is not None and run.after == run.before, "no weight has changed"
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert not any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
 
 
 def test_the_log_of_a_run_is_plain_text_also_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +243,52 @@ def test_the_log_of_a_run_is_plain_text_also_from_a_notebook(tmp_path: Path, mon
     assert in_subprocess(["--help"], tmp_path / "log") == 0
     text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "Usage" in text and "compare" in text and "\x1b" not in text
+
+
+LEARNABLE = """
+from mel_lite.types import Verdict
+
+def even(completion, answer, **columns):
+    return bool(completion) and ord(completion[0]) % 2 == 0
+"""
+
+
+@pytest.mark.slow
+def test_arms_are_trained_by_real_processes_and_learn_at_equal_tokens(tmp_path: Path) -> None:
+    """Two arms of two seeds on a task that a tiny model learns; the same command again trains nothing."""
+    (tmp_path / "parity.py").write_text(LEARNABLE)
+    settings = task_settings(tmp_path) | {
+        "data.eval": tmp_path / "held_out.jsonl", "eval.k": 8, "eval.temperature": 1.0, "eval.every_steps": 20,
+        "train.verifier": "parity:even", "train.learning_rate": 0.005, "train.max_completion_length": 4,
+        "train.per_device_train_batch_size": 16, "train.max_steps": 5, "train.save_steps": 20,
+    }  # fmt: skip
+    tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(8)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command_line = [
+        sys.executable, "-m", "mel_lite", "compare", "--arms", "grpo,mel", "--seeds", "2", "--budget-tokens", "3000",
+        "--gpu", "cpu", *flags, "--output", str(tmp_path / "out"), "--json",
+    ]  # fmt: skip
+    paths = filter(None, (os.environ.get("PYTHONPATH"), str(tmp_path)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def compared() -> tuple[Any, str]:
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=3000, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    found, said = compared()
+    assert "run 4/4: mel-1, output in" in said
+    assert [(arm["name"], arm["seeds"]) for arm in found["arms"]] == [("grpo", [0, 1]), ("mel", [0, 1])]
+    for arm in found["arms"]:
+        for folder in arm["folders"]:
+            run = read_run(Path(folder))
+            spent = generated_tokens(run.rows)
+            assert spent[-1] >= 3000 > spent[-2], "the step that spends the tokens is the last one"
+            assert run.before is not None and run.after is not None
+            assert run.after.avg_at_k.value > run.before.avg_at_k.value + 0.2, "something was learned"
+            assert [row["step"] for row in run.eval_rows] == list(range(20, run.steps, 20))
+    assert "So nothing shows" in found["conclusions"][0] or "So the lessons" in found["conclusions"][0]
+    assert any("With 2 seeds per arm" in limit for limit in found["limits"])
+    again, said = compared()
+    assert again == found and said.count("is there already") == 4

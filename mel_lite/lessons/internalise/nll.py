@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.lessons.context import LessonContext
+from mel_lite.lessons.internalise.options import check_flag
 from mel_lite.lessons.internalise.protocol import DrawnBatch, Internalisation, ScoredMicroBatch
 from mel_lite.lessons.prompts import question_prompt
 from mel_lite.models.chat import neutralize
@@ -27,12 +30,24 @@ class LessonNLL(Internalisation):
 
 
 class AnalysisNLL(LessonNLL):
-    """Train on the whole analysis as sampled, given C_retro; redacted ones as in `ExperienceNLL` (the paper)."""
+    """Train on the whole analysis as sampled, given C_retro; redacted ones as in `ExperienceNLL` (the paper).
+
+    Args:
+        shuffled: train each analysis given C_retro of another question of the batch, a control for what its content is
+            worth; one without such another question is left out.
+
+    Raises: ConfigError for an option of another type.
+    """
 
     trains_whole_analysis = True
 
+    def __init__(self, *, shuffled: bool = False) -> None:
+        check_flag("shuffled", shuffled)
+        self.shuffled = shuffled
+
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
-        return [_as_sampled(row_id, each, drawn.context.tokenizer) for row_id, each in drawn.kept]
+        lessons = [_as_sampled(row_id, each, drawn.context.tokenizer) for row_id, each in drawn.kept]
+        return _in_other_contexts(drawn, lessons) if self.shuffled else lessons
 
 
 class ExperienceNLL(LessonNLL):
@@ -78,6 +93,18 @@ class AnalysisAndReplayNLL(LessonNLL):
 
     def lessons(self, drawn: DrawnBatch) -> list[Lesson]:
         return AnalysisNLL().lessons(drawn) + ReplayNLL().lessons(drawn)
+
+
+def _in_other_contexts(drawn: DrawnBatch, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Return each lesson in the context of the next one that is about another question."""
+    questions = [each.analysis.pair.group.prompt_hash for _, each in drawn.kept]
+    shuffled = []
+    for number, lesson in enumerate(lessons):
+        later = [*range(number + 1, len(lessons)), *range(number)]
+        other = next((each for each in later if questions[each] != questions[number]), None)
+        if other is not None:
+            shuffled.append(replace(lesson, context_ids=lessons[other].context_ids))
+    return shuffled
 
 
 def _question(experience: Experience, context: LessonContext) -> tuple[int, ...]:
