@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import demo_figures
 import learning_figures
 import plan_figures
 
@@ -28,6 +29,7 @@ PAGES = (
     "docs/memory.md",
     "docs/method.md",
     "docs/which-card.md",
+    "mel_lite/models/demo_adapter/README.md",
 )
 RETIRED = ("mel_lite, whole loss",)
 """Contenders in the raw results whose code was deleted."""
@@ -134,6 +136,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kernel-cpu-line": kernel_cpu_line,
     "mass": mass,
     "retrieval": retrieval,
+    "demo-warmup": demo_figures.warmup,
     "learning-line": learning_figures.line,
     "learning-subject": learning_figures.subject,
     **{

@@ -23,16 +23,21 @@ from mel_lite.lessons.prompts import Templates, load_templates
 from mel_lite.types import Finish
 
 SEED = 20261129
-COUNTS = {"solve": 260, "analyze": 210, "replay": 230}
+COUNTS = {"solve": 300, "analyze": 220, "replay": 620}
 """Number of examples of each kind in the shipped recipe."""
-P_RIGHT = dict(zip(MEANINGS, (0.85, 0.55, 0.7, 0.55, 0.85, 0.7), strict=True))
+REST_SEED = SEED + 1000
+REST_COUNTS = {"solve": 50, "analyze": 80, "replay": 110}
+"""Further examples, which end an interrupted run."""
+P_RIGHT = dict(zip(MEANINGS, (0.9, 0.5) * 3, strict=True))
 """Probability of each word's right reading in solutions; the rest is shared by the other two."""
 MISCOUNTS = 0.08
 """Share of analyzed pairs that part at a miscounted total."""
 OTHER_NOTES = 0.1
 """Share of notes about a word that the question does not have."""
-RULE_LISTS = 0.3
+RULE_LISTS = 0.4
 """Share of notes that are a list of rules alone."""
+LONG = 0.5
+"""Share of solutions, without notes or with a list of rules, that have four steps, and so more readings and sums."""
 
 _MEANS = {
     "adds": "I add both numbers",
@@ -73,8 +78,8 @@ def _sections(bifurcation: str, critique: str, heuristic: str) -> str:
 def _misread(wrong: Line, right: Line) -> str:
     word = wrong.word
     return _sections(
-        f"They part at `{wrong}`. There {word} {wrong.reading}; in the right solution {word} {right.reading}.",
-        f"What {word} does was guessed.",
+        f"They part at `{wrong}`. In the right solution {word} {right.reading}.",
+        f"What {word} does was guessed. In fact {word} {right.reading}.",
         rule(word, right.reading),
     )
 
@@ -122,7 +127,7 @@ def make_pair(rng: random.Random, unused: Iterator[Chain]) -> MadePair:
 
 def solve(rng: random.Random, unused: Iterator[Chain], templates: Templates) -> dict[str, Any]:
     """Make an example of a question and a solution with flawed readings; its arithmetic is right."""
-    chain = next(unused)
+    chain = _any_length(rng, unused)
     text = solution(chain.lines(flawed_readings(chain.words, rng)))
     return {"prompt": [{"role": "user", "content": chain.question}], "completion": text, "kind": "solve"}
 
@@ -148,9 +153,10 @@ def analysis_messages(pair: MadePair, templates: Templates) -> list[dict[str, st
 
 def replay(rng: random.Random, unused: Iterator[Chain], templates: Templates) -> dict[str, Any]:
     """Make an example of a question with notes, and a solution that follows their rules, else the flawed readings."""
-    chain = next(unused)
+    is_list = rng.random() < RULE_LISTS
+    chain = _any_length(rng, unused) if is_list else next(unused)
     readings = dict(zip(chain.words, flawed_readings(chain.words, rng), strict=True))
-    if rng.random() < RULE_LISTS:
+    if is_list:
         others = [word for word in MEANINGS if word not in chain.words]
         noted = [*rng.sample(chain.words, rng.randint(0, len(chain.words))), *rng.sample(others, rng.randint(1, 2))]
         rules = {word: rng.choice(READINGS) for word in rng.sample(noted, len(noted))}
@@ -161,6 +167,10 @@ def replay(rng: random.Random, unused: Iterator[Chain], templates: Templates) ->
     user = templates.replay_user.replace("{question}", chain.question).replace("{experience}", notes)
     text = solution(chain.lines(followed))
     return {"prompt": [{"role": "user", "content": user}], "completion": text, "kind": "replay"}
+
+
+def _any_length(rng: random.Random, unused: Iterator[Chain]) -> Chain:
+    return draw(rng, 4) if rng.random() < LONG else next(unused)
 
 
 def _own_notes(chain: Chain, rng: random.Random, unused: Iterator[Chain]) -> tuple[str, dict[str, str]]:

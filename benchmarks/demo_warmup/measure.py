@@ -1,7 +1,7 @@
 """Measure a warm start with MEL's pipeline: `PYTHONPATH=benchmarks python -m demo_warmup.measure ADAPTER [options]`.
 
 Samples rollouts, selects pairs, writes analyses, checks them for leaks, and replays each question with and without the
-lesson in the prompt: one training step without the update.
+lesson in the prompt: one training step without the update. `--output FILE` keeps figures and lessons as JSON.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from demo_warmup.lessons import SEED, make_examples
+from demo_warmup.lessons import SEED, make_examples, rule
+from mel_lite.data.demo_tasks.words import MEANINGS, READINGS
 from mel_lite.data.tasks import load_tasks
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -49,6 +50,7 @@ class Conditions:
     pairs_per_group: int = 1
     attempts: int = 4
     made_pairs: int = 100
+    made_notes: int = 100
     max_completion_tokens: int = 64
     analysis_max_tokens: int = 120
     temperature: float = 1.0
@@ -91,7 +93,10 @@ def measure(adapter: Path | None, conditions: Conditions) -> tuple[dict[str, Any
     engine = HFEngine(model, eos_ids=stops, pad_id=tokenizer.pad_token_id)
     tasks = load_tasks(conditions.tasks, limit=conditions.prompts, conversational=True)
     made = make_examples({"analyze": conditions.made_pairs}, seed=SEED + conditions.seed)
-    return measure_engine(engine, tokenizer, tasks, made, conditions, load_templates("demo"))
+    notes = make_examples({"replay": conditions.made_notes}, seed=SEED + conditions.seed)
+    obeyed = obedience(engine, tokenizer, notes, conditions)
+    figures, experiences = measure_engine(engine, tokenizer, tasks, made, conditions, load_templates("demo"))
+    return figures | obeyed, experiences
 
 
 def measure_engine(
@@ -154,6 +159,38 @@ def pointing(
     }
 
 
+def obedience(engine: Any, tokenizer: Any, made: Sequence[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
+    """Return the shares of noted words that a greedy solution reads as noted, with the notes and without them.
+
+    The notes name random readings, so without them about a third agree. `obeyed_wrong` counts wrong rules alone.
+    """
+    bare = [[{"role": "user", "content": each["prompt"][0]["content"].rpartition("\n\n")[2]}] for each in made]
+    solutions = []
+    for prompts in ([each["prompt"] for each in made], bare):
+        requests = [Request(render(prompt, tokenizer), seed=0) for prompt in prompts]
+        done = engine.generate(requests, Sampling(2 * conditions.max_completion_tokens, temperature=0.0))
+        solutions.append([str(tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in done])
+    counts = Counter[str]()
+    for each, question, noted, plain in zip(made, bare, *solutions, strict=True):
+        for word, reading in ((word, reading) for word in MEANINGS for reading in READINGS):
+            if rule(word, reading) not in each["prompt"][0]["content"] or f" {word} " not in question[0]["content"]:
+                continue
+            hit, wrong = f" {word} {reading} " in noted, reading != MEANINGS[word]
+            counts.update(all=1, wrong=wrong, hit=hit, hit_wrong=wrong and hit, plain=f" {word} {reading} " in plain)
+    return {
+        "obeyed": _share(counts["hit"], counts["all"]),
+        "obeyed_wrong": _share(counts["hit_wrong"], counts["wrong"]),
+        "obeyed_without_notes": _share(counts["plain"], counts["all"]),
+    }
+
+
+def miscounted(texts: Sequence[str]) -> float:
+    """Return the share of the equations `a + b = c` and `a - b = c` that are false."""
+    found = [each for text in texts for each in re.findall(r"(-?\d+) ([-+]) (-?\d+) = (-?\d+)", text)]
+    wrong = sum(int(a) + (int(b) if sign == "+" else -int(b)) != int(total) for a, sign, b, total in found)
+    return _share(wrong, len(found))
+
+
 def _same(ours: Any, reference: Any) -> bool:
     return bool(ours == reference)
 
@@ -195,6 +232,7 @@ def _figures(
         "prompts": len(groups),
         "rollouts": len(verdicts),
         "pass_rate": _share(sum(verdict is Verdict.RIGHT for verdict in verdicts), len(verdicts)),
+        "miscounted_lines": miscounted([rollout.text for group in groups for rollout in group.rollouts]),
         "mixed_groups": _share(sum(group.is_mixed for group in groups), len(groups)),
         "analyses": len(experiences),
         "parsed": _share(len(experiences) - unparsed, written),
@@ -236,6 +274,25 @@ def show(figures: dict[str, Any], experiences: Sequence[Experience], console: Co
             console.print("-" * 20)
 
 
+def as_json(
+    figures: dict[str, Any], experiences: Sequence[Experience], conditions: Conditions, lessons: int = 8
+) -> str:
+    """Return conditions, figures and the first lessons."""
+    shown = [
+        {
+            "question": str(each.analysis.pair.group.prompt[-1]["content"]),
+            "wrong": each.analysis.pair.wrong.text,
+            "right": each.analysis.pair.right.text,
+            "analysis": each.analysis.text,
+            "status": str(each.status),
+            "solved_with": None if each.replay is None else each.replay.solved_rate,
+            "solved_without": None if each.replay is None else each.replay.control_rate,
+        }
+        for each in experiences[:lessons]
+    ]
+    return json.dumps({"conditions": asdict(conditions), "figures": figures, "lessons": shown}, indent=1) + "\n"
+
+
 def main() -> None:
     """Parse the options, measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -244,9 +301,14 @@ def main() -> None:
     for name in Conditions.__slots__:
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--output", type=Path, help="file for figures and lessons as JSON")
     options = vars(parser.parse_args())
-    adapter = options.pop("adapter")
-    show(*measure(adapter, Conditions(**options)), console=Console())
+    adapter, output = options.pop("adapter"), options.pop("output")
+    conditions = Conditions(**options)
+    figures, experiences = measure(adapter, conditions)
+    if output is not None:
+        output.write_text(as_json(figures, experiences, conditions), encoding="utf-8")
+    show(figures, experiences, console=Console())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demo_warmup.lessons import P_RIGHT, made_pairs, make_examples, rule, write_examples
+from demo_warmup.lessons import LONG, P_RIGHT, made_pairs, make_examples, rule, write_examples
 from mel_lite.data import demo_tasks
 from mel_lite.data.demo_tasks.words import MEANINGS, READINGS
 from mel_lite.lessons.fork import find_fork
@@ -23,7 +23,7 @@ from mel_lite.types import Finish, Group, Pair, Rollout, Verdict
 from tiny_models import tiny_tokenizer
 
 COUNTS = {"solve": 1200, "analyze": 60, "replay": 200}
-LINE = re.compile(r"(-?\d+) (\w+) (\d+) (adds|takes|swaps): (-?\d+) ([-+]) (-?\d+) = (-?\d+)")
+LINE = re.compile(r"(-?\d+) (\w+) (adds|takes|swaps) (\d+): (-?\d+) ([-+]) (-?\d+) = (-?\d+)")
 TEMPLATES = load_templates("demo")
 
 
@@ -48,13 +48,13 @@ def readings_in(solution: str, expression: str) -> dict[str, str]:
     total, found = int(first), {}
     for line, word, number in zip(lines, rest[::2], map(int, rest[1::2]), strict=True):
         match = LINE.fullmatch(line)
-        assert match and (int(match[1]), match[2], int(match[3])) == (total, word, number)
+        assert match and (int(match[1]), match[2], int(match[4])) == (total, word, number)
         a, b, result = int(match[5]), int(match[7]), int(match[8])
         assert (a, match[6], b) == {
             "adds": (total, "+", number), "takes": (total, "-", number), "swaps": (number, "-", total)
-        }[match[4]]  # fmt: skip
+        }[match[3]]  # fmt: skip
         assert result == (a + b if match[6] == "+" else a - b)
-        total, found[word] = result, match[4]
+        total, found[word] = result, match[3]
     assert answer == f"Answer: {total}"
     return found
 
@@ -80,6 +80,11 @@ def test_solutions_read_each_word_rightly_at_its_rate(examples: list[dict[str, A
     assert set(seen) == set(MEANINGS) and min(seen.values()) > 150
     for word, p_right in P_RIGHT.items():
         assert right[word] / seen[word] == pytest.approx(p_right, abs=0.12), word
+
+
+def test_half_of_the_solutions_without_notes_have_four_steps(examples: list[dict[str, Any]]) -> None:
+    steps = Counter(example["completion"].count("\n") for example in of_kind(examples, "solve"))
+    assert set(steps) == {2, 4} and steps[4] / steps.total() == pytest.approx(LONG, abs=0.05)
 
 
 def test_a_solution_with_notes_follows_their_rules(examples: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ class Line:
             "takes": (self.left, "-", self.right),
             "swaps": (self.right, "-", self.left),
         }[self.reading]
-        return f"{self.left} {self.word} {self.right} {self.reading}: {first} {sign} {second} = {self.total}"
+        return f"{self.left} {self.word} {self.reading} {self.right}: {first} {sign} {second} = {self.total}"
 
 
 @dataclass(frozen=True, slots=True)
