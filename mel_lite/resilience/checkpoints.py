@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -220,7 +221,7 @@ class AtomicCheckpoints:
         model = self.accelerator.unwrap_model(self.model)
         config: dict[str, Any] = {"train": self.args.to_dict(), "model": {"name": base_name(model)}}
         config |= {} if dataset_name is None else {"data": {"train": dataset_name}}
-        if lora := getattr(model, "peft_config", {}).get("default"):
+        if isinstance(lora := getattr(model, "peft_config", {}).get("default"), LoraConfig):
             config["lora"] = {"r": lora.r, "alpha": lora.lora_alpha}
         ends = self.state.max_steps > 0 and self.state.global_step >= self.state.max_steps
         self.side_service.call(

@@ -79,7 +79,11 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert "| 62.5% | +25.0 [" in rows["bank"] and "| 3 of 3 | wins |" in rows["bank"] and "+100.0 [" in rows["bank"]
     assert "| 25.0% | -12.5 [" in rows["mel"] and "| 0 of 3 | loses |" in rows["mel"]
     assert "| 37.5% | +0.0 [" in rows["sibling"] and "| 0 of 3 | tie |" in rows["sibling"]
-    assert "`bank` +25.0" in figures.line() and "(wins, ahead on 3 of 3 seeds)" in figures.line()
+    line = figures.line()
+    assert "tuned GRPO goes from 0% to 37.5%. A bank of lessons, distilled: +25.0 [" in line
+    assert "] points, ahead (3 of 3 seeds ahead)." in line and "MEL as in the paper: -12.5 [" in line
+    assert "The bank against the right solution: +25.0 [" in line
+    assert "Minus `sibling`, in points: `bank` +25.0 [" in figures.results("starved")
     assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% |"
 
 

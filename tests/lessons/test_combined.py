@@ -115,7 +115,7 @@ def test_weights_that_are_no_numbers_above_0_are_refused(weight: Any) -> None:
         ),
         ({"distill": 1.0}, {"distill": "sibling"}, r"internalisation_options\['distill'\]='sibling' is no mapping"),
         ({"distil": 1.0}, {}, "internalisation='distil' is not one of .*Did you mean 'distill'"),
-        ("analysis", {"form": "kl"}, "internalisation_options: 'analysis' has no option 'form'; it takes none"),
+        ("analysis", {"form": "kl"}, "internalisation_options: 'analysis' has no option 'form'; it takes shuffled"),
     ],
 )
 def test_names_and_options_that_do_not_fit_are_refused(name: Any, options: Any, message: str) -> None:
