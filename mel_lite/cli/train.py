@@ -150,8 +150,8 @@ def train(
         "train.report_to": ("--report-to", None if report_to is None else _trackers(report_to)),
     }
     resumed = output_dir if resume or resumes_again else None
-    if eval_split is not None and eval_dataset is None:
-        raise ConfigError(f"--eval-split {eval_split} without --eval-dataset: name the dataset that has this split.")
+    if eval_split is not None and eval_dataset in (None, NOTHING, HELD_OUT):
+        raise ConfigError(f"--eval-split {eval_split}: name the dataset that has this split with --eval-dataset.")
     overrides = _evaluation(dataset, eval_dataset, config=config, resumed=resumed) + overrides_of(flags, set_)
     resume |= resumes_again  # after the flags, which must give the same recipe at each start
     if allow_change and not resume and not auto_resume:

@@ -257,7 +257,8 @@ def test_evaluation_tasks_are_chosen_by_option_and_a_resumed_run_keeps_its_own(t
     assert "108 training tasks (0 too long), held out: 12." in dry()
     assert "120 training tasks (0 too long), held out: 12." in dry("--eval-dataset", "demo", "--eval-split", "test")
     assert "120 training tasks (0 too long), held out: none." in dry("--eval-dataset", "none")
-    assert dry("--eval-split", "test").startswith("ConfigError: --eval-split test without --eval-dataset")
+    for other in ((), ("--eval-dataset", "none"), ("--eval-dataset", "held-out")):
+        assert dry("--eval-split", "test", *other).startswith("ConfigError: --eval-split test: name the dataset")
     folder.mkdir()
     stored = resolve(preset="cpu", overrides=[("data.train", many), ("data.eval", None)])
     (folder / "config.yaml").write_text(stored.as_yaml())
