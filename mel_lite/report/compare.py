@@ -154,8 +154,10 @@ def _progress(run: Run, at: list[float], steps: list[float]) -> list[float]:
 
 
 def _rollouts(run: Run, at: list[float]) -> Points:
-    _, rates = series(run.rows, "mel/pass_rate")
-    if len(rates) != len(at):
+    # Without lessons, only the reward of the verifier is logged.
+    every = (series(run.rows, name)[1] for name in ("mel/pass_rate", "rewards/_verifier_reward/mean"))
+    rates = next((found for found in every if len(found) == len(at)), [])
+    if not rates:
         return [], []
     return thinned(at), thinned(smoothed(rates, max(1, len(rates) // 10)))
 

@@ -136,6 +136,16 @@ def test_evaluations_during_training_are_points_of_the_curves(tmp_path: Path) ->
     assert [(list(line.x), line.y[1]) for line in chart.lines if line.label == "Avg@k"] == [([0, 4, 8, 12], 0.4)]
 
 
+def test_a_run_without_lessons_has_a_curve_of_its_rollouts(tmp_path: Path) -> None:
+    rows = [{**row, "rewards/_verifier_reward/mean": row.pop("mel/pass_rate")} for row in metrics(12)]
+    folders = [
+        make_run(tmp_path / "grpo", rows=rows, lessons=0, algorithm="grpo"),
+        make_run(tmp_path / "mel", lessons=0, algorithm="mel"),
+    ]
+    one, other = dict(charts(read_arms(folders)))["pass-tokens"].lines
+    assert list(one.y) == list(other.y) and len(one.y) == 12
+
+
 def test_the_mean_goes_as_far_as_all_runs_of_an_arm(tmp_path: Path) -> None:
     folders = arms_of(tmp_path)
     rows = metrics(8, tokens=100.0)  # a pass rate of step / 8, for 800 tokens in place of 1,200
