@@ -158,7 +158,8 @@ def test_a_pinned_share_is_kept_or_refused_with_one_that_fits() -> None:
 def test_an_evaluations_longest_answer_must_fit_the_cache_too() -> None:
     longer = {"data__eval": "demo:test", "eval__max_new_tokens": 9000}
     assert planned("24gb", **longer)[2].longest_sampled == 1024 + 9000
-    assert planned("24gb", data__eval=None, eval__max_new_tokens=9000)[2].longest_sampled == 5120 + 1024, "nothing is evaluated"
+    unevaluated = planned("24gb", data__eval=None, eval__max_new_tokens=9000)[2]
+    assert unevaluated.longest_sampled == 5120 + 1024
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
