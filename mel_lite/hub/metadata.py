@@ -1,4 +1,4 @@
-"""What the Hub reads of a card: ids of base and data, license, tags, evaluation results."""
+"""The part of a card that the Hub reads: ids of base and data, license, tags, evaluation results."""
 
 from __future__ import annotations
 

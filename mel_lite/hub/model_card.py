@@ -30,7 +30,7 @@ MOST_CHARACTERS = 800
 
 
 class Kind(StrEnum):
-    """What a card is about."""
+    """Kind of folder that a card describes."""
 
     RUN = "run"
     """A run's folder."""
@@ -61,7 +61,7 @@ _ALGORITHMS = {
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a card is about, apart from the run."""
+    """Subject of a card, apart from the run."""
 
     kind: Kind
     name: str

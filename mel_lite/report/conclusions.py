@@ -1,4 +1,4 @@
-"""What follows from a comparison, and what does not, in sentences."""
+"""Conclusions of a comparison in sentences, and their limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Control:
     """An arm that leaves something out, and what a difference to it shows."""
 
     ahead: str
-    """What follows when another arm is ahead of it."""
+    """Conclusion when another arm is ahead of it."""
     otherwise: str
     of: tuple[str, ...] | None = None
     """The arms that it is a control of; None = all that are no control, except `but`."""

@@ -28,7 +28,7 @@ class CreditToken:
     shift: str
     """Change of log pi, such as `+1.20 nats`."""
     effect: str
-    """What the way did with it, such as `advantage x 1.30`."""
+    """Effect of the way on it, such as `advantage x 1.30`."""
 
     @property
     def mark(self) -> str:

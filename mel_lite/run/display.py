@@ -36,7 +36,7 @@ PARTS = {
     "rollout": "completions", "verify": "answers", "analysis": "analyses", "replay": "replays", "evaluation": "answers",
     "update": "parts",
 }  # fmt: skip
-"""What a phase consists of."""
+"""Name of a phase's parts."""
 
 
 def phase_text(phase: str, total: int, done: int | None = None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 WINDOW = 10
 """Steps that means are taken over."""
 OTHER = "other"
-"""What a step spends outside its phases: checkpoints, logs, the optimizer."""
+"""Time of a step outside its phases: checkpoints, logs, the optimizer."""
 
 
 class Outlook:

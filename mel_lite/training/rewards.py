@@ -38,7 +38,7 @@ class GenerationBatch(list[dict[str, Any]]):
         self.rewards_WF: torch.Tensor | None = None
         """Rewards by function over all ranks, where dynamic sampling has computed them already."""
         self.extras: dict[str, list[Any]] = {}
-        """What reward functions logged about this rank's completions then, by column."""
+        """Values that reward functions logged about this rank's completions then, by column."""
         self.shares: list[LessonShare] = []
         """Lessons per micro-batch of this rank; empty when none were drawn."""
 

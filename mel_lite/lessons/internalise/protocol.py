@@ -97,7 +97,7 @@ class ScoredMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class TokenReading:
-    """What notes made of each token of a rollout."""
+    """Change of each token of a rollout by notes in the prompt."""
 
     row: int
     """Row of the rollout in the batch."""
@@ -108,7 +108,7 @@ class TokenReading:
     effect: Effect
     """Unit of `effect_T`."""
     effect_T: Tensor
-    """What the way did with each token."""
+    """Effect of the way on each token."""
 
 
 class Internalisation:

@@ -35,7 +35,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenCredit:
-    """What notes made of each token of a rollout, up to a bound on its length."""
+    """Change of each token of a rollout by notes in the prompt, up to a bound on its length."""
 
     step: int
     """Optimizer step, from 1. The file's column holds the number of steps before."""

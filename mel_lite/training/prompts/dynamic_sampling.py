@@ -60,7 +60,7 @@ class Candidate:
     rewards: list[float]
     """By reward function; NaN where it abstained."""
     extras: dict[str, Any]
-    """What reward functions logged about the completion."""
+    """Columns that reward functions logged about the completion."""
 
 
 class DynamicSampling:
