@@ -127,23 +127,30 @@ def check_conversations(trainer: Any) -> None:
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling options that our engines follow."""
-_TRL_GENERATION = ("use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation")
+_OTHER_ENGINES = ("use_vllm", "use_transformers_continuous_batching")
+_TRL_GENERATION = (*_OTHER_ENGINES, "generation_kwargs", "cache_implementation")
 """Options of TRL's own generation, which our engines do not follow."""
 
 
 def engine_generates(args: MELConfig, tools: Any, environment_factory: Any) -> bool:
     """Return True when rollouts come from our engine, False when TRL generates with options of its own.
 
-    Raises: ConfigError when an option of TRL's generation is set and meta-experience needs our engine.
+    Raises: ConfigError when meta-experience is on and rollouts would come from another engine than the lessons.
     """
     foreign = [name for name in _TRL_GENERATION if getattr(args, name)]
     if set(args.generation_kwargs or {}) <= set(SAMPLING_OPTIONS):
         foreign = [name for name in foreign if name != "generation_kwargs"]  # `follow_sampling_options` applies them
-    if foreign and args.with_meta_experience:
-        raise ConfigError(
-            f"{foreign[0]}={getattr(args, foreign[0])!r} with meta-experience: rollouts, analyses and replays must "
-            f"come from one engine, which does not follow that option. Unset {foreign[0]}, or set algorithm='grpo'."
-        )
+    for name in foreign if args.with_meta_experience else ():
+        if name in _OTHER_ENGINES:
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r} with meta-experience: rollouts, analyses and replays must come from "
+                f"one engine, which does not follow that option. Unset {name}, or set algorithm='grpo'."
+            )
+        logger.warning(
+            "%s=%r: TRL's generation samples the rollouts, since the engine does not follow that option. Analyses and "
+            "replays are sampled without it.",
+            name, getattr(args, name),
+        )  # fmt: skip
     return not (foreign or tools or environment_factory)
 
 

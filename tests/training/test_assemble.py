@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mel_lite import MELConfig, MELTrainer
 from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS
 from mel_lite.errors import ConfigError, DataError, ModelError
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
-from trainers import build, sums, tiny_model
+from trainers import assert_learned, build, even_ids, sums, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,11 @@ from trainers import build, sums, tiny_model
         ({"train_dataset": Dataset.from_list([])}, DataError, "train_dataset is empty"),
         ({"train_dataset": sums().remove_columns("answer")}, DataError, "needs a reference answer"),
         ({"use_vllm": True}, ConfigError, "use_vllm=.*from one engine"),
-        ({"generation_kwargs": {"stop_strings": ["x"]}}, ConfigError, "generation_kwargs=.*from one engine"),
-        ({"cache_implementation": "static"}, ConfigError, "cache_implementation=.*from one engine"),
+        (
+            {"use_transformers_continuous_batching": True},
+            ConfigError,
+            "use_transformers_continuous_batching=.*from one engine",
+        ),
         (
             {"grad_norm_every": 1, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             ConfigError,
@@ -40,6 +44,19 @@ def test_bad_arguments_are_refused_before_training(
 ) -> None:
     with pytest.raises(error, match=message):
         build(tmp_path, **options)
+
+
+def test_options_of_trls_generation_are_followed_with_lessons(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"do_sample": True, "top_k": 50, "num_beams": 2, "length_penalty": -0.1}
+    judged = {"reward_funcs": even_ids, "verifier": None, "verifier_threshold": 0.7}
+    rows = sums().remove_columns("answer")
+    with caplog.at_level(logging.WARNING, "mel_lite.training.assemble"):
+        trainer = build(tmp_path, generation_kwargs=options, train_dataset=rows, max_steps=1, **judged)
+    assert "'num_beams': 2" in caplog.text and "TRL's generation samples the rollouts" in caplog.text
+    trainer.train()
+    assert_learned(trainer)
+    assert trainer.generation_config.num_beams == 2
+    assert trainer.state.log_history[0]["mel/pairs"] == len(trainer.store.list()) > 0
 
 
 def rows_with(**columns: Any) -> Dataset:
