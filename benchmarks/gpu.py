@@ -1,8 +1,9 @@
-"""GPU measurements: a MEL step at full size within the memory of consumer cards, its prediction, and the engines.
+"""GPU measurements: the log-prob operator, a MEL step at full size within the memory of consumer cards, the engines.
 
-`python benchmarks/gpu.py OUT` measures for at most --minutes. It writes OUT/gpu.json and one log per part, and prints a
-table:
+`python benchmarks/gpu.py OUT` measures for at most --minutes, and at most 10 of them per part, most telling first. It
+writes OUT/gpu.json and one log per part, and prints a table:
 
+    kernel       the fused log-prob operator: errors, times and memory next to other implementations
     step-24gb    Qwen3-8B in 4 bits within the memory of a 24 GB card: peak and seconds of every phase at full length
     step-16gb    the same for Qwen3-4B on 16 GB
     step-12gb    the same for Qwen3-1.7B on 12 GB
@@ -24,6 +25,7 @@ import importlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -35,8 +37,13 @@ from typing import Any
 import torch
 
 STEPS = {f"{kind}-{gpu}": gpu for kind in ("step", "vllm") for gpu in ("24gb", "16gb", "12gb")}
-WEIGHTS = {"step-24gb": 6, "vllm-24gb": 5, "engines": 4, "step-16gb": 3, "vllm-16gb": 3, "step-12gb": 2, "vllm-12gb": 2}
+WEIGHTS = {
+    "kernel": 3, "step-24gb": 6, "vllm-24gb": 5, "engines": 4, "step-16gb": 3, "vllm-16gb": 3, "step-12gb": 2,
+    "vllm-12gb": 2,
+}  # fmt: skip
 """Parts in order, with their relative shares of the time."""
+PART_S = 600.0
+"""Most seconds of a part, so that each fits into one call where a machine is lent for ten minutes at a time."""
 PARTS = tuple(WEIGHTS)
 QUICK_S = 240.0
 """With less time than this, the engines are measured with small sizes."""
@@ -58,6 +65,7 @@ def measure_all(out: Path, parts: list[str], minutes: float, dry_run: bool) -> d
     for i, part in enumerate(parts):
         # Time that earlier parts did not use is shared as well.
         seconds = (end_s - time.monotonic()) * WEIGHTS[part] / sum(WEIGHTS[name] for name in parts[i:])
+        seconds = min(seconds, PART_S)
         found["parts"][part] = run_part(out, part, seconds, dry_run)
         (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -68,7 +76,8 @@ def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, A
     if seconds < 20:
         return {"error": "not run: no time was left"}
     result, log = out / f"{part}.json", out / f"{part}.log"
-    for old in (result, out / "gpu-engines.json"):
+    partial = out / f"gpu-{part}.json"  # written after each check or shape
+    for old in (result, partial):
         old.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(out), "--part", part, "--seconds", f"{seconds - 10:.0f}"]
     start_s = time.monotonic()
@@ -83,8 +92,7 @@ def run_part(out: Path, part: str, seconds: float, dry_run: bool) -> dict[str, A
             code = 124
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    partial = out / "gpu-engines.json"  # written after each check
-    for file in (result, partial) if part == "engines" else (result,):
+    for file in (result, partial):
         if file.is_file():
             found = json.loads(file.read_text())
             break
@@ -132,10 +140,29 @@ def table(found: dict[str, Any]) -> str:
                 + "  LOWERED: it ran out of memory first"
                 * row.get("lowered", False)
             )
+        for shape in figures.get("shapes", ()):
+            lines.append(f"    N {shape['rows']}, H {shape['width']}, V {shape['vocab']}, {shape['operator']}")
+            lines += [f"        {contender(each)}" for each in shape["results"] if each["times_s"]]
         for check, stages in figures.get("checks", {}).items():
             outcomes = (f"{name} {'ok' if stage.get('ok') else 'FAILED'}" for name, stage in stages.items())
             lines.append(f"    {check}: {', '.join(outcomes)}")
     return "\n".join(lines)
+
+
+def contender(result: dict[str, Any]) -> str:
+    """Format median time, peak memory and error of one implementation."""
+    error = result["logp_error"]
+    return (
+        f"{result['name']:<28} {1000 * statistics.median(result['times_s']):9.2f} ms  "
+        f"{(result['peak_bytes'] or 0) / 2**20:8.0f} MiB  error {'-' if error is None else f'{error:.1e}'}"
+    )
+
+
+def kernel(out: Path, dry_run: bool) -> dict[str, Any]:
+    """Return the report of the operator's benchmark; a part that is cut off keeps the shapes it measured."""
+    bench = importlib.import_module("mel_lite.kernels.bench")
+    shapes = [bench.Shape(64, 32, 512, "float32", operator=name) for name in ("logprobs", "kl")] if dry_run else None
+    return dict(bench.run(None, shapes=shapes, rounds=2 if dry_run else 7, json_path=out / "gpu-kernel.json"))
 
 
 def engines(out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
@@ -148,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for gpu.json and the logs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
-    parser.add_argument("--minutes", type=float, default=28.0, help="time limit for all parts together")
+    parser.add_argument("--minutes", type=float, default=15.0, help="time limit for all parts together")
     parser.add_argument("--dry-run", action="store_true", help="use tiny sizes, on a CPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=120.0, help=argparse.SUPPRESS)
@@ -162,7 +189,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH excludes it
     file = options.out / f"{options.part}.json"
     try:
-        if options.part == "engines":
+        if options.part == "kernel":
+            made = kernel(options.out, options.dry_run)
+        elif options.part == "engines":
             made = engines(options.out, options.seconds, options.dry_run)
         else:
             made = importlib.import_module("gpu_step").step(options.part, options.out, options.seconds, options.dry_run)

@@ -42,14 +42,17 @@ def test_the_dry_run_measures_every_phase_and_survives_a_part_that_hangs(tmp_pat
         shutil.copy(SCRIPT.with_name(name), scripts)
     (scripts / "gpu_engines.py").write_text(ENGINES)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    options = ["--dry-run", "--parts", "engines", "step-24gb", "step-12gb", "--minutes", "1.8"]
+    options = ["--dry-run", "--parts", "kernel", "engines", "step-24gb", "step-12gb", "--minutes", "2.2"]
     done = subprocess.run(
         [sys.executable, str(scripts / "gpu.py"), str(tmp_path / "out"), *options],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert list(found["parts"]) == ["engines", "step-24gb", "step-12gb"] and found["dry_run"]
+    assert list(found["parts"]) == ["kernel", "engines", "step-24gb", "step-12gb"] and found["dry_run"]
+    for shape in found["parts"]["kernel"]["shapes"]:
+        errors = {each["name"]: each["logp_error"] for each in shape["results"]}
+        assert errors["mel_lite"] < 1e-5, errors
     assert found["machine"]["packages"]["torch"]
     for part in ("step-24gb", "step-12gb"):
         figures = found["parts"][part]
