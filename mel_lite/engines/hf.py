@@ -12,19 +12,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mel_lite import signals
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.engines.decode import completion, decode, with_room
+from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.errors import EngineError
 from mel_lite.models.modes import evaluating
-from mel_lite.types import Finish
 
 
 class HFEngine(Engine):
-    """Samples with `model.generate` from one uniform random number per (seed, position).
+    """Samples from one uniform random number per (seed, position), with one forward per token.
+
+    Models with another cache than keys and values, and sharded or patched ones, go through `model.generate`.
 
     Each token is the inverse of the cumulative distribution at that number. A sequence therefore depends only on its
     prompt and seed: not on the rest of the batch, the global RNG, or how a batch was split after running out of memory.
@@ -38,7 +39,8 @@ class HFEngine(Engine):
             single sequence is always sampled.
         unwrap: opens a context that yields the model to sample from, without the wrapper of distributed training.
         autocast: opens the autocast context of training, so that sampling and scoring compute the same numbers.
-        shares_prefill: prefill equal prompts of a batch once, with the backbone alone.
+        shares_prefill: prefill equal prompts of a batch once, with the backbone alone, and let finished sequences leave
+            the batch. False: sample with `model.generate`.
     """
 
     name = "hf"
@@ -138,7 +140,11 @@ class HFEngine(Engine):
             ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
             mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
         ids_UP, mask_UP = ids_UP.to(device), mask_UP.to(device)
-        sampler = _SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw_finished)
+        sampler = SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw_finished)
+        ends = [] if sampling.ignore_eos else self._eos_ids
+        cache = _prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None
+        if cache is not None:
+            return decode(model, cache, ids_UP[source], mask_UP[source], sampler, ends=ends, sampling=sampling)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -152,19 +158,12 @@ class HFEngine(Engine):
             output = model.generate(
                 input_ids=ids_UP[source],
                 attention_mask=mask_UP[source],
-                past_key_values=_prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
             )
         sampled = output[:, prompt_tokens:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        ends = [] if sampling.ignore_eos else self._eos_ids
-        return [self._completion(a, b, ends) for a, b in zip(sampled, logprobs, strict=True)]
-
-    def _completion(self, ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-        finish = Finish.LENGTH if end is None else Finish.STOP
-        return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
+        return [completion(a, b, ends) for a, b in zip(sampled, logprobs, strict=True)]
 
 
 def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: torch.Tensor) -> Any:
@@ -192,59 +191,9 @@ def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: to
         use_cache=True,
     )
     cache.batch_select_indices(source)
+    if ids_UP.device.type == "cpu":
+        with_room(cache)
     return cache
-
-
-class _SeededSampler(LogitsProcessor):
-    """Logits processor that keeps one finite logit per row: the token drawn for the row's seed, for greedy decoding."""
-
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        prompt_tokens: int,
-        sampling: Sampling,
-        device: torch.device,
-        saw: Callable[[int], None] | None,
-    ) -> None:
-        self.logprobs: list[torch.Tensor] = []
-        self._saw = saw
-        self._prompt_tokens = prompt_tokens
-        self._warpers = LogitsProcessorList()
-        self._uniform_BT: torch.Tensor | None = None
-        if sampling.temperature == 0:
-            return
-        self._uniform_BT = torch.stack(
-            [
-                torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                for seed in seeds
-            ]
-        ).to(device)
-        if sampling.temperature != 1.0:
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p:
-            self._warpers.append(MinPLogitsWarper(sampling.min_p))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        signals.poll()  # called once per token, so that a signal can stop the longest phase of a run
-        if self._saw is not None:
-            self._saw(len(self.logprobs) + 1)
-        scores_BV = self._warpers(input_ids, scores.float())
-        logp_BV = torch.log_softmax(scores_BV, dim=-1)
-        if self._uniform_BT is None:
-            choice_B = logp_BV.argmax(dim=-1)
-        else:
-            # In float32, the error of the running sum of 150,000 terms exceeds a rare token's probability.
-            cdf_BV = logp_BV.double().exp().cumsum(dim=-1)
-            position = input_ids.shape[1] - self._prompt_tokens
-            threshold_B = self._uniform_BT[:, position] * cdf_BV[:, -1]
-            choice_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
-            choice_B = choice_B.clamp(max=scores_BV.shape[-1] - 1)
-        self.logprobs.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
-        return torch.full_like(scores_BV, -torch.inf).scatter_(1, choice_B[:, None], 0.0)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import FalconH1Config
 
-from mel_lite.engines import hf
+from mel_lite.engines import decode, hf
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
@@ -47,12 +47,38 @@ def test_completions_of_one_prompt_share_its_prefill(model: Any, monkeypatch: py
     shared = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
     watch.remove()
     assert forwards[0] == (3, 6), "three prompts once each, without their last token"
-    assert set(forwards[1:]) == {(12, 1)}
+    assert forwards[1] == (12, 1) and {tokens for _, tokens in forwards[1:]} == {1}
     monkeypatch.setattr(hf, "_prefill", lambda *_: None)
     alone = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
     assert [c.ids for c in shared] == [c.ids for c in alone]
     for a, b in zip(shared, alone, strict=True):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_finished_sequences_leave_the_batch_and_change_no_token(
+    model: Any, monkeypatch: pytest.MonkeyPatch, penalty: float
+) -> None:
+    """Ends are common tokens here, so that sequences stop at many lengths; room is so short that buffers grow."""
+    monkeypatch.setattr(decode, "ROOM_TOKENS", 3)
+    requests = [Request(tuple(range(10, 12 + 2 * (seed % 2))), seed) for seed in range(16)]
+    sampling, ends = Sampling(20, temperature=1.5, repetition_penalty=penalty), list(range(2, 60))
+    rows: list[int] = []
+    watch = model.get_base_model().model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    left = HFEngine(model, eos_ids=ends, pad_id=PAD).generate(requests, sampling)
+    watch.remove()
+    monkeypatch.setattr(hf, "_prefill", lambda *_: None)
+    stayed = HFEngine(model, eos_ids=ends, pad_id=PAD).generate(requests, sampling)
+    assert [(c.ids, c.finish) for c in left] == [(c.ids, c.finish) for c in stayed]
+    for a, b in zip(left, stayed, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+    lengths = [len(c.ids) for c in left]
+    assert len(set(lengths)) > 4 and rows[1] == 16 and len(rows) == 1 + max(lengths)
+    for position, count in enumerate(rows[1:]):
+        still = sum(length > position for length in lengths)
+        assert still <= count and decode.LEAVE_SHARE * (count - still) < count
 
 
 def test_a_cache_with_other_states_than_keys_and_values_is_not_shared() -> None:
@@ -143,20 +169,20 @@ def test_an_end_token_ends_the_completion(model: Any) -> None:
 def test_out_of_memory_lowers_concurrency_and_changes_no_token(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     requests, sampling = _requests(*range(9)), Sampling(6)
     expected = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
-    original, sizes = type(model).generate, []
+    original, sizes = hf.decode, []
 
-    def scarce(self: Any, *, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+    def scarce(model: Any, cache: Any, ids_BP: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(ids_BP))
+        if len(ids_BP) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(self, input_ids=input_ids, **kwargs)
+        return original(model, cache, ids_BP, *arguments, **options)
 
-    monkeypatch.setattr(type(model), "generate", scarce)
+    monkeypatch.setattr(hf, "decode", scarce)
     split = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
     assert [c.ids for c in split] == [c.ids for c in expected]
     assert max(sizes) == 9 and sum(size for size in sizes if size <= 2) == 9
 
-    monkeypatch.setattr(type(model), "generate", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    monkeypatch.setattr(hf, "decode", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
     with pytest.raises(EngineError, match="one sequence of 4 prompt"):
         HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(_requests(0), sampling)
 

@@ -1,0 +1,122 @@
+"""Decode a batch with one forward per token, from which finished sequences leave.
+
+B sequences still in the batch, P padded prompt tokens, T tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+from mel_lite.engines.base import Completion, Sampling
+from mel_lite.engines.seeded_sampler import SeededSampler
+from mel_lite.types import Finish
+
+LEAVE_SHARE = 8
+"""Finished sequences leave once they are 1/8 of the batch: leaving copies the cache."""
+ROOM_TOKENS = 64
+"""Room that a layer of the cache allocates at once."""
+
+
+def decode(
+    model: Any,
+    cache: Any,
+    ids_BP: torch.Tensor,
+    mask_BP: torch.Tensor,
+    sampler: SeededSampler,
+    *,
+    ends: Sequence[int],
+    sampling: Sampling,
+) -> list[Completion]:
+    """Sample a completion of every row, up to and including one of `ends`.
+
+    `cache` holds keys and values of all prompt tokens but the last.
+    """
+    rows_B = torch.arange(len(ids_BP), device=ids_BP.device)
+    end_E = torch.tensor(list(ends), dtype=torch.long, device=ids_BP.device)
+    is_open_B = torch.ones_like(rows_B, dtype=torch.bool)
+    penalty = None
+    if sampling.repetition_penalty != 1.0:
+        penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+    ids_BT, mask_BT = ids_BP, mask_BP
+    sampled: list[list[int]] = [[] for _ in range(len(ids_BP))]
+    logprobs: list[list[float]] = [[] for _ in range(len(ids_BP))]
+    for position in range(sampling.max_new_tokens):
+        logits_BV = model(
+            input_ids=ids_BT[:, -1:],
+            attention_mask=mask_BT,
+            position_ids=mask_BT.sum(dim=1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1].float()  # fmt: skip
+        if penalty is not None:
+            logits_BV = penalty(ids_BT, logits_BV)
+        choice_B, logp_B = sampler.draw(ids_BT, logits_BV, position, rows_B)
+        drawn = zip(rows_B.tolist(), is_open_B.tolist(), choice_B.tolist(), logp_B.tolist(), strict=True)
+        for row, is_open, choice, logp in drawn:
+            if is_open:
+                sampled[row].append(choice)
+                logprobs[row].append(logp)
+        is_open_B &= ~torch.isin(choice_B, end_E)
+        ids_BT = torch.cat([ids_BT, choice_B[:, None]], dim=1)
+        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+        still = int(is_open_B.sum())
+        if not still:
+            break
+        if LEAVE_SHARE * (len(rows_B) - still) >= len(rows_B):
+            stay = is_open_B.nonzero()[:, 0]
+            cache.batch_select_indices(stay.cpu())  # layers may be on several devices
+            ids_BT, mask_BT, rows_B, is_open_B = (each[stay] for each in (ids_BT, mask_BT, rows_B, is_open_B))
+    return [completion(ids, logps, ends) for ids, logps in zip(sampled, logprobs, strict=True)]
+
+
+def completion(ids: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:
+    """Return the completion up to and including its first end."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+    finish = Finish.LENGTH if end is None else Finish.STOP
+    return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
+
+
+def with_room(cache: Any) -> None:
+    """Let the layers of a cache append a token without copying the others; sliding windows stay as they are."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _LayerWithRoom(layer)
+
+
+class _LayerWithRoom(DynamicLayer):
+    """Keys and values at the front of a larger buffer."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.__dict__.update(layer.__dict__)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        used, new = self.keys.shape[-2], key_states.shape[-2]
+        if self._buffers is None or used + new > self._buffers[0].shape[-2]:
+            self._buffers = self._grown(self.keys, new), self._grown(self.values, new)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, used : used + new] = states
+        self.keys, self.values = (buffer[:, :, : used + new] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+    @staticmethod
+    def _grown(states: torch.Tensor, new: int) -> torch.Tensor:
+        batch, heads, used, width = states.shape
+        buffer = states.new_empty(batch, heads, used + new + ROOM_TOKENS, width)
+        buffer[:, :, :used] = states
+        return buffer
