@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
 from mel_lite.cli import reports as report_commands
+from mel_lite.cli.bench import bench
 from mel_lite.cli.experiences import experiences
 from mel_lite.cli.probe import probe
 from mel_lite.cli.rollouts import rollouts
@@ -61,7 +62,6 @@ app = typer.Typer(
 )
 app.add_typer(experiences, name="experiences")
 app.add_typer(rollouts, name="rollouts")
-bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(train)
 app.command()(gpu_commands.plan)
@@ -256,22 +256,6 @@ def export_(
     report = export(source, target, format=format_, base=spec, dtype=dtype, allow_untrained=allow_untrained)
     console().print(report.as_table())
     typer.echo(str(report.path))
-
-
-@bench.command("kernel")
-def bench_kernel(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda if there is a GPU.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Measurements per implementation.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all measured times to this file.")] = None,
-) -> None:
-    """Compare speed and numerical error of the fused log-prob operator with other implementations."""
-    import importlib
-
-    import torch
-
-    # By name: in a checkout the folder is outside the package, where the type checker does not find its modules.
-    run = importlib.import_module("mel_lite.kernels.bench").run
-    run(device or ("cuda" if torch.cuda.is_available() else "cpu"), rounds=rounds, json_path=json_path)
 
 
 def _quiet_libraries() -> None:

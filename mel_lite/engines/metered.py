@@ -51,6 +51,8 @@ class PhaseClock:
         """Start of the open phase by `time.monotonic`."""
         self.on_end: Callable[[PhaseEnd], None] | None = None
         """Called at the end of each phase."""
+        self.on_change: Callable[[str], None] = lambda phase: None
+        """Called with the innermost phase before another one becomes the innermost."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -90,11 +92,13 @@ class PhaseClock:
     @contextmanager
     def _open(self, phase: str) -> Iterator[float]:
         outer = self.phase, self.done, self.total, self.tokens_each, self.most_tokens, self.since_s
+        self.on_change(self.phase)
         self.phase, self.done, self.total, self.tokens_each = phase, 0, 0, 0
         self.since_s = time.monotonic()
         try:
             yield self.since_s
         finally:
+            self.on_change(self.phase)
             self.phase, self.done, self.total, self.tokens_each, self.most_tokens, self.since_s = outer
 
     def _end(self, phase: str, seconds_s: float, tokens_before: int) -> None:
