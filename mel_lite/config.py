@@ -36,6 +36,11 @@ WHOLE_DISTRIBUTION: dict[str, tuple[Any, ...]] = {
 _INTERNALISATION = "analysis"
 _OLD_VALUES = ("analysis", "experience")
 """Values of the deprecated `mel_train_on`."""
+_ALSO_ZERO = {
+    "beta": "a KL term", "entropy_coef": "an entropy bonus", "use_adaptive_entropy": "an entropy bonus",
+    "top_entropy_quantile": "a choice of tokens",
+}  # fmt: skip
+"""Options that read completions of advantage 0, and what they add."""
 _DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
@@ -160,10 +165,15 @@ class MELConfig(GRPOConfig):
         "are grouped by length and taken in parts of that size; the gradient is that of the whole. A longer row is a "
         "part of its own. None = no bound, until memory runs out.",
     )
-    skip_zero_advantage: bool = _option(
-        False,
-        "Leave completions whose advantage is exactly 0 (of groups that are all right or all wrong) out of the "
-        "update's forward pass. The gradient is the same; entropy and clip ratios are over the other completions.",
+    skip_zero_advantage: bool | None = _option(
+        None,
+        "Leave completions of advantage 0 (in groups all right or all wrong) out of the update's forward pass. Same "
+        "gradient; entropy and clip ratios are over the others. None: without KL, entropy or load-balancing terms.",
+    )
+    share_prompts: bool | None = _option(
+        None,
+        "Compute a prompt's tokens once for all its completions in a forward/backward pass, and pad no row. Same "
+        "gradient. None: on CPUs, for models with full attention and no dropout.",
     )
     templates: str | None = _option(
         None, "YAML file overriding the analysis and replay prompts, or `demo` for the short ones of the demo."
@@ -318,17 +328,9 @@ class MELConfig(GRPOConfig):
 
     def _check_skipping(self) -> None:
         """Only a completion without any gradient may be left out."""
-        for name, meaning in (
-            ("beta", "a KL term"),
-            ("entropy_coef", "an entropy bonus"),
-            ("use_adaptive_entropy", "an entropy bonus"),
-            ("top_entropy_quantile", "a choice of tokens"),
-        ):
-            if self.skip_zero_advantage and getattr(self, name) != _DEFAULTS[name]:
-                raise ConfigError(
-                    f"skip_zero_advantage=True with {name}={getattr(self, name)}: {meaning} also needs "
-                    "completions of advantage 0. Unset one of them."
-                )
+        if self.skip_zero_advantage and (name := self.gradient_without_advantage) is not None:
+            reason = f"{_ALSO_ZERO[name]} also needs completions of advantage 0"
+            raise ConfigError(f"skip_zero_advantage=True with {name}={getattr(self, name)}: {reason}. Unset one.")
 
     def _check_estimator(self) -> None:
         """Refuse options that contradict `algorithm`, and set the TRL options that it implies."""
@@ -348,15 +350,11 @@ class MELConfig(GRPOConfig):
             )
         if self.algorithm != Algorithm.RFT:
             return
-        for name, meaning in (
-            ("beta", "a KL term"),
-            ("entropy_coef", "an entropy bonus"),
-            ("top_entropy_quantile", "a choice of tokens"),
-        ):
+        for name in ("beta", "entropy_coef", "top_entropy_quantile"):
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} with algorithm='rft', which is a plain NLL: {meaning} has no place "
-                    f"in it. Unset {name}."
+                    f"{name}={getattr(self, name)} with algorithm='rft', which is a plain NLL: {_ALSO_ZERO[name]} has "
+                    f"no place in it. Unset {name}."
                 )
         if self.loss_type not in (_DEFAULTS["loss_type"], "cispo"):
             raise ConfigError(
@@ -365,6 +363,11 @@ class MELConfig(GRPOConfig):
             )
         for name, value in _RFT.items():
             setattr(self, name, value)
+
+    @property
+    def gradient_without_advantage(self) -> str | None:
+        """The first option by which a completion of advantage 0 has a gradient; None if there is none."""
+        return next((name for name in _ALSO_ZERO if getattr(self, name) != _DEFAULTS[name]), None)
 
     @property
     def estimator(self) -> str:

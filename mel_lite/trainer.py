@@ -79,6 +79,7 @@ from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.prompts.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.prompts.sampler import EpochSampler
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
+from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import Scorer, install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
@@ -189,9 +190,10 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.funnel_totals = FunnelTotals()
         self.nonfinite = NonFiniteGuard(self)
         self.collapse = CollapseWatch(self)
-        memory = getattr(self.dynamic_sampling, "memory", None)
-        parts = (self.engine, self.funnel_totals, self.collapse, self.bank, memory)
-        self.stateful = tuple(each for each in parts if each is not None)
+        self.savings = Savings(self)
+        parts = (self.engine, self.funnel_totals, self.collapse, self.savings, self.bank)
+        optional = (*parts, getattr(self.dynamic_sampling, "memory", None))
+        self.stateful = tuple(each for each in optional if each is not None)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(AroundTheUpdate(self))
 
@@ -361,11 +363,6 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         args = self.args
         updates = args.steps_per_generation * self.num_iterations / args.gradient_accumulation_steps
         return args.mel_weight_at(self._batch * updates)
-
-    @property
-    def needs_every_rollout(self) -> bool:
-        """True when rollouts without advantage need a forward, too."""
-        return self.args.with_meta_experience and self.internalisation.needs_every_rollout
 
     # ---- Shared ----
 

@@ -3,17 +3,44 @@
 On such GPUs, SDPA with fewer key heads than query heads falls back to the kernel that stores all scores, gigabytes for
 a long sequence. With keys and values repeated for every query head, the memory-efficient kernel runs. For a single
 sampled token, the repetition would copy the whole cache. There, the query heads of a key head become its queries.
+
+Both of our attentions also take several sequences as one flat sequence of T tokens, in which completions share the
+tokens of their prompt (`SharedPrompts`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "sdpa_grouped_heads"
+SHARING_NAME = "sdpa_shared_prompts"
+"""transformers' SDPA, which also takes `SharedPrompts`."""
 FLASH_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """B continuations of one prompt, each padded to the longest, C. Padding repeats any position of the sequence."""
+
+    prompt_P: torch.Tensor
+    """Positions of the prompt in the flat sequence."""
+    index_BC: torch.Tensor
+    """Positions of the continuations; the padding comes last."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Which positions of a flat sequence attend to which. Every token also attends to itself."""
+
+    roots: tuple[torch.Tensor, ...]
+    """(B, C) positions of sequences without a prompt before them, padded like `Branches`."""
+    branches: tuple[Branches, ...]
+    order_T: torch.Tensor
+    """Where each position is among all roots and branches, flattened in this order."""
 
 
 def attention_for(requested: str | None) -> str | None:
@@ -32,12 +59,22 @@ def attention_for(requested: str | None) -> str | None:
 
 
 def register() -> None:
-    """Register `attn_implementation="sdpa_grouped_heads"` with transformers, with SDPA's masks."""
+    """Register both attentions of this module with transformers, with SDPA's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, grouped_heads)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name, attention in ((NAME, grouped_heads), (SHARING_NAME, sdpa_or_shared)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def let_prompts_be_shared(model: Any) -> bool:
+    """Let a model's attention take `SharedPrompts`; return False when it is another one than SDPA or ours."""
+    current = model.config._attn_implementation
+    if current == "sdpa":
+        register()
+        model.set_attn_implementation(SHARING_NAME)
+    return current in ("sdpa", NAME, SHARING_NAME)
 
 
 def grouped_heads(
@@ -49,6 +86,7 @@ def grouped_heads(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute softmax(q k^T scale + mask) v for (B, heads, T, head_dim) queries. Keys and values may have fewer heads.
@@ -57,6 +95,9 @@ def grouped_heads(
     """
     import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import repeat_kv
+
+    if shared_prompts is not None:
+        return _shared(query, key, value, shared_prompts, dropout, scaling), None
 
     batch, heads, tokens, head_dim = query.shape
     groups = heads // key.shape[1]
@@ -81,3 +122,69 @@ def grouped_heads(
         is_causal=bool(causal and attention_mask is None and tokens > 1),
     )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def sdpa_or_shared(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    shared_prompts: SharedPrompts | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute transformers' SDPA; with `shared_prompts`, attention within a flat sequence (batch size 1)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if shared_prompts is not None:
+        return _shared(query, key, value, shared_prompts, dropout, scaling), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )  # fmt: skip
+
+
+def _shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SharedPrompts,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Compute causal attention of each root, and of each branch after its prompt. Returns: (1, T, heads, head_dim)."""
+    import torch
+    import torch.nn.functional as F
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    query_TAD, key_TKD, value_TKD = (each[0].transpose(0, 1) for each in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+
+    def take(each_TAD: torch.Tensor, index_BC: torch.Tensor) -> torch.Tensor:
+        # index_select has a faster backward than indexing.
+        return each_TAD.index_select(0, index_BC.flatten()).unflatten(0, index_BC.shape)
+
+    def attend(index_BC: torch.Tensor, prompt_P: torch.Tensor | None) -> torch.Tensor:
+        query_BCAD, *pair = (take(each, index_BC) for each in (query_TAD, key_TKD, value_TKD))
+        mask_CS = None
+        if prompt_P is not None:
+            before = (take(each, prompt_P).expand(len(index_BC), -1, -1, -1) for each in (key_TKD, value_TKD))
+            pair = [torch.cat(both, dim=1) for both in zip(before, pair, strict=True)]
+            tokens, prompt = index_BC.shape[1], len(prompt_P)
+            mask_CS = torch.ones(tokens, prompt + tokens, dtype=torch.bool, device=query.device).tril(prompt)
+        key_BASD, value_BASD = (repeat_kv(each.transpose(1, 2), groups) for each in pair)
+        attended = F.scaled_dot_product_attention(
+            query_BCAD.transpose(1, 2),
+            key_BASD,
+            value_BASD,
+            attn_mask=mask_CS,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=mask_CS is None,
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
+
+    parts = [attend(index_BC, None) for index_BC in layout.roots]
+    parts += [attend(each.index_BC, each.prompt_P) for each in layout.branches]
+    return torch.cat(parts).index_select(0, layout.order_T)[None]

@@ -33,8 +33,10 @@ PHASES = {
     "score": "scoring",
     "examine": "examining lessons of the bank",
     "internalise": "reading rollouts with notes",
+    "scoring": "scoring rollouts",
     "update": "updating the weights",
     "rescore": "scoring lessons again",
+    "checkpoint": "writing checkpoints",
 }
 SPANS = {"min": 60.0, "h": 3600.0}
 

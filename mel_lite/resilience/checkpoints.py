@@ -17,6 +17,7 @@ from peft import LoraConfig
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from mel_lite.engines.metered import PhaseClock
 from mel_lite.errors import CheckpointError, DiskFullError
 from mel_lite.files import nearest_existing_folder
 from mel_lite.hub.model_card import write_card_so_far
@@ -64,6 +65,7 @@ class AtomicCheckpoints:
     lr_scheduler: Any
     lesson_context: Any
     frozen_reader: FrozenReader | None
+    clock: PhaseClock
     stateful: tuple[Any, ...]
     """Parts of the run with `state_dict()` and `load_state_dict(state)`; their states share one JSON object."""
     side_service: SideService
@@ -181,7 +183,8 @@ class AtomicCheckpoints:
         """Build, then commit. Raises: DiskFullError when there is no room; the checkpoint before it stays whole."""
         run_dir = Path(self.args.output_dir)
         try:
-            self._build_and_commit(run_dir, model, trial)
+            with self.clock("checkpoint"):
+                self._build_and_commit(run_dir, model, trial)
         except Exception as error:
             if not is_full(error):
                 raise

@@ -31,6 +31,7 @@ from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
 from mel_lite.models.adapters import lora_config
+from mel_lite.models.load import load_config
 from mel_lite.recipe import EvalOptions, Recipe, build_args, resolve
 from mel_lite.report.record import RunRecord, device_here
 from mel_lite.resilience import checkpoint_files
@@ -49,6 +50,7 @@ from mel_lite.run.progress import LiveDisplay
 from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
+from mel_lite.training.savings import not_shared, why_not_shared_by
 from mel_lite.verify.verifiers import get_verifier
 
 
@@ -68,6 +70,10 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     load_templates(args.templates)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    if args.share_prompts:
+        dropout = 0.0 if recipe.lora is None else recipe.lora.dropout
+        if (problem := why_not_shared_by(load_config(recipe.model), dropout=dropout)) is not None:
+            raise not_shared(problem)
     way = get_internalisation(args.internalisation, args.internalisation_options)
     build_bank(args, used=way.uses_bank)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:

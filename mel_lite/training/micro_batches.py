@@ -20,10 +20,13 @@ import torch
 
 from mel_lite import signals
 from mel_lite.engines.metered import PhaseClock
+from mel_lite.lessons.internalise import Internalisation
 from mel_lite.training.metrics import GradientMeter
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
+from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import RowScores, score
+from mel_lite.training.shared_prompts import deal_shared, pack_shared
 from mel_lite.types import Lesson, LessonShare
 
 logger = logging.getLogger(__name__)
@@ -67,8 +70,10 @@ class MicroBatches:
     accelerator: Any
     args: Any
     model: Any
+    internalisation: Internalisation
     clock: PhaseClock
     gradient_meter: GradientMeter
+    savings: Savings
     trained_lessons: list[tuple[Lesson, torch.Tensor]]
     """Lessons of the current optimizer step and their NLL () before the update, without gradient."""
     policy_temperature: float
@@ -89,7 +94,7 @@ class MicroBatches:
         self.clock.expect(steps)
         self.clock.saw(self._step % steps)  # type: ignore[attr-defined]
         forward = self.forward_of(model, inputs)
-        if self.budget_tokens is not None or self._can_retry or self.args.skip_zero_advantage:
+        if self.budget_tokens is not None or self._can_retry or self.savings.skips_zero_advantage:
             loss = self._in_parts(forward, inputs)
         else:
             loss = super().compute_loss(forward, inputs)  # type: ignore[misc]
@@ -120,6 +125,9 @@ class MicroBatches:
 
     def _in_parts(self, forward: MicroBatchForward, inputs: Any) -> torch.Tensor:
         wanted = self._wanted(inputs, forward.rows)
+        # Ranks take the same number of collectives, also those that leave nothing out.
+        several = self.savings.skips_zero_advantage and self.accelerator.num_processes > 1
+        forward.leaves_out = several or len(wanted) < len(forward.rows)
         parts, done = self._parts(forward.rows, wanted), 0
         while True:
             loss = self._try_part(forward, inputs, parts)
@@ -132,7 +140,7 @@ class MicroBatches:
                 self.clock.expect(done + len(parts))
                 self.clock.saw(done)
             if not parts:
-                if self.args.skip_zero_advantage:
+                if forward.leaves_out:
                     self._log_forwarded(forward, inputs, wanted)
                 # The Trainer calls backward on the result; a fresh leaf makes that a no-op.
                 return loss.detach().requires_grad_()
@@ -140,7 +148,7 @@ class MicroBatches:
 
     def _wanted(self, inputs: Any, rows: Sequence[Row]) -> list[int]:
         """Return the numbers of the rows that need a forward: all, or those with a gradient, at least one."""
-        if not self.args.skip_zero_advantage or self.needs_every_rollout:  # type: ignore[attr-defined]
+        if not self.savings.skips_zero_advantage or self.needs_every_rollout:
             return list(range(len(rows)))
         moves_B = inputs["advantages"].reshape(len(inputs["advantages"]), -1).ne(0).any(dim=1)
         if "teacher_mask" in inputs:
@@ -148,6 +156,11 @@ class MicroBatches:
         moves = moves_B.tolist()
         wanted = [i for i in range(len(rows)) if i >= len(moves) or moves[i]]
         return wanted or [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
+
+    @property
+    def needs_every_rollout(self) -> bool:
+        """True when rollouts without advantage need a forward, too."""
+        return self.args.with_meta_experience and self.internalisation.needs_every_rollout
 
     def _log_forwarded(self, forward: MicroBatchForward, inputs: Any, wanted: Sequence[int]) -> None:
         """Log TRL's metrics over the rollouts that went through the model, from one more pass of the loss alone.
@@ -182,7 +195,8 @@ class MicroBatches:
     def _parts(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[list[int]]:
         if self._is_joint:
             return [list(numbers)]
-        return [[numbers[i] for i in part] for part in deal([rows[i] for i in numbers], self.budget_tokens)]
+        split = deal_shared if self.savings.shares_prompts else deal
+        return [[numbers[i] for i in part] for part in split([rows[i] for i in numbers], self.budget_tokens)]
 
     def _try_part(self, forward: MicroBatchForward, inputs: Any, parts: list[list[int]]) -> torch.Tensor | None:
         """Run forward and backward of the first part; return its loss, or None when it must be cut smaller."""
@@ -196,7 +210,7 @@ class MicroBatches:
                 loss = self._backward(forward, inputs, is_last=is_last)
                 if is_last:  # only then does the loss hold for the whole micro-batch
                     for name, values in own.items():
-                        if "loss" in name or not self.args.skip_zero_advantage:
+                        if "loss" in name or not forward.leaves_out:
                             metrics[name] += values
             return loss
         except torch.OutOfMemoryError:
@@ -213,7 +227,7 @@ class MicroBatches:
     def _backward(self, forward: MicroBatchForward, inputs: Any, *, is_last: bool) -> torch.Tensor:
         accelerator = self.accelerator
         with nullcontext() if is_last else accelerator.no_sync(forward.model):
-            if not is_last or self.args.skip_zero_advantage:  # with rows left out, metrics are taken afterwards
+            if not is_last or forward.leaves_out:  # with rows left out, metrics are taken afterwards
                 self.accelerator = LocalAccelerator(accelerator)
             try:
                 loss = self._compute_loss(forward, inputs)  # type: ignore[attr-defined]
@@ -258,10 +272,13 @@ class MicroBatches:
 
     def _lower(self, rows: Sequence[Row], part: Sequence[int]) -> bool:
         """Halve the tokens of a part; return False when the part cannot be cut."""
+
+        def areas(some: Sequence[Row]) -> list[int]:
+            return [block.input_ids_BT.numel() for block in self._in_blocks(self.model, some).blocks]
+
         chosen = [rows[i] for i in part]
-        areas = [block.input_ids_BT.numel() for block in self._packed(chosen).blocks]
-        before = max(areas) if self._is_joint and self.budget_tokens else sum(areas)
-        after = max(before // 2, max(len(row.ids) for row in chosen))
+        before = max(areas(chosen)) if self._is_joint and self.budget_tokens else sum(areas(chosen))
+        after = max(before // 2, max(sum(areas([row])) for row in chosen))
         if after >= before:
             return False
         self._lowered_tokens = after
@@ -306,7 +323,10 @@ class MicroBatches:
             entropy_BC = pad_rows(scores.entropies[rollouts], mask_BC) if compute_entropy else None
             return model.logp_BC, entropy_BC, scores.aux_loss
         rows = rows_of_batch(input_ids, attention_mask, logits_to_keep, temperature=self.policy_temperature)
-        scores = self._score(model, rows, batch_size, load_balancing=compute_aux_loss)
+        # Old log-probs and those of a reference; other phases, such as the engine's probe, count their own passes.
+        timed = not torch.is_grad_enabled() and self.clock.phase == "update"
+        with self.clock("scoring") if timed else nullcontext():
+            scores = self._score(model, rows, batch_size, load_balancing=compute_aux_loss)
         entropy_BC = pad_rows(scores.entropies, mask_BC) if compute_entropy else None
         return pad_rows(scores.logps, mask_BC), entropy_BC, scores.aux_loss
 
@@ -327,7 +347,7 @@ class MicroBatches:
         recompute: bool = False,
         load_balancing: bool = False,
     ) -> RowScores:
-        packed = self._packed(rows, batch_size)
+        packed = self._in_blocks(model, rows, batch_size)
         with self.accelerator.autocast():
             return score(
                 model,
@@ -337,9 +357,11 @@ class MicroBatches:
                 load_balancing=load_balancing,
             )
 
-    def _packed(self, rows: Sequence[Row], batch_size: int | None = None) -> Any:
+    def _in_blocks(self, model: Any, rows: Sequence[Row], batch_size: int | None = None) -> Any:
         """Pack rows into blocks of at most `batch_size` rows of the longest row's length, within the budget."""
         longest = max(len(row.ids) for row in rows)
         bounds = [self.budget_tokens, None if batch_size is None else batch_size * longest]
         limit = min((tokens for tokens in bounds if tokens is not None), default=None)
+        if self.savings.shares_prompts and model is not self.ref_model:  # type: ignore[attr-defined]
+            return pack_shared(rows, max_tokens=limit)
         return pack(rows, pad_id=self._tokenizer.pad_token_id, max_tokens=limit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -60,12 +61,25 @@ class Block:
     teacher_KH: torch.Tensor | None = None
     """The teachers' hidden states at those targets, row by row."""
 
+    def scored(self, hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states (N, H) that predict a scored id, and those ids (N,): h_{t-1} predicts id t."""
+        target_BT = self.target_BT[:, 1:]
+        wanted_BT = target_BT != IGNORE
+        return hidden_BTH[:, :-1][wanted_BT], target_BT[wanted_BT]
+
+    @property
+    def teaches_N(self) -> torch.Tensor:
+        """Which scored positions have a teacher."""
+        wanted_BT = self.target_BT[:, 1:] != IGNORE
+        return torch.zeros_like(wanted_BT)[wanted_BT] if self.taught_BT is None else self.taught_BT[:, 1:][wanted_BT]
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Blocks, and the order of their rows."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Any, ...]
+    """`Block`s, or `FlatBlock`s of `shared_prompts.py`."""
     order: tuple[int, ...]
     """Row number of each row, in block order; rows with nothing scored may be missing."""
     rows: int

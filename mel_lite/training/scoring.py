@@ -23,7 +23,7 @@ from mel_lite.errors import ModelError
 from mel_lite.kernels import HeadSpec, check_head_spec, head_kl, head_logprobs, head_spec
 from mel_lite.lessons.reading import Reading
 from mel_lite.models.modes import evaluating
-from mel_lite.training.packing import IGNORE, Block, Packed, Row, lesson_row, pack
+from mel_lite.training.packing import Block, Packed, Row, lesson_row, pack
 from mel_lite.types import Lesson
 
 
@@ -96,7 +96,7 @@ def install_scoring_head(model: Any, *, checked: bool = True) -> None:
                 kls.append(_divergence(head, spec, hidden_NH, blocks, temperature))
             hiddens.append(hidden_NH)
         logp_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
-        taught = any(block.taught_BT is not None for block in score_blocks)
+        taught = any(block.teacher_KH is not None for block in score_blocks)
         return Scores(
             logp_N,
             entropy_N,
@@ -109,33 +109,40 @@ def install_scoring_head(model: Any, *, checked: bool = True) -> None:
 
 
 def _scored_hidden(
-    model: Any, blocks: Sequence[Block], recompute: bool, routers: list[tuple[torch.Tensor, ...]] | None
+    model: Any, blocks: Sequence[Any], recompute: bool, routers: list[tuple[torch.Tensor, ...]] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the hidden states that predict a scored id, and those ids: h_{t-1} predicts id t.
+    """Return the hidden states that predict a scored id, and those ids.
 
     `recompute`: keep no activations of a block; compute them again in the backward, one block at a time.
     `routers`: receives, per block and layer, the router logits (tokens, experts) of the rows that balance.
     """
     options = {} if routers is None else {"output_router_logits": True}
 
-    def forward(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **options)
+    def forward(block: Any) -> tuple[torch.Tensor, ...]:
+        output = model.base_model(input_ids=block.input_ids_BT, use_cache=False, **_attending(block), **options)
         return (output.last_hidden_state, *(() if routers is None else output.router_logits))
 
     hidden, targets = [], []
     for block in blocks:
-        inputs = (block.input_ids_BT, block.attention_mask_BT)
         again = recompute and torch.is_grad_enabled()
-        hidden_BTH, *logits = checkpoint(forward, *inputs, use_reentrant=False) if again else forward(*inputs)
+        hidden_BTH, *logits = checkpoint(forward, block, use_reentrant=False) if again else forward(block)
         if routers is not None:
             balances_B = torch.tensor(block.balances, device=hidden_BTH.device)
             counted = (block.attention_mask_BT.bool() & balances_B[:, None]).flatten()
             routers.append(tuple(layer.reshape(len(counted), -1)[counted] for layer in logits))
-        target_BT = block.target_BT[:, 1:]
-        wanted_BT = target_BT != IGNORE
-        hidden.append(hidden_BTH[:, :-1][wanted_BT])
-        targets.append(target_BT[wanted_BT])
+        hidden_NH, target_N = block.scored(hidden_BTH)
+        hidden.append(hidden_NH)
+        targets.append(target_N)
     return torch.cat(hidden), torch.cat(targets)
+
+
+def _attending(block: Any) -> dict[str, Any]:
+    """Return the arguments of a backbone that say which tokens of a block attend to which."""
+    if isinstance(block, Block):
+        return {"attention_mask": block.attention_mask_BT}
+    # A mask of four dimensions is passed on as it is: without one, transformers would build a (T, T) mask.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=block.input_ids_BT.device)
+    return {"attention_mask": mask, "position_ids": block.position_ids_BT, "shared_prompts": block.layout}
 
 
 @contextmanager
@@ -171,24 +178,18 @@ def _score(
 
 
 def _divergence(
-    head: Any, spec: HeadSpec, hidden_NH: torch.Tensor, blocks: Sequence[Block], temperature: float
+    head: Any, spec: HeadSpec, hidden_NH: torch.Tensor, blocks: Sequence[Any], temperature: float
 ) -> torch.Tensor:
     """Return KL(policy || teacher) (N,), 0 where there is no teacher."""
     kl_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
     teachers = [block.teacher_KH for block in blocks if block.teacher_KH is not None]
     if not teachers:
         return kl_N
-    taught_N = torch.cat([_taught(block) for block in blocks]).to(hidden_NH.device)
+    taught_N = torch.cat([block.teaches_N for block in blocks]).to(hidden_NH.device)
     teacher_KH = torch.cat(teachers).to(hidden_NH)
     return kl_N.masked_scatter(
         taught_N, head_kl(head, hidden_NH[taught_N], teacher_KH, spec=spec, temperature=temperature)
     )
-
-
-def _taught(block: Block) -> torch.Tensor:
-    """Return which scored positions of a block have a teacher."""
-    wanted_BT = block.target_BT[:, 1:] != IGNORE
-    return torch.zeros_like(wanted_BT)[wanted_BT] if block.taught_BT is None else block.taught_BT[:, 1:][wanted_BT]
 
 
 def divergence(model: Any, hidden_NH: torch.Tensor, other_NH: torch.Tensor, *, temperature: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mel_lite.engines import hf
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
@@ -55,6 +56,7 @@ def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
 def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
     # One micro-batch with both lessons, or two of which the second fails.
     options = OPTIONS | {"gradient_accumulation_steps": 1 if where == "forward" else 2, "grad_norm_every": 1}
+    options |= {"share_prompts": False}  # padded, all steps have one size
     whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
     sizes = limit(whole, 10**9)
     whole.train()
@@ -85,9 +87,10 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
     assert_learned(trainer)
 
 
-def test_a_row_that_does_not_fit_raises_the_original_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_row_that_does_not_fit_raises_the_original_error(tmp_path: Path, share_prompts: bool) -> None:
     """`mel-lite train` converts it to advice and exit code 6. Every size is tried once."""
-    trainer = build(tmp_path, algorithm="grpo", **OPTIONS)
+    trainer = build(tmp_path, algorithm="grpo", share_prompts=share_prompts, **OPTIONS)
     tried = limit(trainer, 10)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
@@ -102,19 +105,19 @@ def test_generation_halves_its_batch_and_samples_the_same(monkeypatch: pytest.Mo
     model = AutoModelForCausalLM.from_config(tiny_config())
     requests = [Request(tuple(range(5, 9 + i % 3)), i) for i in range(8)]
     expected = HFEngine(model, eos_ids=[2], pad_id=0).generate(requests, Sampling(8))
-    original, sizes = model.generate, []
+    original, sizes = hf.decode, []
 
-    def generate(**kwargs: Any) -> Any:
-        sizes.append(len(kwargs["input_ids"]))
+    def decode(model: Any, cache: Any, ids_BP: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(ids_BP))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(**kwargs)
+        return original(model, cache, ids_BP, *arguments, **options)
 
-    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(hf, "decode", decode)
     got = HFEngine(model, eos_ids=[2], pad_id=0).generate(requests, Sampling(8))
     assert [c.ids for c in got] == [c.ids for c in expected]
     assert sizes[:3] == [8, 4, 2] and max(sizes[3:]) <= 4
 
-    monkeypatch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(hf, "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(EngineError, match="Out of memory while sampling one sequence"):
         HFEngine(model, eos_ids=[2], pad_id=0).generate(requests[:1], Sampling(8))

@@ -11,6 +11,7 @@ import torch
 
 from mel_lite.errors import ConfigError
 from mel_lite.lessons.internalise import RolloutBatch, ScoredMicroBatch, get_internalisation
+from mel_lite.training.savings import Savings
 from mel_lite.types import Verdict
 from teaching import Rules, assert_close, catch, distinct, expected_rows, gradients, loss_gradients, note_of
 from trainers import build
@@ -81,6 +82,8 @@ def test_its_gradient_does_not_depend_on_how_a_micro_batch_is_cut(
         trainer._compute_loss(trainer.model, inputs).backward()
     expected = gradients(trainer)
     trainer.args.max_micro_batch_tokens, trainer.args.skip_zero_advantage = tokens, skip
+    trainer.args.share_prompts = False
+    trainer.savings = Savings(trainer)
     forwarded = []
     score = trainer._score
 

@@ -45,7 +45,8 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
-    """engines.hf engines.unsloth engines.vllm export.merge run.train run.progress run.load_model run.finish
+    """engines.decode engines.hf engines.seeded_sampler engines.unsloth engines.vllm export.merge
+    run.train run.progress run.load_model run.finish run.bench_step run.operations
     run.probe run.probe_gradients run.probe_lessons run.probe_measure report.browser
     run.tasks run.evaluations
     warmup.train""".split()

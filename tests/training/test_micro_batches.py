@@ -8,18 +8,35 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite.errors import ConfigError
+from mel_lite.models import attention
 from mel_lite.training.assemble import check_support
 from mel_lite.training.packing import Row, area_tokens, deal, pack
+from mel_lite.training.savings import why_not_shared_by
 from mel_lite.types import Lesson
 from tiny_models import set_lora
-from trainers import assert_learned, build, step_log, trainable
+from trainers import assert_learned, step_log, trainable
+from trainers import build as build_trainer
 
 LESSONS = (Lesson(1, tuple(range(10, 40)), tuple(range(100, 120))), Lesson(2, tuple(range(20, 30)), (7, 8, 9)))
 
 LESSON_TOKENS = sum(len(lesson.context_ids + lesson.target_ids) for lesson in LESSONS)
+
+
+PADDED = {"share_prompts": False, "skip_zero_advantage": False}
+
+
+def build(folder: Path, **options: Any) -> Any:
+    """A trainer that pads all rows, unless the options say otherwise."""
+    return build_trainer(folder, **{**PADDED, **options})
+
+
+def by_default(folder: Path, **options: Any) -> Any:
+    """A trainer that saves what it can."""
+    return build_trainer(folder, **{"skip_zero_advantage": None, **options})
 
 
 def watch(trainer: Any) -> list[int]:
@@ -196,6 +213,108 @@ def test_rows_without_advantage_are_left_out_with_the_same_gradient(
             values = [(values[0] + 1.0) / 2]
         reference = metrics(plain)[name] if "loss" in name else values
         assert metrics(trainer)[name] == pytest.approx(reference, rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+def grouped(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The micro-batch as two prompts with two completions each."""
+    for name in ("prompt_ids", "prompt_mask"):
+        inputs[name] = inputs[name][[1, 1, 2, 2]]
+    return inputs
+
+
+@pytest.mark.parametrize("tokens", [None, 20])
+@pytest.mark.parametrize(
+    "options", [*({"loss_type": each} for each in LOSS_TYPES), {"beta": 0.1}, {"entropy_coef": 0.1}]
+)
+def test_completions_that_share_their_prompt_have_the_same_gradient(
+    tmp_path: Path, options: dict[str, Any], tokens: int | None
+) -> None:
+    inputs = with_lessons(grouped(micro_batch()), LESSONS)
+    plain, expected, loss, padded = taken(tmp_path, None, inputs, output_dir=tmp_path / "a", **options)
+    trainer, got, found, seen = taken(
+        tmp_path, tokens, inputs, output_dir=tmp_path / "b", share_prompts=True, **options
+    )
+    assert_same(got, expected)
+    assert found == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    for name, values in metrics(plain).items():
+        assert metrics(trainer)[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    own = int(inputs["completion_mask"].sum()) - 4
+    assert tokens is not None or sum(seen) == 5 + 4 + own + LESSON_TOKENS - 2 < sum(padded)
+
+
+def test_savings_are_on_where_they_are_exact(tmp_path: Path) -> None:
+    def on(**options: Any) -> tuple[bool, bool]:
+        savings = by_default(tmp_path, **options).savings
+        return savings.skips_zero_advantage, savings.shares_prompts
+
+    assert on() == (True, True)
+    assert on(beta=0.1) == (False, True)
+    assert on(top_entropy_quantile=0.5) == (False, True)
+    assert on(**PADDED) == (False, False)
+
+
+def test_a_resumed_run_keeps_the_savings_it_began_with(tmp_path: Path) -> None:
+    trainer = by_default(tmp_path)
+    state = trainer.savings.state_dict()
+    assert state == {"savings": {"skip_zero_advantage": True, "share_prompts": True}}
+    trainer.savings.load_state_dict(state)
+    assert trainer.savings.shares_prompts and trainer.savings.skips_zero_advantage
+    trainer.savings.load_state_dict({})  # a run of an older release
+    assert not trainer.savings.shares_prompts and not trainer.savings.skips_zero_advantage
+    asked = build_trainer(tmp_path, share_prompts=True)
+    asked.savings.load_state_dict({})
+    assert asked.savings.shares_prompts, "an option that is set wins"
+
+
+def test_prompts_that_cannot_be_shared_exactly_are_refused(tmp_path: Path) -> None:
+    build_trainer(tmp_path)
+    with pytest.raises(ConfigError, match="share_prompts=True with dropout: .* Set the dropout to 0"):
+        build_trainer(tmp_path, share_prompts=True, model=_changed(tmp_path, attention_dropout=0.1))
+    with pytest.raises(ConfigError, match="share_prompts=True with attn_implementation='eager'"):
+        build_trainer(tmp_path, share_prompts=True, model=_changed(tmp_path, attn_implementation="eager"))
+    assert not build_trainer(tmp_path, model=_changed(tmp_path, attn_implementation="eager")).savings.shares_prompts
+
+
+def _changed(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(), None),
+        (Qwen3Config(), None),
+        (Qwen3Config(use_sliding_window=True, max_window_layers=1), "sliding_attention"),
+        (MistralConfig(sliding_window=64), "a sliding window of 64 tokens"),
+        (LlamaConfig(attention_dropout=0.1), "dropout"),
+    ],
+)
+def test_models_whose_attention_cannot_share_prompts_are_known_by_config(config: Any, reason: str | None) -> None:
+    found = why_not_shared_by(config, dropout=0.0)
+    assert found is None if reason is None else reason in str(found)
+    assert "dropout" in str(why_not_shared_by(LlamaConfig(), dropout=0.1))
+
+
+def test_a_model_that_computes_something_else_is_found_on_a_few_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_shared", lambda q, k, v, *_: v.repeat(1, 2, 1, 1).transpose(1, 2))
+    with pytest.raises(ConfigError, match="log-probs differ by .* nats from those of padded rows"):
+        build_trainer(tmp_path, share_prompts=True)
+    assert not build_trainer(tmp_path).savings.shares_prompts
+
+
+def test_a_run_that_shares_prompts_and_skips_idle_rows_makes_the_same_steps(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 3, "num_generations": 2}
+    whole = build(tmp_path, output_dir=tmp_path / "whole", **options)
+    whole.train()
+    trainer = by_default(tmp_path, **options)
+    assert trainer.savings.shares_prompts and trainer.savings.skips_zero_advantage
+    trainer.train()
+    expected, got = trainable(whole), trainable(trainer)
+    for name, weight in expected.items():
+        assert (got[name] - weight).norm() <= 1e-5 * max(1.0, float(weight.norm())), name
+    assert_learned(trainer)
 
 
 def test_a_run_without_idle_rows_makes_the_same_steps(tmp_path: Path) -> None:
