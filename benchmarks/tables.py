@@ -19,6 +19,7 @@ from typing import Any
 import demo_figures
 import learning_figures
 import plan_figures
+import step_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +29,7 @@ PAGES = (
     "docs/learning.md",
     "docs/memory.md",
     "docs/method.md",
+    "docs/performance.md",
     "docs/which-card.md",
     "mel_lite/models/demo_adapter/README.md",
 )
@@ -144,6 +146,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         for regime in learning_figures.REGIMES
         for name, figures in learning_figures.TABLES.items()
     },
+    **step_figures.FIGURES,
     "cards": plan_figures.cards,
     "plan": plan_figures.shown,
     "plan-what-fits": plan_figures.what_fits,

@@ -53,6 +53,7 @@ def configuration() -> ModuleType:
         "docs/learning.md",
         "docs/memory.md",
         "docs/method.md",
+        "docs/performance.md",
         "docs/which-card.md",
     ],
 )
