@@ -144,7 +144,7 @@ def fill_cache(cache: Path, suite: str) -> None:
 
 
 def load_dataset(path: str, name: str = "", split: str | None = None, streaming: bool = False, **_: Any) -> Any:
-    """Serve fewer rows in the form of `zen`: whole, one split, or streamed. Raises: FileNotFoundError for other names."""
+    """Serve a few rows in the form of `zen`: whole, one split, or streamed. Raises: FileNotFoundError for others."""
     if path != f"{OWNER}/zen":
         raise FileNotFoundError(f"{path} has no stand-in here")
     prompts: list[Any] = list(PROMPTS)
