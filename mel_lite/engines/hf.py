@@ -65,8 +65,8 @@ class HFEngine(Engine):
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
         self._max_cache_tokens = max_cache_tokens
-        self._saw_finished: Callable[[int], None] | None = None
-        """`watch` with the number of sequences that earlier batches of the call have finished."""
+        self._saw: Callable[[int, int], None] | None = None
+        """`watch` for the current batch: it adds the sequences that earlier batches of the call have finished."""
 
     def wake(self) -> None:
         """No-op: the engine samples from the model that is trained."""
@@ -89,7 +89,7 @@ class HFEngine(Engine):
         with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
-                self._saw_finished = partial(self.watch, len(done)) if self.watch is not None else None
+                self._saw = None if self.watch is None else partial(_add, self.watch, len(done))
                 try:
                     completions = self._generate_batch(model, [requests[i] for i in rows], sampling)
                 except torch.OutOfMemoryError as error:
@@ -140,7 +140,7 @@ class HFEngine(Engine):
             ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
             mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
         ids_UP, mask_UP = ids_UP.to(device), mask_UP.to(device)
-        sampler = SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw_finished)
+        sampler = SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw)
         ends = [] if sampling.ignore_eos else self._eos_ids
         cache = _prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None
         if cache is not None:
@@ -164,6 +164,10 @@ class HFEngine(Engine):
         sampled = output[:, prompt_tokens:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [completion(a, b, ends) for a, b in zip(sampled, logprobs, strict=True)]
+
+
+def _add(watch: Callable[[int, int], None], before: int, finished: int, tokens: int) -> None:
+    watch(before + finished, tokens)
 
 
 def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: torch.Tensor) -> Any:

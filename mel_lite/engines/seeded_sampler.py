@@ -24,10 +24,11 @@ class SeededSampler(LogitsProcessor):
         prompt_tokens: int,
         sampling: Sampling,
         device: torch.device,
-        saw: Callable[[int], None] | None = None,
+        saw: Callable[[int, int], None] | None = None,
     ) -> None:
+        """Prepare the draws of a batch. `saw`: called with the finished rows and the tokens of each of the others."""
         self.logprobs: list[torch.Tensor] = []
-        self._saw = saw
+        self._saw, self._rows = saw, len(seeds)
         self._prompt_tokens = prompt_tokens
         self._warpers = LogitsProcessorList()
         self._uniform_BT: torch.Tensor | None = None
@@ -57,7 +58,7 @@ class SeededSampler(LogitsProcessor):
         """
         signals.poll()  # called once per token, so that a signal can stop the longest phase of a run
         if self._saw is not None:
-            self._saw(position + 1)
+            self._saw(self._rows - len(scores_BV), position + 1)
         logp_BV = torch.log_softmax(self._warpers(input_ids, scores_BV.float()), dim=-1)
         if self._uniform_BT is None:
             choice_B = logp_BV.argmax(dim=-1)

@@ -81,6 +81,19 @@ def test_finished_sequences_leave_the_batch_and_change_no_token(
         assert still <= count and decode.LEAVE_SHARE * (count - still) < count
 
 
+def test_a_watcher_sees_how_far_sampling_is(model: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = HFEngine(model, eos_ids=list(range(2, 60)), pad_id=PAD, max_concurrent=8)
+    engine.watch = lambda done, tokens: seen.append((done, tokens))
+    completions = engine.generate(_requests(*range(16)), Sampling(20, temperature=1.5))
+    done = [each for each, _ in seen]
+    assert done == sorted(done) and (8, 0) in seen and seen[-1] == (16, 0)
+    first = seen[: seen.index((8, 0))]
+    assert [tokens for _, tokens in first] == list(range(1, len(first) + 1))
+    assert len(first) in {len(c.ids) for c in completions}, "the tokens of its longest sequence"
+    assert {0, 8} < set(done) and max(done[: len(first)]) < 8, "some had finished while others were sampled"
+
+
 def test_a_cache_with_other_states_than_keys_and_values_is_not_shared() -> None:
     """Selecting rows of such a cache would not select its recurrent states."""
     made = FalconH1Config(
