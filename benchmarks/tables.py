@@ -7,6 +7,7 @@ nothing is written, and the exit code is 1 if a page differs from the figures.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 import statistics
@@ -20,6 +21,7 @@ import demo_figures
 import learning_figures
 import plan_figures
 import step_figures
+from peer_suite import suite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +32,7 @@ PAGES = (
     "docs/memory.md",
     "docs/method.md",
     "docs/performance.md",
+    "docs/status.md",
     "docs/which-card.md",
     "mel_lite/models/demo_adapter/README.md",
 )
@@ -133,11 +136,35 @@ def retrieval() -> str:
     )
 
 
+def peer_suite() -> str:
+    """Return the counts of TRL's own tests with both classes, and why MELTrainer fails where TRL's class passes."""
+    report = _read("peer-suite")
+    known, found = report["conditions"], report["outcomes"]
+    lines = [
+        f"Tests of TRL {known['tests of TRL']} on TRL {known['trl']}, transformers {known['transformers']}, torch "
+        f"{known['torch']}, Python {known['python']}:",
+        "",
+        "| class | passed | failed | skipped |",
+        "|---|---|---|---|",
+    ]
+    for name, tests in found.items():
+        counts = suite.counts(tests)
+        lines.append(f"| {name} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |")
+    theirs, ours = (found[name] for name in suite.CLASSES)
+    only = suite.only_passed(theirs, ours)
+    reasons = collections.Counter(reason.rpartition("errors.")[2].partition(". ")[0] for reason in only.values())
+    lines += ["", f"{suite.CLASSES[0]} alone passes {len(only)}; {suite.CLASSES[1]} says there:", ""]
+    lines += [f"- {count} x `{reason}`" for reason, count in reasons.most_common()]
+    also = suite.only_passed(ours, theirs)
+    return "\n".join([*lines, "", f"{suite.CLASSES[1]} alone passes {len(also)}."])
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "kernel-cpu": kernel_cpu,
     "kernel-cpu-line": kernel_cpu_line,
     "mass": mass,
     "retrieval": retrieval,
+    "peer-suite": peer_suite,
     "demo-warmup": demo_figures.warmup,
     "learning-line": learning_figures.line,
     "learning-subject": learning_figures.subject,
