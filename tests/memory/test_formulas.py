@@ -269,7 +269,8 @@ def test_generation_peaks_where_predicted(
         engine.generate([Request((3 + i,) * n, i) for i, n in enumerate(prompts)], Sampling(new_tokens))
     shape = formulas.shape_of(made.to_dict())
     predicted = formulas.generation_bytes(shape, len(prompts), max(prompts), new_tokens, four_bit=False)
-    assert predicted == pytest.approx(live.peak_bytes, rel=0.10)
+    # Models that go through `model.generate` also hold its masked logits, which are planned for.
+    assert 0.90 * live.peak_bytes <= predicted <= 1.12 * live.peak_bytes
 
 
 class StandInHead(torch.autograd.Function):
