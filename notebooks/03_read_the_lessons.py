@@ -107,10 +107,12 @@ print({str(status): count for status, count in store.funnel().items() if count})
 # Both solutions, the step where they part, the rule, and the replays with the meta-experience in the prompt. Choose another `id`, or search: `store.search("zig")`.
 
 # %%
+from mel_lite.models.chat import question_text
+
 kept = store.list(status="kept")
 if rows:
     chosen = (kept or rows)[-1]
-    print(f"{chosen.prompt[-1]['content'] if isinstance(chosen.prompt, (list, tuple)) else chosen.prompt}")
+    print(question_text(chosen.prompt))
     print(f"\n--- WRONG\n{chosen.wrong_text}\n\n--- RIGHT\n{chosen.right_text}")
     print(f"\n--- THE MODEL'S ANALYSIS\n{chosen.analysis}")
     for verdict, text in zip(chosen.replay_verdicts, chosen.replay_texts, strict=True):
@@ -143,7 +145,7 @@ if used:
             groups.append([number])
 for group in sorted(groups, key=len, reverse=True)[:10]:
     share = sum(rules[number].status == "kept" for number in group) / len(group)
-    print(f"{len(group):3} rules, {share:4.0%} kept: {' '.join(rules[group[0]].heuristic.split())[:80]}")
+    print(f"{len(group):3} rules, {share:4.0%} kept: {' '.join(rules[group[0]].heuristic.split())}")
 
 # %% [markdown]
 # ## A dataset

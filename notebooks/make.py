@@ -143,6 +143,7 @@ def main() -> int:
             made = execute(path, folder)
             tidy(made, folder)
         nbformat.write(made, path)
+        path.write_text(texts(path.with_suffix(".py"))[path], encoding="utf-8")  # without the kernel's own metadata
     return 0
 
 
