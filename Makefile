@@ -35,7 +35,7 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
+test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.track $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest $(SPREAD) -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/,$(addsuffix .py, \
@@ -71,11 +71,11 @@ site: $(VENV)/.docs  ## build the documentation in build/site; a link or an anch
 wheel: venv  ## build dist/*.tar.gz and, from it, dist/*.whl
 	$(BIN)/python -m build --no-isolation
 
-lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.tools  ## write requirements/*.txt from what is installed in .venv (needs the package index)
+lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.track $(VENV)/.tools  ## write requirements/*.txt from what is installed in .venv (needs the package index)
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
-	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook unsloth vllm docs tools,-r requirements/$(file).txt) $(ARGS)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook track unsloth vllm docs tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -120,6 +120,10 @@ $(VENV)/.gym: requirements/gym.txt $(VENV)/.locked
 
 $(VENV)/.notebook: requirements/notebook.txt $(VENV)/.locked
 	$(PIP) install $(LOCKED) -r requirements/notebook.txt
+	@touch $@
+
+$(VENV)/.track: requirements/track.txt $(VENV)/.locked
+	$(PIP) install $(LOCKED) -r requirements/track.txt
 	@touch $@
 
 # The lock and audit tools have their own venv; running and testing need none of them.

@@ -52,6 +52,7 @@ from mel_lite.resilience.collapse import CollapseWatch
 from mel_lite.resilience.nonfinite import NonFiniteGuard
 from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.stop_cleanly import CleanStop
+from mel_lite.resilience.tracker_tables import send_lessons
 from mel_lite.resilience.trackers import SideService, guard_trackers, guarded_tables
 from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.training.around_update import AroundTheUpdate
@@ -390,6 +391,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         with guarded_tables(self.side_service):
             super().log(logs, start_time)
+            send_lessons(self)
 
     def add_callback(self, callback: Any) -> None:
         super().add_callback(callback)

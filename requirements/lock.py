@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent
 CPU_ROOTS = ("setuptools", "mel-lite[demo,dev]", "tensorboard", "triton")
 GYM_ROOTS = ("mel-lite[gym]",)
 NOTEBOOK_ROOTS = ("mel-lite[notebook]",)
+TRACK_ROOTS = ("mel-lite[track]",)
 TOOL_ROOTS = ("pip-audit", "uv")
 DOCS_ROOTS = ("mkdocs-material>=9.7,<10", "mkdocs<2", "mkdocstrings[python]>=1")
 LINUX_ONLY = ("triton",)
@@ -41,6 +42,7 @@ ABOUT = {
     "gym": "What the `gym` extra adds to cpu.txt; needs a C compiler.",
     "notebook": "What the `notebook` extra adds to cpu.txt: a Jupyter kernel, and what runs notebooks in it.",
     "docs": "What `make site` builds the documentation with, in an environment of its own.",
+    "track": "What the `track` extra adds to cpu.txt: trackio and Weights & Biases.",
     "tools": "What `make lock` and `make audit` run, in an environment of its own.",
 }
 
@@ -108,12 +110,12 @@ def main() -> None:
     parser.add_argument("--torch-wheel", type=Path)
     given = parser.parse_args()
     cpu = closure(CPU_ROOTS)
-    gym, notebook = (
+    gym, notebook, track = (
         {name: version for name, version in closure(roots).items() if name not in cpu}
-        for roots in (GYM_ROOTS, NOTEBOOK_ROOTS)
+        for roots in (GYM_ROOTS, NOTEBOOK_ROOTS, TRACK_ROOTS)
     )
     torch = {"torch": cpu.pop("torch")}
-    for file, versions in (("torch", torch), ("cpu", cpu), ("gym", gym), ("notebook", notebook)):
+    for file, versions in (("torch", torch), ("cpu", cpu), ("gym", gym), ("notebook", notebook), ("track", track)):
         text = hashed(given.uv, pins(versions), "--no-deps")
         text = with_wheel(text, given.torch_wheel) if file == "torch" else text
         (FOLDER / f"{file}.txt").write_text(HEADER.format(what=ABOUT[file]) + text)

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl.extras import profiling
 
 from mel_lite.text import printable_all
 from mel_lite.trl_compat import released_grpo_trainer
@@ -70,22 +71,30 @@ class AsyncTracker(SideService):
         self._idle = threading.Event()
         self._late = False
         self._thread: threading.Thread | None = None
+        self.sent_lessons = 0
+        """Id of the newest meta-experience in a table."""
 
     def send(self, method: Callable[..., Any], args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Call `method` with a copy of the current state; return when it is done, or after PATIENCE_S."""
-        if self._events.qsize() >= MAX_QUEUED:
-            return
         if "logs" in kwargs:
             kwargs["logs"] = dict(kwargs["logs"] or {})
-        call = functools.partial(self.call, method, args, copy.copy(state), copy.copy(control), **kwargs)
+        patience_s = START_PATIENCE_S if method.__name__ == "on_train_begin" else PATIENCE_S
+        self._deliver(patience_s, method, args, copy.copy(state), copy.copy(control), **kwargs)
+
+    def post(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call `method` after the events sent so far; return when it is done, or after PATIENCE_S."""
+        self._deliver(PATIENCE_S, method, *args, **kwargs)
+
+    def _deliver(self, patience_s: float, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self._events.qsize() >= MAX_QUEUED:
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"mel-lite-{self.name}", daemon=True)
             self._thread.start()
             atexit.register(self._idle.wait, AT_EXIT_S)
         done = threading.Event()
         self._idle.clear()
-        self._events.put((call, done))
-        patience_s = START_PATIENCE_S if method.__name__ == "on_train_begin" else PATIENCE_S
+        self._events.put((functools.partial(self.call, method, *args, **kwargs), done))
         if not self._late and not done.wait(patience_s):
             self._late = True
             self.report(f"has not answered for {patience_s} s", kind="late")
@@ -100,6 +109,31 @@ class AsyncTracker(SideService):
                 self._idle.set()
 
 
+class _InItsThread:
+    """A tracker's package whose `log` is called in the tracker's thread."""
+
+    def __init__(self, package: Any, tracker: AsyncTracker) -> None:
+        self._package, self._tracker = package, tracker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._package, name)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self._tracker.post(self._package.log, *args, **kwargs)
+
+
+def _route_logs(callback: Any, tracker: AsyncTracker) -> None:
+    """Send what TRL itself logs to a tracker (tables of completions, times of its functions) to the tracker's thread.
+
+    trackio knows its run only in the thread that started it, and would raise in any other, which ends training.
+    """
+    for package in ("trackio", "wandb"):
+        held = getattr(callback, f"_{package}", None)
+        for names in (released_grpo_trainer().log.__globals__, vars(profiling)):
+            if held is not None and package in names:
+                names[package] = _InItsThread(held, tracker)
+
+
 def guard_trackers(callbacks: Iterable[Any]) -> None:
     """Keep trackers and terminal callbacks from raising or hanging, in place; a second call is a no-op.
 
@@ -112,6 +146,9 @@ def guard_trackers(callbacks: Iterable[Any]) -> None:
             continue
         callback.is_guarded = True
         service = AsyncTracker(type(callback).__name__) if is_tracker else SideService(type(callback).__name__)
+        if isinstance(service, AsyncTracker):
+            callback.tracker = service
+            _route_logs(callback, service)
         bound = service.send if isinstance(service, AsyncTracker) else service.call
         for event in EVENTS:
             if getattr(type(callback), event) is not getattr(TrainerCallback, event):

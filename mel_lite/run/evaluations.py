@@ -20,6 +20,7 @@ from mel_lite.lessons.bank.prompt_memory import lesson_prompts
 from mel_lite.models.load import context_length
 from mel_lite.recipe import EvalOptions
 from mel_lite.resilience.saved_bank import kept_lessons
+from mel_lite.resilience.tracker_tables import send_evaluation
 from mel_lite.trainer import MELTrainer
 
 
@@ -106,6 +107,7 @@ class Evaluations(TrainerCallback):
         if store is not None and distributed.rank() == 0:
             self._folder.mkdir(exist_ok=True)
             atomic_write_text(self._folder / f"{store}.json", result.to_json() + "\n")
+            send_evaluation(trainer, result)
         line = f"evaluation {when}: Pass@1 {result.pass_at_1}, Avg@{result.k} {result.avg_at_k}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
         return result

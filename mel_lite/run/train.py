@@ -65,6 +65,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     _check_evaluation(recipe.eval, args)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True
+    args.run_name = args.run_name or folder.resolve().name  # trackers resume a run by its name
     if args.verifier is not None:
         get_verifier(args.verifier)
     load_templates(args.templates)

@@ -192,7 +192,7 @@ def test_the_console_script_runs(builds: Builds, tmp_path: Path) -> None:
     assert mel_lite.__version__ in run(tmp_path / "venv" / "bin" / "mel-lite", "--version", cwd=tmp_path)
 
 
-LOCKS = ("torch", "cpu", "gym", "notebook", "unsloth", "vllm", "docs", "tools")
+LOCKS = ("torch", "cpu", "gym", "notebook", "track", "unsloth", "vllm", "docs", "tools")
 
 
 def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
@@ -266,7 +266,7 @@ def test_pip_refuses_a_file_of_another_hash(tmp_path: Path) -> None:
 def test_the_lock_satisfies_the_metadata() -> None:
     project, pins = PROJECT["project"], locked()
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["demo"], *extras["dev"], *extras["gym"]]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["dev"], *extras["gym"], *extras["track"]]
     for requirement in map(Requirement, wanted):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} but {version} is locked"
