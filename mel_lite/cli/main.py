@@ -16,8 +16,10 @@ from mel_lite import __version__
 from mel_lite.cli import gpu as gpu_commands
 from mel_lite.cli import reports as report_commands
 from mel_lite.cli.bench import bench
+from mel_lite.cli.chat import chat
 from mel_lite.cli.experiences import experiences
 from mel_lite.cli.probe import probe
+from mel_lite.cli.push import push
 from mel_lite.cli.rollouts import rollouts
 from mel_lite.cli.shared import (
     AnswerColumnOption,
@@ -40,7 +42,7 @@ from mel_lite.errors import ConfigError, MelLiteError
 from mel_lite.files import atomic_write_text
 from mel_lite.text import printable
 
-ALSO = {"evaluate": "eval", "sft": "warmup", "merge": "export", "lessons": "experiences"}
+ALSO = {"evaluate": "eval", "sft": "warmup", "merge": "export", "lessons": "experiences", "upload": "push"}
 """Verbs of other tools -> our command."""
 
 
@@ -69,6 +71,8 @@ app.command()(gpu_commands.doctor)
 app.command()(report_commands.report)
 app.command()(report_commands.compare)
 app.command()(probe)
+app.command()(chat)
+app.command()(push)
 
 
 def _version(shown: bool) -> None:

@@ -58,6 +58,23 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         lock.release()
 
 
+def process_using(folder: Path) -> str | None:
+    """Return the pid of the process that writes to a run now, `unknown` if it is not told; None when there is none."""
+    file = folder / ".lock"
+    if not file.is_file():
+        return None
+    import fcntl
+
+    try:
+        with file.open("rb") as opened:  # FileLock would empty the file
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(folder) or "unknown"
+    except OSError:  # a file system without locks
+        return None
+    return None
+
+
 def _holder(folder: Path) -> str:
     """Return the pid that the lock's holder wrote into the lock file; empty if it cannot be read."""
     try:
