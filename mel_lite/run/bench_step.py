@@ -19,7 +19,8 @@ from mel_lite.engines import distributed
 from mel_lite.errors import ConfigError
 from mel_lite.recipe import Recipe
 from mel_lite.run.operations import flop_counter
-from mel_lite.run.train import build_trainer, check, load_run_tasks, run_tokenizer
+from mel_lite.run.tasks import load_run_tasks, run_tokenizer
+from mel_lite.run.train import build_trainer, check
 
 PHASES = {
     "rollout": ("rollout",),
