@@ -47,9 +47,10 @@ def _publish(callback: Any, rows: list[list[Any]], step: int) -> None:
     elif (package := getattr(callback, "_wandb", None)) is not None:
         package.log({"lessons": package.Table(columns=list(COLUMNS), data=rows)})
     elif (package := getattr(callback, "_trackio", None)) is not None:
-        import pandas
+        import pyarrow as pa
 
-        package.log({"lessons": package.Table(dataframe=pandas.DataFrame(rows, columns=list(COLUMNS)))})
+        table = pa.Table.from_pylist([dict(zip(COLUMNS, row, strict=True)) for row in rows])
+        package.log({"lessons": package.Table(dataframe=table.to_pandas())})
 
 
 def markdown(rows: list[list[Any]]) -> str:
