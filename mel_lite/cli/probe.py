@@ -66,7 +66,7 @@ def probe(
         if recipe.train.get("use_cpu"):
             hide_gpus()
         with loading("loading"):
-            from mel_lite.run.probe import probe as run
+            from mel_lite.run.probe.run import probe as run
         folder = output_dir or default_output_dir(recipe.model.name, "probe")
         try:
             result = run(recipe, folder, console=console(), prompts=prompts, attempts=attempts)

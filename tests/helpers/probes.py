@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_lite import MELConfig
-from mel_lite.run.probe import probe_options
+from mel_lite.run.probe.run import probe_options
 from scripted import ScriptedEngine
 from tiny_models import set_lora, tiny_tokenizer
 from trainers import build, sums

@@ -47,7 +47,7 @@ HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbyt
 NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
     """engines.decode engines.hf engines.seeded_sampler engines.unsloth engines.vllm export.merge
     run.train run.progress run.load_model run.finish run.bench_step run.operations
-    run.probe run.probe_gradients run.probe_lessons run.probe_measure report.browser
+    run.probe.run run.probe.gradients run.probe.lessons run.probe.measure report.browser
     run.tasks run.evaluations
     warmup.train""".split()
 )

@@ -14,11 +14,11 @@ from mel_lite import MELConfig
 from mel_lite.cli.main import app
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.recipe import resolve
-from mel_lite.run import probe as probe_module
-from mel_lite.run.probe import probe, probe_options
-from mel_lite.run.probe_advice import NO_HELP
-from mel_lite.run.probe_measure import measure, rates
-from mel_lite.run.probe_result import Attempts, ProbeResult
+from mel_lite.run.probe import run as probe_module
+from mel_lite.run.probe.advice import NO_HELP
+from mel_lite.run.probe.measure import measure, rates
+from mel_lite.run.probe.result import Attempts, ProbeResult
+from mel_lite.run.probe.run import probe, probe_options
 from mel_lite.types import Group, Rollout, Verdict
 from probes import build_probe
 from tiny_models import save_tiny

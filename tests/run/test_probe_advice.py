@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from mel_lite.intervals import Estimate
-from mel_lite.run.probe_advice import NO_HELP, advise
-from mel_lite.run.probe_result import Attempts, Lessons, ProbeResult, WayGradient
+from mel_lite.run.probe.advice import NO_HELP, advise
+from mel_lite.run.probe.result import Attempts, Lessons, ProbeResult, WayGradient
 
 GOOD_LESSONS = Lessons(
     written=20, cut_off=0, parsed=20, quoted=18, leaked=1, kept=15, replayed=19, solved=0.6, resampled=0.4,

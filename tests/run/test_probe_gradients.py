@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mel_lite.lessons.internalise import DrawnBatch, RolloutBatch, get_internalisation
-from mel_lite.run.probe_gradients import GradientProbe, ProbeBatch
-from mel_lite.run.probe_measure import measure
-from mel_lite.run.probe_result import WayGradient
+from mel_lite.run.probe.gradients import GradientProbe, ProbeBatch
+from mel_lite.run.probe.measure import measure
+from mel_lite.run.probe.result import WayGradient
 from mel_lite.types import LessonShare, Status
 from probes import build_probe
 
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_training(tmp_path: Path, monkeypatch: pytest.Mon
             compared[name] = torch.stack([one_by_one, whole - plain])
         return [WayGradient("policy loss", None)]
 
-    monkeypatch.setattr("mel_lite.run.probe_measure._Measurement._ways", ways)
+    monkeypatch.setattr("mel_lite.run.probe.measure._Measurement._ways", ways)
     measure(trainer, attempts=4)
     for name, (one_by_one, whole) in compared.items():
         assert whole.norm() > 1e-3, name

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiences import experience, lesson_context
-from mel_lite.run.probe_lessons import settled, shift_from_fork
+from mel_lite.run.probe.lessons import settled, shift_from_fork
 from mel_lite.types import Group, Replay, Rollout, Status, Verdict
 from tiny_models import tiny_tokenizer
 

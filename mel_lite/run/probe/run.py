@@ -22,8 +22,8 @@ from mel_lite.errors import ConfigError, DataError
 from mel_lite.files import atomic_write_text
 from mel_lite.recipe import Recipe
 from mel_lite.run.folder import run_folder
-from mel_lite.run.probe_measure import measure
-from mel_lite.run.probe_result import ProbeResult
+from mel_lite.run.probe.measure import measure
+from mel_lite.run.probe.result import ProbeResult
 from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
 from mel_lite.run.train import build_trainer, check
 from mel_lite.seeds import prompt_hash

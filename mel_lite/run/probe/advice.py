@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from mel_lite.run.probe_result import Lessons, ProbeResult, WayGradient, percent, points, signed
+from mel_lite.run.probe.result import Lessons, ProbeResult, WayGradient, percent, points, signed
 
 HARD, EASY = 0.05, 0.95
 """Pass rates below and above which most groups teach GRPO nothing."""

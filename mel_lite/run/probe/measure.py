@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 from mel_lite.lessons.internalise import DrawnBatch, Internalisation, get_internalisation
 from mel_lite.resilience.saved_bank import build_bank
-from mel_lite.run.probe_advice import advise
-from mel_lite.run.probe_gradients import GradientProbe, ProbeBatch
-from mel_lite.run.probe_lessons import DrawnLessons, draw, summary
-from mel_lite.run.probe_result import Attempts, ProbeResult, WayGradient
+from mel_lite.run.probe.advice import advise
+from mel_lite.run.probe.gradients import GradientProbe, ProbeBatch
+from mel_lite.run.probe.lessons import DrawnLessons, draw, summary
+from mel_lite.run.probe.result import Attempts, ProbeResult, WayGradient
 from mel_lite.training.rewards import GenerationBatch, groups_of
 from mel_lite.types import Experience, Group, Status
 

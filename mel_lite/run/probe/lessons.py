@@ -21,7 +21,7 @@ from mel_lite.lessons.prompts import question_prompt, replay_prompt
 from mel_lite.lessons.replay import is_kept
 from mel_lite.lessons.scored import score_shifts
 from mel_lite.report.statistics import RESAMPLES, interval
-from mel_lite.run.probe_result import Lessons
+from mel_lite.run.probe.result import Lessons
 from mel_lite.types import Experience, Finish, Group, Lesson, ReplayCriterion, Status
 
 

@@ -19,7 +19,7 @@ from mel_lite import signals
 from mel_lite.intervals import Estimate
 from mel_lite.lessons.internalise import DrawnBatch, Internalisation, RolloutBatch, checked_entries, deal_lessons
 from mel_lite.report.statistics import interval
-from mel_lite.run.probe_result import WayGradient
+from mel_lite.run.probe.result import WayGradient
 from mel_lite.types import Group, Lesson, LessonNormalization, LessonShare, Rollout
 
 
