@@ -196,6 +196,7 @@ def _one_step(tmp_path: Path, name: str, **options: Any) -> tuple[dict[str, torc
     return trainable(trainer), line
 
 
+@pytest.mark.slow
 def test_one_batch_of_16_equals_four_accumulated_ones(tmp_path: Path) -> None:
     whole, line = _one_step(tmp_path, "whole", per_device_train_batch_size=16)
     for micro in (4, 1):

@@ -22,6 +22,7 @@ def call(*arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_report_goes_into_the_run_or_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path / "runs" / "one", lessons=3)
     assert call("report", folder) == f"{folder / 'report.html'}\n"
@@ -44,6 +45,7 @@ def test_a_report_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         call("report", tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_runs_are_compared_in_a_table_or_as_json(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / name, before=[1, 2] * 10, after=after, lessons=0, algorithm=name)

@@ -73,6 +73,7 @@ def test_a_run_cut_at_a_boundary_is_redone_the_same(tmp_path: Path, whole: Any, 
     assert (run_state(resumed), step_log(tmp_path / "run")) == whole
 
 
+@pytest.mark.slow
 def test_no_prompt_is_skipped_or_repeated_over_two_odd_epochs(tmp_path: Path) -> None:
     """7 prompts, 2 per step: 3 steps per epoch and one prompt left over. The run is cut in the second epoch."""
     options = COMMON | {"train_dataset": sums(7), "max_steps": 6, "per_device_train_batch_size": 8,

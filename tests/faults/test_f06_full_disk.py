@@ -32,6 +32,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, trainer: Any) -> None:
     monkeypatch.setattr(trainer, "_commit", commit)
 
 
+@pytest.mark.slow
 def test_the_run_stops_with_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path, **COMMON)
     full_disk(monkeypatch, trainer)

@@ -52,6 +52,7 @@ def limit(trainer: Any, tokens: int, *, in_backward: bool = False) -> list[int]:
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
     # One micro-batch with both lessons, or two of which the second fails.

@@ -145,6 +145,7 @@ def test_a_worker_killed_in_a_batch_is_replaced_and_samples_the_same(
     assert len(psutil.Process().children()) == children, "no worker is left"
 
 
+@pytest.mark.slow
 def test_one_that_dies_twice_in_a_batch_saves_and_stops(tmp_path: Path, whole: Any) -> None:
     with pytest.raises(EngineError, match=r"engine 'worker' failed twice .*EOFError.*Saved checkpoint-3") as error:
         train(tmp_path, WorkerEngine(kills=(4, 5)))

@@ -93,6 +93,7 @@ def test_a_step_examines_with_the_models_own_shifts_and_then_adds(tmp_path: Path
     assert row["mel/bank_unmatched_groups"] + 2 * row["mel/bank_taught_share"] == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bank_and_weights(tmp_path: Path) -> None:
     whole = with_bank(tmp_path / "whole")
     whole.train()

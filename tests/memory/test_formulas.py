@@ -219,6 +219,7 @@ def test_float32_adapters_under_autocast_peak_where_predicted(
     assert predicted > 1.1 * formulas.update_bytes(shape, lengths, sum(scored), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lengths", "scored"),
     [

@@ -76,6 +76,7 @@ def test_the_newest_is_on_top_with_its_pair_and_marks(tmp_path: Path) -> None:
     play(make_run(tmp_path / "run", lessons=5), keys)
 
 
+@pytest.mark.slow
 def test_filters_combine_and_escape_shows_all(tmp_path: Path) -> None:
     async def keys(opened: Browser, pilot: Pilot[None]) -> None:
         await press(pilot, "v")

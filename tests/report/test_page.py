@@ -149,6 +149,7 @@ def test_runs_of_an_older_version_have_a_page(tmp_path: Path, name: str) -> None
     assert page.count("<svg") > 8 and page.count('class="lesson"') == (8 if name == "trainer" else 0)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=5000, lessons=300)
     page = report_page(read_run(folder), most_lessons=50)

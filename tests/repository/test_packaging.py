@@ -273,6 +273,7 @@ def test_the_lock_satisfies_the_metadata() -> None:
     assert Requirement(PROJECT["build-system"]["requires"][0]).specifier.contains(pins["setuptools"])
 
 
+@pytest.mark.slow
 def test_unsloth_fits_the_lock() -> None:
     """Its own metadata, where it is installed, and the versions of the two that belong together."""
     pins = {name: str(pin.specifier).removeprefix("==") for name, (pin, _) in lock("unsloth").items()}

@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 from trainers import assert_learned, build, digest, run_state, step_log, tiny_model, trainable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, scheduler: str) -> None:
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": scheduler}
@@ -55,6 +56,7 @@ def test_a_run_whose_last_step_was_saved_is_not_trained_further(tmp_path: Path) 
     assert again.funnel_totals == whole.funnel_totals and again.funnel_totals["mel/groups"] == 4
 
 
+@pytest.mark.slow
 def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
     common = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     whole = build(tmp_path, **common)

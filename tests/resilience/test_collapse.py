@@ -125,6 +125,7 @@ def test_warning_is_all_by_default(
     assert_learned(trainer)
 
 
+@pytest.mark.slow
 def test_a_lowered_lambda_weighs_less_and_survives_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

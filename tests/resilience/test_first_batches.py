@@ -104,6 +104,7 @@ def test_a_state_goes_through_json_and_decides_the_same() -> None:
     assert old.state_dict() == watch().state_dict(), "a checkpoint of an older version starts anew"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_warns_where_the_whole_one_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

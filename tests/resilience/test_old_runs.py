@@ -61,6 +61,7 @@ def check(name: str, folder: Path, begun: Weights, final: Weights, *, exact: boo
     assert [row["step"] for row in rows if "reward" in row] == list(range(1, 9)), "each step once"
 
 
+@pytest.mark.slow
 def test_an_old_run_from_python_ends_with_the_old_weights(tmp_path: Path, exact: bool) -> None:
     folder = Path(shutil.copytree(OLD_RUNS / "trainer", tmp_path / "trainer"))
     begun = load_file(folder / "run" / "checkpoint-4" / "adapter_model.safetensors")

@@ -81,6 +81,7 @@ def shown(tmp_path: Path, **rights: list[int]) -> tuple[str, ...]:
     return compare(arms, controls=CONTROLS).conclusions
 
 
+@pytest.mark.slow
 def test_what_a_control_shows_is_said_in_words(tmp_path: Path) -> None:
     found = shown(tmp_path, grpo=[1, 2, 1], mel=[3, 2, 3], **{"mel-shuffled": [3, 2, 3], "prompt-only": [2, 1, 1]})
     assert len(found) == 5
@@ -222,6 +223,7 @@ def test_an_interrupt_waits_for_the_run_to_save(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "started\nsaved\n"
 
 
+@pytest.mark.slow
 def test_the_arm_without_training_reads_its_lessons(tmp_path: Path) -> None:
     """Three runs of one step: `prompt-only` changes no weight, and its last evaluation has lessons in the prompts."""
     tasks = [{"prompt": f"What is {i} plus 9?", "answer": str(i + 9)} for i in range(2)]

@@ -61,6 +61,7 @@ def test_a_micro_batch_has_the_rows_of_one_prompt(measured: tuple[ProbeResult, A
     assert len(seen.rows) >= 12 and all(len(prompts) == 1 for prompts in seen.rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(measured: tuple[ProbeResult, Any], tmp_path: Path) -> None:
     result, _ = measured
     again = measure(build_probe(tmp_path), attempts=4)

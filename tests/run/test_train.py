@@ -39,6 +39,7 @@ def evaluated(folder: Path, *flags: str, **settings: Any) -> Any:
     return command(folder, *flags, data__eval=folder / "held_out.jsonl", eval__k=2, eval__limit=2, **settings)
 
 
+@pytest.mark.slow
 def test_the_evaluation_waits_for_the_worst_step_and_its_tokens_are_not_trainings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_conversation_the_template_rejects_is_named_before_a_model_is_loaded(t
             run.load_run_tasks(recipe, run.check(recipe, tmp_path / "run"), run.run_tokenizer(recipe))
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_a_report_with_its_preset_and_stages(tmp_path: Path) -> None:
     shown = evaluated(tmp_path).stdout
     folder = tmp_path / "run"

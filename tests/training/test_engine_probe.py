@@ -79,6 +79,7 @@ def test_an_adapter_not_applied_or_applied_twice_stops_the_run(
     assert checkpoint_files.problem(tmp_path / "run" / "checkpoint-1") is None
 
 
+@pytest.mark.slow
 def test_a_healthy_run_that_is_resumed_with_a_doubled_adapter_stops_at_once(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     trained(tmp_path, max_steps=2, **saving)[0].train()

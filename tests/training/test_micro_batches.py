@@ -156,6 +156,7 @@ def test_parts_keep_to_the_budget(tmp_path: Path, tokens: int) -> None:
         assert sum(block.input_ids_BT.numel() for block in blocks) > tokens, "two parts that were one under the budget"
 
 
+@pytest.mark.slow
 def test_a_run_under_a_budget_makes_the_same_steps(tmp_path: Path) -> None:
     options: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 8,
                                "gradient_accumulation_steps": 2, "grad_norm_every": 1}  # fmt: skip

@@ -199,6 +199,7 @@ def test_a_verifier_that_prints_cannot_write_verdicts_or_read_requests(
     assert chatty.stats == PoolStats(calls=3)
 
 
+@pytest.mark.slow
 def test_start_up_does_not_count_towards_the_deadline(rules: Path, pool: Callable[..., VerifyPool]) -> None:
     Path("rules_here.py").write_text("import time\ntime.sleep(0.9)\n" + RULES)
     late = pool("rules_here:hostile", workers=1, deadline_s=0.3)

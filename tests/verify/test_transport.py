@@ -24,6 +24,7 @@ from trainers import build, judged_rollouts
 ITEMS = [("Seven", "seven", {"level": 3}), ("eight", "seven", {"level": 3}), ("seven", "seven", {"level": 4})]
 
 
+@pytest.mark.slow
 def test_lambdas_and_local_functions_run_in_the_workers() -> None:
     wanted = 3
 
@@ -45,6 +46,7 @@ def test_an_exported_function_goes_by_name() -> None:
     assert pack("anything:at_all") == {"verifier": "anything:at_all"}
 
 
+@pytest.mark.slow
 def test_functions_of_a_script_run_in_the_workers(tmp_path: Path) -> None:
     """Neither form runs the script again in a worker, although it has no `if __name__` guard."""
     script = tmp_path / "script.py"
