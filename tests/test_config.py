@@ -70,6 +70,7 @@ def test_lambda_falls_linearly_to_0(tmp_path: Path, decay: int, expected: list[f
     assert [args.mel_weight_at(step) for step in range(4)] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_updates_of_a_batch_share_its_lambda(tmp_path: Path) -> None:
     trainer = build(tmp_path, mel_weight=0.4, mel_decay_steps=4, num_iterations=2, max_steps=6)
     drawn, used = [], []

@@ -179,6 +179,7 @@ def test_every_command_that_reads_tasks_has_the_options_its_errors_name(tmp_path
         assert set(flags) <= set(surface()[f"mel-lite {name}"])
 
 
+@pytest.mark.slow
 def test_eval_reads_own_columns_and_template_variables(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"query": "2+2?", "target": "4"}\n')
     base, output = save_tiny(tmp_path / "base"), tmp_path / "result.json"

@@ -121,6 +121,7 @@ def test_describing_the_machine_imports_nothing() -> None:
     assert not {"unsloth", "vllm"} & (set(sys.modules) - before)
 
 
+@pytest.mark.slow
 def test_the_command_line_rejects_an_engine_that_is_missing_or_unknown(tmp_path: Path) -> None:
     arguments = ["train", "--gpu", "cpu", "--model", str(save_tiny(tmp_path / "base")), "--set", "lora.start_from=null"]
     if "unsloth" not in this_machine().packages:

@@ -62,6 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], lis
     return run_state(trainer), step_log(folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_cut_at_a_boundary_is_redone_the_same(tmp_path: Path, whole: Any, phase: str) -> None:
     trainer = build(tmp_path, **COMMON)

@@ -75,6 +75,7 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.slow
 def test_all_damaged_is_exit_3_and_nothing_is_touched(finished: Any, tmp_path: Path) -> None:
     folder, _ = finished
     shutil.copytree(folder / "run", tmp_path / "run")

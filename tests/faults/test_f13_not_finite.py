@@ -87,6 +87,7 @@ def poison(trainer: Any, where: str, steps: set[int]) -> None:
     trainer._compute_loss = compute_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient", "logits", "stale log-probs", "lesson"])
 def test_the_step_is_skipped_and_its_batch_recorded(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture

@@ -140,6 +140,7 @@ def test_an_engine_that_dies_once_is_restarted_and_samples_the_same(
     assert_learned(trainer)
 
 
+@pytest.mark.slow
 def test_one_that_dies_twice_saves_and_stops(tmp_path: Path) -> None:
     trainer = build(tmp_path, engine=Fails(5, 6), max_steps=4, save_strategy="steps", save_steps=4)
     with pytest.raises(EngineError, match=r"failed twice .*worker died.*Saved checkpoint-1") as error:

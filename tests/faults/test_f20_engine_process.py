@@ -130,6 +130,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_state(trainer), step_log(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_a_batch_is_replaced_and_samples_the_same(
     tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

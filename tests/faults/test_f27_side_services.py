@@ -67,6 +67,7 @@ def test_a_healthy_tracker_sees_every_event_in_order(tmp_path: Path) -> None:
     assert [step for name, step in tracker.seen if name == "on_log"] == [1, 2, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(fails=("on_train_begin", "on_log"))
     quiet = _train(tmp_path, output_dir=tmp_path / "quiet")

@@ -349,6 +349,7 @@ def stepping(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], d
     return step
 
 
+@pytest.mark.slow
 @both(
     30, 150, rows=TASKS, body=BODIES, suffix=st.sampled_from(["json", "jsonl"]), read=st.booleans(), crlf=st.booleans()
 )  # fmt: skip

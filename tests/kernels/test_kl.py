@@ -253,6 +253,7 @@ print(*(peak - peaks_mib[0] for peak in peaks_mib[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc; ru_maxrss includes the parent's")
 def test_memory_does_not_grow_with_the_batch() -> None:
     """Both full logits would be 128 MiB at 1024 rows and 512 MiB at 4096; measured in a process of its own."""

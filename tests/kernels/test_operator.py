@@ -282,6 +282,7 @@ print(*(peak - peaks_mib[0] for peak in peaks_mib[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc; ru_maxrss includes the parent's")
 def test_memory_does_not_grow_with_the_batch() -> None:
     """The full logits would be 64 MiB at 1024 rows and 256 MiB at 4096; measured in a process of its own."""

@@ -37,6 +37,7 @@ def run_interpreted(expression: str, at_least: int) -> None:
     assert passed and int(passed[1]) >= at_least and "skipped" not in ran.stdout, ran.stdout[-4000:]
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_are_exact() -> None:
     """Many small tiles, in float32 and float16 (the interpreter's bfloat16 is broken)."""
     run_interpreted("triton and (tile_sizes and tiling1 or sums_move)", 7)

@@ -75,6 +75,7 @@ def test_the_factor_is_bounded_and_the_sign_never_flips(tmp_path: Path) -> None:
     assert (after_BC.sign() == before_B.sign()[:, None]).all()
 
 
+@pytest.mark.slow
 def test_without_strength_it_is_grpo_bit_for_bit(tmp_path: Path) -> None:
     weights = {}
     shared: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

@@ -81,6 +81,7 @@ def watch_engine(trainer: Any, events: list[str]) -> None:
         setattr(owner, name, see)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["scored", "scored+solved", "scored+uplift"])
 def test_what_does_not_lift_the_right_rollouts_is_dropped_before_any_replay(tmp_path: Path, criterion: str) -> None:
     caught = catch(tmp_path, replay_criterion=criterion, **BOTH_SIGNS)

@@ -126,6 +126,7 @@ def test_a_resumed_run_warns_where_the_whole_one_would(
     assert saved["logs"]["mel/replay_uplift"] == 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_line(tmp_path: Path) -> None:
     shown = " ".join(command(tmp_path).stdout.split())
     assert "first 1 logs: pass rate 0%, 0% of groups mixed" in shown

@@ -107,6 +107,7 @@ class Before(TrainerCallback):
         assert everything() == before
 
 
+@pytest.mark.slow
 def test_nothing_of_the_run_changes(tmp_path: Path) -> None:
     plain = build(tmp_path, output_dir=tmp_path / "plain", grad_norm_every=1)
     plain.train()

@@ -199,6 +199,7 @@ def test_without_held_out_tasks_nothing_is_trained(tmp_path: Path) -> None:
     assert launch.runs == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_waits_for_the_run_to_save(tmp_path: Path) -> None:
     """Ctrl-C reaches the run and this process; the run may take its time."""
     program = tmp_path / "python"

@@ -16,6 +16,7 @@ from mel_lite.run import train as run
 from train_command import command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_the_trained_model_is_given_up_before_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, four_bit: bool

@@ -121,6 +121,7 @@ def command(folder: Path, *flags: str, tasks: int = 14, **settings: Any) -> Any:
         return CliRunner().invoke(app, ["probe", *data, *options, *run, *flags])
 
 
+@pytest.mark.slow
 def test_a_random_model_is_told_that_lessons_will_not_help(tmp_path: Path) -> None:
     done = command(tmp_path, train__algorithm="grpo", train__replay_criterion="scored")
     assert done.exit_code == 0, done.output

@@ -24,6 +24,7 @@ from tiny_models import CHAT_TEMPLATE, save_tiny
 from train_command import command
 
 
+@pytest.mark.slow
 def test_the_worst_step_comes_first_where_asked(tmp_path: Path) -> None:
     shown = command(tmp_path, "--worst-case").stdout.split("worst step: peak memory")[1]
     for phase in ("rollout", "analysis", "replay", "scoring", "update"):
@@ -193,6 +194,7 @@ def test_a_finished_run_has_a_report_with_its_preset_and_stages(tmp_path: Path) 
     assert 0.2 < memory_gib < 64
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_a_folder_to_start_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ModelError("no weights")
@@ -205,6 +207,7 @@ def test_a_start_that_fails_leaves_a_folder_to_start_in(tmp_path: Path, monkeypa
     assert (tmp_path / "run" / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(folder: Path) -> Path:
         raise OSError(28, "No space left on device")

@@ -70,6 +70,7 @@ def test_the_logged_mass_is_what_the_option_cuts(
     assert f"{option}={value} cut {log['mel/cut_mass']:.1%} of the policy's probability" in caplog.text
 
 
+@pytest.mark.slow
 def test_parts_and_accumulation_measure_the_same_mass(tmp_path: Path) -> None:
     for name, options in (
         ("parts", {"max_micro_batch_tokens": 64}),

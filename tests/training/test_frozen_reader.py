@@ -58,6 +58,7 @@ def start_from(trainer: Any, seed: int) -> None:
     trainer.frozen_reader = FrozenReader(trainer.model)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_with_the_start_weights_of_the_run(tmp_path: Path) -> None:
     """Two updates per batch, and the process that resumes starts with another adapter."""
     options: dict[str, Any] = {

@@ -120,6 +120,7 @@ def test_a_config_with_a_function_can_be_saved_copied_and_pickled(tmp_path: Path
         MELConfig(str(tmp_path), think_tags=["<plan>"], use_cpu=True, bf16=False)
 
 
+@pytest.mark.slow
 def test_a_function_judges_the_rollouts_and_the_run_can_be_saved(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "report_to": "none"}
     rewards = []
