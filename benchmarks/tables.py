@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import demo_figures
-import learning_figures
 import plan_figures
 import step_figures
+from learning import learning_figures
 from peer_suite import suite
 
 ROOT = Path(__file__).resolve().parent.parent

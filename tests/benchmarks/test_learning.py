@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts() -> Iterator[None]:
     """Make the benchmarks importable as when one of them is run as a script."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
+        patch.syspath_prepend(str(STUDY))
         yield
 
 
@@ -38,7 +38,7 @@ def options(**changes: Any) -> argparse.Namespace:
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["grpo", "sibling", "bank-frozen"])
 def test_an_arm_measures_at_equal_distances_and_stops_at_its_tokens(arm: str, tmp_path: Path) -> None:
-    learning = importlib.import_module("learning")
+    learning = importlib.import_module("study")
     found = learning.run(arm, 100, options(), {"max_completion_length": 24, "num_iterations": 2})
     learning.save(found, tmp_path / "run.json")
     assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(found))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mel_lite.report.statistics import Estimate, interval, measures
 
-RUNS = Path(__file__).resolve().parent / "results" / "learning"
+RUNS = Path(__file__).resolve().parents[1] / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
 WITH_BANK = ("bank", "bank-frozen")
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}

@@ -1,7 +1,7 @@
 """Does a lesson teach? GRPO, MEL and its rivals through MELTrainer, from one start, at equal generated tokens.
 
-    python benchmarks/learning.py --regime starved --arms grpo bank-frozen --seeds 0 1 2 3 4 5 6 7
-    python benchmarks/learning.py --regime starved --arms grpo --seeds 100 --split tune --set num_iterations=3
+    python benchmarks/learning/study.py --regime starved --arms grpo bank-frozen --seeds 0 1 2 3 4 5 6 7
+    python benchmarks/learning/study.py --regime starved --arms grpo --seeds 100 --split tune --set num_iterations=3
 
 Rollouts, analyses and replays count as generated tokens; measurements do not. Each run is one JSON file in
 benchmarks/results/learning/REGIME/ (settings that were tried: REGIME/tune/); a run whose file exists is not repeated.
@@ -16,18 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import learning_subject
 import torch
 import yaml
+from learning_arms import ARMS, CHOSEN
 from transformers import PrinterCallback, TrainerCallback
 
-import learning_subject
-from learning_arms import ARMS, CHOSEN
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import evaluate
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 
-RESULTS = Path(__file__).resolve().parent / "results" / "learning"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
 COMMON: dict[str, Any] = {
     "verifier": "learning_subject:strict", "num_generations": 8, "per_device_train_batch_size": 64, "temperature": 1.0,
     "lr_scheduler_type": "constant", "weight_decay": 0.0, "logging_steps": 1, "save_strategy": "no",

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from learning_figures import REFERENCE, REGIMES, avg_RP, runs
 from matplotlib import pyplot
 
-from learning_figures import REFERENCE, REGIMES, avg_RP, runs
-
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "learning.png"
 
 
 def draw(axis: Any, regime: str) -> None:

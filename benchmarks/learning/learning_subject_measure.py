@@ -1,4 +1,4 @@
-"""Measure the start model of the learning study: `python benchmarks/learning_subject_measure.py`.
+"""Measure the start model of the learning study: `python benchmarks/learning/learning_subject_measure.py`.
 
 Per regime: the share of samples that are right on the question alone, with one true rule, with all true rules, and with
 a right solution in the prompt. Writes benchmarks/results/learning/subject.json.
@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import learning_subject as subject
+
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.lessons.prompts import load_templates, question_prompt, replay_prompt
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 from mel_lite.types import Group
 
-OUT = Path(__file__).resolve().parent / "results" / "learning" / "subject.json"
+OUT = Path(__file__).resolve().parents[1] / "results" / "learning" / "subject.json"
 QUESTIONS, SAMPLES, MAX_TOKENS = 100, 4, 80
 
 
