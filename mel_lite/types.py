@@ -40,6 +40,7 @@ class PairStrategy(Choice):
     """Order in which the (right, wrong) pairs of a mixed group are chosen."""
 
     LONGEST_PREFIX = "longest_prefix", "The longest common token prefix first: such pairs differ least."
+    DISTINCT_FORKS = "distinct_forks", "The same, but first one pair for every place where two completions part."
     RANDOM = "random", "A random order, drawn from the run's seed."
     SHORTEST = "shortest", "The fewest tokens of both first: the cheapest context."
 

@@ -49,7 +49,11 @@ def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_
             if right.completion_ids != wrong.completion_ids
         ]
         candidates.sort(key=_ranking(strategy, group, run_seed=run_seed, step=step))
-        candidates.sort(key=lambda pair: pair.wrong.finish is Finish.LENGTH)
+        finished = [pair for pair in candidates if pair.wrong.finish is not Finish.LENGTH]
+        cut = [pair for pair in candidates if pair.wrong.finish is Finish.LENGTH]
+        if strategy == PairStrategy.DISTINCT_FORKS:
+            finished, cut = _one_per_fork_first(finished), _one_per_fork_first(cut)
+        candidates = finished + cut
         kept = candidates if per_group == ALL_PAIRS else candidates[:per_group]
         chosen += [
             Pair(pair.group, pair.right, pair.wrong, pair.common_prefix_tokens, index=len(chosen) + offset)
@@ -60,7 +64,7 @@ def select_pairs(groups: Sequence[Group], *, per_group: int, strategy: str, run_
 
 def _ranking(strategy: str, group: Group, *, run_seed: int, step: int) -> Callable[[Pair], float]:
     """Return the key that sorts a group's pairs, best first; the sort is stable, so ties keep sampling order."""
-    if strategy == PairStrategy.LONGEST_PREFIX:
+    if strategy in (PairStrategy.LONGEST_PREFIX, PairStrategy.DISTINCT_FORKS):
         return lambda pair: -pair.common_prefix_tokens
     if strategy == PairStrategy.SHORTEST:
         return lambda pair: _tokens(pair.right) + _tokens(pair.wrong)
@@ -68,6 +72,21 @@ def _ranking(strategy: str, group: Group, *, run_seed: int, step: int) -> Callab
     seed = seed_for(run_seed, step=step, prompt_hash=group.prompt_hash, index=group.rollouts[0].index, purpose="pair")
     draw = random.Random(seed)
     return lambda pair: draw.random()
+
+
+def _one_per_fork_first(candidates: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs with the first of each fork before all others, else in the order given.
+
+    Two pairs have the same fork if the shared tokens and the right completion's next token are equal: their wrong
+    completions fail to take the same step.
+    """
+    forks: set[tuple[int, ...]] = set()
+    first, others = [], []
+    for pair in candidates:
+        fork = tuple(pair.right.completion_ids[: pair.common_prefix_tokens + 1])
+        (others if fork in forks else first).append(pair)
+        forks.add(fork)
+    return first + others
 
 
 def _tokens(rollout: Rollout) -> int:

@@ -49,10 +49,24 @@ def test_shortest_takes_the_fewest_tokens() -> None:
     assert chosen([MIXED], strategy="shortest", per_group=2) == [(2, 1, 1), (0, 1, 1)]
 
 
+def test_distinct_forks_takes_one_pair_per_fork_before_a_second() -> None:
+    """The wrong ones fail to take the steps 3, 3 and 2 of the right one, so the second 3 comes last."""
+    rows = ((R, (1, 2, 3, 4)), (W, (1, 2, 8)), (W, (1, 2, 9)), (W, (1, 7)))
+    assert chosen([group(*rows)], 2) == [(0, 1, 2), (0, 2, 2)]
+    assert chosen([group(*rows)], 2, "distinct_forks") == [(0, 1, 2), (0, 3, 1)]
+    assert chosen([group(*rows)], -1, "distinct_forks") == [(0, 1, 2), (0, 3, 1), (0, 2, 2)]
+
+
+def test_another_right_step_is_another_fork() -> None:
+    rows = ((R, (1, 3)), (W, (1, 8)), (R, (1, 4)))
+    assert chosen([group(*rows)], 2, "distinct_forks") == [(0, 1, 1), (2, 1, 1)]
+
+
 def test_ties_keep_sampling_order() -> None:
     tied = group((W, (1, 5)), (R, (1, 2)), (W, (1, 6)), (R, (1, 3)))
     for strategy in ("longest_prefix", "shortest"):
         assert chosen([tied], -1, strategy) == [(1, 0, 1), (1, 2, 1), (3, 0, 1), (3, 2, 1)]
+    assert chosen([tied], -1, "distinct_forks") == [(1, 0, 1), (3, 0, 1), (1, 2, 1), (3, 2, 1)]
 
 
 def test_minus_one_takes_all_and_never_an_abstained_one() -> None:
