@@ -29,6 +29,7 @@ from mel_lite.files import publish_dir
 from mel_lite.models.adapters import RECORD, WEIGHTS, adapter_base, attach_adapter, find_adapter
 from mel_lite.models.chat import render
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_config, load_tokenizer
+from mel_lite.models.progress_bars import progress_bars
 from mel_lite.recipe import MergedDtype
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def export(
     options += [] if base is None else ["--base", base.name]
     options += ["--allow-untrained"] if allow_untrained else []
     tools = find_tools(format, source, options) if format in GGUF_TYPES else None
-    with _staging(out_dir) as staging, _no_progress_bars():
+    with _staging(out_dir) as staging, progress_bars(shown=False):  # several models, each with a bar
         if format == "adapter":
             _copy(adapter_dir, staging, ("adapter_config.json", WEIGHTS, RECORD, *_TOKENIZER_FILES))
             report = ExportReport(out_dir, format, adapter_dir, spec, None, None)
@@ -162,20 +163,6 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide transformers' bars: an export loads and writes several models, each with a bar of its own."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _is_another_process(pid: int) -> bool:

