@@ -15,6 +15,9 @@ def distill(context: str, mel_weight: float = 1.0, **options: Any) -> dict[str, 
 FROZEN: dict[str, Any] = {"reader": "frozen", "per_prompt": "all", "mask": "shift", "sign": False}
 """The pilot's setting where reward is starved: all rules in the prompt, KL only where they change the reader's mind."""
 
+FORKS: dict[str, Any] = {"pairs_per_group": 4, "pair_strategy": "distinct_forks"}
+"""Lessons for up to four places of a group at which its rollouts part, so that the bank fills sooner."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
     "grpo-dynamic": {"algorithm": "grpo", "dynamic_sampling_rounds": 4},
@@ -27,6 +30,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "bank": distill("bank"),
     "bank-unsigned": distill("bank", sign=False),
     "bank-frozen": distill("bank", 0.3, **FROZEN),
+    "bank-forks": distill("bank", 0.3, **FROZEN) | FORKS,
+    "bank-kept": distill("bank", 0.3, **FROZEN) | FORKS,
+    "bank-kept-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN) | FORKS,
     "bank-frozen-signed": distill("bank", 0.3, **FROZEN | {"sign": True}),
     "bank-shuffled": distill("bank", shuffled=True),
     "bank-frozen-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN),
@@ -38,6 +44,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "no-notes": distill("none", 0.3, reader="frozen", sign=False),
     "credit": {"algorithm": "mel", "internalisation": "credit", "replay_criterion": "scored"},
 }
+
+KEPT_FROM = "bank-forks"
+"""Arm from whose earlier run the `bank-kept` arms take the lessons that they start with."""
 
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "starved": {

@@ -14,11 +14,11 @@ from mel_lite.report.statistics import Estimate, interval, measures
 
 RUNS = Path(__file__).resolve().parents[1] / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
-WITH_BANK = ("bank", "bank-frozen")
+WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-kept")
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
 NOT_RUN = "Not run yet."
-FIRST = "first"
-"""Folder of the runs of the study's first round."""
+EARLIER = ("first", "second")
+"""Folders of the runs of the study's earlier rounds."""
 LEAST_SEEDS = 3
 """Fewer common seeds get no verdict."""
 ROLLOUTS = 64
@@ -34,6 +34,9 @@ MEANINGS = {
     "bank": "distill with one lesson of the bank as notes, sign rule",
     "bank-frozen": "distill with all matching lessons, read by the start policy, where they change its mind",
     "bank-frozen-shuffled": "control: the same with the lessons of another question",
+    "bank-forks": "`bank-frozen` with up to four lessons per group, one for every place where its rollouts part",
+    "bank-kept": "`bank-forks` that starts with the lessons of an earlier run, whose tokens are not counted",
+    "bank-kept-shuffled": "control: `bank-kept` with the lessons of another question",
     "bank-shuffled": "control: `bank` with the lessons of another question",
     "sibling": "distill with a right rollout of the group as notes, sign rule; no lesson is written",
     "sibling-frozen": "`sibling` as `bank-frozen` reads: the start policy, where the notes change its mind",
@@ -141,9 +144,9 @@ def per_seed(regime: str, folder: str = ".") -> str:
     return "\n".join(lines)
 
 
-def curve(regime: str) -> str:
+def curve(regime: str, folder: str = ".") -> str:
     """Return mean Avg@8 of every arm at each measurement."""
-    found = runs(regime)
+    found = runs(regime, folder)
     if REFERENCE not in found:
         return NOT_RUN
     count = min(len(run["points"]) for group in found.values() for run in group)
@@ -185,12 +188,12 @@ def tuning(regime: str) -> str:
     return "\n".join(lines)
 
 
-def lessons(regime: str) -> str:
+def lessons(regime: str, folder: str = ".") -> str:
     """Return counts of lessons, and how good the teachers were, over all steps of every arm."""
     lines = ["| arm | written | parsed | quoted | kept | rules in the bank at the end: true / all | "
              "groups without a right or a wrong rollout | rows taught | tokens of them taught | teacher shift, nats |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for arm, group in runs(regime).items():
+    for arm, group in runs(regime, folder).items():
         steps = [step for run in group for step in run["steps"] if "reward" in step]
 
         def total(name: str, rows: list[dict[str, Any]] = steps) -> float:
@@ -230,36 +233,51 @@ def subject() -> str:
 
 
 SENTENCES = {
+    "bank-forks": "A bank with several lessons per group, distilled",
+    "bank-kept": "The same, starting with the lessons of an earlier run",
+    "bank-kept-shuffled": "Lessons of other questions in its place",
     "bank-frozen": "A bank of lessons, distilled",
     "bank": "A bank of lessons, distilled",
     "sibling": "A right solution in place of lessons",
     "mel": "MEL as in the paper",
     "bank-frozen-shuffled": "Lessons of other questions",
+    "grpo-dynamic": "GRPO with dynamic sampling",
+    "grpo-rest": "GRPO with a memory for difficulty",
 }
 """Arms that the headline names."""
 OUTCOMES = {"wins": "ahead", "loses": "behind", "tie": "a tie by the rule", "too few seeds": "too few seeds to say"}
 
 
 def line() -> str:
-    """Say what the study found, one sentence per arm and regime."""
+    """Say what the study found, one sentence per arm, regime and round, the newest round first."""
     said = []
     for regime, words in REGIMES.items():
-        found = runs(regime) or runs(regime, FIRST)
-        if REFERENCE not in found:
-            continue
-        start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
-        said.append(f"Where {words}, tuned GRPO goes from {start:.0%} to {end:.1%}.")
-        for arm, subject in SENTENCES.items():
-            if arm in found:
-                against, ahead = lead(found[arm], found[REFERENCE])
-                outcome = OUTCOMES[verdict(against, ahead)]
-                said.append(f"{subject}: {against.as_points()} points, {outcome} ({ahead} seeds ahead).")
-        for arm in WITH_BANK:
-            if arm in found and PEER in found:
-                against, ahead = lead(found[arm], found[PEER])
-                outcome = OUTCOMES[verdict(against, ahead)]
-                said.append(f"The bank against the right solution: {against.as_points()}, {outcome} ({ahead} seeds).")
+        for folder in (".", *reversed(EARLIER)):
+            found = runs(regime, folder)
+            if REFERENCE not in found:
+                continue
+            start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
+            when = f"Where {words}" if folder == "." else f"In the {folder} round there"
+            said.append(f"{when}, tuned GRPO goes from {start:.0%} to {end:.1%}.")
+            said += _sentences(found)
+            if folder == "second":
+                break  # the first round had settings of one tuning seed
     return " ".join(said)
+
+
+def _sentences(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    said = []
+    for arm, subject in SENTENCES.items():
+        if arm in found:
+            against, ahead = lead(found[arm], found[REFERENCE])
+            outcome = OUTCOMES[verdict(against, ahead)]
+            said.append(f"{subject}: {against.as_points()} points, {outcome} ({ahead} seeds ahead).")
+    for arm in WITH_BANK:
+        if arm in found and PEER in found:
+            against, ahead = lead(found[arm], found[PEER])
+            outcome = OUTCOMES[verdict(against, ahead)]
+            said.append(f"The bank against the right solution: {against.as_points()}, {outcome} ({ahead} seeds).")
+    return said
 
 
 TABLES = {
@@ -268,7 +286,9 @@ TABLES = {
     "seeds": per_seed,
     "curve": curve,
     "lessons": lessons,
-    "first-results": partial(results, folder=FIRST),
-    "first-seeds": partial(per_seed, folder=FIRST),
+} | {
+    f"{folder}-{name}": partial(table, folder=folder)
+    for folder in EARLIER
+    for name, table in (("results", results), ("seeds", per_seed), ("curve", curve), ("lessons", lessons))
 }
 """Tables of one regime, by name."""

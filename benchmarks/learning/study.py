@@ -13,18 +13,20 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import learning_subject
 import torch
 import yaml
-from learning_arms import ARMS, CHOSEN
+from learning_arms import ARMS, CHOSEN, KEPT_FROM
 from transformers import PrinterCallback, TrainerCallback
 
 from mel_lite import MELConfig, MELTrainer
 from mel_lite.engines.hf import HFEngine
 from mel_lite.evaluate import evaluate
+from mel_lite.lessons.bank import BankLesson, LessonBank
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
@@ -44,6 +46,9 @@ LOGGED = (
     "mel/leak_free", "mel/replay_valid", "mel/quoted", "mel/score_shift", "mel/teacher_shift", "mel/taught_rows",
     "mel/taught_tokens", "mel/without_notes", "mel/nll", "mel/nll_after", "mel/bank_active", "mel/bank_retired",
 )  # fmt: skip
+LINES = ("points", "steps", "lessons")
+"""Lists in the file of a run, one line per entry."""
+TUNING_SEEDS = (100, 101, 102)
 SEEDS_OF_MEASURING = 1234
 """Every measurement uses it, so all runs answer the held-out tasks on the same random numbers."""
 
@@ -127,32 +132,47 @@ def run(arm: str, seed: int, options: argparse.Namespace, changes: dict[str, Any
             processing_class=tokenizer, callbacks=[curve], engine=engine,
         )  # fmt: skip
         curve.trainer.remove_callback(PrinterCallback)
+        if arm.startswith("bank-kept"):
+            curve.trainer.bank.adopt(kept_lessons(options.regime, seed))
         curve.measure()
         curve.trainer.train()
-        bank = rules_of(curve.trainer)
+        bank = curve.trainer.bank
     return {
         "arm": arm, "seed": seed, "regime": options.regime, "split": options.split, "tokens": budget_tokens,
-        "settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "bank": bank,
+        "settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "bank": None if bank is None else rules_of(bank),
+        "lessons": [] if bank is None else [asdict(lesson) for lesson in bank.lessons],
         "points": curve.points, "steps": curve.steps,
     }  # fmt: skip
 
 
-def rules_of(trainer: Any) -> dict[str, int] | None:
+def kept_lessons(regime: str, seed: int) -> list[BankLesson]:
+    """Return the lessons at the end of an earlier run, which was made to tune `KEPT_FROM` and took its chosen settings.
+
+    Its seed is `TUNING_SEEDS[seed % 3]`. Raises: FileNotFoundError when no such run was made.
+    """
+    source, chosen = TUNING_SEEDS[seed % len(TUNING_SEEDS)], CHOSEN[regime][KEPT_FROM]
+    for file in sorted((RESULTS / regime / "tune").glob(f"{KEPT_FROM}*-{source}.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if all(found["settings"][name] == value for name, value in chosen.items()):
+            return [BankLesson(**lesson) for lesson in found["lessons"]]
+    raise FileNotFoundError(f"{RESULTS / regime / 'tune'}: no run of {KEPT_FROM} with seed {source} and {chosen}")
+
+
+def rules_of(bank: LessonBank) -> dict[str, int]:
     """Return how many rules the bank teaches at the end of a run, and how many of them are true."""
-    if trainer.bank is None:
-        return None
-    taught = [each for each in trainer.bank.lessons if each.score >= trainer.bank.options.teach_from]
+    taught = [each for each in bank.lessons if each.score >= bank.options.teach_from]
     rules = {rule for lesson in taught for rule in learning_subject.rules_in(lesson.heuristic)}
     truth = learning_subject.truth()
     return {"rules": len(rules), "true": sum(truth.get(operator) == reading for operator, reading in rules)}
 
 
 def save(found: dict[str, Any], file: Path) -> None:
-    """Write one line per point and per step, so that a run and a change of it are readable."""
-    head = json.dumps({name: value for name, value in found.items() if name not in ("points", "steps")})
+    """Write one line per point, step and lesson, so that a run and a change of it are readable."""
+    head = json.dumps({name: value for name, value in found.items() if name not in LINES})
     rows = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row, separators=(",", ":")) for row in found[name]) + "\n]"
-        for name in ("points", "steps")
+        for name in LINES
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(head[:-1] + ",\n" + ",\n".join(rows) + "}\n", encoding="utf-8")
@@ -165,6 +185,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["grpo", "mel"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", choices=("tune", "test"), default="test")
+    parser.add_argument("--folder", default=".", help="of the results within the regime's, such as `second`")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of MELConfig, as in YAML")
     parser.add_argument("--tokens", type=int, help="generated per run")
     parser.add_argument("--points", type=int, default=3, help="measurements per run, besides the start")
@@ -177,7 +198,7 @@ def main() -> None:
     options = _options()
     changes = {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in options.set)}
     label = "".join(f",{each}" for each in options.set)
-    home = RESULTS / options.regime / ("tune" if options.split == "tune" else ".")
+    home = RESULTS / options.regime / ("tune" if options.split == "tune" else options.folder)
     for seed in options.seeds:
         for arm in options.arms:
             file = home / f"{arm}{label}-{seed}.json"
