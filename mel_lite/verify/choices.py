@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 
 from mel_lite.verify import markup
-from mel_lite.verify.extract import TEXT_COMMAND, last_line
+from mel_lite.verify.extract import HYPOTHESIS, TEXT_COMMAND, last_line
 
 _L = r"['\"\u201c\u2018]?[(\[{<]{0,2}[ ]?(?P<letter>[A-J])\b[ ]?[)\]}>]{0,2}['\"\u201d\u2019]?"
 _NOUN = r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt)"
 _LABEL = re.compile(
     r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:(?:option|choice|letter|answer)\s*:?\s*)?"
     r"(?:[(\[{<]{1,2}[ ]?(?P<bracketed>[A-Ja-j])[ ]?[)\]}>]{1,2}|"
-    r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?]|\s+(?:[-\u2014=\u2192]|[-=]>)\s|\s*\u2014|\s+(?:because|since)\s))"
-    r"[.:),;!?\u2014-]*(?P<rest>.*)",
+    r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?\u2026]|\s+(?:[-\u2014=\u2192]|[-=]>)\s|\s*\u2014|"
+    r"\s+(?:because|since|over|instead of|rather than|(?:and|but) not)\s))[.:),;!?\u2014\u2026-]*(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _ANOTHER = re.compile(
@@ -21,9 +21,11 @@ _ANOTHER = re.compile(
     r"(?i:(?:option|choice|letter)\s+)?(?:[(\[][A-J][)\]]|[A-J](?=\W*$|[).:,;]))",
 )
 _ALTERNATIVE = re.compile(
+    r"(?<![A-Za-z'])[(\[]?[A-J][)\]]?\s(?:is|seems|looks|(?:could|may|might) be)\s+(?:also|equally|just as)\b|"
     r"(?:\b(?i:or|maybe|perhaps|possibly|could(?: also)? be|might(?: also)? be|alternatively|as well as)\b|[&/])"
     r"[^.\n]{0,30}?(?<![A-Za-z'])[(\[]?[A-J](?![A-Za-z'])(?!\s+[a-z])",
 )
+_CONDITION = re.compile(r"\b(?:(?<!even )if|unless)\s(?!i\b|my\b|you\b)", re.IGNORECASE)
 _WRONG = re.compile(r"\W{0,3}(?:incorrect|wrong|false)\b", re.IGNORECASE)
 _REASON = re.compile(
     r"\b(?:because|since|as|due to|given|while|whereas|for|which)\b|[;\u2014\u2013]|\s-\s|[.!?](?=\s)|\n"
@@ -32,7 +34,9 @@ _MENTION = re.compile(
     r"(?<![A-Za-z0-9\\-])(?<![A-Za-z]['\u2019])(?P<open>[(\[{]?)(?P<letter>[A-J])(?P<close>[)\]}]?)(?![A-Za-z0-9]|['\u2019][A-Za-z])"
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:(?:any|every)thing but|any but|all but|doubt(?: that)?|if|whether|not|neither|"
+    r"(?:\b(?:opposite of|contrary (?:of|to)|other than|"
+    r"vitamin|hepatitis|plan|grade|type|section|team|angle|room|class|appendix|"
+    r"(?:any|every)thing but|any but|all but|doubt(?: that)?|if|whether|not|neither|"
     r"nor|never|except|than|excludes?|excluding|eliminated?|eliminating|eliminates|reject(?:ed)?|"
     r"rule out|ruled out|instead of|unlike|without)|"
     r"n['\u2019]t(?: be| (?:think|believe|say)(?: that)?(?: it(?:['\u2019]s| is))?)?)"
@@ -43,12 +47,13 @@ _DENIED_AFTER = re.compile(
     r"[)\]}]?\W{0,2}(?:(?:is|are|was|seems|looks)\s+(?:also\s+|clearly\s+|definitely\s+)?"
     r"(?:wrong|incorrect|not|false|too|out\b|ruled|"
     r"eliminated|impossible|excluded|invalid)|"
+    r"(?:which|that)\s(?:is|was)\s(?:wrong|incorrect|false|not)|"
     r"(?:is|are|was|does|do|did|can|could|would)n['\u2019]t|cannot|fails?\b|(?:does|do|can) not)",
     re.IGNORECASE,
 )
 _ASSERTIONS = (
     re.compile(
-        rf"(?<!wrong )(?<!incorrect )(?<!false )\b{_NOUN}(?:\s+that\s[^.\n]{{1,40}}?)?\s*"
+        rf"(?<!wrong )(?<!incorrect )(?<!false )(?<!least likely )\b{_NOUN}(?:\s+that\s[^.\n]{{1,40}}?)?\s*"
         rf"(?:(?:is|was|would be|must be|should be|has to be|will be|seems to be)\b\s*|[:=]\s*)?"
         rf"(?:(?:clearly|definitely|therefore|thus|indeed|likely|probably|option|choice|letter)\b[\s,:]*){{0,3}}{_L}",
         re.IGNORECASE,
@@ -64,7 +69,7 @@ _ASSERTIONS = (
         r"(?:most|more|best|correct|right|true)\b",
         re.IGNORECASE,
     ),
-    re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|it\s+is(?=\W*$))", re.IGNORECASE),
+    re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|remains|it\s+is(?=\W*$))", re.IGNORECASE),
     re.compile(
         rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+(?:with|for)|went\s+(?:with|for)|opt(?:ing)?\s+for|"
         rf"settle\s+on|settled\s+on|vote\s+for|mark)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
@@ -77,6 +82,18 @@ _ASSERTIONS = (
         re.IGNORECASE,
     ),
 )
+_QUESTION = re.compile(r"[^.!?;\n]{0,200}(?<![A-Za-z0-9])[(\[]?[A-J][)\]]?[\"'*_]{0,3}[ ]?\?+[\"')]?")
+"""A question that ends with an option: `Is it B?`"""
+_YES, _NO = (re.compile(rf"\W{{0,4}}(?:{words})(?=\W*$|\W{{1,3}}\S)", re.IGNORECASE) for words in (
+    "yes|true|right|correct|\u2713|\u2714|\u2705", "no|not|false|wrong|incorrect|\u2717|\u2718|\u274c|\u2716"
+))  # fmt: skip
+_SIGNED = (
+    (re.compile(r"[\u2713\u2714\u2705]\ufe0f?\s{0,3}(?=[(\[]?[A-J]\b)"), ""),
+    (re.compile(r"[\u2717\u2718\u274c\u2716]\ufe0f?\s{0,3}(?=[(\[]?[A-J]\b)"), "not "),
+    (re.compile(r"(?<=\b[A-J])\s{0,3}[\u2713\u2714\u2705]\ufe0f?(?=\s|$)"), ""),
+    (re.compile(r"(?<=\b[A-J])\s{0,3}[\u2717\u2718\u274c\u2716]\ufe0f?(?=\s|$)"), " is wrong"),
+)
+"""Ticks and crosses at an option."""
 _REVISION = re.compile(
     r"\b(?:actually|wait|instead|correction|on second thought|no,|rather|finally|in the end)", re.IGNORECASE
 )
@@ -96,7 +113,7 @@ def choice_letter(text: str) -> str | None:
     reason = _REASON.search(text)
     head, rest = (text[: reason.start()], text[reason.end() :]) if reason else (text, "")
     chosen = _stated(head)
-    if len(chosen) != 1 or _ALTERNATIVE.search(rest):
+    if len(chosen) != 1 or _ALTERNATIVE.search(rest) or _CONDITION.search(head):
         return _asserted(text) if not chosen else None
     return chosen.pop()
 
@@ -105,8 +122,10 @@ def sole_choice(text: str) -> str | None:
     """Return the option that a text without markers names, or None.
 
     The last line or the whole text must name it, a sentence must choose it and no other, or exactly one bracketed
-    letter must occur in the text.
+    letter must occur in the text. Of rows `A: no`, `B: yes` at the end, the only one that agrees counts.
     """
+    if (rows := _rows(text)) is not None:
+        return rows[0] if len(rows) == 1 else None
     last = _prepared(last_line(text)[-_MAX_CHARS:])
     if (label := _LABEL.match(last)) and (letter := _labeled(label)):
         return letter
@@ -122,8 +141,27 @@ def sole_choice(text: str) -> str | None:
     return bracketed.pop() if len(bracketed) == 1 and not bracketed & denied else None
 
 
+def _rows(text: str) -> list[str] | None:
+    """Return the options that the last lines agree to, one option a line. None when they do not list options."""
+    found: dict[str, str] = {}
+    for line in reversed(text[-_MAX_CHARS:].strip().split("\n")):
+        label = _LABEL.match(_prepared(line))
+        if not label or (found and bool(label["rest"].strip()) != any(found.values())):
+            break
+        found.setdefault((label["bracketed"] or label["plain"]).upper(), label["rest"].strip())
+    if len(found) < 2:
+        return None
+    agreed = [letter for letter, rest in found.items() if _YES.match(rest)]
+    return agreed if all(_YES.match(rest) or _NO.match(rest) for rest in found.values()) else []
+
+
 def _prepared(text: str) -> str:
     text = TEXT_COMMAND.sub(r"\1", markup.plain(text))
+    if "?" in text:
+        text = _QUESTION.sub(" ", text)
+    if not text.isascii():
+        for sign, words in _SIGNED:
+            text = sign.sub(words, text)
     for latex in ("\\(", "\\)", "\\[", "\\]", "\\ ", "\\,", "\\;", "$"):
         text = text.replace(latex, " ")
     return markup.strip(" ".join(line for line in text.split("\n")) if len(text) < 40 else text)
@@ -155,7 +193,9 @@ def _stated(head: str) -> set[str]:
 
 
 def _is_word(letter: str, after: str) -> bool:
-    """Return True for the article in `A dog` and the pronoun in `I think`."""
+    """Return True for the article in `A dog`, the pronoun in `I think`, and the letter of a name such as `B cells`."""
+    if re.match(r"\s+(?:cells?|flat|sharp|minor|major|movies?|students?|lists?)\b", after[:20]):
+        return True
     return letter in "AI" and re.match(rf"\s+(?!(?:{_FUNCTION_WORDS})\b)[a-z]", after[:40]) is not None
 
 
@@ -188,6 +228,8 @@ def _mentions_in_assertions(text: str) -> set[str]:
     for pattern in _ASSERTIONS:
         for match in pattern.finditer(text):
             letter, position = match["letter"], match.start("letter")
+            if HYPOTHESIS.search(text[max(0, match.start() - 60) : match.start()]):
+                continue
             bare = text[position - 1 : position] not in ("(", "[", "{")
             if letter.islower() and (bare and not match[0].lower().startswith(("option", "choice", "letter"))):
                 continue

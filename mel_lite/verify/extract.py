@@ -22,8 +22,18 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _WEAK_PHRASE = re.compile(
-    rf"{_DENIED}\banswer[ \t]+(?:is|was|(?:would|must|should|will|has[ \t]to)[ \t]be)\b[ \t*:]*", re.IGNORECASE
+    rf"{_DENIED}(?<!least likely )\banswer[ \t]+(?:is|was|(?:would|must|should|will|has[ \t]to)[ \t]be)\b[ \t*:]*",
+    re.IGNORECASE,
 )
+HYPOTHESIS = re.compile(
+    r"\b(?:assum(?:e|ing|ed)|suppos(?:e|ing)|imagin(?:e|ing)|if|whether|unless)[ \t]+(?:that[ \t]+)?"
+    r"(?:(?:the|my|correct|right|final)[ \t]+){0,3}\Z",
+    re.IGNORECASE,
+)
+"""What precedes an `answer is x` that states nothing: `Assume the answer is 5.`"""
+_JOINED = re.compile(r"[ \t]*\$?[ \t]*(?:,|;|/|&|or|and|,[ \t]*(?:or|and))[ \t]*\$?[ \t]*", re.IGNORECASE)
+_MAX_JOINED = 500
+"""Length from which the contents of joined boxes are not collected further."""
 _JSON = re.compile(
     r"\"(?:final_?)?answer\"\s{0,9}:\s{0,9}(?:\"(?P<text>(?:[^\"\\\n]|\\.)*)\"|(?P<number>-?[0-9][0-9.eE+-]*))",
     re.IGNORECASE,
@@ -84,19 +94,26 @@ def _tag(text: str) -> _Mark | None:
 
 
 def _boxed(text: str) -> _Mark | None:
+    """Return the last box. Boxes that only commas, `and` or `or` separate are one answer: `5, 6`."""
     opened: list[tuple[int, int] | None] = []
-    last = None
+    last: _Mark | None = None
     for match in _BRACES.finditer(text):
         token = match[0]
         if token == "{":
             opened.append(None)
         elif token == "}":
             box = opened.pop() if opened else None
-            if box is not None and text[box[1] : match.start()].strip():
-                last = (*box, match.start())
+            if box is not None and (content := markup.strip(text[box[1] : match.start()])):
+                joined = last is not None and _JOINED.fullmatch(text, last.end, box[0])
+                if last is None or not joined:
+                    last = _Mark(box[0], match.end(), content)
+                elif len(last.content) < _MAX_JOINED:
+                    last = _Mark(last.start, match.end(), f"{last.content}, {content}")
+                else:
+                    last = _Mark(last.start, match.end(), last.content)
         elif token.endswith("{") and len(token) > 2:
             opened.append((match.start(), match.end()))
-    return None if last is None else _Mark(last[0], last[2] + 1, markup.strip(text[last[1] : last[2]]))
+    return last
 
 
 def _phrase(text: str) -> _Mark | None:
@@ -119,10 +136,10 @@ def _hashes(text: str) -> _Mark | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """Return the last match that is followed by text."""
+    """Return the last match that is followed by text and is no hypothesis."""
     last = None
     for match in pattern.finditer(text):
-        if match.end() < len(text):
+        if match.end() < len(text) and not HYPOTHESIS.search(text[max(0, match.start() - 60) : match.start()]):
             last = match
     return last
 
@@ -141,7 +158,8 @@ def _line_after(text: str, match: re.Match[str] | None) -> _Mark | None:
 
 def first_sentence(text: str) -> str:
     """Return the text before the first sentence end that a capital letter follows: `7. The rest is ...` -> `7`."""
-    return _SENTENCE_END.split(text, maxsplit=1)[0].strip().rstrip(".").strip()
+    first = _SENTENCE_END.split(text, maxsplit=1)[0].strip()
+    return first if first.endswith("...") else first.rstrip(".").strip()
 
 
 def last_line(text: str) -> str:
@@ -166,7 +184,8 @@ def normalize(text: str) -> str:
 
     Removes `\text{}`, and at the ends `$`, quotes, Markdown and the sentence's punctuation.
     """
-    whole = " ".join(TEXT_COMMAND.sub(r"\1", unicodedata.normalize("NFC", markup.plain(text))).split())
+    straight = markup.plain(text).replace("\u2019", "'").replace("\u2018", "'")
+    whole = " ".join(TEXT_COMMAND.sub(r"\1", unicodedata.normalize("NFC", straight)).split())
     text, before = whole, None
     while text != before:
         before = text

@@ -8,6 +8,12 @@ from __future__ import annotations
 import re
 
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_ATTACHED = re.compile("(?<![^\\W\\d_])([^\\W\\d_])(?=[\u00bc-\u00be\u2153-\u215e])")
+"""A variable in front of a one-character fraction, its factor."""
+_RAISED = re.compile("(?<=[0-9)])[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_RAISED_SIGNS = str.maketrans(
+    "\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789"
+)
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 _VULGAR = {
     ord(sign): f" {value}"
@@ -27,7 +33,7 @@ _COLOR = re.compile(r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}")
 _SIUNITX = re.compile(r"\\(?:SI|qty|num|unit)\{([^{}]{1,60})\}(?:\{[^{}]{0,60}\})?")
 _OPENING = re.compile(r"(?:(?<=[\s(\[{\"'>:,=$~|\u201c\u2018])|^)(?:\*{2,3}|_{2,3})(?=[^\s*_])", re.MULTILINE)
 _CLOSING = re.compile(
-    r"(?<=[^\s*_])(?:\*{2,3}|_{2,3})(?:[!?,;]+(?=\s*$)|(?=[\s.,;:!?)\]}\"'$|<\u2014\u201d\u2019]|$))",
+    r"(?<=[^\s*_])(?:\*{2,3}|_{2,3})(?:[!,;]+(?=\s*$)|(?=[\s.,;:!?)\]}\"'$|<\u2014\u201d\u2019]|$))",
     re.MULTILINE,
 )
 _LABEL = re.compile(r"(?<=\w)(\s{0,2})\*\*(?=\s{0,2}[:=])|(?<=[:=])\*\*")
@@ -52,7 +58,7 @@ _DECIMAL_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d{1,2})(?!
 
 def clean(text: str) -> str:
     """Replace control and direction characters by spaces, and full-width characters by their ASCII forms."""
-    return _INVISIBLE.sub(" ", text).translate(_PLAIN)
+    return _INVISIBLE.sub(" ", text if text.isascii() else _ATTACHED.sub(r"\1*", text)).translate(_PLAIN)
 
 
 def plain(text: str) -> str:
@@ -69,6 +75,11 @@ def plain(text: str) -> str:
         text = _CLOSING.sub("", _OPENING.sub("", _LABEL.sub(r"\1", text)))
         text = _SINGLE.sub(r"\g<inside>", text)
     return text
+
+
+def powers(text: str) -> str:
+    """Write raised digits behind a number or a bracket as LaTeX does: `10\u207b\u00b3` becomes `10^{-3}`."""
+    return _RAISED.sub(lambda match: f"^{{{match[0].translate(_RAISED_SIGNS)}}}", text)
 
 
 def strip(text: str) -> str:

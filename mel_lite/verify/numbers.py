@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,16 +18,25 @@ MAX_DIGITS = 400
 """Longest number that is read, and the largest power of ten. No honest answer exceeds it."""
 _FLOAT_TOLERANCE = Fraction(1, 10**9)
 
-_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])(?:\.[0-9]++)?+|[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)(?!\.[0-9])"
 _NUMBER = re.compile(
     r"(?<![\w.^])(?P<sign>(?<![\w)])[-+][ ]?)?(?:[$\u20ac\u00a3\u00a5\u20b9][ ]?)?(?P<inner>-)?"
     rf"(?:(?P<whole>[0-9]{{1,9}})[ ]+(?=[0-9]+[ ]?/))?(?P<value>{_DECIMAL})(?:[ ]?/[ ]?(?P<denominator>{_DECIMAL}))?"
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,4})(?![\w.])"
-    r"|[ ]?(?:\*|x|\u00d7|\\times|\\cdot)[ ]?10\^\{?(?P<power>[-+]?[0-9]{1,4})\}?)?"
-    r"(?:[ ]{1,3}(?P<scale>hundred|thousand|million|billion|trillion)\b)?"
-    r"(?P<percent>[ ]?%|[ ]percent\b)?"
+    r"|[ ]?(?:\*|x|[\u00d7\u00b7\u22c5\u2022]|\\times|\\cdot)[ ]?10\^\{?(?P<power>[-+]?[0-9]{1,4})\}?)?"
+    r"(?:[ ]{1,3}(?P<scale>dozen|hundred|thousand|lakh|million|crore|billion|trillion)s?\b"
+    r"|(?P<suffix>[kK]|[ ]?(?:k|mn|bn))\b)?"
+    r"(?P<percent>[ ]?%|[ ](?:percent|pct)\b)?"
 )
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {
+    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6,
+    "crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12,
+}  # fmt: skip
+_AMOUNT = re.compile(
+    r"(?P<amount>[$\u20ac\u00a3\u00a5\u20b9][ ]?-?[0-9][0-9,]*+(?:\.[0-9]++)?+)[ ]?(?P<scale>[kKmMbB]|M[nM])\b"
+)
+_AMOUNTS = {"k": "thousand", "m": "million", "mn": "million", "mm": "million", "b": "billion"}
+"""Scales of `$1.5M`. Without a currency, `5 m` is a length and `5 K` a temperature."""
 _FRACTION = re.compile(
     r"(?P<left>[0-9])?\s*\\[dt]?frac\s*(?:\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}|([0-9])([0-9]))"
 )
@@ -49,21 +59,42 @@ _UNIT = re.compile(
     r"|(?:[a-z]{2,12}|[mgsLJNWVA])\s*/\s*(?:[a-z]{2,12}|[hsmgL]|kg)\b\s*(?:\^\s*(?:\{[23]\}|[23])|[\u00b2\u00b3])?)"
 )
 _POWER_OF_TEN = re.compile(
-    r"(?P<times>(?:\*|x|\u00d7|\\times|\\cdot)\s?)?(?<![\w.^}])10\s?\^\s?"
+    r"(?P<times>(?:\*|x|[\u00d7\u00b7\u22c5\u2022]|\\times|\\cdot)\s?)?(?<![\w.^}])10\s?\^\s?"
     r"(?:\{\s?(?P<braced>[-+]?[0-9]{1,4})\s?\}|(?P<bare>[-+]?[0-9]{1,4}))"
     r"(?![\w.^])"
 )
 _ORDINAL = re.compile(r"(?<=[0-9])(?:st|nd|rd|th)\b")
 _NEGATIVE = re.compile(r"\b(?:minus|negative)[ ]+(?=[$\u20ac\u00a3]?[0-9])", re.IGNORECASE)
-_NOT_A_NUMBER = re.compile(r"[\\^*/+<>\u2264\u2265\u221a\u03c0\[\]{}|\u00b2\u00b3\u2260]|\b(?:pi|sqrt|i)\b")
-_VARIABLE = re.compile(r"[0-9][abknpqrtxyz]\b")
+_NOT_A_NUMBER = re.compile(
+    r"[\\^*/+<>\u2264\u2265\u221a\u03c0\[\]{}|\u00b2\u00b3\u2260\u00b1\u2030\u0305\u2080-\u2089]"
+    r"|\b(?:pi|sqrt|i|per mille|binary|octal|hex(?:adecimal)?)\b"
+)
+_VARIABLE = re.compile(r"[0-9](?:[abefijnpqrtuvwxyz]|[abxyz]{2,3})\b(?![-+][0-9])|[0-9] [exyz]\b(?![ ]?[0-9])")
+_OTHER_NOTATION = re.compile(
+    r"\b(?:a(?:rc)?)?(?:sin|cos|tan|sec|csc|cot|log|ln|exp)h?[ ]?\(?[ ]?-?[0-9]"
+    r"|[0-9][ ]?(?:sin|cos|tan|log|ln)[ (]{1,2}[a-z]\b"
+    r"|(?<![A-Za-z])[A-Za-z]\([ ]?-?[0-9.]+[ ]?\)"
+    r"|[0-9](?:_[0-9{]|[rR][0-9])|\b0[xXbBoO][0-9A-Fa-f]|[-+][ ]?[-+][ ]?[0-9]"
+)
+"""A function of the number (`log 5`, `f(5)`), another base (`1010_2`, `0x10`), a remainder (`3r2`), two signs."""
+_BEFORE = (
+    r"at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower|other) than|up to|no more than"
+    r"|between|above|below|over|under|beyond|exceed(?:s|ing)?|almost|nearly"
+    r"|twice|thrice|doubled?|tripled?|half|(?:half|third|quarter|square|cube|root|opposite|reciprocal|inverse) of"
+)
+_AFTER = (
+    r"squared|cubed|factorial|root of"
+    r"|(?:[a-z]{1,15} ){0,2}(?:(?:below|under|less than) (?:zero|freezing)|at (?:most|least)"
+    r"|(?:or|and) (?:more|less|fewer|above|below|over|under|greater|higher|lower|larger|smaller|up)"
+    r"|(?:is|was) (?:wrong|incorrect|false|impossible|excluded))"
+)
 _NO_STATEMENT = re.compile(
-    r"\b(?:not|never|neither|nor|except|unknown|(?:is|was|are|does|do|did|can|could)n['\u2019]t|cannot"
-    r"|(?:(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|up to|no more than"
-    r"|between|above|below|over|under|almost|nearly)\s{1,3}[$\u20ac\u00a3]?[0-9]))",
+    r"\b(?:not|never|neither|nor|except|unknown|undefined|i doubt|no (?:real )?solutions?"
+    r"|(?:any|every)thing but|(?:is|was|are|does|do|did|can|could)n['\u2019]t|cannot"
+    rf"|(?:{_BEFORE})\s{{1,3}}[$\u20ac\u00a3]?[0-9])|[0-9] (?:{_AFTER})\b|\((?:wrong|incorrect|false)\)",
     re.IGNORECASE,
 )
-"""A denial, or a bound: `not 5` and `at least 5` do not state the number 5."""
+"""A denial, a bound or a calculation: `not 5`, `at least 5`, `5 or more` and `twice 5` do not state the number 5."""
 _CONTRAST = re.compile(r"\s?[,;(]\s?(?:and |but )?(?:not|rather than) [^,;()]{1,30}\)?\W{0,3}$")
 """The end of `7, not 8`, which does state 7."""
 _WORDS = {
@@ -77,8 +108,28 @@ _TENS = {
     word: 10 * value
     for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
 }
+_PARTS = {
+    word: str(parts)
+    for parts, word in (
+        (2, "half"), (2, "halve"), (3, "third"), (4, "quarter"), (4, "fourth"), (5, "fifth"), (6, "sixth"),
+        (7, "seventh"), (8, "eighth"), (9, "ninth"), (10, "tenth"), (100, "hundredth"), (1000, "thousandth"),
+    )
+}  # fmt: skip
 _SPELLED = re.compile(
-    rf"(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_WORDS)[1:10])}))?|(?P<small>{'|'.join(_WORDS)})"
+    rf"(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_WORDS)[1:10])}))?"
+    rf"|(?:(?P<small>{'|'.join(_WORDS)})|an?)[- ](?P<part>{'|'.join(_PARTS)})s?|(?P<half>half )?an? dozen"
+    rf"|(?P<alone>{'|'.join(_WORDS)})"
+)
+_TENTHS = re.compile(
+    r"(?<![0-9/.,])(?P<count>[0-9]{1,9}) (?P<part>third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s\b"
+)
+"""`5 tenths`. Quarters are coins, too, and halves the parts of a match."""
+_COMPARED = ((re.compile(r"!=|=/=|<>"), "\u2260"), (re.compile("<="), "\u2264"), (re.compile(">="), "\u2265"))
+_BASE_TEN = re.compile(r"(?<=[0-9])(?:_(?:10|\{10\})|\u2081\u2080)(?![0-9\u2080-\u2089])")
+_REPEATING = re.compile(
+    r"(?<![0-9.])(?P<whole>[0-9]{1,9})\.(?P<fixed>[0-9]{0,9}?)"
+    r"(?:\\overline[ ]?\{(?P<bar>[0-9]{1,9})\}|\((?P<bracketed>[0-9]{1,9})\)"
+    r"|(?P<cycle>[0-9]{1,3}?)(?P=cycle){2,9}(?P<cut>[0-9]{0,2})(?:\.\.\.|\u2026|\\[lc]?dots))(?![0-9])"
 )
 _CALCULATION = re.compile(r"[-+*/x\u00d7\u00f7^(). 0-9]+")
 _GROUPED = re.compile(r"[^0-9]{0,40}?(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?[^0-9]*")
@@ -92,7 +143,7 @@ class Number:
     value: Fraction
     percent: bool = False
     rounded: bool = field(default=False, compare=False)
-    """True for scientific notation, whose digits are those that are known."""
+    """True for scientific notation and `2 million`, whose digits are those that are known."""
 
 
 def same_number(left: Number, right: Number) -> bool:
@@ -142,7 +193,9 @@ def _only_number(text: str) -> Number | None:
         text = re.sub(r"(?<=[0-9]) (?=[0-9])", "", text)
     matches = list(_NUMBER.finditer(text))
     numbers = {_read(match) for match in matches}
-    if len(numbers) != 1 or _VARIABLE.search(text) or _NO_STATEMENT.search(text):
+    if len(numbers) != 1 or any(pattern.search(text) for pattern in (_VARIABLE, _NO_STATEMENT, _OTHER_NOTATION)):
+        return None
+    if any(text[one.end() : other.start()].isspace() for one, other in itertools.pairwise(matches)):
         return None
     if _NOT_A_NUMBER.search(_NUMBER.sub(" ", text)):
         return None
@@ -150,13 +203,15 @@ def _only_number(text: str) -> Number | None:
 
 
 def spelled_out(text: str) -> str:
-    """Return digits for a text that is nothing but a number below 100 in words (`Forty-two`); other texts stay."""
+    """Return digits for a text that is only a number in words (`Forty-two`, `two thirds`, `a dozen`); others stay."""
     found = _SPELLED.fullmatch(markup.strip(TEXT_COMMAND.sub(r"\1", text)).casefold())
     if found is None:
         return text
-    return (
-        _WORDS[found["small"]] if found["small"] else str(_TENS[found["tens"]] + int(_WORDS[found["ones"] or "zero"]))
-    )
+    if found["tens"]:
+        return str(_TENS[found["tens"]] + int(_WORDS[found["ones"] or "zero"]))
+    if found["part"]:
+        return f"{_WORDS[found['small'] or 'one']}/{_PARTS[found['part']]}"
+    return _WORDS[found["alone"]] if found["alone"] else "6" if found["half"] else "12"
 
 
 def denies(text: str) -> bool:
@@ -166,7 +221,7 @@ def denies(text: str) -> bool:
 
 def _without_latex(text: str) -> str:
     """Rewrite LaTeX fractions as plain text and remove LaTeX spacing, currencies and units."""
-    text = markup.join_groups(markup.join_thousands(markup.plain(text)))
+    text = _one_notation(markup.join_groups(markup.join_thousands(markup.plain(text))))
     for latex, plain in (("\\$", "$"), ("\\%", "%"), ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " ")):
         text = text.replace(latex, plain)
     text = TEXT_COMMAND.sub(r" \1 ", _NAMED_UNIT.sub(r" \1 ", _POWER_IN_UNIT.sub(r" \1 ", text)))
@@ -183,8 +238,27 @@ def _without_latex(text: str) -> str:
     return _FRACTION.sub(fraction, text)
 
 
+def _one_notation(text: str) -> str:
+    """Write comparisons, powers, scales and repeating decimals in the one way that the other patterns know."""
+    for written, sign in _COMPARED:
+        text = written.sub(sign, text)
+    text = markup.powers(_BASE_TEN.sub("", text))
+    text = _AMOUNT.sub(lambda match: f"{match['amount']} {_AMOUNTS[match['scale'].lower()]}", text)
+    text = _TENTHS.sub(lambda match: f"{match['count']}/{_PARTS[match['part']]}", text)
+
+    def fraction(match: re.Match[str]) -> str:
+        cycle = match["bar"] or match["bracketed"] or match["cycle"]
+        if match["cut"] and not cycle.startswith(match["cut"]):
+            return match[0]
+        fixed = f"{match['whole']}{match['fixed']}"
+        nines = (10 ** len(cycle) - 1) * 10 ** len(match["fixed"])
+        return f"{int(fixed + cycle) - int(fixed or 0)}/{nines}"
+
+    return _REPEATING.sub(fraction, text)
+
+
 def _read(match: re.Match[str]) -> Number | None:
-    power = int(match["exponent"] or match["power"] or 0) + _SCALES.get(match["scale"] or "", 0)
+    power = int(match["exponent"] or match["power"] or 0)
     if len(match[0]) > MAX_DIGITS or abs(power) > MAX_DIGITS:
         return None
     try:
@@ -193,6 +267,7 @@ def _read(match: re.Match[str]) -> Number | None:
             value /= Fraction(match["denominator"].replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
-    value = (value + int(match["whole"] or 0)) * Fraction(10) ** power
+    scale = match["scale"] or (match["suffix"] or "").strip().lower()
+    value = (value + int(match["whole"] or 0)) * Fraction(10) ** power * _SCALES.get(scale, 1)
     negative = (match["sign"] or "").startswith("-") != (match["inner"] is not None)
-    return Number(-value if negative else value, match["percent"] is not None, power != 0)
+    return Number(-value if negative else value, match["percent"] is not None, bool(power or scale))

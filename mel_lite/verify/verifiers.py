@@ -37,8 +37,8 @@ TINY = 1e-3
 """Size below which numbers that math-verify calls equal are also compared relatively."""
 MAX_ANSWER_CHARS = 2_000
 """Longest final answer that is read. A longer one is WRONG: parsers of nested text are not linear."""
-_MISREAD = re.compile(r"\d\s*_\s*[\d{]|^\W*[-\u2212]\s*[-\u2212]")
-"""Notation that math-verify drops: a number in another base (`427_8`), and repeated signs."""
+_MISREAD = re.compile(r"\d\s*_\s*[\d{]|\b0[xXbBoO][0-9A-Fa-f]|^\W*[-\u2212]\s*[-\u2212]")
+"""Notation that math-verify drops: a number in another base (`427_8`, `0x10`), and repeated signs."""
 _BECAUSE = re.compile(r",?\s(?:because|since)\s")
 _SUBJECT = (
     r"(?:it|they|he|she|this|that|there|we|you|i)\s"
@@ -162,7 +162,7 @@ def _parse_formula(text: str) -> Any:
     """Return the sympy object of a bare formula, or None when it does not parse."""
     from math_verify import LatexExtractionConfig, parse
 
-    text = text.strip().strip("$").strip().replace("**", "^")
+    text = markup.powers(text.strip().strip("$").strip().replace("**", "^")).replace("\u221e", r"\infty ")
     text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)
     if not text or len(text) > MAX_ANSWER_CHARS:
         return None
