@@ -146,6 +146,8 @@ class Finish(StrEnum):
     """An end-of-sequence token was sampled; it is the last id."""
     LENGTH = "length"
     """`max_new_tokens` was reached."""
+    ENDED = "ended"
+    """It was ended early, since nothing useful could follow."""
 
 
 class Status(StrEnum):

@@ -21,6 +21,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     """Continue to `max_new_tokens` after an end-of-sequence id, to measure the cost of the longest sequences."""
+    is_hopeless: Callable[[Sequence[int]], bool] | None = None
+    """Called now and then with the ids of a sequence so far; True ends it (Finish.ENDED). Engines that cannot look at
+    an unfinished sequence ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,12 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    sampling: Sampling | None = None
+    """Options of its own, for engines that mix; None = those of the call."""
+
+    def options(self, of_call: Sampling) -> Sampling:
+        """Return the options it is sampled with."""
+        return of_call if self.sampling is None else self.sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,8 @@ class Engine(ABC):
     """Samples from the policy being trained. Subclasses set `name` and implement `generate`, `wake` and `sleep`."""
 
     name: str
+    mixes: bool = False
+    """True if the requests of one call may have sampling options of their own (`Request.sampling`)."""
     own_kernels: bool = False
     """True if log-probs differ from the trainer's by rounding, so that importance sampling must correct for it."""
     context_tokens: int | None = None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from mel_lite.engines.base import Completion, Sampling
 from mel_lite.engines.seeded_sampler import SeededSampler
@@ -18,6 +17,8 @@ from mel_lite.types import Finish
 
 LEAVE_SHARE = 8
 """Finished sequences leave once they are 1/8 of the batch: leaving copies the cache."""
+LOOK_TOKENS = 32
+"""Tokens between two looks at a sequence that may be hopeless."""
 ROOM_TOKENS = 64
 """Room that a layer of the cache allocates at once."""
 
@@ -30,22 +31,21 @@ def decode(
     sampler: SeededSampler,
     *,
     ends: Sequence[int],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
 ) -> list[Completion]:
-    """Sample a completion of every row, up to and including one of `ends`.
+    """Sample a completion of every row, up to and including one of `ends` and within the row's own limit.
 
     `cache` holds keys and values of all prompt tokens but the last.
     """
     rows_B = torch.arange(len(ids_BP), device=ids_BP.device)
     end_E = torch.tensor(list(ends), dtype=torch.long, device=ids_BP.device)
     is_open_B = torch.ones_like(rows_B, dtype=torch.bool)
-    penalty = None
-    if sampling.repetition_penalty != 1.0:
-        penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+    limit_B = torch.tensor([each.max_new_tokens for each in samplings], device=ids_BP.device)
     ids_BT, mask_BT = ids_BP, mask_BP
     sampled: list[list[int]] = [[] for _ in range(len(ids_BP))]
     logprobs: list[list[float]] = [[] for _ in range(len(ids_BP))]
-    for position in range(sampling.max_new_tokens):
+    given_up: set[int] = set()
+    for position in range(max(each.max_new_tokens for each in samplings)):
         logits_BV = model(
             input_ids=ids_BT[:, -1:],
             attention_mask=mask_BT,
@@ -53,15 +53,16 @@ def decode(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1].float()  # fmt: skip
-        if penalty is not None:
-            logits_BV = penalty(ids_BT, logits_BV)
         choice_B, logp_B = sampler.draw(ids_BT, logits_BV, position, rows_B)
         drawn = zip(rows_B.tolist(), is_open_B.tolist(), choice_B.tolist(), logp_B.tolist(), strict=True)
         for row, is_open, choice, logp in drawn:
             if is_open:
                 sampled[row].append(choice)
                 logprobs[row].append(logp)
-        is_open_B &= ~torch.isin(choice_B, end_E)
+        is_open_B &= ~torch.isin(choice_B, end_E) & (position + 1 < limit_B[rows_B])
+        if (position + 1) % LOOK_TOKENS == 0:
+            given_up |= (hopeless := _hopeless(rows_B[is_open_B].tolist(), sampled, samplings))
+            is_open_B &= torch.tensor([row not in hopeless for row in rows_B.tolist()], device=is_open_B.device)
         ids_BT = torch.cat([ids_BT, choice_B[:, None]], dim=1)
         mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
         still = int(is_open_B.sum())
@@ -71,13 +72,24 @@ def decode(
             stay = is_open_B.nonzero()[:, 0]
             cache.batch_select_indices(stay.cpu())  # layers may be on several devices
             ids_BT, mask_BT, rows_B, is_open_B = (each[stay] for each in (ids_BT, mask_BT, rows_B, is_open_B))
-    return [completion(ids, logps, ends) for ids, logps in zip(sampled, logprobs, strict=True)]
+    return [
+        completion(ids, logps, ends, otherwise=Finish.ENDED if row in given_up else Finish.LENGTH)
+        for row, (ids, logps) in enumerate(zip(sampled, logprobs, strict=True))
+    ]
 
 
-def completion(ids: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:
-    """Return the completion up to and including its first end."""
+def _hopeless(rows: Sequence[int], sampled: Sequence[list[int]], samplings: Sequence[Sampling]) -> set[int]:
+    """Return the rows whose `is_hopeless` says so of their ids."""
+    looks = ((row, samplings[row].is_hopeless) for row in rows)
+    return {row for row, is_hopeless in looks if is_hopeless is not None and is_hopeless(sampled[row])}
+
+
+def completion(
+    ids: Sequence[int], logprobs: Sequence[float], ends: Sequence[int], *, otherwise: Finish = Finish.LENGTH
+) -> Completion:
+    """Return the completion up to and including its first end. `otherwise`: its finish where it has none."""
     end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    finish = Finish.LENGTH if end is None else Finish.STOP
+    finish = otherwise if end is None else Finish.STOP
     return Completion(tuple(ids[:end]), tuple(logprobs[:end]), finish)
 
 

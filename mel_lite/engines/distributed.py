@@ -58,7 +58,7 @@ class SplitEngine(Engine):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.name = engine.name
-        self.own_kernels, self.context_tokens = engine.own_kernels, engine.context_tokens
+        self.mixes, self.own_kernels, self.context_tokens = engine.mixes, engine.own_kernels, engine.context_tokens
 
     def wake(self) -> None:
         """Wake the engine of this rank."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
@@ -44,6 +44,7 @@ class HFEngine(Engine):
     """
 
     name = "hf"
+    mixes = True
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class HFEngine(Engine):
         Raises: EngineError when there is not enough memory for a single sequence.
         """
         done: dict[int, Completion] = {}
-        pending = self._batches(requests, sampling.max_new_tokens)[::-1]
+        pending = self._batches(requests, sampling)[::-1]
         with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
             while pending:
                 rows = pending.pop()
@@ -93,14 +94,15 @@ class HFEngine(Engine):
                 try:
                     completions = self._generate_batch(model, [requests[i] for i in rows], sampling)
                 except torch.OutOfMemoryError as error:
+                    new_tokens = _new_tokens(requests, rows, sampling)
                     if len(rows) == 1:
                         raise EngineError(
                             f"Out of memory while sampling one sequence of {len(requests[rows[0]].prompt_ids)} prompt "
-                            f"and up to {sampling.max_new_tokens} new tokens. Lower max_completion_length or "
-                            "analysis_max_tokens, or use a smaller model."
+                            f"and up to {new_tokens} new tokens. Lower max_completion_length or analysis_max_tokens, "
+                            "or use a smaller model."
                         ) from error
                     torch.cuda.empty_cache()
-                    longest = max(len(requests[i].prompt_ids) for i in rows) + sampling.max_new_tokens
+                    longest = max(len(requests[i].prompt_ids) for i in rows) + new_tokens
                     self.limit_cache(max(1, len(rows) // 2) * longest)
                     pending += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
                     continue
@@ -113,11 +115,11 @@ class HFEngine(Engine):
         """Return the context that switches the model to inference while it samples."""
         return evaluating(model)
 
-    def _batches(self, requests: Sequence[Request], new_tokens: int) -> list[list[int]]:
+    def _batches(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         """Split request indices into batches, shortest prompt first, since similar lengths need the least padding."""
         batches: list[list[int]] = []
         for i in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids)):
-            width = len(requests[i].prompt_ids) + new_tokens
+            width = len(requests[i].prompt_ids) + _new_tokens(requests, [*(batches or [[]])[-1], i], sampling)
             room = self._max_concurrent
             if self._max_cache_tokens is not None:
                 room = min(room, self._max_cache_tokens // width)
@@ -140,15 +142,16 @@ class HFEngine(Engine):
             ids_UP[u, prompt_tokens - len(prompt_ids) :] = torch.tensor(prompt_ids)
             mask_UP[u, prompt_tokens - len(prompt_ids) :] = 1
         ids_UP, mask_UP = ids_UP.to(device), mask_UP.to(device)
-        sampler = SeededSampler([r.seed for r in requests], prompt_tokens, sampling, device, self._saw)
+        samplings = [request.options(sampling) for request in requests]
+        sampler = SeededSampler([r.seed for r in requests], prompt_tokens, samplings, device, self._saw)
         ends = [] if sampling.ignore_eos else self._eos_ids
         cache = _prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None
         if cache is not None:
-            return decode(model, cache, ids_UP[source], mask_UP[source], sampler, ends=ends, sampling=sampling)
+            return decode(model, cache, ids_UP[source], mask_UP[source], sampler, ends=ends, samplings=samplings)
+        limits = [each.max_new_tokens for each in samplings]
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limits),
             do_sample=False,
-            repetition_penalty=sampling.repetition_penalty,
             eos_token_id=None if sampling.ignore_eos else self._eos_ids,
             pad_token_id=self._pad_id,
             use_cache=True,
@@ -160,10 +163,27 @@ class HFEngine(Engine):
                 attention_mask=mask_UP[source],
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([_RowLimits(limits, prompt_tokens, device)]),
             )
         sampled = output[:, prompt_tokens:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        return [completion(a, b, ends) for a, b in zip(sampled, logprobs, strict=True)]
+        rows = zip(sampled, logprobs, limits, strict=True)
+        return [completion(ids[:limit], logps[:limit], ends) for ids, logps, limit in rows]
+
+
+class _RowLimits(StoppingCriteria):
+    """Ends each row of `model.generate` at its own number of sampled tokens."""
+
+    def __init__(self, limits: Sequence[int], prompt_tokens: int, device: torch.device) -> None:
+        self._length_B = prompt_tokens + torch.tensor(limits, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        return input_ids.shape[1] >= self._length_B
+
+
+def _new_tokens(requests: Sequence[Request], rows: Sequence[int], sampling: Sampling) -> int:
+    """Return the most tokens that one of these requests may get."""
+    return max(requests[i].options(sampling).max_new_tokens for i in rows)
 
 
 def _add(watch: Callable[[int, int], None], before: int, finished: int, tokens: int) -> None:

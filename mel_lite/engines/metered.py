@@ -123,7 +123,7 @@ class MeteredEngine(Engine):
 
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self.name, self.own_kernels, self.context_tokens = engine.name, engine.own_kernels, engine.context_tokens
-        self.share, self.max_num_seqs = engine.share, engine.max_num_seqs
+        self.mixes, self.share, self.max_num_seqs = engine.mixes, engine.share, engine.max_num_seqs
         self.unmetered = engine
         engine.watch = clock.saw
         self._clock = clock
@@ -140,7 +140,8 @@ class MeteredEngine(Engine):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         signals.poll()
-        self._clock.expect(len(requests), most_tokens=sampling.max_new_tokens)
+        most = max((request.options(sampling).max_new_tokens for request in requests), default=0)
+        self._clock.expect(len(requests), most_tokens=most)
         completions = self._with_one_restart(requests, sampling)
         signals.poll()
         self._clock.saw(len(requests))

@@ -66,6 +66,7 @@ class VLLMEngine(Engine):
 
     name = "unsloth+vllm"
     own_kernels = True
+    mixes = True
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class VLLMEngine(Engine):
         try:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(r.prompt_ids)} for r in requests],
-                sampling_params=[self._params(r, sampling) for r in requests],
+                sampling_params=[self._params(r, r.options(sampling)) for r in requests],
                 lora_request=self._lora_request,
                 use_tqdm=partial(_Interruptible, watch=self.watch),
             )
@@ -174,7 +175,7 @@ class VLLMEngine(Engine):
             raise
         if len(outputs) != len(requests):
             raise EngineError(f"vLLM returned {len(outputs)} completions for {len(requests)} requests. {SWITCH}")
-        return [self._completion(r, o, sampling) for r, o in zip(requests, outputs, strict=True)]
+        return [self._completion(r, o, r.options(sampling)) for r, o in zip(requests, outputs, strict=True)]
 
     def _params(self, request: Request, sampling: Sampling) -> Any:
         return self._sampling_params(
@@ -232,9 +233,10 @@ class VLLMEngine(Engine):
         self, rows: Sequence[int], requests: Sequence[Request], sampling: Sampling, error: BaseException
     ) -> None:
         if len(rows) == 1:
+            only = requests[rows[0]]
             raise EngineError(
-                f"Out of memory in vLLM while sampling one sequence of {len(requests[rows[0]].prompt_ids)} prompt and "
-                f"up to {sampling.max_new_tokens} new tokens. Lower model.gpu_memory_utilization, "
+                f"Out of memory in vLLM while sampling one sequence of {len(only.prompt_ids)} prompt and up to "
+                f"{only.options(sampling).max_new_tokens} new tokens. Lower model.gpu_memory_utilization, "
                 "max_completion_length or analysis_max_tokens, or use a smaller model."
             ) from error
         torch.cuda.empty_cache()

@@ -63,6 +63,7 @@ class VLLMServerEngine(Engine):
 
     name = "vllm-server"
     own_kernels = True
+    mixes = True
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class VLLMServerEngine(Engine):
         self._check_lengths(requests)
         pool = ThreadPoolExecutor(max_workers=min(self._in_flight, max(1, len(requests))))
         try:
-            asked = [pool.submit(self._complete, request, sampling) for request in requests]
+            asked = [pool.submit(self._complete, request, request.options(sampling)) for request in requests]
             _wait_for(asked)
             return [each.result() for each in asked]
         finally:

@@ -94,6 +94,25 @@ def a_cut_distribution_reports_its_own_log_probs(build: Build, model: Any) -> No
     assert abs(sum(masses.values()) - 1) < 1e-5
 
 
+def requests_of_one_call_may_have_options_of_their_own(build: Build, model: Any) -> None:
+    kinds = [Sampling(12, 0.7), Sampling(5, 0), Sampling(20, 1.5, top_k=3), Sampling(9, 0.7, repetition_penalty=1.3)]
+    asked = [Request(r.prompt_ids, r.seed, kinds[i % 4]) for i, r in enumerate(requests(*range(12)))]
+    assert build(model).mixes
+    together = build(model).generate(asked, Sampling(1))
+    for kind in kinds:
+        mine = [i for i, each in enumerate(asked) if each.sampling is kind]
+        alone = build(model).generate([Request(asked[i].prompt_ids, asked[i].seed) for i in mine], kind)
+        assert [together[i].ids for i in mine] == [c.ids for c in alone]
+        gaps = [
+            a - b
+            for i, c in zip(mine, alone, strict=True)
+            for a, b in zip(together[i].logprobs, c.logprobs, strict=True)
+        ]
+        assert max(map(abs, gaps)) < ROUNDING
+        assert max(len(c.ids) for c in alone) <= kind.max_new_tokens
+    assert {len(c.ids) for c in together} >= {5, 20}
+
+
 def an_end_token_ends_the_completion(build: Build, model: Any) -> None:
     sampled = build(model).generate(requests(*range(8)), Sampling(30))
     common = Counter(token for c in sampled for token in c.ids[1:]).most_common(1)[0][0]
@@ -137,6 +156,7 @@ CLAUSES: dict[str, Callable[[Build, Any], None]] = {
         the_current_adapter_is_applied,
         greedy_takes_the_likeliest_token,
         a_cut_distribution_reports_its_own_log_probs,
+        requests_of_one_call_may_have_options_of_their_own,
         an_end_token_ends_the_completion,
         training_mode_and_checkpointing_are_restored,
         sleeping_and_waking_may_be_repeated,

@@ -84,8 +84,9 @@ class FakeLLM:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos")
         for params in sampling_params:
             assert params.stop_token_ids or params.ignore_eos, "stop tokens end a sequence whatever ignore_eos says"
-        (sampling,) = {Sampling(p.max_tokens, **{name: getattr(p, name) for name in names}) for p in sampling_params}
-        return self.sampler.generate([Request(i, p.seed) for i, p in zip(ids, sampling_params, strict=True)], sampling)
+        samplings = [Sampling(p.max_tokens, **{name: getattr(p, name) for name in names}) for p in sampling_params]
+        asked = zip(ids, sampling_params, samplings, strict=True)
+        return self.sampler.generate([Request(i, p.seed, own) for i, p, own in asked], samplings[0])
 
     def _answer(self, ids: tuple[int, ...], done: Completion, fault: str | None, lora_request: Any) -> Any:
         logprobs = [{t: SimpleNamespace(logprob=x)} for t, x in zip(done.ids, done.logprobs, strict=True)]
@@ -133,7 +134,7 @@ def fake_vllm_engine(
 class LateEngine(Engine):
     """Engine to build a trainer with before the model that it samples from exists."""
 
-    name, own_kernels = VLLMEngine.name, True
+    name, own_kernels, mixes = VLLMEngine.name, True, True
 
     def __init__(self) -> None:
         self.inner: VLLMEngine | None = None

@@ -33,6 +33,7 @@ class ScriptedEngine(Engine):
     """Answers each request according to its prompt, at random but determined by the request's seed."""
 
     name = "scripted"
+    mixes = True
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class ScriptedEngine(Engine):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls.append((requests, sampling))
-        return [self._complete(request, sampling) for request in requests]
+        return [self._complete(request, request.options(sampling)) for request in requests]
 
     def _complete(self, request: Request, sampling: Sampling) -> Completion:
         rng = random.Random(request.seed)
