@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from mel_lite.errors import DataError
@@ -28,6 +30,9 @@ IMAGE_COLUMNS = ("image", "images")
 """Columns that TRL takes for images."""
 
 
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+
+
 class Fault(Exception):
     """Raised for a value that cannot be used. The message follows the value: `is empty`."""
 
@@ -35,6 +40,10 @@ class Fault(Exception):
 def read_prompt(value: Any) -> Prompt:
     """Return a prompt: plain text as it is, or messages as `read_message` returns them. Raises: Fault."""
     if isinstance(value, str) and value.strip():
+        if _MESSAGES_AS_TEXT.match(value):
+            raise Fault(
+                "is a list of messages written as text; save the data as JSON Lines or Parquet, with real lists"
+            )
         return value
     if isinstance(value, list) and value:
         turns = [_numbered_message(number, message) for number, message in enumerate(value, 1)]
@@ -119,6 +128,9 @@ def read_answer(value: Any) -> str:
         return answers.pop() if answers else ""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, Decimal) and value.is_finite():
+        text = format(value, "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):

@@ -21,6 +21,14 @@ _MAX_CELL_CHARS = 2**31 - 1
 """Longest CSV cell. Python's own limit of 131,072 characters would refuse the file; large rows are skipped later."""
 _WIDE = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Byte order marks of other encodings than UTF-8, the longer ones first."""
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+}
+"""First bytes of compressed files."""
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -42,6 +50,7 @@ def open_file(path: Path) -> Source:
 
     Raises: DataError when the file cannot be read, here or during iteration.
     """
+    _check_unpacked(path)
     if path.suffix.lower() in (".json", ".jsonl"):
         with _reading(path):
             return _open_json(path)
@@ -68,6 +77,14 @@ def _readable(path: Path, rows: Rows) -> Rows:
         yield from rows
 
 
+def _check_unpacked(path: Path) -> None:
+    """Raises: DataError for a compressed file."""
+    with _reading(path), path.open("rb") as file:
+        start = file.read(8)
+    if packed := next((name for mark, name in _PACKED.items() if start.startswith(mark)), None):
+        raise DataError(f"{path.name}: is compressed ({packed}). Unpack it first.")
+
+
 # ---- JSON and JSON Lines ----
 
 
@@ -79,7 +96,7 @@ def _open_json(path: Path) -> Source:
     filled = (line for line in _lines(path) if line.strip())
     first, second = next(filled, b""), next(filled, b"")
     value = _parsed(first)
-    one_document = isinstance(value, dict) and not second and _list_inside(value) is not None
+    one_document = isinstance(value, dict) and not second and (_list_inside(value) is not None or _has_columns(value))
     if isinstance(value, dict) and not one_document:
         return read_lines(path)
     repaired: list[str] = []
@@ -91,6 +108,11 @@ def _open_json(path: Path) -> Source:
         raise
     if isinstance(content, dict):
         inside = _list_inside(content)
+        if inside is None and _has_columns(content):
+            raise DataError(
+                f"{path.name}: is one object with a list for each column. Write one object for each row instead, such "
+                "as pandas' to_json(..., orient='records')."
+            )
         content = [content] if inside is None else inside
     if not isinstance(content, list):
         raise DataError(f"{path.name}: holds a {type(content).__name__}; a JSON file must be a list of objects.")
@@ -103,6 +125,14 @@ def _list_inside(value: Row) -> list[Any] | None:
     if len(lists) != 1 or any(name in value for name in PROMPT_COLUMNS):
         return None
     return lists[0] if all(isinstance(item, dict) and "role" not in item for item in lists[0]) else None
+
+
+def _has_columns(value: Row) -> bool:
+    """Return True for a document of columns: its prompts are a list of texts or conversations, or an indexed dict."""
+    prompts = next((value[name] for name in PROMPT_COLUMNS if name in value), None)
+    if isinstance(prompts, dict):
+        return "role" not in prompts
+    return isinstance(prompts, list) and bool(prompts) and all(isinstance(item, str | list) for item in prompts)
 
 
 def _json_items(path: Path, content: list[Any], repaired: list[str]) -> Rows:
@@ -152,7 +182,12 @@ def _from_json(path: Path, unit: str, number: int, content: bytes) -> Any:
             number += content.count(b"\n", 0, error.start)
         shown = (content.splitlines() or [b""])[0][:60] if unit == "line" else content[:60]
         text = shown.decode("utf-8", errors="replace").strip()
-        raise DataError(f"{path.name}, {unit} {number}: {text!r} is not JSON ({first_line(error)}).") from error
+        fault = f"is not JSON ({first_line(error)})"
+        if isinstance(error, UnicodeDecodeError):
+            fault = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}). Save the file as UTF-8"
+        elif "integer string conversion" in str(error):
+            fault = "has an integer of more than 4,300 digits. Write it as text"
+        raise DataError(f"{path.name}, {unit} {number}: {text!r} {fault}.") from error
 
 
 def _object(path: Path, unit: str, number: int, value: Any, repaired: list[str] | None) -> Row:
@@ -210,6 +245,9 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _check_header(path: Path, columns: list[str]) -> None:
+    for separator in (";", "\t", "|"):
+        if len(columns) == 1 and separator in columns[0]:
+            raise DataError(f"{path.name}: its columns are separated by {separator!r}. Separate them by commas.")
     for name in columns:
         if _SURROGATE.search(name):
             shown = _whole(name)

@@ -22,11 +22,19 @@ GYM_SPLIT_SEEDS = {"train": 0, "validation": 1_000_000_007, "test": 2_000_000_01
 """Offsets of the seed, so that splits differ. Tasks with few questions can still repeat some across splits."""
 
 
+_OTHER_FILES = frozenset(".tsv .txt .ndjson .xlsx .xls .arrow .feather .yaml .yml .pkl .gz .zip .bz2 .xz .zst".split())
+"""Suffixes of data files that are not read. Ids of the Hub do not end in them."""
+
+
 def open_source(spec: str, *, split: str | None, config: str | None, seed: int, limit: int | None) -> Source:
     """Open the source that `spec` names.
 
     Raises: DataError when there is no such source, and during iteration for a row that cannot be read.
     """
+    if not spec.strip():
+        raise DataError(f"dataset = {spec!r} is empty: give a file, a Hub id or 'demo'.")
+    if "://" in spec:
+        raise DataError(f"dataset = {spec!r} is a URL. Download the file, and give its path.")
     kind, _, rest = spec.partition(":")
     if kind == "demo":
         return _open_demo(spec, rest or split or "train")
@@ -35,7 +43,13 @@ def open_source(spec: str, *, split: str | None, config: str | None, seed: int, 
     path = Path(spec)
     if path.suffix.lower() in SUFFIXES:
         return _open_file(path, split)
-    if path.is_file() or (spec.startswith((".", "/", "~")) and not path.is_dir()):
+    if Path(kind).suffix.lower() in SUFFIXES:
+        raise DataError(f"dataset = {spec!r}: a file has no {rest!r}; give {kind!r}, with all its rows.")
+    if (
+        path.is_file()
+        or path.suffix.lower() in _OTHER_FILES
+        or (spec.startswith((".", "/", "~")) and not path.is_dir())
+    ):
         raise DataError(f"dataset = {spec!r}: give a file ending in {', '.join(SUFFIXES)}, or a folder in Hub layout.")
     return _open_hub(spec, kind, config, split or "train")
 
@@ -47,6 +61,8 @@ def _open_demo(spec: str, split: str) -> Source:
 
 
 def _open_file(path: Path, split: str | None) -> Source:
+    if path.is_dir():
+        raise DataError(f"dataset = {str(path)!r} is a folder. Give one of its files.")
     if not path.is_file():
         raise DataError(f"dataset = {str(path)!r}: there is no such file (looked in {Path.cwd()}).")
     if split not in (None, "train"):

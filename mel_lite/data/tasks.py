@@ -162,7 +162,7 @@ def _pick(kind: str, candidates: Iterable[str], columns: list[str], source: Sour
             f"Choose one with {option(kind)} {found[0]!r} (or the other)."
         )
     raise DataError(
-        f"{source.name}: none of the columns {', '.join(map(repr, columns))} is called "
+        f"{source.name}: none of the columns {', '.join(map(repr, columns)) or '(it has none)'} is called "
         f"{' or '.join(repr(name) for name in candidates)}. Name the column of the {kind} with {option(kind)}."
     )
 
@@ -327,23 +327,27 @@ def _has_large_integer(value: Any) -> bool:
     return (isinstance(value, int) and value not in _INTEGERS) or any(map(_has_large_integer, items))
 
 
-def _column_error(table: dict[str, list[Any]], plan: _Plan) -> DataError:
-    """Return the error that names the first value which does not have the type of the values before it."""
+def _fits(values: list[Any]) -> bool:
+    """Return True when the values have one type that a column can hold."""
     from datasets import Dataset
 
-    def fits(name: str, count: int) -> bool:
-        try:
-            Dataset.from_dict({name: table[name][:count]})
-        except Exception:
-            return False
-        return True
+    try:
+        Dataset.from_dict({"value": values})
+    except Exception:
+        return False
+    return True
 
+
+def _column_error(table: dict[str, list[Any]], plan: _Plan) -> DataError:
+    """Return the error that names the first value which does not have the type of the values before it."""
     for name, values in table.items():
-        if fits(name, len(values)):
+        if _fits(values):
             continue
-        at = bisect_left(range(len(values)), True, key=lambda i: not fits(name, i + 1))
+        at = bisect_left(range(len(values)), True, key=lambda i, of=values: not _fits(of[: i + 1]))
         kinds = Counter(type(value).__name__ for value in values if value is not None)
         fault = "has parts of other types than the rows before it; use one type for all rows"
+        if not _fits([values[at]]):
+            fault = "mixes types within one list or object; use one type, or write the value as text"
         if _has_large_integer(values[at]):
             fault = "has an integer beyond 64 bits inside; write it as text"
         elif len(kinds) > 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from mel_lite.data import demo_tasks, sources
 from mel_lite.data.tasks import load_tasks, recommended_verifier
@@ -36,7 +39,33 @@ def test_json_with_one_list_inside_and_a_byte_order_mark(tmp_path: Path) -> None
     [
         ("a.jsonl", b'{"prompt": "x", "answer": 1}\n{"prompt": \n', r"a.jsonl, line 2: '.*' is not JSON"),
         ("a.jsonl", b'{"prompt": "x", "answer": 1}\n\n[1, 2]\n', r"a.jsonl, line 3: '\[1, 2\]' is not an object"),
-        ("a.jsonl", b'{"prompt": "\xff", "answer": 1}\n', r"a.jsonl, line 1: .* is not JSON \('utf-8' codec"),
+        ("a.jsonl", b'{"prompt": "\xff", "answer": 1}\n', r"a.jsonl, line 1: .* is not UTF-8 \(byte 0xff"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "answer": %s}\n' % (b"9" * 5_000),
+            "line 1: .* integer of more than 4,300 digits",
+        ),
+        ("a.jsonl", gzip.compress(b'{"prompt": "x", "answer": 1}\n'), r"a.jsonl: is compressed \(gzip\)"),
+        ("a.jsonl", b"{}\n", r"none of the columns \(it has none\) is called"),
+        ("a.jsonl", b'{"prompt": "x", "answer": 1, "o": [1, "a"]}\n', r"column 'o': .* mixes types within one list"),
+        (
+            "a.jsonl",
+            b'{"prompt": "[{\\"role\\": \\"user\\"}]", "answer": 1}\n',
+            "column 'prompt': .* messages written as text",
+        ),
+        (
+            "a.csv",
+            b"prompt,answer\n\"[{'role': 'user', 'content': 'x'}]\",1\n",
+            "row 1, column 'prompt': .* messages written",
+        ),
+        ("a.csv", b"prompt;answer\nx;1\n", "a.csv: its columns are separated by ';'. Separate them by commas"),
+        ("a.csv", b"prompt\tanswer\nx\t1\n", "a.csv: its columns are separated by"),
+        (
+            "a.json",
+            b'{"prompt": ["x", "y"], "answer": ["1", "2"]}',
+            "one object with a list for each column.*orient='records'",
+        ),
+        ("a.json", b'{"prompt": {"0": "x"},\n"answer": {"0": "1"}}', "one object with a list for each column"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: .* is not JSON"),
         ("a.json", b"7", "a.json: holds a int; a JSON file must be a list of objects"),
         ("a.json", b'[{"prompt": "x",\n"answer": 1},\n{"prompt" 2}]', r"a.json, line 3: .* is not JSON"),
@@ -66,6 +95,11 @@ def test_unreadable_files_are_named(name: str, content: bytes, message: str, tmp
         ("demo:dev", {}, "the demo has no split 'dev'; it has train, test"),
         ("no.jsonl", {}, "no such file"),
         ("./folder", {}, "give a file ending in"),
+        ("tasks.tsv", {}, "give a file ending in"),
+        ("tasks.jsonl.gz", {}, "give a file ending in"),
+        ("tasks.jsonl:test", {}, "a file has no 'test'; give 'tasks.jsonl'"),
+        ("https://example.org/a.jsonl", {}, "is a URL. Download the file"),
+        (" ", {}, "is empty: give a file, a Hub id or 'demo'"),
         ("demo", {"limit": 0}, "limit = 0"),
         ("somebody/something", {}, r"could not be loaded from the Hugging Face Hub \(\w+: .*'demo' needs no network"),
     ],
@@ -73,6 +107,18 @@ def test_unreadable_files_are_named(name: str, content: bytes, message: str, tmp
 def test_unusable_specs(spec: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_tasks(spec, **options)
+
+
+def test_a_folder_with_the_name_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").mkdir()
+    with pytest.raises(DataError, match="is a folder. Give one of its files"):
+        load_tasks(str(tmp_path / "tasks.jsonl"))
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    answers = [Decimal(text) for text in ("1.50", "100.00", "-7.00")]
+    Dataset.from_dict({"prompt": list("abc"), "answer": answers}).to_parquet(tmp_path / "a.parquet")
+    assert load_tasks(str(tmp_path / "a.parquet"))["answer"][:] == ["1.5", "100", "-7"]
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
