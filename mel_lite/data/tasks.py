@@ -338,12 +338,17 @@ def _fits(values: list[Any]) -> bool:
     return True
 
 
+def _first_misfit(values: list[Any]) -> int:
+    """Return the position of the first value that does not have the type of the values before it."""
+    return bisect_left(range(len(values)), True, key=lambda i: not _fits(values[: i + 1]))
+
+
 def _column_error(table: dict[str, list[Any]], plan: _Plan) -> DataError:
     """Return the error that names the first value which does not have the type of the values before it."""
     for name, values in table.items():
         if _fits(values):
             continue
-        at = bisect_left(range(len(values)), True, key=lambda i, of=values: not _fits(of[: i + 1]))
+        at = _first_misfit(values)
         kinds = Counter(type(value).__name__ for value in values if value is not None)
         fault = "has parts of other types than the rows before it; use one type for all rows"
         if not _fits([values[at]]):
