@@ -51,6 +51,8 @@ class Evaluations(TrainerCallback):
         self._options, self._trainer, self._held_out, self._folder = options, trainer, held_out, folder
         self._resumed, self._shown, self._console = resumed, shown, console
         self._before: EvalResult | None = None
+        self._unsaid = ""
+        """Line about an evaluation during training, which is printed after the line of its step."""
 
     @property
     def before(self) -> EvalResult | None:
@@ -71,18 +73,46 @@ class Evaluations(TrainerCallback):
             return
         if control.should_training_stop:  # the last evaluation follows
             return
-        found = self._measure(f"after step {state.global_step}")
+        found = self._evaluate()
         if found is None:
             return
+        self._unsaid = _line(f"after step {state.global_step}", found)
         logs = {f"eval_{name}": getattr(found, name).value for name in ("pass_at_1", "avg_at_k", "pass_at_k")}
         # Not `trainer.log`, which would take the step's own figures with it.
         self._trainer.callback_handler.call_event("on_log", args, state, control, logs=logs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say_rest()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say_rest()
+
+    def _say_rest(self) -> None:
+        if self._unsaid:
+            self._say(self._unsaid)
+            self._unsaid = ""
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def _stored(self) -> EvalResult | None:
         path = self._folder / "before.json"
         return EvalResult.from_json(path.read_text()) if path.is_file() else None
 
-    def _measure(self, when: str, *, store: str | None = None, with_lessons: bool = False) -> EvalResult | None:
+    def _measure(self, when: str, *, store: str, with_lessons: bool = False) -> EvalResult | None:
+        """Evaluate, store the result as `store`.json, send it to the trackers, and print it."""
+        result = self._evaluate(with_lessons=with_lessons)
+        if result is None:
+            return None
+        if distributed.rank() == 0:
+            self._folder.mkdir(exist_ok=True)
+            atomic_write_text(self._folder / f"{store}.json", result.to_json() + "\n")
+            send_evaluation(self._trainer, result)
+        self._say(_line(when, result))
+        return result
+
+    def _evaluate(self, *, with_lessons: bool = False) -> EvalResult | None:
+        """Return the result on the held-out tasks; None without any."""
         if self._held_out is None:
             return None
         trainer = self._trainer
@@ -92,7 +122,7 @@ class Evaluations(TrainerCallback):
         }
         prompts = self._with_lessons(lengths) if with_lessons else None
         with self._shown(), trainer.engine.evaluating():
-            result = evaluate(
+            return evaluate(
                 SplitEngine(trainer.engine) if distributed.world() > 1 else trainer.engine,
                 trainer.processing_class,
                 self._held_out,
@@ -104,13 +134,6 @@ class Evaluations(TrainerCallback):
                 prompts=prompts,
                 **lengths,
             )
-        if store is not None and distributed.rank() == 0:
-            self._folder.mkdir(exist_ok=True)
-            atomic_write_text(self._folder / f"{store}.json", result.to_json() + "\n")
-            send_evaluation(trainer, result)
-        line = f"evaluation {when}: Pass@1 {result.pass_at_1}, Avg@{result.k} {result.avg_at_k}"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
-        return result
 
     def _with_lessons(self, lengths: dict[str, Any]) -> list[tuple[int, ...]]:
         """Return the prompts with the lessons of the run's bank, or else with its kept meta-experiences."""
@@ -128,6 +151,10 @@ class Evaluations(TrainerCallback):
             f"{len(asked.counts)} of {len(asked.plain)} evaluation tasks have lessons in their prompts", highlight=False
         )
         return asked.taught
+
+
+def _line(when: str, result: EvalResult) -> str:
+    return f"evaluation {when}: Pass@1 {result.pass_at_1}, Avg@{result.k} {result.avg_at_k}"
 
 
 __all__ = ["Evaluations"]

@@ -82,6 +82,9 @@ def test_evaluations_during_training_are_logged_and_change_nothing(tmp_path: Pat
         options |= {"train__algorithm": "grpo"}
         shown = evaluated(tmp_path / name, eval__every_steps=every, **options).stdout
         assert ("evaluation after step 2: Pass@1 " in shown) == (name == "with")
+        if name == "with":
+            assert shown.index("step 2/5 | ") < shown.index("evaluation after step 2") < shown.index("step 4/5 | ")
+            assert shown.index("step 4/5 | ") < shown.index("evaluation after step 4")
         run = read_run(tmp_path / name / "run")
         weights = load_file(run.folder / "adapter" / "adapter_model.safetensors")
         timed = ("time/", "_s", "mel/tokens_per_s", "mel/peak_memory_gib", "step_time", "train_")
