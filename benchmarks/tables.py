@@ -166,7 +166,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval,
     "peer-suite": peer_suite,
     "demo-warmup": demo_figures.warmup,
-    "learning-line": learning_figures.line,
+    "learning-headline": partial(learning_figures.summary, learning_figures.HEADLINE),
+    "learning-summary": learning_figures.summary,
     "learning-subject": learning_figures.subject,
     **{
         f"learning-{name}-{regime}": partial(figures, regime)

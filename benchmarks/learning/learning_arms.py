@@ -52,6 +52,7 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "starved": {
         "grpo": {"num_iterations": 4, "learning_rate": 1e-4},
         "bank-frozen": {"num_iterations": 4, "learning_rate": 1e-4},
+        "bank-forks": {"num_iterations": 4, "learning_rate": 1e-4, "mel_weight": 0.3},
         "sibling": {"num_iterations": 4, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
     "plenty": {

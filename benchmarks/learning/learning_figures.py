@@ -232,52 +232,64 @@ def subject() -> str:
     return "\n".join([*lines, "", f"{report['questions']} questions x {report['samples']} samples, temperature 1."])
 
 
-SENTENCES = {
-    "bank-forks": "A bank with several lessons per group, distilled",
-    "bank-kept": "The same, starting with the lessons of an earlier run",
-    "bank-kept-shuffled": "Lessons of other questions in its place",
-    "bank-frozen": "A bank of lessons, distilled",
-    "bank": "A bank of lessons, distilled",
-    "sibling": "A right solution in place of lessons",
+SUMMARY = {
+    "bank-forks": "bank of lessons, several per group, distilled",
+    "bank-kept": "the same, starting with an earlier run's lessons",
+    "bank-kept-shuffled": "control: lessons of other questions in its bank",
+    "bank": "bank of lessons, one per prompt, distilled",
+    "bank-frozen": "bank of lessons, all in the prompt, distilled",
+    "bank-frozen-shuffled": "control: with the lessons of other questions",
+    "sibling": "a right solution in place of lessons, distilled",
     "mel": "MEL as in the paper",
-    "bank-frozen-shuffled": "Lessons of other questions",
+    "credit": "lessons that scale the advantages (`credit`)",
+    "replay": "training on replays with a lesson (`replay`)",
+    "no-notes": "control: a teacher without notes",
     "grpo-dynamic": "GRPO with dynamic sampling",
     "grpo-rest": "GRPO with a memory for difficulty",
 }
-"""Arms that the headline names."""
-OUTCOMES = {"wins": "ahead", "loses": "behind", "tie": "a tie by the rule", "too few seeds": "too few seeds to say"}
+"""Arms of the short table, in its order."""
+ROUNDS = (".", "second")
+"""Folders whose runs the short table shows, the newest first. The settings of `first` rest on one tuning seed."""
 
 
-def line() -> str:
-    """Say what the study found, one sentence per arm, regime and round, the newest round first."""
-    said = []
+HEADLINE = ("bank-forks", "bank-kept", "bank", "sibling", "mel")
+"""Arms of the table in the README."""
+
+
+def summary(arms: Sequence[str] = tuple(SUMMARY)) -> str:
+    """Return the short table: each arm against tuned GRPO, a bank also against the right solution.
+
+    The figures of an arm come from the newest round that has it.
+    """
+    columns: dict[str, dict[str, str]] = {}
     for regime, words in REGIMES.items():
-        for folder in (".", *reversed(EARLIER)):
+        cells: dict[str, str] = {}
+        for folder in ROUNDS:
             found = runs(regime, folder)
             if REFERENCE not in found:
                 continue
             start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
-            when = f"Where {words}" if folder == "." else f"In the {folder} round there"
-            said.append(f"{when}, tuned GRPO goes from {start:.0%} to {end:.1%}.")
-            said += _sentences(found)
-            if folder == "second":
-                break  # the first round had settings of one tuning seed
-    return " ".join(said)
+            cells.setdefault("(tuned GRPO itself: start, end)", f"{start:.0%}, {end:.1%}")
+            for arm, label in SUMMARY.items():
+                if arm in arms and arm in found:
+                    cells.setdefault(label, _cell(found[arm], found[REFERENCE]))
+                if arm in arms and arm in WITH_BANK and arm in found and PEER in found:
+                    cells.setdefault(f"{label}, minus a right solution", _cell(found[arm], found[PEER]))
+        columns[words] = cells
+    rows = dict.fromkeys(label for cells in columns.values() for label in cells)
+    lines = [
+        "| Avg@8 minus that of tuned GRPO, points | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    lines += ["| " + " | ".join([row, *(cells.get(row, "") for cells in columns.values())]) + " |" for row in rows]
+    return "\n".join(lines)
 
 
-def _sentences(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    said = []
-    for arm, subject in SENTENCES.items():
-        if arm in found:
-            against, ahead = lead(found[arm], found[REFERENCE])
-            outcome = OUTCOMES[verdict(against, ahead)]
-            said.append(f"{subject}: {against.as_points()} points, {outcome} ({ahead} seeds ahead).")
-    for arm in WITH_BANK:
-        if arm in found and PEER in found:
-            against, ahead = lead(found[arm], found[PEER])
-            outcome = OUTCOMES[verdict(against, ahead)]
-            said.append(f"The bank against the right solution: {against.as_points()}, {outcome} ({ahead} seeds).")
-    return said
+def _cell(group: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> str:
+    against, ahead = lead(group, rival)
+    word = verdict(against, ahead)
+    text = f"{against.as_points()}, {ahead} seeds"
+    return f"**{text}**" if word in ("wins", "loses") else text
 
 
 TABLES = {

@@ -79,10 +79,16 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert "| 62.5% | +25.0 [" in rows["bank"] and "| 3 of 3 | wins |" in rows["bank"] and "+100.0 [" in rows["bank"]
     assert "| 25.0% | -12.5 [" in rows["mel"] and "| 0 of 3 | loses |" in rows["mel"]
     assert "| 37.5% | +0.0 [" in rows["sibling"] and "| 0 of 3 | tie |" in rows["sibling"]
-    line = figures.line()
-    assert "tuned GRPO goes from 0% to 37.5%. A bank of lessons, distilled: +25.0 [" in line
-    assert "] points, ahead (3 of 3 seeds ahead)." in line and "MEL as in the paper: -12.5 [" in line
-    assert "The bank against the right solution: +25.0 [" in line
+    short = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in figures.summary().splitlines()[2:]}
+    assert short["(tuned GRPO itself: start, end)"] == "0%, 37.5% |"
+    assert short["MEL as in the paper"].startswith("**-12.5 [") and short["MEL as in the paper"].endswith(
+        "0 of 3 seeds** |"
+    )
+    of_bank = "bank of lessons, one per prompt, distilled"
+    assert short[of_bank].startswith("**+25.0 [") and short[f"{of_bank}, minus a right solution"].startswith(
+        "**+25.0 ["
+    )
+    assert short["a right solution in place of lessons, distilled"].startswith("+0.0 [")
     assert "Minus `sibling`, in points: `bank` +25.0 [" in figures.results("starved")
     assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% |"
 
