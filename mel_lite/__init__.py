@@ -19,5 +19,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        from mel_lite.deferred import deferring
+
+        with deferring():
+            return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'mel_lite' has no attribute {name!r}")

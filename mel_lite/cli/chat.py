@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli.shared import SystemPromptOption, console, loading, newest_run
+from mel_lite.cli.shared import SystemPromptOption, console, loading, newest_run, spinner
 from mel_lite.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def chat(
             talk.start_over()
             continue
         try:
-            with loading("answering"):
+            with spinner("answering"):
                 answers = talk.answer(question)
         except ConfigError as error:
             if once is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,8 +160,26 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
-def loading(what: str) -> Status:
-    """Return a spinner to show while torch and TRL are imported, on stderr. Without a terminal it prints nothing."""
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Show a spinner on stderr while torch and TRL are imported, without the packages that few runs use.
+
+    Without a terminal it prints nothing.
+    """
+    from mel_lite.deferred import deferring
+
+    # A collection visits everything that was imported before, and hardly any of it ever becomes garbage.
+    gc.disable()
+    try:
+        with spinner(what), deferring():
+            yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def spinner(what: str) -> Status:
+    """Return a spinner on stderr. Without a terminal it prints nothing."""
     from rich.console import Console
 
     return Console(stderr=True).status(what)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mel_lite.deferred import building_plain_layers
 from mel_lite.errors import ConfigError, ModelError, check_choice
 from mel_lite.files import share_weights
 from mel_lite.models.demo import DEMO_ADAPTER, demo_path
@@ -321,7 +322,8 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     _check_base(model, adapter_dir, config, record)
     device = str(next(model.parameters()).device)
     try:
-        peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable, torch_device=device)
+        with building_plain_layers():
+            peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable, torch_device=device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a corrupt or hostile file may raise anything in PEFT

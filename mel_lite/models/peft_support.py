@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mel_lite.deferred import building_plain_layers
 from mel_lite.errors import ConfigError, MelLiteError, ModelError
 from mel_lite.models.adapters import base_fingerprint, base_weights
 from mel_lite.text import first_line
@@ -98,7 +99,8 @@ def building_adapter(trainer: Any, model: Any, peft_config: Any) -> Iterator[Non
     compared = peft_config is not None and not isinstance(model, str) and not is_peft(model)
     before = base_fingerprint(model) if compared else None
     try:
-        yield
+        with building_plain_layers():
+            yield
     except MelLiteError:
         raise
     except Exception as error:

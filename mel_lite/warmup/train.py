@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.data.tasks import load_tasks, recommended_verifier
+from mel_lite.deferred import building_plain_layers
 from mel_lite.errors import ConfigError
 from mel_lite.evaluate import EvalResult, evaluate
 from mel_lite.models.adapters import LoraSpec, attach_adapter, find_adapter, lora_config, write_fingerprint
@@ -127,7 +128,8 @@ def _adapted(base: Any, lora: LoraSpec | None, adapter: Path | None) -> Any:
 
     if adapter is not None:
         return attach_adapter(base, adapter, trainable=True)
-    return get_peft_model(base, lora_config(lora or LoraSpec()))
+    with building_plain_layers():
+        return get_peft_model(base, lora_config(lora or LoraSpec()))
 
 
 def _measure(

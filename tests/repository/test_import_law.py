@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "types errors files gpus imports intervals seeds signals text trl_compat kernels",
+        "types errors deferred files gpus imports intervals seeds signals text trl_compat kernels",
         "models data verify config",
         "engines recipe",
         "lessons evaluate memory",
