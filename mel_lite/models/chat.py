@@ -22,8 +22,12 @@ Turn = dict[str, Any]
 _BREAK_ROUNDS = 4
 _END_TOKENS = 48
 """Tokens of a prompt's end that are decoded. The longest tag with its line breaks takes fewer."""
-_OTHER_SYSTEM_TEXT = "Does this template use the system turn?"
-"""Replaces a system turn to see if the rendered text changes."""
+_OTHER_TEXT = "Does this template use the turn?"
+"""Replaces a turn to see if the rendered text changes."""
+_OTHER_CALLS = [{"type": "function", "function": {"name": "other", "arguments": {"value": 0}}, "name": "other"}]
+_SYSTEM_ROLES = ("system", "developer")
+_SET_HERE = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
+"""Arguments of `apply_chat_template` that `render` decides."""
 
 
 def render(
@@ -35,12 +39,14 @@ def render(
 ) -> tuple[int, ...]:
     """Return the token ids of a prompt up to the start of the model's turn, followed by `prefill`.
 
-    A conversation goes through the chat template with a generation prompt. A system turn that the template rejects or
-    ignores is moved to the front of the first user turn; all other conversations give the tokens of TRL's GRPOTrainer.
+    A conversation goes through the chat template with a generation prompt. A system or developer turn that the template
+    rejects or ignores is moved to the front of the first user turn; all other conversations give the tokens of TRL's
+    GRPOTrainer.
     Plain text gets the begin-of-sequence token if the tokenizer adds one and the text has none, and no end-of-sequence
     token.
 
-    Raises: ModelError for a conversation when the tokenizer has no chat template or the template rejects it.
+    Raises: ModelError for a conversation when the tokenizer has no chat template, or the template rejects it or leaves
+    out another turn.
     """
     if isinstance(prompt, str):
         return _plain_ids(prompt + prefill, tokenizer)
@@ -90,6 +96,8 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
             "The prompts are conversations, but the tokenizer has no chat template. Take an instruction-tuned model, "
             "give a chat template (`chat_template_path`), or make the prompts plain text, which base models take as is."
         )
+    if taken := [name for name in _SET_HERE if name in kwargs]:
+        raise ModelError(f"chat_template_kwargs has {taken[0]!r}, which every prompt sets in its own way. Remove it.")
 
     def apply(turns: list[Turn]) -> str:
         try:
@@ -97,21 +105,22 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
         except Exception as error:  # a template is a program, which may raise any error
             raise _Rejected(str(error) or type(error).__name__) from error
 
-    systems = [i for i, turn in enumerate(turns) if turn.get("role") == "system"] if is_text(turns) else []
+    systems = [i for i, turn in enumerate(turns) if turn.get("role") in _SYSTEM_ROLES] if is_text(turns) else []
     failure: _Rejected | None = None
     try:
         text = apply(turns)
         if all(_is_used(turns, i, text, apply) for i in systems):
-            return text
+            return _complete(turns, text, apply)
     except _Rejected as error:
         failure = error
     if systems:
         try:
-            return apply(_without_system_turns(turns))
+            return _complete(folded := _without_system_turns(turns), apply(folded), apply)
         except _Rejected as error:
             failure = error
     raise ModelError(
-        f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order."
+        f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order, or "
+        "give another template (`chat_template_path`)."
     ) from failure
 
 
@@ -127,17 +136,45 @@ def _is_used(turns: list[Turn], index: int, text: str, apply: Callable[[list[Tur
     """
     if not turns[index]["content"].strip():
         return True  # there is nothing to lose
-    changed = {**turns[index], "content": _OTHER_SYSTEM_TEXT}
+    return _matters({"content": _OTHER_TEXT}, turns, index, text, apply)
+
+
+def _matters(other: Turn, turns: list[Turn], index: int, text: str, apply: Callable[[list[Turn]], str]) -> bool:
+    """Return True unless the rendered `text` stays the same with the keys of `other` in turn `index`."""
     try:
-        return apply([*turns[:index], changed, *turns[index + 1 :]]) != text
+        return apply([*turns[:index], {**turns[index], **other}, *turns[index + 1 :]]) != text
     except _Rejected:
         return True
 
 
+def _complete(turns: list[Turn], text: str, apply: Callable[[list[Turn]], str]) -> str:
+    """Return `text`, the rendered conversation. Raises: ModelError when a turn or its tool calls are not in it."""
+    if not is_text(turns):
+        return text
+    for index, turn in enumerate(turns):
+        content, calls = turn["content"].strip(), turn.get("tool_calls")
+        if calls and not _matters({"tool_calls": _OTHER_CALLS}, turns, index, text, apply):
+            lost = "the tool calls"
+        elif (
+            content
+            and text.count(content) < sum(content in other["content"] for other in turns)
+            and not _matters({"content": _OTHER_TEXT}, turns, index, text, apply)
+        ):
+            lost = "the text"
+        else:
+            continue
+        raise ModelError(
+            f"The tokenizer's chat template leaves out {lost} of turn {index + 1} (role {turn.get('role')!r}). Give a "
+            "template that has a place for it (`chat_template_path`), or write it into a user turn."
+        )
+    return text
+
+
 def _without_system_turns(turns: list[Turn]) -> list[Turn]:
     """Return the conversation with the text of its system turns at the front of the first user turn."""
-    system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system" and turn["content"].strip())
-    rest = [turn for turn in turns if turn["role"] != "system"]
+    texts = [turn["content"] for turn in turns if turn["role"] in _SYSTEM_ROLES]
+    system = "\n\n".join(text for text in texts if text.strip())
+    rest = [turn for turn in turns if turn["role"] not in _SYSTEM_ROLES]
     for i, turn in enumerate(rest):
         if turn["role"] == "user":
             content = f"{system}\n\n{turn['content']}" if system else turn["content"]

@@ -68,6 +68,51 @@ def test_a_dropped_system_turn_is_folded_although_its_words_are_elsewhere_in_the
     assert rendered(prompt, TEMPLATES["drops"].source) == UNFOLDED.replace("user\n", "user\nuser\n\n")
 
 
+@pytest.mark.parametrize("kind", ["drops", "rejects"])
+def test_a_developer_turn_is_a_system_turn(kind: str) -> None:
+    asked = [{**WITH_SYSTEM[0], "role": "developer"}, *CHAT]
+    source = TEMPLATES[kind].source.replace("'system'", "'developer'")
+    assert rendered(asked, source) == UNFOLDED.replace(QUESTION, f"{SYSTEM}\n\n{QUESTION}")
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+ONLY_TALK = CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m['role'] in ('user', 'assistant')")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "source", "lost"),
+    [
+        (
+            [*CHAT, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            CHAT_TEMPLATE,
+            "the tool calls of turn 2",
+        ),
+        ([*CHAT, {"role": "tool", "content": "5 C"}], ONLY_TALK, r"the text of turn 2 \(role 'tool'\)"),
+        ([*CHAT, {"role": "tool", "content": QUESTION}], ONLY_TALK, "the text of turn 2"),
+        (
+            CHAT,
+            "{% for part in messages[0].content %}{{ part.text }}{% endfor %}",
+            r"the text of turn 1 \(role 'user'\)",
+        ),
+        ([*CHAT, *CHAT], "{{ messages[-1]['content'] }}", "the text of turn 1"),
+        ([*CHAT, {"role": "user", "content": "And 4?"}], "{{ messages[-1]['content'] }}", "the text of turn 1"),
+        (WITH_SYSTEM, CHAT_TEMPLATE.replace("m['content']", "m['content'].upper()"), None),
+    ],
+)
+def test_a_turn_that_the_template_leaves_out_is_named(prompt: list[Any], source: str, lost: str | None) -> None:
+    if lost is None:
+        assert prompt[-1]["content"].lower() in rendered(prompt, source).lower()
+        return
+    with pytest.raises(ModelError, match=f"chat template leaves out {lost}"):
+        rendered(prompt, source)
+
+
+def test_what_every_prompt_sets_cannot_be_given_to_the_template() -> None:
+    for name in ("tokenize", "add_generation_prompt"):
+        with pytest.raises(ModelError, match=f"chat_template_kwargs has '{name}'"):
+            render(CHAT, TOKENIZER, chat_template_kwargs={name: False})
+
+
 def test_a_conversation_needs_a_chat_template() -> None:
     with pytest.raises(ModelError, match=r"no chat template.*chat_template_path"):
         render(CHAT, tokenizer_with(None))
