@@ -21,11 +21,16 @@ def check_adapter_config(config: Any) -> None:
     name = type(config).__name__
     if getattr(config, "inference_mode", False):
         raise ConfigError(f"{name}(inference_mode=True) freezes the adapter: nothing would be trained. Remove it.")
-    if getattr(config, "is_prompt_learning", False):
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
         raise ConfigError(
             f"{name}: adapters of virtual tokens ({_kind(config)}) are not supported, since the fused log-probs would "
             f"be computed without these tokens. Use a LoraConfig, {_ELSEWHERE}."
         )
+    if getattr(config, "lora_alpha", None) == 0:
+        raise ConfigError(
+            f"{name}(lora_alpha=0) multiplies the adapter by 0: nothing would be trained. Use r or 2 * r."
+        )
+    _check_tokens(name, getattr(config, "trainable_token_indices", None))
     init = str(getattr(config, "init_lora_weights", True)).lower()
     if init.startswith(CHANGES_BASE):
         raise ConfigError(
@@ -41,6 +46,14 @@ def check_adapter_config(config: Any) -> None:
         )
 
 
+def _check_tokens(name: str, indices: Any) -> None:
+    for listed in indices.values() if isinstance(indices, dict) else [indices]:
+        if listed is not None and (len(listed) == 0 or min(listed) < 0):
+            raise ConfigError(
+                f"{name}(trainable_token_indices={indices!r}) must list token ids from 0 on. Remove it to train none."
+            )
+
+
 def _kind(config: Any) -> str:
     kind = config.peft_type
     return str(getattr(kind, "value", kind))
@@ -54,11 +67,48 @@ def check_adapters(model: Any, peft_config: Any) -> None:
     configs = [peft_config] if peft_config is not None else []
     if is_peft(model):
         check_trainable(model)
+        _check_active(model)
         configs += [model.peft_config[name] for name in model.active_adapters if name in model.peft_config]
+    else:
+        _check_injected(model)
     for config in configs:
         check_adapter_config(config)
     if configs and not isinstance(model, str):
         _check_vocabulary(model)
+
+
+def _check_active(model: Any) -> None:
+    """Refuse a PeftModel whose trained adapter would not be the one that a checkpoint holds at its top.
+
+    Raises: ConfigError.
+    """
+    active = list(model.active_adapters)
+    if active != ["default"]:
+        raise ConfigError(
+            f"the model's active adapter is {', '.join(map(repr, active)) or 'none'}: a checkpoint holds the one "
+            "called 'default' at its top, and export and resume read that one. Load the adapter to train under this name, as "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True) does, and activate no other."
+        )
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ConfigError(
+            "the adapter is merged into the base: it gets no gradient. Call model.unmerge_adapter() first."
+        )
+
+
+def _check_injected(model: Any) -> None:
+    """Refuse adapter layers without a PeftModel around them: a checkpoint would be no adapter and no loadable model.
+
+    Raises: ConfigError.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) or isinstance(model, str):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ConfigError(
+            "the model has adapter layers but is no PeftModel, so neither an adapter nor the base could be saved. "
+            "Build it with peft.get_peft_model, or pass the plain model and a peft_config."
+        )
 
 
 def is_peft(model: Any) -> bool:
@@ -104,7 +154,7 @@ def building_adapter(trainer: Any, model: Any, peft_config: Any) -> Iterator[Non
     except MelLiteError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and "PEFT" in str(error):  # TRL's own check, in words
+        if isinstance(error, ValueError | NotImplementedError) and "peft" in str(error).lower():  # TRL's, in words
             raise ConfigError(str(error)) from error
         if peft_config is None or not _raised_in_peft(error):
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 import trainers
@@ -64,6 +65,10 @@ def test_a_frozen_adapter_is_refused(tmp_path: Path, beta: float) -> None:
         (lora(target_modules=["lm_head"]), "output head"),
         (lora(target_modules=["nope"]), "PEFT cannot build"),
         (lora(layer_replication=[(0, 1), (0, 2)]), "changed the base model"),
+        (lora(lora_alpha=0), "multiplies the adapter by 0"),
+        (lora(trainable_token_indices=[-1]), "token ids from 0 on"),
+        (lora(trainable_token_indices={"embed_tokens": []}), "token ids from 0 on"),
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"), "virtual tokens"),
         (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "virtual tokens"),
     ],
 )
@@ -73,6 +78,46 @@ def test_a_configuration_that_cannot_work_is_refused(
     monkeypatch.setattr(trainers, "LoraConfig", lambda **_: config)
     with pytest.raises(ConfigError, match=words):
         trainers.build(tmp_path)
+
+
+def other(model: Any) -> Any:
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    return model
+
+
+def both(model: Any) -> Any:
+    other(model).base_model.set_adapter(["default", "other"])
+    return model
+
+
+def merged(model: Any) -> Any:
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other, "active adapter is 'other'"),
+        (both, "active adapter is 'default', 'other'"),
+        (merged, "merged into the base"),
+        (lambda model: model.get_base_model(), "has adapter layers but is no PeftModel"),
+    ],
+)
+def test_an_adapter_that_a_checkpoint_would_not_hold_is_refused(
+    tmp_path: Path, change: Callable[[Any], Any], words: str
+) -> None:
+    model = change(adapted(save_tiny(tmp_path / "base")))
+    with pytest.raises(ConfigError, match=words):
+        trainers.build(tmp_path, model=model, lora=False)
+
+
+def test_what_trl_says_of_adapters_is_our_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`PeftModel` instance together with a `peft_config`"):
+        trainers.build(tmp_path, model=adapted(save_tiny(tmp_path / "base")))
+    with pytest.raises(ConfigError, match="sync_ref_model=True"):
+        trainers.build(tmp_path, beta=0.04, sync_ref_model=True)
 
 
 def test_weights_of_the_base_are_not_trained_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
