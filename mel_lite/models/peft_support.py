@@ -86,8 +86,8 @@ def _check_active(model: Any) -> None:
     if active != ["default"]:
         raise ConfigError(
             f"the model's active adapter is {', '.join(map(repr, active)) or 'none'}: a checkpoint holds the one "
-            "called 'default' at its top, and export and resume read that one. Load the adapter to train under this name, as "
-            "PeftModel.from_pretrained(base, folder, is_trainable=True) does, and activate no other."
+            "called 'default' at its top, and export and resume read that one. Load the adapter to train under this "
+            "name, as PeftModel.from_pretrained(base, folder, is_trainable=True) does, and activate no other."
         )
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ConfigError(
