@@ -21,6 +21,8 @@ from mel_lite.text import suggest
 
 logger = logging.getLogger(__name__)
 
+PACKAGED = ("bank",)
+"""Recipes that `--config` takes by name: files in `mel_lite/configs/` that change a preset's method."""
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
 """Types by llama.cpp's names. Its converter writes the first two; `llama-quantize` creates the third from an f16."""
 MergedDtype = Literal["auto", "bfloat16", "float16"]
@@ -205,14 +207,29 @@ def _load_preset(preset: str) -> dict[str, Any]:
     name, _ = preset_of(preset)
     if name == "auto":
         raise ConfigError("preset 'auto' depends on the machine. Name the card or its memory, such as 24gb.")
-    return dict(yaml.safe_load(resources.files("mel_lite.configs").joinpath(f"{GPU_PRESETS[name]}.yaml").read_text()))
+    return dict(yaml.safe_load(_packaged(GPU_PRESETS[name])))
+
+
+def packaged_options(name: str) -> dict[str, Any]:
+    """Return the options of a packaged recipe, by `section.key`."""
+    sections = yaml.safe_load(_packaged(name))
+    return {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
+
+
+def _packaged(name: str) -> str:
+    return resources.files("mel_lite.configs").joinpath(f"{name}.yaml").read_text()
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
+    """Return the sections of a file, or of a packaged recipe unless a file has its name."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        is_packaged = str(path) in PACKAGED and not path.exists()
+        loaded = yaml.safe_load(_packaged(str(path)) if is_packaged else path.read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}. Name a readable YAML file.") from error
+        raise ConfigError(
+            f"--config {path}: {error.strerror or error}. Name a readable YAML file, or a packaged recipe "
+            f"({', '.join(PACKAGED)})."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(loaded, dict):

@@ -11,7 +11,7 @@ import yaml
 from mel_lite.data.tasks import recommended_verifier
 from mel_lite.errors import ConfigError
 from mel_lite.gpus import GPU_PRESETS
-from mel_lite.recipe import build_args, parse_set, resolve
+from mel_lite.recipe import build_args, keys_of, parse_set, resolve
 
 
 @pytest.mark.parametrize("preset", sorted(GPU_PRESETS))
@@ -94,8 +94,22 @@ def test_wrong_files_are_explained(tmp_path: Path, content: str, message: str) -
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         resolve(preset="cpu", config=file)
-    with pytest.raises(ConfigError, match="Name a readable YAML file"):
+    with pytest.raises(ConfigError, match=r"Name a readable YAML file, or a packaged recipe \(bank\)"):
         resolve(preset="cpu", config=tmp_path / "none.yaml")
+
+
+def test_a_packaged_recipe_goes_by_its_name_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, recipe = resolve(preset="cpu"), resolve(preset="cpu", config=Path("bank"))
+    changed = {key for key in recipe.train if recipe.train[key] != plain.train.get(key)}
+    assert "internalisation" in changed and recipe.train["internalisation_options"]["context"] == "bank"
+    assert changed == {key.partition(".")[2] for key in keys_of(Path("bank"))} and recipe.model == plain.model
+    args = build_args(recipe, tmp_path)
+    assert args.mel_weight == 0.3 and args.pairs_per_group == 4
+    Path("bank").write_text("train: {mel_weight: 0.7}")
+    assert resolve(preset="cpu", config=Path("bank")).train.get("internalisation") is None
 
 
 def test_unknown_training_keys_get_a_suggestion(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ DatasetOption = Annotated[
     str | None, typer.Option(help="Hub id, JSONL/JSON/CSV/parquet file, `demo`, or reasoning-gym:<task>.")
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of that dataset. Default: train.")]
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that overrides the preset.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file that overrides the preset, or `bank`.")]
 EngineOption = Annotated[
     str | None,
     typer.Option(

@@ -17,7 +17,7 @@ from typing import Any
 
 from mel_lite.errors import ConfigError, DivergedError
 from mel_lite.files import atomic_write_text
-from mel_lite.recipe import Recipe, parse_set
+from mel_lite.recipe import Recipe, packaged_options, parse_set
 from mel_lite.report.arms import Arm
 from mel_lite.report.conclusions import Control
 from mel_lite.report.runs import read_run
@@ -34,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mel": MEL,
     "mel-shuffled": MEL | {"train.internalisation": "analysis", "train.internalisation_options": {"shuffled": True}},
     "prompt-only": MEL | {"train.learning_rate": 0.0, "train.on_collapse": "warn", "eval.with_lessons": True},
+    "bank": packaged_options("bank"),
     "distill": MEL | {"train.internalisation": "distill"},
     "distill-shuffled": MEL | {
         "train.internalisation": "distill", "train.internalisation_options": {"shuffled": True},

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mel_lite.recipe import resolve
+
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
 
 
@@ -91,6 +93,12 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert short["a right solution in place of lessons, distilled"].startswith("+0.0 [")
     assert "Minus `sibling`, in points: `bank` +25.0 [" in figures.results("starved")
     assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% |"
+
+
+def test_the_packaged_recipe_is_an_arm_of_the_study() -> None:
+    arms = importlib.import_module("learning_arms").ARMS
+    train = resolve(preset="cpu", config=Path("bank")).train
+    assert {name: train[name] for name in arms["bank-forks"]} == arms["bank-forks"]
 
 
 def test_questions_are_held_out_and_only_all_right_totals_pass() -> None:
