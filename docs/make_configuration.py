@@ -30,9 +30,9 @@ HEAD = """\
 <!-- Made by `python docs/make_configuration.py`; do not edit. -->
 
 A run is described by a recipe: a YAML file of the sections below. `mel-lite train --gpu PRESET` starts from a preset,
-`--config FILE` from your own file, or a packaged one by its name (`bank`, docs/internalisation.md); with both, the file wins. `--set section.key=value` and the other flags win over
-both. An unknown section or key is an error that names the nearest known one. `mel-lite train --dry-run` checks
-everything and prints the resolved recipe.
+`--config FILE` from your own file, or from a packaged one by its name (`bank`, docs/internalisation.md); with both, the
+file wins. `--set section.key=value` and the other flags win over both. An unknown section or key is an error that names
+the nearest known one. `mel-lite train --dry-run` checks everything and prints the resolved recipe.
 
 Presets: {presets}. `None` in a text below is `null` in YAML.
 """
