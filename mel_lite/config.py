@@ -8,16 +8,19 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError, check_choice
+from mel_lite.option_checks import ALSO_ZERO, DEFAULTS, check_estimator, check_schedule
 from mel_lite.trl_compat import released_grpo_config
 from mel_lite.types import (
     Algorithm,
     BankOptions,
     Choice,
     CollapseAction,
+    EarlyEnd,
     LeakPolicy,
     LessonNormalization,
     PairStrategy,
     ReplayCriterion,
+    Schedule,
 )
 from mel_lite.verify.thoughts import parse_tags
 from mel_lite.verify.verifiers import BUILT_IN, PassedFunction, callable_name
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
 else:
     GRPOConfig = released_grpo_config()
 
-_RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
-"""TRL options whose loss is -advantage * log pi at ratio 1, with no correction for the sampling policy."""
 WHOLE_DISTRIBUTION: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)
 }  # fmt: skip
@@ -36,12 +37,6 @@ WHOLE_DISTRIBUTION: dict[str, tuple[Any, ...]] = {
 _INTERNALISATION = "analysis"
 _OLD_VALUES = ("analysis", "experience")
 """Values of the deprecated `mel_train_on`."""
-_ALSO_ZERO = {
-    "beta": "a KL term", "entropy_coef": "an entropy bonus", "use_adaptive_entropy": "an entropy bonus",
-    "top_entropy_quantile": "a choice of tokens",
-}  # fmt: skip
-"""Options that read completions of advantage 0, and what they add."""
-_DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GRPOConfig)}
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -50,8 +45,12 @@ def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
 
 def _choice(default: Choice, help_text: str) -> Any:
     """Return the field of an option with a fixed set of values; its help text ends with what each value means."""
-    meanings = " ".join(f"`{choice}`: {choice.__doc__}" for choice in type(default))
-    return _option(default.value, f"{help_text} {meanings}", tuple(choice.value for choice in type(default)))
+    choices = type(default)
+    return _option(default.value, f"{help_text} {_meanings(choices)}", tuple(choice.value for choice in choices))
+
+
+def _meanings(choices: type[Choice]) -> str:
+    return " ".join(f"`{choice}`: {choice.__doc__}" for choice in choices)
 
 
 @dataclass
@@ -102,6 +101,14 @@ class MELConfig(GRPOConfig):
         8,
         "Rollouts per step whose token credit (`credit`, `distill`) is stored, those of kept lessons first; 0 = none.",
     )
+    mel_schedule: str = _choice(
+        Schedule.STRICT, "Time at which analyses and replays are sampled; results differ by the staleness alone."
+    )
+    max_staleness_steps: int | None = _option(
+        None,
+        "With `overlap`: most optimizer steps from the rollouts of a lesson to the update it joins, which bounds the "
+        "attempts of `solved_once`. None: no bound.",
+    )
     mel_decay_steps: int = _option(
         0, "Optimizer steps over which lambda falls linearly to 0 from the start of the run; 0 = it stays."
     )
@@ -109,6 +116,12 @@ class MELConfig(GRPOConfig):
     pairs_per_group: int = _option(1, "Right/wrong pairs drawn from a mixed group; -1 = all |Y+| x |Y-|.")
     pair_strategy: str = _choice(PairStrategy.LONGEST_PREFIX, "Which pairs of a group are drawn first.")
     analysis_max_tokens: int = _option(1024, "Longest analysis, in tokens.")
+    end_hopeless_analyses: str | None = _option(
+        None,
+        "Analyses that the transformers engine ends early; other engines finish them. None: `certain` with `overlap`, "
+        f"else `never`. {_meanings(EarlyEnd)}",
+        tuple(choice.value for choice in EarlyEnd),
+    )
     analysis_temperature: float | None = _option(None, "Temperature of analysis and replay; None = `temperature`.")
     max_context_tokens: int | None = _option(
         None, "Longest C_retro prompt in tokens; longer solutions are trimmed. None = what the model's context leaves."
@@ -221,7 +234,8 @@ class MELConfig(GRPOConfig):
         self._check_values()
         self._rename_deprecated()
         self._check_skipping()
-        self._check_estimator()
+        check_estimator(self)
+        check_schedule(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as JSON can hold them: a function by its name."""
@@ -259,7 +273,8 @@ class MELConfig(GRPOConfig):
     def _check_values(self) -> None:
         for option in fields(self):
             if option.name in MELConfig.__annotations__ and "choices" in option.metadata:
-                check_choice(option.name, getattr(self, option.name), option.metadata["choices"])
+                if (value := getattr(self, option.name)) is not None or option.default is not None:
+                    check_choice(option.name, value, option.metadata["choices"])
         for name, least in (
             ("analysis_max_tokens", 16), ("replay_attempts", 1), ("verifier_workers", 1), ("rest_batches", 1),
             ("grad_norm_every", 0), ("max_idle_steps", 0), ("mel_decay_steps", 0), ("dynamic_sampling_rounds", 0),
@@ -329,45 +344,13 @@ class MELConfig(GRPOConfig):
     def _check_skipping(self) -> None:
         """Only a completion without any gradient may be left out."""
         if self.skip_zero_advantage and (name := self.gradient_without_advantage) is not None:
-            reason = f"{_ALSO_ZERO[name]} also needs completions of advantage 0"
+            reason = f"{ALSO_ZERO[name]} also needs completions of advantage 0"
             raise ConfigError(f"skip_zero_advantage=True with {name}={getattr(self, name)}: {reason}. Unset one.")
-
-    def _check_estimator(self) -> None:
-        """Refuse options that contradict `algorithm`, and set the TRL options that it implies."""
-        if self.algorithm == Algorithm.MEL and self.meta_experience is False:
-            raise ConfigError(
-                "meta_experience=False with algorithm='mel': mel is grpo with meta-experience. Set algorithm='grpo'."
-            )
-        if self.algorithm == Algorithm.REINFORCE_PP and self.scale_rewards not in ("group", "batch"):
-            raise ConfigError(
-                f"scale_rewards={self.scale_rewards!r} with algorithm='reinforce++', which divides by the batch's "
-                "standard deviation. Leave scale_rewards unset."
-            )
-        if self.algorithm == Algorithm.REINFORCE_PP and self.multi_objective_aggregation != "sum_then_normalize":
-            raise ConfigError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} with algorithm='reinforce++', which "
-                "normalizes the weighted sum of the rewards. Leave it unset."
-            )
-        if self.algorithm != Algorithm.RFT:
-            return
-        for name in ("beta", "entropy_coef", "top_entropy_quantile"):
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} with algorithm='rft', which is a plain NLL: {_ALSO_ZERO[name]} has "
-                    f"no place in it. Unset {name}."
-                )
-        if self.loss_type not in (_DEFAULTS["loss_type"], "cispo"):
-            raise ConfigError(
-                f"loss_type={self.loss_type!r} with algorithm='rft', which is a plain NLL, averaged over the tokens of "
-                "right completions. Leave loss_type unset."
-            )
-        for name, value in _RFT.items():
-            setattr(self, name, value)
 
     @property
     def gradient_without_advantage(self) -> str | None:
         """The first option by which a completion of advantage 0 has a gradient; None if there is none."""
-        return next((name for name in _ALSO_ZERO if getattr(self, name) != _DEFAULTS[name]), None)
+        return next((name for name in ALSO_ZERO if getattr(self, name) != DEFAULTS[name]), None)
 
     @property
     def estimator(self) -> str:
@@ -378,6 +361,22 @@ class MELConfig(GRPOConfig):
     def with_meta_experience(self) -> bool:
         """True when lessons are written and trained on."""
         return self.algorithm == Algorithm.MEL if self.meta_experience is None else self.meta_experience
+
+    @property
+    def overlaps(self) -> bool:
+        """True when analyses and replays are sampled with later rollouts."""
+        return self.with_meta_experience and self.mel_schedule == Schedule.OVERLAP
+
+    @property
+    def early_end(self) -> EarlyEnd:
+        """Analyses whose sampling is ended early."""
+        default = EarlyEnd.CERTAIN if self.mel_schedule == Schedule.OVERLAP else EarlyEnd.NEVER
+        return default if self.end_hopeless_analyses is None else EarlyEnd(self.end_hopeless_analyses)
+
+    @property
+    def steps_per_batch(self) -> float:
+        """Optimizer steps of a generation batch."""
+        return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
 
     @property
     def bank_options(self) -> BankOptions:

@@ -30,9 +30,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from mel_lite import signals
 from mel_lite.config import MELConfig
-from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.base import Engine
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
-from mel_lite.errors import DataError
 from mel_lite.lessons.bank.updates import unsettled, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
@@ -54,7 +53,6 @@ from mel_lite.resilience.saved_bank import build_bank
 from mel_lite.resilience.stop_cleanly import CleanStop
 from mel_lite.resilience.tracker_tables import send_lessons
 from mel_lite.resilience.trackers import SideService, guard_trackers, guarded_tables
-from mel_lite.seeds import prompt_hash, seed_for
 from mel_lite.training.around_update import AroundTheUpdate
 from mel_lite.training.assemble import (
     build_context,
@@ -80,6 +78,7 @@ from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.prompts.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.prompts.sampler import EpochSampler
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
+from mel_lite.training.rollouts import build_in_flight, check_overlap, rollout_requests, rollout_sampling
 from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import Scorer, install_scoring_head
 from mel_lite.trl_compat import released_grpo_trainer
@@ -146,6 +145,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         if reward_funcs is None and not isinstance(self.judge, RewardJudge):
             reward_funcs = self._verifier_reward
         own_rollouts = rollout_func is None and engine_generates(args, tools, environment_factory)
+        check_overlap(args, self.internalisation, train_dataset, engine, own_rollouts=own_rollouts)
         with warnings.catch_warnings(), building_adapter(self, model, peft_config):
             # TRL marks the hook as experimental; following its changes is our task, not the user's.
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -183,6 +183,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.dynamic_sampling = build_dynamic_sampling(self)
         self.scorer = Scorer(self)
         self.lesson_context = build_context(self)
+        self.in_flight = build_in_flight(self)
         reads_start = args.with_meta_experience and self.internalisation.needs_frozen_reader
         self.frozen_reader = FrozenReader(self.model) if reads_start else None
         self._store: ExperienceStore | None = None
@@ -193,7 +194,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         self.collapse = CollapseWatch(self)
         self.savings = Savings(self)
         parts = (self.engine, self.funnel_totals, self.collapse, self.savings, self.bank)
-        optional = (*parts, getattr(self.dynamic_sampling, "memory", None))
+        optional = (*parts, getattr(self.dynamic_sampling, "memory", None), self.in_flight)
         self.stateful = tuple(each for each in optional if each is not None)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(AroundTheUpdate(self))
@@ -201,27 +202,17 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     # ---- Act ----
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """TRL's rollout hook: one completion per prompt, seeded by (run seed, step, prompt, row over all ranks)."""
+        """TRL's rollout hook: one completion per prompt, and with the overlapped schedule the lessons in flight."""
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        if not all(prompt_ids):
-            raise DataError("train_dataset or eval_dataset has a prompt without tokens. Remove prompts that are empty.")
-        drawing = self.dynamic_sampling if self.model.training else None
-        first = self.accelerator.process_index * len(prompts) if drawing is None else drawing.first_index
-        step, purpose = (self._batch, "rollout") if self.model.training else (self.state.global_step, "eval_rollout")
-        requests = [
-            Request(
-                tuple(ids),
-                seed_for(self.args.seed, step=step, prompt_hash=prompt_hash(p), index=first + i, purpose=purpose),
-            )
-            for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
-        sampling = Sampling(
-            self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty
-        )
+        requests, sampling = rollout_requests(self, prompts, prompt_ids), rollout_sampling(self)
+        in_flight = self.in_flight if self.model.training else None
+        asked = [] if in_flight is None else in_flight.requests(self.lesson_context, batch=self._batch)
         with self.clock("rollout") if self.model.training else self.engine.evaluating():
             self.engine.wake()
-            completions = self.engine.generate(requests, sampling)
+            completions, of_lessons = self.engine.generate_with(asked, requests, sampling)
             self.engine.sleep()  # scoring comes next and needs the memory
+        if in_flight is not None:
+            in_flight.answer(of_lessons)
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [list(c.ids) for c in completions],
@@ -272,11 +263,16 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             )
         local: list[Experience] = []
         unfit: list[tuple[Pair, str]] = []
-        if pairs:
+        if self.in_flight is not None:  # these pairs come later; earlier ones are complete now
+            local, unfit = self.in_flight.advance(pairs[rank::world], self.lesson_context, step=step, batch=batch)
+            self.add_metrics({"mel/in_flight": len(self.in_flight.waiting)})
+        elif pairs:
             self.engine.wake()
             local, unfit = draw_lessons(pairs[rank::world], self.lesson_context, step=step, batch=batch)
             self.engine.sleep()  # what follows scores texts or trains, and needs the memory
-        experiences: list[Experience] = sorted(gather_object(local), key=lambda e: e.analysis.pair.index)
+        experiences: list[Experience] = sorted(
+            gather_object(local), key=lambda e: (e.rollouts_step, e.analysis.pair.index)
+        )
         row_ids = [0] * len(experiences)
         if self.is_world_process_zero():
             row_ids = self.store.add(experiences)

@@ -58,8 +58,10 @@ class ReplayCriterion(Choice):
 
     SOLVED = "solved", "More than half of the attempts with it are right (the paper's rule, with one attempt)."
     UPLIFT = "uplift", "The share of right attempts with it is above that of the attempts without it."
+    SOLVED_ONCE = "solved_once", "One attempt with it is right; they are made one by one until then."
     SCORED = "scored", "It makes the group's right rollouts likelier than the wrong ones; no replay is generated."
     SCORED_SOLVED = "scored+solved", "`scored`, then `solved` for those that pass."
+    SCORED_SOLVED_ONCE = "scored+solved_once", "`scored`, then `solved_once` for those that pass."
     SCORED_UPLIFT = "scored+uplift", "`scored`, then `uplift` for those that pass."
 
     @property
@@ -73,9 +75,35 @@ class ReplayCriterion(Choice):
         return self is not ReplayCriterion.SCORED
 
     @property
+    def needs_one(self) -> bool:
+        """True when one right attempt is enough."""
+        return self.value.endswith("solved_once")
+
+    @property
     def compares(self) -> bool:
         """True when it needs attempts without the meta-experience, too."""
         return self.value.endswith("uplift")
+
+
+class Schedule(Choice):
+    """Time at which analyses and replays are sampled."""
+
+    STRICT = "strict", "At once, in calls of their own, so that lessons join the update of their own step (the paper)."
+    OVERLAP = (
+        "overlap",
+        (
+            "Analyses in the same engine call as the next batch's rollouts, and their replays in the call after it; "
+            "lessons join the update of the step in which they are complete."
+        ),
+    )
+
+
+class EarlyEnd(Choice):
+    """Analyses whose sampling is ended early."""
+
+    NEVER = "never", "None."
+    CERTAIN = "certain", "Those that cannot be parsed any more: one word 8 times in a row, or too long to be read."
+    LIKELY = "likely", "Also those that repeat themselves, or have no further section by half of `analysis_max_tokens`."
 
 
 class LessonNormalization(Choice):
@@ -311,7 +339,7 @@ class Experience:
     """Meta-experience with its analysis, checks and result: one row of the store."""
 
     step: int
-    """Number of optimizer steps before it was drawn."""
+    """Number of optimizer steps before it was complete."""
     analysis: Analysis
     status: Status
     reason: str = ""
@@ -323,6 +351,15 @@ class Experience:
     """Characters of the wrong solution that the bifurcation quotes; None when it quotes none, or is not parsed."""
     shift_nats: float | None = None
     """Lift by M of the group's right rollouts minus that of its wrong ones; None when not scored."""
+    staleness_steps: int = 0
+    """Optimizer steps from the sampling of its rollouts to `step`; 0 with the strict schedule."""
+    staleness_versions: int = 0
+    """Updates of the weights among them: steps that were skipped do not count."""
+
+    @property
+    def rollouts_step(self) -> int:
+        """Number of optimizer steps before its rollouts were sampled."""
+        return self.step - self.staleness_steps
 
     @property
     def text(self) -> str:

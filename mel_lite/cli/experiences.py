@@ -44,7 +44,7 @@ def show(id_: Annotated[int, typer.Argument(metavar="ID")], run: RunOption = Non
 
     with _store(run) as store:
         row = store.get(id_)
-        credit = store.credit(row.step, (row.wrong_index, row.right_index))
+        credit = store.credit(row.rollouts_step, (row.wrong_index, row.right_index))
     if as_json:
         print_json(asdict(row) | {"token_credit": [asdict(each) for each in credit]})
     else:

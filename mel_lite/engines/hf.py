@@ -177,7 +177,7 @@ class _RowLimits(StoppingCriteria):
     def __init__(self, limits: Sequence[int], prompt_tokens: int, device: torch.device) -> None:
         self._length_B = prompt_tokens + torch.tensor(limits, device=device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return input_ids.shape[1] >= self._length_B
 
 

@@ -17,6 +17,10 @@ from mel_lite.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
+OF_LESSONS = ("analysis", "scored", "replay", "examine", "internalise", "rescore")
+"""Phases that exist for lessons alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class PhaseEnd:
     """A phase that has just ended."""
@@ -39,6 +43,10 @@ class PhaseClock:
     def __init__(self) -> None:
         self.seconds_s: defaultdict[str, float] = defaultdict(float)
         self.generated_tokens = 0
+        self.lesson_tokens = 0
+        """Those of them that analyses and replays have."""
+        self.shared_s = 0.0
+        """Seconds of calls for rollouts and lessons together that count as the lessons', in proportion to tokens."""
         self.phase = ""
         """The innermost phase that is open; empty between phases."""
         self.done, self.total = 0, 0
@@ -103,8 +111,21 @@ class PhaseClock:
 
     def _end(self, phase: str, seconds_s: float, tokens_before: int) -> None:
         self.seconds_s[phase] += seconds_s
+        if phase in OF_LESSONS:
+            self.lesson_tokens += self.generated_tokens - tokens_before
         if self.on_end is not None:
             self.on_end(PhaseEnd(phase, seconds_s, self.total, self.generated_tokens - tokens_before))
+
+    def overhead(self) -> dict[str, float]:
+        """Cost of lessons since the last `drain`, without their rows in the update: what plain GRPO would not spend.
+
+        `mel/time_overhead_s` are the seconds of phases of their own and their part of shared calls;
+        `mel/token_overhead` their generated tokens over those of the rollouts.
+        """
+        of_rollouts = self.generated_tokens - self.lesson_tokens
+        seconds_s = self.shared_s + sum(self.seconds_s.get(phase, 0.0) for phase in OF_LESSONS)
+        tokens = {"mel/token_overhead": self.lesson_tokens / of_rollouts} if of_rollouts else {}
+        return tokens | {"mel/time_overhead_s": seconds_s}
 
     def drain(self) -> dict[str, float]:
         """Metrics since the last call: `time/<phase>_s`, `mel/generated_tokens` and `mel/tokens_per_s`."""
@@ -114,7 +135,7 @@ class PhaseClock:
         if generation_s > 0:
             metrics["mel/tokens_per_s"] = self.generated_tokens / generation_s
         self.seconds_s.clear()
-        self.generated_tokens = 0
+        self.generated_tokens, self.lesson_tokens, self.shared_s = 0, 0, 0.0
         return metrics
 
 
@@ -149,6 +170,23 @@ class MeteredEngine(Engine):
         self._clock.generated_tokens += tokens
         self.total_generated_tokens += tokens
         return completions
+
+    def generate_with(
+        self, of_lessons: Sequence[Request], requests: Sequence[Request], sampling: Sampling
+    ) -> tuple[list[Completion], list[Completion]]:
+        """Sample the completions of `requests` and `of_lessons` in one call; the latter are charged to lessons.
+
+        Returns: the completions of both, each in the order of its requests.
+        """
+        start_s = time.monotonic()
+        both = self.generate([*requests, *of_lessons], sampling)
+        first, others = both[: len(requests)], both[len(requests) :]
+        tokens = sum(len(each.ids) for each in others)
+        self._clock.lesson_tokens += tokens
+        if tokens:
+            all_tokens = tokens + sum(len(each.ids) for each in first)
+            self._clock.shared_s += (time.monotonic() - start_s) * tokens / all_tokens
+        return first, others
 
     def state_dict(self) -> dict[str, Any]:
         return {"generated_tokens": self.total_generated_tokens}

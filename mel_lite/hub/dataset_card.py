@@ -21,7 +21,7 @@ ROWS = Path("data") / "train.parquet"
 TAGS = ("mel-lite", "meta-experience-learning", "rlvr", "synthetic", "arxiv:2602.10224")
 MEANINGS: Mapping[str, str] = {
     "id": "number in the run, from 1",
-    "step": "optimizer step that drew it, from 1",
+    "step": "optimizer step in which it was complete, from 1",
     "prompt_hash": "identifies the question",
     "prompt": "question",
     "answer": "reference answer",
@@ -53,6 +53,8 @@ MEANINGS: Mapping[str, str] = {
     "quote_end": "end of the quote",
     "templates_version": "identifies the texts of the analysis prompt",
     "shift_nats": "how much more it lifts the right answers of its group than the wrong ones",
+    "staleness_steps": "optimizer steps from its rollouts to that step",
+    "staleness_versions": "updates of the weights among them",
 }
 """Meaning of each column of the store."""
 STATUSES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -41,3 +41,5 @@ class LessonContext:
     control: bool = False
     replay_criterion: str = "solved"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    hopeless: Callable[[Sequence[int]], str] | None = None
+    """Says why the ids of an unfinished analysis are not worth more; '' while they are. None: none is ended early."""

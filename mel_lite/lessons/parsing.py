@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.lessons.prompts import DEFAULT_TEMPLATES
-from mel_lite.types import Finish, MetaExperience
+from mel_lite.types import EarlyEnd, Finish, MetaExperience
 
 if TYPE_CHECKING:
     pass
@@ -232,11 +232,8 @@ def _echo(words: list[str], source: list[str]) -> float:
 def _repetition(text: str) -> str:
     """Return the evidence of a loop, or '': one word repeated, few distinct phrases, text that compresses too well."""
     words = [word.lower() for word in _WORD.findall(text)]
-    run = 1
-    for previous, word in pairwise(words):
-        run = run + 1 if word == previous else 1
-        if run >= 8:
-            return f"the word {word[:20]!r} occurs {run} times in a row"
+    if run := _word_run(words):
+        return run
     phrases = list(zip(*(words[i:] for i in range(4)), strict=False))
     if len(phrases) >= 32 and len(set(phrases)) < 0.4 * len(phrases):
         return f"{len(set(phrases))} of {len(phrases)} four-word phrases are distinct"
@@ -246,4 +243,44 @@ def _repetition(text: str) -> str:
     return ""
 
 
-__all__ = ["ParseFailure", "parse_analysis"]
+def _word_run(words: list[str]) -> str:
+    run = 1
+    for previous, word in pairwise(words):
+        run = run + 1 if word == previous else 1
+        if run >= 8:
+            return f"the word {word[:20]!r} occurs {run} times in a row"
+    return ""
+
+
+def hopeless(text: str, when: EarlyEnd, *, share: float, prefill: str = "") -> str:
+    """Return why an unfinished analysis is not worth finishing; '' while it may be.
+
+    With `certain`, `parse_analysis` rejects every continuation of `text`, unless one closes a thought that was never
+    opened. `likely` adds loops that could still end, and text with no section but the prefill's at half of the budget.
+
+    Args: `text` with the prefill; `share` of the token budget that is spent, in [0, 1].
+    """
+    if when is EarlyEnd.NEVER:
+        return ""
+    if len(text) > MAX_CHARS:
+        return f"{len(text)} characters, at most {MAX_CHARS} are read"
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").rpartition("</think>")[2]
+    if "<think>" in text:
+        return ""
+    complete = re.sub(r"[\w\ufffd]+\Z", "", text)  # the last word may go on
+    if run := _word_run([word.lower() for word in _WORD.findall(complete)]):
+        return run
+    if when is EarlyEnd.CERTAIN:
+        return ""
+    if loop := _repetition(complete):
+        return loop
+    is_named = "{" in text or _parts(complete) - _parts(prefill)
+    return "" if share < 0.5 or is_named else "no further section by half of its tokens"
+
+
+def _parts(text: str) -> set[str]:
+    headings = (_heading(number, line) for number, line in enumerate(text.split("\n")))
+    return {heading.part for heading in headings if heading and heading.part}
+
+
+__all__ = ["ParseFailure", "hopeless", "parse_analysis"]

@@ -17,7 +17,7 @@ from mel_lite.lessons.quotes import locate_quote
 from mel_lite.lessons.replay import is_kept, replay
 from mel_lite.lessons.scored import score_shifts
 from mel_lite.models.chat import prompt_text
-from mel_lite.types import Analysis, Experience, Pair, ReplayCriterion, Status
+from mel_lite.types import Analysis, Experience, Finish, Pair, Replay, ReplayCriterion, Status
 
 
 def draw_lessons(
@@ -33,17 +33,17 @@ def draw_lessons(
     criterion = ReplayCriterion(context.replay_criterion)
     with context.clock("analysis"):
         analyses, unfit = write_analyses(pairs, context, batch=batch)
-    drawn = [_check(analysis, context, step) for analysis in analyses]
+    drawn = [checked(analysis, context, step) for analysis in analyses]
     if criterion.scores:
         with context.clock("scored"):
-            drawn = _prove_by_scores(drawn, context)
+            drawn = prove_by_scores(drawn, context)
     if criterion.replays:
         with context.clock("replay"):
             drawn = _prove_by_replay(drawn, context, criterion, batch)
     return drawn, unfit
 
 
-def _prove_by_scores(drawn: Sequence[Experience], context: LessonContext) -> list[Experience]:
+def prove_by_scores(drawn: Sequence[Experience], context: LessonContext) -> list[Experience]:
     """Drop what does not make the right rollouts of its group likelier than the wrong ones."""
     passed = [each for each in drawn if each.status is Status.KEPT]
     context.engine.sleep()  # scoring needs the memory
@@ -74,17 +74,23 @@ def _prove_by_replay(
     proved = []
     for each in drawn:
         if each.status is Status.KEPT:
-            result = next(replays)
-            kept, reason = is_kept(result, criterion)
-            each = replace(each, replay=result)
-            if not kept:
-                each = replace(each, status=Status.REPLAY_FAILED, reason=reason)
+            each = replayed(each, next(replays), criterion)
         proved.append(each)
     return proved
 
 
-def _check(analysis: Analysis, context: LessonContext, step: int) -> Experience:
+def replayed(experience: Experience, result: Replay, criterion: ReplayCriterion) -> Experience:
+    """Return the experience with its replay; dropped when that does not meet the criterion."""
+    kept, reason = is_kept(result, criterion)
+    experience = replace(experience, replay=result)
+    return experience if kept else replace(experience, status=Status.REPLAY_FAILED, reason=reason)
+
+
+def checked(analysis: Analysis, context: LessonContext, step: int) -> Experience:
     """Parse and leak-check one analysis; one that passes is kept so far."""
+    if analysis.finish is Finish.ENDED:
+        assert context.hopeless is not None, "only then is an analysis ended early"
+        return Experience(step, analysis, Status.UNPARSED, f"ended early: {context.hopeless(analysis.analysis_ids)}")
     try:
         instructions = context.templates.instructions(marked=context.mark_fork)
         parsed = parse_analysis(analysis.text, finish=analysis.finish, instructions=instructions)

@@ -66,7 +66,7 @@ def strips(credits: Sequence[TokenCredit]) -> tuple[CreditStrip, ...]:
 
 def strips_of(row: ExperienceRow, store: ExperienceStore) -> tuple[CreditStrip, ...]:
     """Return the strips of a meta-experience's wrong and right solution. Raises: StoreError when they are damaged."""
-    return strips(store.credit(row.step, (row.wrong_index, row.right_index)))
+    return strips(store.credit(row.rollouts_step, (row.wrong_index, row.right_index)))
 
 
 def _strip(credit: TokenCredit) -> CreditStrip:

@@ -97,11 +97,21 @@ def experience_page(row: ExperienceRow, credit: Sequence[CreditStrip] = ()) -> R
         *((f"replay: {v}", t) for v, t in zip(row.replay_verdicts, row.replay_texts, strict=False)),
         ("replay without it", ", ".join(row.control_verdicts)),
         ("lift of the right rollouts over the wrong ones", _nats(row.shift_nats)),
+        ("staleness", _staleness(row)),
         ("reason for the drop", row.reason),
         ("NLL in nats per token", _nlls(row)),
         *_credit_sections(credit),
     ]
     return _page(f"meta-experience {row.id}, step {row.step}: {row.status}", sections, STATUS_STYLE[row.status])
+
+
+def _staleness(row: ExperienceRow) -> str:
+    if not row.staleness_steps:
+        return ""
+    return (
+        f"rollouts of step {row.rollouts_step}; complete {row.staleness_steps} steps and {row.staleness_versions} "
+        "updates of the weights later"
+    )
 
 
 def _page(title: str, sections: Sequence[Section], style: str) -> Panel:

@@ -104,6 +104,7 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     metrics, lessons, every = trainer._metrics, trainer.trained_lessons, trainer.gradient_meter.every
     clock, engine = trainer.clock, trainer.engine
     times, tokens, total = clock.seconds_s.copy(), clock.generated_tokens, engine.total_generated_tokens
+    of_lessons, shared_s = clock.lesson_tokens, clock.shared_s
     rng, training = rng_state(all_gpus=trainer.args.world_size > 1), trainer.model.training
     steps = trainer.__dict__.get("current_gradient_accumulation_steps")
     grads = [(p, p.grad) for p in trainer.model.parameters()]
@@ -125,6 +126,7 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
         trainer.gradient_meter.give_up()
         trainer.gradient_meter.drain(lambda tensor: tensor)
         clock.seconds_s, clock.generated_tokens, engine.total_generated_tokens = times, tokens, total
+        clock.lesson_tokens, clock.shared_s = of_lessons, shared_s
         for p, grad in grads:
             p.grad = grad
         trainer.model.train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import TrainerCallback
 
 from mel_lite.training.assemble import check_rows
 from mel_lite.training.metrics import peak_metrics
+
+logger = logging.getLogger(__name__)
 
 
 def tokens_are_spent(trainer: Any) -> bool:
@@ -23,6 +26,8 @@ class AroundTheUpdate(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._skips = False
+        """The update of this step is skipped."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.nonfinite.reset()
@@ -35,13 +40,16 @@ class AroundTheUpdate(TrainerCallback):
             self._trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._trainer.nonfinite.before_update():
+        self._skips = self._trainer.nonfinite.before_update()
+        if self._skips:
             # The update is skipped, and with it what would be logged about it.
             self._trainer.trained_lessons.clear()
             self._trainer.gradient_meter.drain(lambda tensor: tensor)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._log_update()
+        if self._trainer.in_flight is not None and not self._skips:
+            self._trainer.in_flight.version += 1
         self._trainer.record_boundary()
         self._trainer.collapse.after_update()
         if tokens_are_spent(self._trainer):
@@ -51,6 +59,11 @@ class AroundTheUpdate(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0 < state.max_steps and not hasattr(self._trainer.train_dataset, "__len__"):
             check_rows(args, None)
+        if self._trainer.in_flight is not None and (left := len(self._trainer.in_flight.waiting)):
+            logger.info(
+                "Training ended with %s lessons in flight. They are dropped; a run that is continued completes them.",
+                left,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         self._trainer.collapse.on_log(logs or {})
@@ -62,7 +75,8 @@ class AroundTheUpdate(TrainerCallback):
         trained, trainer.trained_lessons = trainer.trained_lessons, []
         with trainer.clock("rescore") if trained else nullcontext():
             after = trainer.scorer([lesson for lesson, _ in trained])
-        trainer.add_metrics(trainer.clock.drain() | peak_metrics())
+        overhead = trainer.clock.overhead() if trainer.args.with_meta_experience else {}
+        trainer.add_metrics(trainer.clock.drain() | overhead | peak_metrics())
         rows = gather_object(
             [
                 (lesson.experience_id, before.item(), -logp_T.mean().item(), len(lesson.target_ids))

@@ -26,6 +26,7 @@ from mel_lite.models.chat import check_conversation
 from mel_lite.models.generation import make_generation_config_valid
 from mel_lite.models.load import context_length, keep_four_bit_layout
 from mel_lite.models.peft_support import is_peft
+from mel_lite.training.rollouts import early_end
 from mel_lite.training.scoring import balances_experts
 from mel_lite.training.services import check_services
 from mel_lite.types import Group, ReplayCriterion
@@ -329,13 +330,16 @@ def build_context(trainer: Any) -> LessonContext:
     """Build what every stage of lesson drawing shares, from the trainer's arguments. Raises ConfigError, ModelError."""
     args = trainer.args
     temperature = trainer.temperature if args.analysis_temperature is None else args.analysis_temperature
+    templates = load_templates(args.templates)
+    hopeless = early_end(args, trainer._tokenizer, templates, trainer.chat_template_kwargs)
+    ends = None if hopeless is None else lambda ids: bool(hopeless(ids))
     return LessonContext(
         engine=trainer.engine,
         tokenizer=trainer._tokenizer,
-        templates=load_templates(args.templates),
+        templates=templates,
         judge=trainer.judge,
         clock=trainer.clock,
-        analysis=Sampling(args.analysis_max_tokens, temperature),
+        analysis=Sampling(args.analysis_max_tokens, temperature, is_hopeless=ends),
         replay=Sampling(args.max_completion_length, temperature),
         max_context_tokens=_context_for_analysis(args, trainer.model, trainer.engine),
         context_tokens=context_length(trainer.model),
@@ -348,6 +352,7 @@ def build_context(trainer: Any) -> LessonContext:
         control=args.needs_control,
         replay_criterion=args.replay_criterion,
         chat_template_kwargs=trainer.chat_template_kwargs,
+        hopeless=hopeless,
     )
 
 

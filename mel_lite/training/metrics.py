@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from mel_lite.files import atomic_write_text
 from mel_lite.memory.formulas import GIB
-from mel_lite.types import Experience, Group, Replay, Status
+from mel_lite.types import Experience, Finish, Group, Replay, Status
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,9 @@ def funnel(
     `mel/quoted` counts the parsed ones whose bifurcation quotes the wrong solution. `mel/retention_ratio` is kept /
     written, `mel/leak_rate` is leaked / parsed, and `mel/replay_uplift` is the mean, over replayed ones, of the solved
     rate with M minus the rate without. `mel/score_shift` is the mean shift of scored ones in nats, `mel/score_valid`
-    the share of them above 0, and `mel/unscored` the number of those whose rollouts did not fit the context. A ratio
-    with denominator 0 is left out.
+    the share of them above 0, and `mel/unscored` the number of those whose rollouts did not fit the context.
+    `mel/ended_early` counts hopeless analyses, `mel/replay_attempts` attempts with M, and `mel/staleness` is the mean
+    number of steps since the rollouts where it is not 0. A ratio with denominator 0 is left out.
     """
     counts = Counter(e.status for e in experiences)
     replayed = [e.replay for e in experiences if e.replay is not None]
@@ -82,8 +83,11 @@ def funnel(
         "mel/replay_valid": counts[Status.KEPT],
         "mel/trained_tokens": trained_tokens,
     }
+    metrics["mel/ended_early"] = sum(e.analysis.finish is Finish.ENDED for e in experiences)
+    metrics["mel/replay_attempts"] = sum(len(r.verdicts) for r in replayed)
     if shifts or unscored:
         metrics["mel/unscored"] = unscored
+    stale = [e.staleness_steps for e in experiences if e.staleness_steps]
     judged = [r.verdict for g in groups for r in g.rollouts if r.verdict != "abstain"]
     rollouts = sum(len(g.rollouts) for g in groups)
     ratios = {
@@ -93,6 +97,7 @@ def funnel(
         "mel/leak_rate": (counts[Status.LEAKED], parsed),
         "mel/replay_solved": (sum(r.solved_rate for r in replayed), len(replayed)),
         "mel/replay_uplift": _uplift(replayed),
+        "mel/staleness": (sum(stale), len(stale)),
         "mel/score_shift": (sum(shifts), len(shifts)),
         "mel/score_valid": (sum(shift > 0 for shift in shifts), len(shifts)),
     }

@@ -146,3 +146,39 @@ def test_uplift_without_control_and_unknown_criteria_are_errors() -> None:
         is_kept(Replay((R,), ("",)), "uplift")
     with pytest.raises(ConfigError, match="replay_criterion='better' is not one of solved, uplift"):
         is_kept(Replay((R,), ("",)), "better")
+
+
+def test_one_by_one_until_the_first_right_answer() -> None:
+    """The attempts are those of the same number; the first right one ends them, and one is enough."""
+    items = [(pair("one", 0), "M"), (pair("two", 1), "M"), (pair("three", 2), "M")]
+    together = run(items, attempts=3)[1].calls[0][0]
+    right_at = {"hash-one": 0, "hash-two": 2, "hash-three": 9}
+    made: list[str] = []
+
+    def judge(groups: Sequence[Group], texts: Sequence[str]) -> list[Verdict]:
+        found = []
+        for group in groups:
+            found.append(R if made.count(group.prompt_hash) == right_at[group.prompt_hash] else W)
+            made.append(group.prompt_hash)
+        return found
+
+    engine = Echo()
+    options = {"run_seed": 3, "replay": SAMPLING, "replay_attempts": 3, "replay_criterion": "solved_once"}
+    replays = replay(items, lesson_context(TOKENIZER, engine=engine, judge=judge, **options), batch=4)
+    assert [each.verdicts for each in replays] == [(R,), (W, W, R), (W, W, W)]
+    asked = [[(r.prompt_ids, r.seed) for r in requests] for requests, _ in engine.calls]
+    plain = [(r.prompt_ids, r.seed) for r in together]
+    assert asked == [[plain[0], plain[3], plain[6]], [plain[4], plain[7]], [plain[5], plain[8]]]
+    assert [is_kept(each, "solved_once") for each in replays] == [
+        (True, "1 of 1 replays right, one needed"),
+        (True, "1 of 3 replays right, one needed"),
+        (False, "0 of 3 replays right, one needed"),
+    ]
+    assert [is_kept(each, "scored+solved_once")[0] for each in replays] == [True, True, False]
+
+
+def test_controls_need_all_attempts() -> None:
+    (found,), engine, _ = run([(pair("one", 0), "M")], attempts=3, control=True, verdict=lambda text: R,
+                              replay_criterion="solved_once")  # fmt: skip
+    assert [len(requests) for requests, _ in engine.calls] == [6]
+    assert found.verdicts == found.control_verdicts == (R, R, R) and is_kept(found, "solved_once")[0]

@@ -36,7 +36,7 @@ def test_files_that_are_no_store_are_named(tmp_path: Path) -> None:
     ExperienceStore(newer).close()
     sqlite3.connect(newer, isolation_level=None).execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"schema version is 5, but this release of mel-lite reads 4"):
+        with pytest.raises(StoreError, match=r"schema version is 6, but this release of mel-lite reads 5"):
             ExperienceStore(newer, read_only=read_only)
 
     foreign = tmp_path / "foreign.sqlite"
@@ -71,7 +71,8 @@ def test_a_store_of_schema_2_gets_the_score(tmp_path: Path) -> None:
     with ExperienceStore(path) as store:
         store.add([replace(experience(), quote=Span(0, 5))])
     older = sqlite3.connect(path, isolation_level=None)
-    older.execute("ALTER TABLE experiences DROP COLUMN shift_nats")
+    for column in ("shift_nats", "staleness_steps", "staleness_versions"):
+        older.execute(f"ALTER TABLE experiences DROP COLUMN {column}")
     older.execute("PRAGMA user_version = 2")
     older.close()
     with ExperienceStore(path, read_only=True) as reader:

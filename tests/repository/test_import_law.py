@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "types errors deferred files gpus imports intervals seeds signals text trl_compat kernels",
-        "models data verify config",
+        "models data verify config option_checks",
         "engines recipe",
         "lessons evaluate memory",
         "training",
@@ -44,7 +44,7 @@ ONE_ROOM = {
 
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
-NOT_LIGHT = frozenset("kernels config evaluate training resilience trainer".split()) | frozenset(
+NOT_LIGHT = frozenset("kernels config option_checks evaluate training resilience trainer".split()) | frozenset(
     """engines.decode engines.hf engines.seeded_sampler engines.unsloth engines.vllm export.merge
     run.train run.progress run.load_model run.finish run.bench_step run.operations
     run.probe.run run.probe.gradients run.probe.lessons run.probe.measure report.browser

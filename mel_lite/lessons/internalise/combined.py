@@ -29,6 +29,7 @@ class Combined(Internalisation):
         self.ways = tuple(way for way, _ in ways.values())
         self.weights = tuple(weight for _, weight in ways.values())
         self.writes_lessons = any(way.writes_lessons for way in self.ways)
+        self.needs_own_lessons = any(way.needs_own_lessons for way in self.ways)
         self.uses_bank = any(way.uses_bank for way in self.ways)
         self.needs_frozen_head = any(way.needs_frozen_head for way in self.ways)
         self.teacher_states = sum(way.teacher_states for way in self.ways)

@@ -60,6 +60,7 @@ class Credit(Internalisation):
         check_flag("from_fork", from_fork)
         self.context, self.rows, self.strength, self.tau_nats = context, rows, strength, tau_nats
         self.from_fork = from_fork
+        self.needs_own_lessons = context == NoteSource.OWN
         self.uses_bank = context == NoteSource.BANK
         self.writes_lessons = context != NoteSource.SIBLING
         self._metrics: dict[str, float] = {}

@@ -108,6 +108,7 @@ class Distill(Internalisation):
         self.context, self.form, self.per_prompt, self.mask, self.rows = context, form, per_prompt, mask, rows
         self.sign, self.shuffled, self.shift_nats, self.clip_nats = sign, shuffled, shift_nats, clip_nats
         self.frozen = reader == TeacherReader.FROZEN
+        self.needs_own_lessons = context == NoteSource.OWN
         self.uses_bank = context in (NoteSource.BANK, NoteSource.SIBLING_BANK)
         self.writes_lessons = context not in (NoteSource.SIBLING, NoteSource.NONE)
         self.needs_frozen_head = form == DistillForm.KL or mask == TokenMask.SHIFT

@@ -34,7 +34,7 @@ class DrawnBatch:
     """The meta-experiences of one generation batch, the same on every rank."""
 
     experiences: tuple[tuple[int, Experience], ...]
-    """Row id in the store and experience, kept or not, in pair order."""
+    """Row id in the store and experience, kept or not, in pair order; with `overlap`, those of earlier batches."""
     groups: tuple[Group, ...]
     """All groups of the batch, over all ranks."""
     context: LessonContext
@@ -124,6 +124,8 @@ class Internalisation:
     """It trains on a replay, so a kept meta-experience must have one."""
     writes_lessons: bool = True
     """Analyses are written. False for a way that learns from the rollouts alone."""
+    needs_own_lessons: bool = False
+    """It reads the lessons of the batch's own groups, which come later with `mel_schedule='overlap'`: refused there."""
     uses_bank: bool = False
     """It reads the lesson bank."""
     needs_frozen_head: bool = False

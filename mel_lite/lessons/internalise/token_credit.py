@@ -44,10 +44,10 @@ def token_credit(
 
 
 def _places(drawn: DrawnBatch) -> dict[int, int]:
-    """Return the place of each rollout of a pair: those of kept lessons first, a wrong one before its right one."""
+    """Return the place of each rollout of the batch's pairs: kept lessons first, a wrong one before its right one."""
     kept = {row_id for row_id, _ in drawn.kept}
     ordered = sorted(drawn.experiences, key=lambda each: each[0] not in kept)
-    pairs = [each.analysis.pair for _, each in ordered]
+    pairs = [each.analysis.pair for _, each in ordered if not each.staleness_steps]
     indices = dict.fromkeys(rollout.index for pair in pairs for rollout in (pair.wrong, pair.right))
     return {index: place for place, index in enumerate(indices)}
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from mel_lite.types import Experience, Prompt, Span, Status, Verdict
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ADDED: dict[int, tuple[str, ...]] = {
     1: ("quote_start INTEGER", "quote_end INTEGER", "templates_version TEXT"), 2: ("shift_nats REAL",), 3: (),
+    4: ("staleness_steps INTEGER", "staleness_versions INTEGER"),
 }  # fmt: skip
 """Columns that the next version adds to each; all may be NULL. Version 4 adds the table of token credit."""
 
@@ -31,7 +32,7 @@ CREATE TABLE experiences (
     replay_verdicts TEXT NOT NULL, replay_texts TEXT NOT NULL, control_verdicts TEXT NOT NULL, uplift REAL,
     nll_written REAL, nll_before REAL, nll_after REAL, trained_tokens INTEGER NOT NULL DEFAULT 0,
     written_at TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER, templates_version TEXT,
-    shift_nats REAL
+    shift_nats REAL, staleness_steps INTEGER, staleness_versions INTEGER
 )
 """
 _LIST_COLUMNS = ("leak_reasons", "replay_verdicts", "replay_texts", "control_verdicts")
@@ -50,7 +51,8 @@ class ExperienceRow:
     id: int
     """Position in the run, from 1, without gaps."""
     step: int
-    """Optimizer step that drew it, from 1, as in metrics.jsonl. The file's column holds the number of steps before."""
+    """Optimizer step in which it was complete, from 1, as in metrics.jsonl. The file's column holds the number of steps
+    before."""
     prompt_hash: str
     prompt: Prompt
     answer: str | None
@@ -91,6 +93,15 @@ class ExperienceRow:
     """Identifies the texts of the analysis prompt."""
     shift_nats: float | None
     """Lift by M of the group's right rollouts minus that of its wrong ones; None when it was not scored."""
+    staleness_steps: int
+    """Optimizer steps from its rollouts to `step`; 0 with the strict schedule."""
+    staleness_versions: int
+    """Updates of the weights among them."""
+
+    @property
+    def rollouts_step(self) -> int:
+        """Optimizer step that sampled its rollouts, from 1."""
+        return self.step - self.staleness_steps
 
     @property
     def quoted_step(self) -> str | None:
@@ -106,7 +117,7 @@ class Outline:
 
     id: int
     step: int
-    """Optimizer step that drew it, from 1."""
+    """Optimizer step in which it was complete, from 1."""
     status: Status
     prompt: Prompt
     lesson: str
@@ -163,6 +174,8 @@ def to_record(experience: Experience) -> dict[str, Any]:
         "quote_end": experience.quote.end if experience.quote else None,
         "templates_version": analysis.templates_version or None,
         "shift_nats": finite(experience.shift_nats),
+        "staleness_steps": experience.staleness_steps,
+        "staleness_versions": experience.staleness_versions,
     }
     record = {column: clean(value) for column, value in record.items()}
     return record | {column: json.dumps(record[column], ensure_ascii=False) for column in _JSON_COLUMNS}
@@ -175,6 +188,8 @@ def to_row(values: Sequence[Any]) -> ExperienceRow:
         row[column] = json.loads(row[column])
     row["step"] += 1
     row["status"] = Status(row["status"])
+    for column in ("staleness_steps", "staleness_versions"):
+        row[column] = row[column] or 0  # NULL in rows of older releases
     row["redacted"] = bool(row["redacted"])
     row["leak_reasons"] = tuple(row["leak_reasons"])
     row["replay_texts"] = tuple(row["replay_texts"])
