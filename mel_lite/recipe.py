@@ -16,7 +16,8 @@ import yaml
 from mel_lite.errors import ConfigError
 from mel_lite.gpus import GPU_PRESETS, preset_of
 from mel_lite.models.adapters import LoraSpec
-from mel_lite.models.load import DEMO, ModelSpec
+from mel_lite.models.load import ModelSpec
+from mel_lite.models.origin import DEMO
 from mel_lite.text import suggest
 
 logger = logging.getLogger(__name__)

@@ -119,7 +119,7 @@ def train(
 
     Every flag sets the option of the recipe that docs/configuration.md describes; --set reaches all of them.
     """
-    from mel_lite.run.folder import default_output_dir
+    from mel_lite.run.folder import check_folder, default_output_dir
 
     if auto_resume and output_dir is None:
         raise ConfigError("--auto-resume needs --output-dir: each start without it makes another folder in runs/.")
@@ -169,6 +169,8 @@ def train(
     with loading("loading"):
         from mel_lite.run import train as run
     if dry_run:
+        if output_dir is not None:
+            check_folder(output_dir, resume=resume)
         _dry_run(recipe)
         return
     try:

@@ -24,7 +24,8 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.errors import EngineError, ModelError
 from mel_lite.models.adapters import LoraSpec, adapter_rank, attach_adapter, find_adapter, lora_config
-from mel_lite.models.load import ModelSpec, keep_four_bit_layout, locate, model_errors, resolve_dtype
+from mel_lite.models.load import ModelSpec, keep_four_bit_layout, resolve_dtype
+from mel_lite.models.origin import locate, model_errors
 
 logger = logging.getLogger(__name__)
 

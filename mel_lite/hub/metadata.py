@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mel_lite.data.held_out import HELD_OUT
 from mel_lite.models.adapters import hub_id_of
-from mel_lite.models.load import DEMO
+from mel_lite.models.origin import DEMO
 from mel_lite.report import figures
 from mel_lite.report.runs import Run
 

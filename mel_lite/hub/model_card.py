@@ -16,7 +16,7 @@ from typing import Any
 from mel_lite.errors import ConfigError
 from mel_lite.files import atomic_write_text
 from mel_lite.hub import metadata
-from mel_lite.models.load import DEMO
+from mel_lite.models.origin import DEMO
 from mel_lite.report import figures
 from mel_lite.report.record import stage_seconds
 from mel_lite.report.runs import Run, phase_seconds, read_run

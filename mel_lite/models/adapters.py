@@ -19,7 +19,8 @@ from mel_lite.deferred import building_plain_layers
 from mel_lite.errors import ConfigError, ModelError, check_choice
 from mel_lite.files import share_weights
 from mel_lite.models.demo import DEMO_ADAPTER, demo_path
-from mel_lite.models.load import DEMO, ModelSpec
+from mel_lite.models.load import ModelSpec
+from mel_lite.models.origin import DEMO
 
 if TYPE_CHECKING:
     import torch

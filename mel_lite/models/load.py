@@ -9,15 +9,14 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mel_lite.errors import ConfigError, MelLiteError, ModelError, check_choice
+from mel_lite.errors import ConfigError, ModelError, check_choice
 from mel_lite.models.attention import attention_for
-from mel_lite.models.demo import demo_model_dir
 from mel_lite.models.generation import make_generation_config_valid
+from mel_lite.models.origin import NO_TOKENIZER, locate, model_errors
 from mel_lite.models.progress_bars import are_readable, progress_bars
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
-"""Name of the demo model of `mel_lite.models.demo`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QuantType = Literal["nf4", "fp4"]
 EngineName = Literal["auto", "unsloth", "hf", "vllm-server"]
@@ -144,7 +141,10 @@ def _tokenizer_files(spec: ModelSpec, saved_in: Path | None) -> tuple[str, PreTr
 
     def load(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         with model_errors(path):
-            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if len(found.get_vocab()) <= len(found.added_tokens_decoder):  # transformers makes an empty one of some types
+            raise ModelError(f"model={path!r}: {NO_TOKENIZER}")
+        return found
 
     if saved_in is not None and (saved_in / "tokenizer_config.json").is_file():
         saved = load(str(saved_in), None)
@@ -310,33 +310,23 @@ def context_length(model_or_config: Any) -> int:
     raise ModelError(f"config of {config.model_type!r} does not state its context length. Set max_position_embeddings.")
 
 
-def locate(name: str) -> str:
-    """Return a path or Hub id that transformers can load. Raises: ModelError for a local folder without a model."""
-    if name == DEMO:
-        return str(demo_model_dir())
-    path = Path(name).expanduser()
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"model={name!r}: no such folder. Check the path, or give a Hub id (owner/name).")
-        return name
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(f"model={name!r} is a LoRA adapter, not a base model. Give its base as model.")
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model={name!r} has no config.json, so it is not a model folder. Check the path.")
-    return str(path)
-
-
 def check_weights(spec: ModelSpec) -> None:
     """Check that the base has weights to load, without loading them: in its folder, or offline in the Hub cache.
 
     Raises: ModelError, also for a base that cannot be found.
     """
     from huggingface_hub import constants, try_to_load_from_cache
+    from safetensors import safe_open
 
     path = locate(spec.name)
     names = ("model.safetensors", "model.safetensors.index.json")
     if Path(path).is_dir():
-        found = any(Path(path).glob("*.safetensors"))
+        shards = sorted(Path(path).glob("*.safetensors"))
+        found = bool(shards)
+        with model_errors(spec.name):
+            for shard in shards:
+                with safe_open(shard, "pt"):  # reads the header, which a file that was cut off contradicts
+                    pass
     elif constants.HF_HUB_OFFLINE:
         with model_errors(spec.name):
             load_config(spec)
@@ -348,53 +338,3 @@ def check_weights(spec: ModelSpec) -> None:
             f"model={spec.name!r}: it has no safetensors weights {'here' if Path(path).is_dir() else 'in the cache'}, "
             "and pickled ones are never loaded. Download or convert it (`save_pretrained`)."
         )
-
-
-@contextmanager
-def model_errors(name: str) -> Iterator[None]:
-    """Convert errors of transformers and the Hub client while loading `name` to a ModelError with the fix."""
-    import torch
-
-    try:
-        yield
-    except (MelLiteError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a corrupt file may raise anything in its reader
-        raise ModelError(f"model={name!r}: {_advice(name, error)}") from error
-
-
-def _advice(name: str, error: BaseException) -> str:
-    from huggingface_hub import errors as hub
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    text = " ".join(map(str, chain))
-
-    def raised(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(one, kinds) for one in chain)
-
-    if raised(hub.GatedRepoError):
-        return f"the repository is gated. Accept its terms at https://huggingface.co/{name}, then `hf auth login`."
-    if raised(hub.RevisionNotFoundError):
-        return "the repository has no such revision. Set revision to an existing branch, tag or commit."
-    if raised(hub.RepositoryNotFoundError):
-        return "no such repository on the Hub, or it is private. Check the spelling, or `hf auth login`."
-    if raised(hub.LocalEntryNotFoundError, ConnectionError) or "couldn't connect" in text:
-        return (
-            "not in the local cache, and the Hub cannot be reached. Connect to the network, give a local folder, or "
-            "use the demo model (model=demo), which comes from the Python package index."
-        )
-    if raised(hub.HFValidationError):
-        return "neither an existing folder nor a Hub id (owner/name). Check the spelling."
-    if "trust_remote_code" in text:
-        return "it needs code from its repository, which MEL-Lite never runs. Use a model built into transformers."
-    if "safetensors" in text and ("no file named" in text or "does not appear" in text):
-        return "it has no safetensors weights, and pickled ones are never loaded. Convert it with `save_pretrained`."
-    if isinstance(error, ImportError) and "bitsandbytes" in text:
-        return f"{error}. 4-bit loading needs `pip install bitsandbytes`."
-    if isinstance(error, (OSError, ValueError, ImportError)):
-        return str(error)
-    return f"its files are corrupt ({type(error).__name__}: {error}). Download them again, or use another model."

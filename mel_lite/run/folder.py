@@ -28,6 +28,22 @@ def newest_run() -> Path:
     return max(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
 
 
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Check that a run could write to a folder, without creating it.
+
+    Raises: ConfigError if the folder is not empty and `resume` is False, or if it cannot be written.
+    """
+    if not resume and any(p.is_file() and p.name != ".lock" for p in folder.rglob("*")):
+        raise ConfigError(
+            f"output folder {folder} is not empty. Continue that run with --resume, or choose another --output-dir."
+        )
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output folder {folder} cannot be written: {there} is a file. Choose another --output-dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output folder {folder} cannot be written: Permission denied ({there}).")
+
+
 @contextmanager
 def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     """Create the run folder if needed and lock it for this process.
@@ -35,10 +51,7 @@ def run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     Raises: ConfigError if the folder is not empty and `resume` is False, if another process holds the lock, or if the
         folder cannot be written.
     """
-    if not resume and any(p.is_file() and p.name != ".lock" for p in folder.rglob("*")):
-        raise ConfigError(
-            f"output folder {folder} is not empty. Continue that run with --resume, or choose another --output-dir."
-        )
+    check_folder(folder, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)

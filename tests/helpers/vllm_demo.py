@@ -21,7 +21,8 @@ from mel_lite import MELTrainer
 from mel_lite.engines.unsloth import adapter_fingerprint
 from mel_lite.engines.vllm import VLLMEngine
 from mel_lite.models.adapters import adapter_rank, attach_adapter, find_adapter
-from mel_lite.models.load import load_base, load_tokenizer, locate
+from mel_lite.models.load import load_base, load_tokenizer
+from mel_lite.models.origin import locate
 from mel_lite.recipe import resolve
 from mel_lite.run import train as run
 from trainers import assert_learned, trainable

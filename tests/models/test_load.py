@@ -19,7 +19,15 @@ from mel_lite.models.adapters import (
     LoraSpec,
     lora_config,
 )
-from mel_lite.models.load import ModelSpec, context_length, load_base, load_config, load_tokenizer, turn_end_id
+from mel_lite.models.load import (
+    ModelSpec,
+    check_weights,
+    context_length,
+    load_base,
+    load_config,
+    load_tokenizer,
+    turn_end_id,
+)
 from tiny_adapters import make_adapter
 from tiny_models import CHAT_TEMPLATE, save_tiny, set_lora, tiny_config, tiny_tokenizer
 
@@ -46,6 +54,8 @@ def test_a_model_spec_that_cannot_work_is_rejected(options: dict[str, str], fiel
         ("./nowhere", "no such folder"),
         ("/no/such/place", "no such folder"),
         ("owner/never-cached", "demo model"),
+        ("model.gguf", "name of a file"),
+        (__file__, "name of a file"),
         ("a b c", "spelling"),
     ],
 )
@@ -54,6 +64,19 @@ def test_a_model_that_cannot_be_found_has_an_error_with_the_fix(name: str, advic
         with pytest.raises(ModelError, match=advice) as caught:
             load(ModelSpec(name))
         assert name in str(caught.value)
+
+
+def test_files_that_are_missing_or_cut_off_are_found_before_a_load(base_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base_dir, tmp_path / "base")
+    check_weights(ModelSpec(str(folder)))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="its files are corrupt"):
+        check_weights(ModelSpec(str(folder)))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load_tokenizer(ModelSpec(str(folder)))
 
 
 @pytest.mark.parametrize(
