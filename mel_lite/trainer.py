@@ -81,6 +81,7 @@ from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.rollouts import build_in_flight, check_overlap, rollout_requests, rollout_sampling
 from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import Scorer, install_scoring_head
+from mel_lite.training.sharding import with_whole_weights
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
 from mel_lite.verify.judge import RewardJudge
@@ -242,6 +243,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             self.nonfinite.saw_batch(batch)
         return batch
 
+    @with_whole_weights
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         scored = inputs if isinstance(inputs, GenerationBatch) else GenerationBatch(inputs)
         batch = self.policy_batch(scored)

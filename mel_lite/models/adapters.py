@@ -126,6 +126,8 @@ def base_fingerprint(model: Any) -> str:
     core.update(json.dumps([[name, getattr(config, name, None)] for name in _ARCHITECTURE]).encode())
     kind = "float"
     for name, weight in sorted(base_weights(model), key=lambda item: item[0]):
+        if hasattr(weight, "ds_id"):
+            weight = _gathered(weight)
         if (quant_state := getattr(weight, "quant_state", None)) is not None:
             kind = quant_state.quant_type
             continue
@@ -157,6 +159,14 @@ def base_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
+def _gathered(weight: Any) -> torch.Tensor:
+    """Return a copy of a weight that DeepSpeed's ZeRO-3 spreads over processes, which call this together."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()  # type: ignore[no-any-return]
+
+
 def _sample(weight: torch.Tensor) -> bytes:
     import torch
 
@@ -174,25 +184,36 @@ def same_base(one: str, other: str) -> bool:
     return core_a == core_b and (linear_a == linear_b or not linear_a[0] == linear_b[0] == "float")
 
 
-def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = None) -> None:
-    """Write `mel_lite.json` next to an adapter: the base of `model`, how it was loaded, and its fingerprint.
-
-    Also replaces local paths in PEFT's files, which name nothing on another machine, and PEFT's unfilled model card.
-    """
+def base_record(model: Any) -> dict[str, Any]:
+    """Return the content of `mel_lite.json`: the base of `model`, how it was loaded, and its fingerprint."""
     from mel_lite import __version__
 
-    base = _describe_base(model, revision)
-    record = {
+    base = _describe_base(model)
+    return {
         "format": 1,
         "mel_lite": __version__,
         "base": {key: getattr(base, key) for key in _RECORDED},
         "base_fingerprint": base_fingerprint(model),
     }
+
+
+def write_fingerprint(adapter_dir: Path, model: Any, *, revision: str | None = None) -> None:
+    """Write the record of the base of `model` next to an adapter."""
+    write_record(adapter_dir, base_record(model), revision=revision)
+
+
+def write_record(adapter_dir: Path, record: dict[str, Any], *, revision: str | None = None) -> None:
+    """Write `mel_lite.json` next to an adapter; `revision` replaces the recorded one.
+
+    Also replaces local paths in PEFT's files, which name nothing on another machine, and PEFT's unfilled model card.
+    """
+    if revision:
+        record = record | {"base": record["base"] | {"revision": revision}}
     (adapter_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     config_file = adapter_dir / "adapter_config.json"
     if not config_file.is_file():
         return
-    hub_id = hub_id_of(base.name)
+    hub_id = hub_id_of(record["base"]["name"])
     config = json.loads(config_file.read_text(encoding="utf-8")) | {"base_model_name_or_path": hub_id}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (adapter_dir / "README.md").write_text(adapter_card(hub_id), encoding="utf-8")
@@ -222,14 +243,14 @@ def base_name(model: Any) -> str:
     return DEMO if name == str(demo_path()) else name
 
 
-def _describe_base(model: Any, revision: str | None) -> ModelSpec:
+def _describe_base(model: Any) -> ModelSpec:
     config = model.config
     weights = [weight for _, weight in base_weights(model)]
     dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
     four_bit = next((weight.quant_state for weight in weights if getattr(weight, "quant_state", None)), None)
     return ModelSpec(
         name=base_name(model),
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=getattr(config, "_commit_hash", None),
         dtype=str(dtype).removeprefix("torch."),
         load_in_4bit=four_bit is not None,
         quant_type=four_bit.quant_type if four_bit else "nf4",

@@ -21,7 +21,7 @@ from mel_lite.engines.metered import PhaseClock
 from mel_lite.errors import CheckpointError, DiskFullError
 from mel_lite.files import nearest_existing_folder
 from mel_lite.hub.model_card import write_card_so_far
-from mel_lite.models.adapters import RECORD, base_name, check_base, write_fingerprint
+from mel_lite.models.adapters import RECORD, base_name, base_record, check_base, write_record
 from mel_lite.report.record import record_here
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.resume_checks import began_unmarked, check_inputs, inputs
@@ -40,9 +40,11 @@ from mel_lite.resilience.state_files import (
     usable,
 )
 from mel_lite.resilience.trackers import SideService
+from mel_lite.resilience.whole_states import gathered, load_weights, spread_optimizer_state, whole_weights
 from mel_lite.training.around_update import tokens_are_spent
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import truncate_metrics
+from mel_lite.training.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ BYTES_PER_WEIGHT = 12
 class AtomicCheckpoints:
     """Mixin over a TRL trainer: checkpoints are whole or absent, and a resumed run continues bit for bit.
 
-    Optimizer, scheduler, scaler and RNG states are JSON and safetensors under transformers' own file names. DeepSpeed
-    and FSDP read and write formats of their own, pickles among them; there these states are left to them.
+    Optimizer, scheduler, scaler and RNG states are JSON and safetensors under transformers' own file names. With FSDP2
+    they are those of one process, so that a run may continue on another number of processes. DeepSpeed reads and writes
+    a format of its own, pickles among it; there these states are left to it.
     """
 
     args: Any
@@ -66,6 +69,7 @@ class AtomicCheckpoints:
     lesson_context: Any
     frozen_reader: FrozenReader | None
     clock: PhaseClock
+    sharding: Sharding
     stateful: tuple[Any, ...]
     """Parts of the run with `state_dict()` and `load_state_dict(state)`; their states share one JSON object."""
     side_service: SideService
@@ -88,6 +92,8 @@ class AtomicCheckpoints:
         """
         if self.args.save_strategy != "no" and self.accelerator.is_main_process:
             self._warn_of_little_space()
+        if self.sharding.in_lockstep:
+            _ = self._inputs, self.base_record  # while the weights are as they were loaded
         if not resume_from_checkpoint:
             return super().train(**kwargs)  # type: ignore[misc]
         path = self._resolve(resume_from_checkpoint)
@@ -103,6 +109,12 @@ class AtomicCheckpoints:
             self.state = saved
             return TrainOutput(done, 0.0, {})
         return super().train(resume_from_checkpoint=str(path), **kwargs)  # type: ignore[misc]
+
+    @cached_property
+    def base_record(self) -> dict[str, Any]:
+        """The base of the trained adapter, as `mel_lite.json` records it."""
+        with self.sharding.whole():
+            return base_record(self.accelerator.unwrap_model(self.model))
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -124,7 +136,8 @@ class AtomicCheckpoints:
     def _roll_back(self, path: Path, allow_change: Sequence[str]) -> None:
         """Restore counters, store and metrics to the step of `path`; later steps are repeated."""
         if (path / RECORD).is_file():
-            check_base(self.model, path)
+            with self.sharding.whole():
+                check_base(self.model, path)
         state = checkpoint_files.read_state(path)
         if not state:
             return
@@ -167,6 +180,9 @@ class AtomicCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_weights(Path(resume_from_checkpoint))
         model = model or self.model
+        if self.sharding.fsdp:
+            load_weights(model, Path(resume_from_checkpoint))
+            return
         dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         for name, weight in model.named_parameters():
@@ -175,7 +191,10 @@ class AtomicCheckpoints:
 
     def _load_best_model(self) -> None:
         check_weights(Path(self.state.best_model_checkpoint))
-        super()._load_best_model()  # type: ignore[misc]
+        if self.sharding.fsdp:
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()  # type: ignore[misc]
 
     # ---- save ----
 
@@ -207,13 +226,24 @@ class AtomicCheckpoints:
             self._commit(run_dir)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save like TRL, with FSDP2 as one process would. All ranks call it."""
+        if not self.sharding.fsdp:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save like TRL, with the record that lets eval, export and `--adapter` take the adapter as one of ours."""
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody reads: config.yaml has the options
         if (folder / "adapter_config.json").is_file():
-            write_fingerprint(folder, self.accelerator.unwrap_model(self.model))
+            write_record(folder, self.base_record)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -290,10 +320,6 @@ class AtomicCheckpoints:
 
     # ---- states without pickles ----
 
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)  # type: ignore[attr-defined]
-
     def _save_rng_state(self, output_dir: str) -> None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # a rank may get here before rank 0 has saved the model
@@ -313,21 +339,26 @@ class AtomicCheckpoints:
         return folder / (RNG if self.args.world_size <= 1 else f"{RNG}_{self.args.process_index}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._is_sharded:
+        if self.sharding.deepspeed:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        elif self.args.should_save:
-            dump(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+            return
+        moments = gathered(self.optimizer.state_dict()) if self.sharding.fsdp else None
+        if self.args.should_save:
+            dump(Path(output_dir) / OPTIMIZER, moments or self.optimizer.state_dict())
             dump(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._is_sharded:
+        if checkpoint is None or self.sharding.deepspeed:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         folder = Path(checkpoint)
         found = pickles(folder, PICKLED_STATE)
         if (folder / f"{OPTIMIZER}.json").is_file():
             with usable(folder / f"{OPTIMIZER}.json"):
-                self.optimizer.load_state_dict(load(folder / OPTIMIZER))
+                moments = load(folder / OPTIMIZER)
+                if self.sharding.fsdp:
+                    moments = spread_optimizer_state(self.optimizer, moments)
+                self.optimizer.load_state_dict(moments)
             with usable(folder / f"{SCHEDULER}.json"):
                 self.lr_scheduler.load_state_dict(load(folder / SCHEDULER))
         elif found:

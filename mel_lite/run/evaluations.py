@@ -121,7 +121,7 @@ class Evaluations(TrainerCallback):
             "context_tokens": min(context_length(trainer.model), trainer.engine.context_tokens or sys.maxsize),
         }
         prompts = self._with_lessons(lengths) if with_lessons else None
-        with self._shown(), trainer.engine.evaluating():
+        with self._shown(), trainer.engine.evaluating(), trainer.sharding.whole():
             return evaluate(
                 SplitEngine(trainer.engine) if distributed.world() > 1 else trainer.engine,
                 trainer.processing_class,

@@ -23,7 +23,7 @@ from mel_lite.export.report import ExportReport
 from mel_lite.files import share_weights
 from mel_lite.hub.model_card import write_run_cards
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
-from mel_lite.models.adapters import write_fingerprint
+from mel_lite.models.adapters import write_record
 from mel_lite.recipe import Recipe
 from mel_lite.report.page import write_report
 from mel_lite.run.display import comparison_table, funnel_table, sample_panel
@@ -36,14 +36,21 @@ MOST_WARNINGS = 5
 
 
 def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
-    """Write the trained adapter in PEFT's layout, or the full model if there is no LoRA. Returns the folder."""
+    """Write the trained adapter in PEFT's layout, or the full model if there is no LoRA. Returns the folder.
+
+    All ranks call it, and rank 0 writes.
+    """
     adapted = hasattr(trainer.model, "peft_config")
     target = folder / ("adapter" if adapted else "model")
-    trainer.model.save_pretrained(target)
-    trainer.processing_class.save_pretrained(target)
-    share_weights(target)
-    if adapted:
-        write_fingerprint(target, trainer.model, revision=recipe.model.revision)
+    if trainer.sharding.in_lockstep:
+        trainer.save_model(str(target), _internal_call=True)
+    elif trainer.is_world_process_zero():
+        trainer.model.save_pretrained(target)
+        trainer.processing_class.save_pretrained(target)
+    if trainer.is_world_process_zero():
+        share_weights(target)
+        if adapted:
+            write_record(target, trainer.base_record, revision=recipe.model.revision)
     return target
 
 

@@ -51,6 +51,7 @@ from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.training.savings import not_shared, why_not_shared_by
+from mel_lite.training.sharding_checks import check_sharding
 from mel_lite.verify.verifiers import get_verifier
 
 
@@ -62,6 +63,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
     for key in DEFAULTS:
         option_of(recipe, key)
     args = build_args(recipe, folder)
+    check_sharding(args, load_in_4bit=recipe.model.load_in_4bit, adapter=recipe.lora is not None)
     _check_evaluation(recipe.eval, args)
     args.verifier = args.verifier or recommended_verifier(recipe.data.train)
     args.disable_tqdm = True
@@ -148,7 +150,7 @@ def train(
         with record.stage("training"):
             _fit(trainer, folder, display, resume=resume, allow_change=allow_change)
         with record.stage("export"):
-            adapter_dir = save(trainer, recipe, folder) if is_main else folder  # before anything else can fail
+            adapter_dir = save(trainer, recipe, folder)  # before anything else can fail
         after = evaluations.after()
         trainer.accelerator.wait_for_everyone()
         if is_main:

@@ -73,7 +73,8 @@ class AroundTheUpdate(TrainerCallback):
         trainer = self._trainer
         trainer.add_metrics(trainer.gradient_meter.drain(lambda t: trainer.accelerator.reduce(t, "mean")))
         trained, trainer.trained_lessons = trainer.trained_lessons, []
-        with trainer.clock("rescore") if trained else nullcontext():
+        rescoring = trainer.clock("rescore") if trained else nullcontext()
+        with rescoring, trainer.sharding.whole(wanted=bool(trained)):
             after = trainer.scorer([lesson for lesson, _ in trained])
         overhead = trainer.clock.overhead() if trainer.args.with_meta_experience else {}
         trainer.add_metrics(trainer.clock.drain() | overhead | peak_metrics())

@@ -29,6 +29,7 @@ from mel_lite.models.peft_support import is_peft
 from mel_lite.training.rollouts import early_end
 from mel_lite.training.scoring import balances_experts
 from mel_lite.training.services import check_services
+from mel_lite.training.sharding_checks import check_sharding, settle_sharding
 from mel_lite.types import Group, ReplayCriterion
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool
@@ -55,6 +56,7 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
             "Replace GRPOConfig(...) by MELConfig(...)."
         )
     check_services(args)
+    check_sharding(args)
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
     check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)
@@ -166,12 +168,14 @@ def check_support(trainer: Any) -> None:
     """Refuse models and set-ups that cannot train lessons. Raises ConfigError or ModelError."""
     in_parts = {name: getattr(trainer.args, name) for name in ("max_micro_batch_tokens", "skip_zero_advantage")}
     if wanted := [f"{name}={value}" for name, value in in_parts.items() if value]:
-        sharded = trainer.is_fsdp_enabled or trainer.args.deepspeed_plugin is not None
-        if sharded or trainer._is_vlm:
+        if trainer._is_vlm:
             raise ConfigError(
-                f"{wanted[0]} with FSDP, DeepSpeed or a model that takes images: their batches cannot be taken in "
-                "parts. Unset it, and lower per_device_train_batch_size instead."
+                f"{wanted[0]} with a model that takes images: its batches cannot be taken in parts. Unset it, and "
+                "lower per_device_train_batch_size instead."
             )
+    four_bit = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
+    check_sharding(trainer.args, load_in_4bit=four_bit, adapter=is_peft(trainer.model))
+    settle_sharding(trainer)
     if trainer._is_vlm:
         if trainer.args.with_meta_experience:
             raise ModelError("Meta-experience is text-only; this model takes images. Set algorithm='grpo'.")
@@ -181,12 +185,6 @@ def check_support(trainer: Any) -> None:
     if not trainer.args.with_meta_experience:
         return
     _check_head(trainer)
-    plugin = trainer.args.deepspeed_plugin
-    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-        raise ConfigError(
-            "FSDP or ZeRO-3 with meta-experience: ranks write different numbers of lessons, and sharded weights can "
-            "only be used by all ranks at once. Use DDP or ZeRO-2, or set algorithm='grpo'."
-        )
 
 
 def check_internalisation(args: MELConfig, way: Internalisation) -> None:
@@ -294,8 +292,8 @@ def build_engine(trainer: Any) -> Engine:
         ),
         "autocast": trainer.accelerator.autocast,
     }
-    if trainer.is_fsdp_enabled:
-        options["shares_prefill"] = False  # only the whole model gathers what is sharded
+    if trainer.sharding.fsdp or trainer.sharding.zero3:
+        options["unwrap"] = trainer.sharding.whole
     if is_unsloth(trainer.model):
         return unsloth_engine(trainer.model, step=lambda: trainer.state.global_step, **options)
     return HFEngine(trainer.model, **options)
@@ -304,12 +302,6 @@ def build_engine(trainer: Any) -> Engine:
 def _server_engine(trainer: Any) -> Engine:
     """Build the engine over the server at `engine_url`. Raises ConfigError when no adapter can be sent to it."""
     args, model = trainer.args, trainer.model
-    plugin = args.deepspeed_plugin
-    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-        raise ConfigError(
-            f"engine_url={args.engine_url!r} with FSDP or ZeRO-3: no process has the whole adapter to send. Use DDP or "
-            "ZeRO-2, or unset engine_url."
-        )
     if not is_peft(model):
         raise ConfigError(
             f"engine_url={args.engine_url!r} without a LoRA adapter: nothing else can be sent to a server. Pass a "

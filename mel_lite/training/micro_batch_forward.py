@@ -26,6 +26,8 @@ class MicroBatchForward:
         """Numbers of the rows that carry a gradient in the current pass."""
         self.leaves_out = False
         """True when rows stay out of all passes, so that metrics come from a pass of the loss alone."""
+        self.idle: torch.Tensor | None = None
+        """Zero () of a pass without rows, whose backward takes part in those of other processes."""
         self.logps = list(logps)
         """Per row (scored_tokens,): its log-probs without gradient once it was scored, a stand-in before."""
         self.entropies = [torch.zeros_like(logp_T) for logp_T in logps]

@@ -14,6 +14,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
 from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import RowScores, score
+from mel_lite.training.sharding import Sharding
 from mel_lite.training.shared_prompts import deal_shared, pack_shared
 from mel_lite.types import Lesson, LessonShare
 
@@ -61,7 +64,8 @@ class MicroBatches:
     After running out of memory a part is repeated with half the tokens, and later parts keep that limit; nothing is
     sampled again. Retrying needs adapters and one process: a copy of all gradients of a full model is too large, and
     several ranks would have to run out of memory together. Under DDP gradients are averaged in the last part's
-    backward. DeepSpeed and FSDP need exactly one backward per micro-batch, and get it.
+    backward. Under DeepSpeed and FSDP2 each block is a part, and all ranks have equally many: one that has fewer takes
+    passes of a single row that scores nothing.
 
     A loss that depends on all rows at once (`_is_joint`) is taken in one part, whose blocks are recomputed one by one
     in the backward.
@@ -87,14 +91,19 @@ class MicroBatches:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Compute TRL's loss. Taken in parts, the backward is already done and the result is a detached leaf."""
+        """Compute TRL's loss. Taken in parts, the backward is already done and the result is a detached leaf.
+
+        Under DeepSpeed the backward of the last part is left to the Trainer, since it also updates the weights.
+        """
         if return_outputs or not self.scores_in_one_forward:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            with nullcontext() if self.model.training else self.sharding.whole():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         steps = self.args.gradient_accumulation_steps
         self.clock.expect(steps)
         self.clock.saw(self._step % steps)  # type: ignore[attr-defined]
         forward = self.forward_of(model, inputs)
-        if self.budget_tokens is not None or self._can_retry or self.savings.skips_zero_advantage:
+        in_parts = self.budget_tokens is not None or self._can_retry or self.savings.skips_zero_advantage
+        if in_parts or (self.sharding.in_lockstep and not self._is_joint):
             loss = self._in_parts(forward, inputs)
         else:
             loss = super().compute_loss(forward, inputs)  # type: ignore[misc]
@@ -102,6 +111,11 @@ class MicroBatches:
         nlls = [-logp_T.detach().mean() for logp_T in forward.lesson_logps]
         self.trained_lessons += zip(lessons, nlls, strict=True)
         return loss
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """How the weights are spread over processes."""
+        return Sharding(self)
 
     @property
     def scores_in_one_forward(self) -> bool:
@@ -129,6 +143,8 @@ class MicroBatches:
         several = self.savings.skips_zero_advantage and self.accelerator.num_processes > 1
         forward.leaves_out = several or len(wanted) < len(forward.rows)
         parts, done = self._parts(forward.rows, wanted), 0
+        if self.sharding.in_lockstep:
+            parts += [[] for _ in range(self.sharding.most(len(parts)) - len(parts))]
         while True:
             loss = self._try_part(forward, inputs, parts)
             if loss is None:
@@ -143,7 +159,7 @@ class MicroBatches:
                 if forward.leaves_out:
                     self._log_forwarded(forward, inputs, wanted)
                 # The Trainer calls backward on the result; a fresh leaf makes that a no-op.
-                return loss.detach().requires_grad_()
+                return loss if self.sharding.deepspeed else loss.detach().requires_grad_()
             signals.poll()
 
     def _wanted(self, inputs: Any, rows: Sequence[Row]) -> list[int]:
@@ -195,7 +211,7 @@ class MicroBatches:
     def _parts(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[list[int]]:
         if self._is_joint:
             return [list(numbers)]
-        split = deal_shared if self.savings.shares_prompts else deal
+        split = deal_shared if self.savings.shares_prompts else partial(deal, one_block=self.sharding.in_lockstep)
         return [[numbers[i] for i in part] for part in split([rows[i] for i in numbers], self.budget_tokens)]
 
     def _try_part(self, forward: MicroBatchForward, inputs: Any, parts: list[list[int]]) -> torch.Tensor | None:
@@ -225,15 +241,22 @@ class MicroBatches:
         return None
 
     def _backward(self, forward: MicroBatchForward, inputs: Any, *, is_last: bool) -> torch.Tensor:
-        accelerator = self.accelerator
-        with nullcontext() if is_last else accelerator.no_sync(forward.model):
+        accelerator, forward.idle = self.accelerator, None
+        with self.sharding.part(forward.model, is_last=is_last):
             if not is_last or forward.leaves_out:  # with rows left out, metrics are taken afterwards
                 self.accelerator = LocalAccelerator(accelerator)
             try:
                 loss = self._compute_loss(forward, inputs)  # type: ignore[attr-defined]
             finally:
                 self.accelerator = accelerator
-            self.accelerator.backward(loss)
+            if forward.idle is not None:
+                loss = loss + forward.idle
+            if self.sharding.deepspeed:
+                if is_last:
+                    return loss
+                self.accelerator.backward(loss, scale_wrt_gas=False)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def tokens_per_micro_batch(self, inputs: Any) -> float:
@@ -261,8 +284,8 @@ class MicroBatches:
 
     @property
     def _can_retry(self) -> bool:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
-        return self.accelerator.num_processes == 1 and hasattr(self.model, "peft_config") and not sharded
+        alone = self.accelerator.num_processes == 1 and not self.sharding.in_lockstep
+        return alone and hasattr(self.model, "peft_config")
 
     @property
     def _is_joint(self) -> bool:
@@ -334,6 +357,9 @@ class MicroBatches:
         """Score the rows of the current part; return the values of all rows."""
         chosen = [forward.rows[i] for i in forward.part]
         if not chosen:
+            if self.sharding.in_lockstep and torch.is_grad_enabled():
+                row = replace(min(forward.rows, key=lambda row: len(row.ids)), scored_tokens=0, teacher=None)
+                forward.idle = self._score(forward.model, [row]).logps[0].sum()
             return forward.merged(RowScores([], []))
         recompute = self._is_joint and self.budget_tokens is not None
         return forward.merged(self._score(forward.model, chosen, recompute=recompute, load_balancing=load_balancing))

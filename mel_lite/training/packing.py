@@ -108,17 +108,17 @@ def pack(rows: Sequence[Row], *, pad_id: int, max_tokens: int | None = None) -> 
     return Packed(blocks, flat, len(rows), tuple(rows[i].scored_tokens for i in flat))
 
 
-def deal(rows: Sequence[Row], max_tokens: int | None) -> list[list[int]]:
+def deal(rows: Sequence[Row], max_tokens: int | None, *, one_block: bool = False) -> list[list[int]]:
     """Split rows into parts of at most `max_tokens` padded tokens; packing a part alone gives the same blocks.
 
     The sum of B*T over the blocks of a part is at most `max_tokens`, but for a part of one longer row; None = one part.
-    Rows with nothing scored are in no part, as they are in no block.
+    Rows with nothing scored are in no part, as they are in no block. `one_block`: each block is a part.
     """
     parts: list[list[int]] = []
     room = 0
     for group in _groups(rows, max_tokens):
         area = area_tokens(rows, group)
-        if parts and (max_tokens is None or area <= room):
+        if parts and not one_block and (max_tokens is None or area <= room):
             parts[-1] += group
         else:
             parts.append(list(group))

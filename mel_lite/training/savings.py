@@ -83,15 +83,14 @@ def why_not_shared_by(config: Any, *, dropout: float) -> str | None:
 
 def _can_skip(trainer: Any) -> bool:
     """Return True when completions of advantage 0 have no gradient, and batches need not be taken whole."""
-    sharded = trainer.is_fsdp_enabled or trainer.args.deepspeed_plugin is not None
-    whole = trainer.aux_loss_enabled or trainer._is_vlm or sharded
+    whole = trainer.aux_loss_enabled or trainer._is_vlm
     return trainer.args.gradient_without_advantage is None and not whole
 
 
 def _why_not_shared(trainer: Any) -> str | None:
     """Return why a trainer's forward cannot share prompts exactly, or need not; None if it can."""
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    if trainer._is_vlm or trainer.is_fsdp_enabled or trainer.args.deepspeed_plugin is not None:
+    if trainer._is_vlm or trainer.sharding.in_lockstep:
         return "FSDP, DeepSpeed or a model that takes images: their batches keep the form of TRL's"
     if trainer.aux_loss_enabled:
         return "a load-balancing loss, which counts a prompt once per completion. Set router_aux_loss_coef=0"

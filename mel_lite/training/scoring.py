@@ -10,14 +10,14 @@ import functools
 import itertools
 import sys
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from mel_lite.errors import ModelError
 from mel_lite.kernels import HeadSpec, check_head_spec, head_kl, head_logprobs, head_spec
@@ -85,24 +85,24 @@ def install_scoring_head(model: Any, *, checked: bool = True) -> None:
     ) -> Any:
         if score_blocks is None:
             return original_forward(*args, **kwargs)
-        parts, kls, hiddens = [], [], []
+        parts = []
         routers: list[tuple[torch.Tensor, ...]] | None = [] if load_balancing else None
         for temperature, group in itertools.groupby(score_blocks, key=lambda block: block.temperature):
             blocks = list(group)
             hidden_NH, target_N = _scored_hidden(self, blocks, recompute, routers)
-            with _head_of(self) as head:
-                hidden_NH = _for_head(head, hidden_NH)
-                parts.append(_score(head, spec, hidden_NH, target_N, temperature, entropy_grad))
-                kls.append(_divergence(head, spec, hidden_NH, blocks, temperature))
-            hiddens.append(hidden_NH)
-        logp_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
+            work = functools.partial(
+                _head_pass, spec=spec, blocks=blocks, target_N=target_N, temperature=temperature,
+                entropy_grad=entropy_grad,
+            )  # fmt: skip
+            parts.append(_through_head(self, work, hidden_NH))
+        logp_N, entropy_N, kl_N, hidden_NH = (torch.cat(column) for column in zip(*parts, strict=True))
         taught = any(block.teacher_KH is not None for block in score_blocks)
         return Scores(
             logp_N,
             entropy_N,
             None if routers is None else _load_balancing_loss(self, routers),
-            torch.cat(kls) if taught else None,
-            torch.cat(hiddens) if want_hidden else None,
+            kl_N if taught else None,
+            hidden_NH if want_hidden else None,
         )
 
     model.forward = types.MethodType(forward, model)
@@ -145,14 +145,65 @@ def _attending(block: Any) -> dict[str, Any]:
     return {"attention_mask": mask, "position_ids": block.position_ids_BT, "shared_prompts": block.layout}
 
 
-@contextmanager
-def _head_of(model: Any) -> Iterator[Any]:
-    """Yield the model's head with its weight gathered and autocast off: it would round the operators' products."""
+def _through_head(model: Any, work: Callable[..., Any], *hidden_NH: torch.Tensor) -> Any:
+    """Return work(head, *hidden) with the head's weight gathered and autocast off: it would round the products.
+
+    The hooks of FSDP2 and ZeRO-3 gather a spread weight for a call of the head, again for its backward, and reduce its
+    gradient. The operators call no head, so they run inside such a call.
+    """
     head = model.get_output_embeddings()
-    device = head.weight.device.type
+    device = hidden_NH[0].device.type
     no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)), no_autocast:
-        yield head
+    with no_autocast:
+        if not _is_spread(head):
+            return work(head, *hidden_NH)
+        replaced = vars(head).get("forward")
+        own_forward = head.forward
+        head.forward = lambda *args: work(_without_hooks(head, own_forward), *args)
+        try:
+            return head(*hidden_NH)
+        finally:
+            del head.forward
+            if replaced is not None:
+                head.forward = replaced
+
+
+def _is_spread(head: Any) -> bool:
+    """Return True for a head whose own hooks gather its weight."""
+    return isinstance(head, FSDPModule) or any(hasattr(weight, "ds_id") for weight in head.parameters())
+
+
+def _without_hooks(head: Any, forward: Callable[..., Any]) -> Any:
+    """Return what computes like the head while its weight is gathered: an nn.Linear where the head is one."""
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        return _Callable(head, forward)
+    plain = torch.nn.Linear(1, 1, bias=False, device="meta")
+    plain.in_features, plain.out_features = head.in_features, head.out_features
+    plain.weight, plain.bias = head.weight, head.bias
+    return plain
+
+
+class _Callable:
+    """A head that is called by its forward alone."""
+
+    def __init__(self, head: Any, forward: Callable[..., Any]) -> None:
+        self._head, self._forward = head, forward
+
+    def __call__(self, *args: Any) -> Any:
+        return self._forward(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+
+def _head_pass(
+    head: Any, hidden_NH: torch.Tensor, *, spec: HeadSpec, blocks: Sequence[Any], target_N: torch.Tensor,
+    temperature: float, entropy_grad: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return log-probability, entropy and divergence (N,) of the blocks' targets, and the hidden states."""
+    hidden_NH = _for_head(head, hidden_NH)
+    logp_N, entropy_N = _score(head, spec, hidden_NH, target_N, temperature, entropy_grad)
+    return logp_N, entropy_N, _divergence(head, spec, hidden_NH, blocks, temperature), hidden_NH
 
 
 def _for_head(head: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
@@ -194,10 +245,12 @@ def _divergence(
 
 def divergence(model: Any, hidden_NH: torch.Tensor, other_NH: torch.Tensor, *, temperature: float) -> torch.Tensor:
     """Return KL(p || q) (N,) in nats of the distributions that two hidden states give under the model's head."""
-    with _head_of(model) as head:
-        return head_kl(
-            head, _for_head(head, hidden_NH), _for_head(head, other_NH), spec=head_spec(model), temperature=temperature
-        )
+
+    def work(head: Any, *hidden_NH: torch.Tensor) -> torch.Tensor:
+        one_NH, two_NH = (_for_head(head, each_NH) for each_NH in hidden_NH)
+        return head_kl(head, one_NH, two_NH, spec=head_spec(model), temperature=temperature)
+
+    return _through_head(model, work, hidden_NH, other_NH)
 
 
 def balances_experts(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One process of a run in tests/engines/test_distributed.py: `python rank_run.py FOLDER '{"option": value, ...}'`."""
+"""One process of a run on several: `python rank_run.py FOLDER '{"option": value, ...}'`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from mel_lite.types import LessonShare
-from trainers import assert_learned, build, trainable
+from trainers import build, trainable
 
 
 class DieAfter(TrainerCallback):
@@ -25,8 +26,10 @@ class DieAfter(TrainerCallback):
             os._exit(9)
 
 
-def main(folder: Path, options: dict[str, object]) -> None:
+def main(folder: Path, options: dict[str, object], *, last: bool = True) -> None:
+    """Run one trainer. `last`: leave the process group, which another run of this process would need."""
     rank = os.environ.get("RANK", "0")
+    resume = options.pop("resume", None)
     dies = options.pop("dies_after", None)
     callbacks = [DieAfter(int(str(dies)))] if dies is not None and rank == "1" else []
     trainer = build(folder, callbacks=callbacks, **options)
@@ -39,14 +42,16 @@ def main(folder: Path, options: dict[str, object]) -> None:
         return inputs
 
     trainer._prepare_inputs = spy
-    trainer.train()
-    assert_learned(trainer)
+    before = trainable(trainer)
+    trainer.train(resume_from_checkpoint=resume)
     weights = {name: tensor.contiguous() for name, tensor in trainable(trainer).items()}
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in before.items()), "nothing was learned"
     save_file(weights, folder / f"weights-{rank}.safetensors")
     (folder / f"carried-{rank}.json").write_text(json.dumps(carried))
     if trainer.bank is not None:
         (folder / f"bank-{rank}.json").write_text(json.dumps(trainer.bank.state_dict()["lesson_bank"]))
-    trainer.accelerator.end_training()
+    if last:
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_lite import MELConfig, MELTrainer
+from mel_lite.resilience.whole_states import gathered
 from mel_lite.types import Group, Rollout
 from scripted import ScriptedEngine
 from tiny_models import save_tiny
@@ -42,7 +43,10 @@ def tiny_model(folder: Path, **config: Any) -> Any:
 
 
 def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: Any) -> MELTrainer:
-    """Build the trainer of most tests: 2 prompts x 4 completions per step, LoRA, on a tiny model."""
+    """Build the trainer of most tests: 2 prompts x 4 completions per step, LoRA, on a tiny model.
+
+    `engine="hf"`: the trainer's own engine, which samples from the model.
+    """
     base = tmp_path / "base"
     defaults: dict[str, Any] = {
         "output_dir": str(options.pop("output_dir", tmp_path / "run")),
@@ -71,6 +75,8 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
         if key in options
     }
     extras.setdefault("train_dataset", sums())
+    if extras.get("reward_funcs") == "even_ids":
+        extras["reward_funcs"] = even_ids
     peft_config = LoraConfig(**LORA) if options.pop("lora", True) else None
     model = tiny_model(base) if model is None else model
     model.config.max_position_embeddings = 8192
@@ -81,7 +87,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
             args=MELConfig(**{**defaults, **options}),
             processing_class=tokenizer,
             peft_config=peft_config,
-            engine=None if "engine_url" in options else engine or ScriptedEngine(tokenizer),
+            engine=None if "engine_url" in options or engine == "hf" else engine or ScriptedEngine(tokenizer),
             **extras,
         )
 
@@ -104,8 +110,8 @@ def even_ids(completion_ids: Any, **_: Any) -> list[float]:
 
 
 def trainable(trainer: MELTrainer) -> dict[str, torch.Tensor]:
-    """Return copies of the trained weights by name."""
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    """Return copies of the trained weights by name, whole where FSDP2 spreads them."""
+    return {n: gathered(p.detach()).clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -119,7 +125,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def assert_learned(trainer: MELTrainer) -> None:
     """Check that training changed the adapter: LoRA-B, which starts at zero, is no longer zero."""
-    norm = sum(p.detach().abs().sum().item() for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    norm = sum(w.abs().sum().item() for n, w in trainable(trainer).items() if "lora_B" in n)
     assert norm > 0, "LoRA-B is still zero"
 
 

@@ -1,0 +1,34 @@
+"""One process of runs whose weights are spread: `python spread_ranks.py FOLDER '{"name": {"option": value, ...}}'`.
+
+The environment of `accelerate launch` says how. accelerate applies FSDP only on what it takes for GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import rank_run
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate apply FSDP to processes on CPUs, over gloo."""
+    original = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    for name, options in json.loads(sys.argv[2]).items():
+        rank_run.main(Path(sys.argv[1]) / name, options, last=False)
+    PartialState().destroy_process_group()

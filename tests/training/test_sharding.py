@@ -1,0 +1,113 @@
+"""FSDP2 on two processes (gloo, CPU): the run of one process, whole checkpoints, and sampling over gathered weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mel_lite.lessons.store import ExperienceStore
+from mel_lite.resilience.checkpoint_files import problem
+from rank_run import main as run_alone
+from tiny_models import save_tiny
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "spread_ranks.py"
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+"""What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets."""
+SGD: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    # Adam divides by the size of a gradient, which magnifies rounding; SGD does not.
+    "lessons": SGD | {"max_steps": 6},
+    "parts": SGD | {"max_steps": 4, "max_micro_batch_tokens": 150, "skip_zero_advantage": True, "temperature": 0.7},
+    "distilled": SGD | {
+        "max_steps": 3, "num_generations": 8, "internalisation": "distill",
+        "internalisation_options": {"context": "sibling", "form": "kl", "reader": "frozen", "mask": "shift"},
+    },
+    "whole model": SGD | {"max_steps": 3, "lora": False, "learning_rate": 1e-3},
+    "own samples": SGD | {"max_steps": 3, "engine": "hf", "reward_funcs": "even_ids", "probe_max_diff": 1e-3},
+    "adam": SAVING | {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "resumed": SAVING | {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+}  # fmt: skip
+"""Options of the runs by name; two processes have half of one's completions each."""
+
+
+def launch(folder: Path, runs: dict[str, Any], environment: dict[str, str]) -> None:
+    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT), str(folder),
+         json.dumps(runs)],
+        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
+
+
+def halved(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"per_device_train_batch_size": options.get("per_device_train_batch_size", 8) // 2}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs on two processes, one after another."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = {name: halved(options) for name, options in RUNS.items()}
+    for name in runs:
+        save_tiny(folder / name / "base")
+    runs["resumed"]["resume"] = str(folder / "adam" / "run" / "checkpoint-2")
+    launch(folder, runs, FSDP2)
+    return folder
+
+
+def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"weights-{rank}.safetensors")
+
+
+def logged(folder: Path, *keys: str) -> list[list[float]]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [[line.get(key) or 0.0 for key in keys] for line in lines if "reward" in line]
+
+
+def stored(folder: Path) -> list[tuple[Any, ...]]:
+    with ExperienceStore(folder / "run" / "experiences.sqlite", read_only=True) as store:
+        return [(row.id, row.step, row.status, row.analysis, row.pair_index) for row in store.list()]
+
+
+def alone(folder: Path, name: str, **changes: Any) -> Path:
+    save_tiny(folder / "base")
+    run_alone(folder, dict(RUNS[name]) | {"per_device_train_batch_size": 8} | changes)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lessons", "parts", "distilled", "whole model", "own samples"])
+def test_two_processes_with_fsdp2_make_the_run_of_one(two: Path, tmp_path: Path, name: str) -> None:
+    one = alone(tmp_path, name)
+    expected = weights(one)
+    for rank in (0, 1):
+        found = weights(two / name, rank)
+        assert found.keys() == expected.keys()
+        for key, weight in expected.items():
+            assert (found[key] - weight).norm() <= 1e-4 * weight.norm() + 1e-8, (rank, key)
+    keys = ["loss", "reward", "mel/replay_valid", "mel/trained_tokens", "mel/nll", "mel/nll_after", "grad_norm"]
+    ours, theirs = logged(two / name, *keys), logged(one, *keys)
+    assert ours == [pytest.approx(step, rel=1e-3, abs=1e-5) for step in theirs]
+    assert max(step[-1] for step in theirs) > 0
+    assert stored(two / name) == stored(one)
+    carried = [json.loads((two / name / f"carried-{rank}.json").read_text()) for rank in (0, 1)]
+    if name in ("lessons", "parts"):
+        assert len(stored(one)) > 2
+        assert carried[0] != carried[1], "there is no step in which only one rank had a lesson"
