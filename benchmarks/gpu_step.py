@@ -31,7 +31,7 @@ def step(part: str, out: Path, seconds: float, dry_run: bool) -> dict[str, Any]:
     """Measure peak and seconds of every phase of one preset's step, within its card's memory."""
     from mel_lite.memory.formulas import CONTEXT_BYTES
     from mel_lite.memory.plan import BUDGETS, plan_for
-    from mel_lite.memory.workload import VLLMCard
+    from mel_lite.memory.vllm import VLLMCard
     from random_models import config_of, random_weights
 
     gpu, end_s = part.rpartition("-")[2], time.monotonic() + seconds

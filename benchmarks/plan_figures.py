@@ -12,7 +12,8 @@ from mel_lite.engines.choice import planned_engine
 from mel_lite.gpus import GPU_PRESETS
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB
 from mel_lite.memory.plan import BUDGETS, Plan, plan, shape_for
-from mel_lite.memory.workload import VLLMCard, workload
+from mel_lite.memory.vllm import VLLMCard
+from mel_lite.memory.workload import workload
 from mel_lite.recipe import resolve
 from mel_lite.run.display import plan_view
 

@@ -22,7 +22,8 @@ from mel_lite.memory import formulas
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB, Shape
 from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.search import BATCH, GROUP, Search, value_of
-from mel_lite.memory.workload import PROMPT_TOKENS, VLLMCard, Workload, workload
+from mel_lite.memory.vllm import VLLMCard
+from mel_lite.memory.workload import PROMPT_TOKENS, Workload, workload
 from mel_lite.models.adapters import lora_config
 from mel_lite.recipe import Recipe, keys_of, resolve, value_in
 

@@ -17,7 +17,8 @@ from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
 from mel_lite.memory.predict import predict
-from mel_lite.memory.workload import DEFAULTS, MAX_SEQUENCES, VLLMCard, Workload, option_of, with_lessons, workload
+from mel_lite.memory.vllm import VLLMCard
+from mel_lite.memory.workload import DEFAULTS, MAX_SEQUENCES, Workload, option_of, with_lessons, workload
 from mel_lite.recipe import Recipe
 
 MAX_TOKENS = 16384

@@ -11,6 +11,7 @@ Letters: e bytes per compute element, H hidden size, I MLP width, V vocabulary, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from mel_lite.engines.choice import VLLM_BATCHED_TOKENS, VLLM_RANKS
 from mel_lite.memory.formulas import (
@@ -42,6 +43,28 @@ MARGIN_BYTES = 64 * MIB
 """Margin over the minimum share, because free memory changes and shares are rounded."""
 GRANTED_SHARE = 0.95
 """Fraction of its cache estimate that Unsloth lets one sequence fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMCard:
+    """Memory of the card that vLLM shares."""
+
+    total_bytes: int
+    free_bytes: int
+    """Free memory at the time of the query."""
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMShare:
+    """vLLM's share of a card, for sampling from the trained weights."""
+
+    card: VLLMCard
+    rank: int
+    """Maximum LoRA rank that vLLM reserves a slot for."""
+    sequences: int
+    """Maximum number of sequences in flight."""
+    utilization: float | None = None
+    """Share of the card; None = not chosen yet, so the minimum is assumed."""
 
 
 def slot_bytes(shape: Shape, rank: int, element_bytes: int = 2) -> int:

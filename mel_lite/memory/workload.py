@@ -11,14 +11,16 @@ from mel_lite.lessons.internalise import Internalisation, get_internalisation
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
+from mel_lite.memory.vllm import VLLMCard, VLLMShare
 from mel_lite.models.adapters import LoraSpec, adapter_rank
 from mel_lite.recipe import Recipe
-from mel_lite.types import ReplayCriterion
+from mel_lite.types import ReplayCriterion, Schedule
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "mel",
     "meta_experience": None,
     "internalisation": "analysis",
+    "mel_schedule": "strict",
     "num_generations": 8,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -77,28 +79,6 @@ def _fill(budget_tokens: int, max_rows: int, row_tokens: int, scored_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class VLLMCard:
-    """Memory of the card that vLLM shares."""
-
-    total_bytes: int
-    free_bytes: int
-    """Free memory at the time of the query."""
-
-
-@dataclass(frozen=True, slots=True)
-class VLLMShare:
-    """vLLM's share of a card, for sampling from the trained weights."""
-
-    card: VLLMCard
-    rank: int
-    """Maximum LoRA rank that vLLM reserves a slot for."""
-    sequences: int
-    """Maximum number of sequences in flight."""
-    utilization: float | None = None
-    """Share of the card; None = not chosen yet, so the minimum is assumed."""
-
-
-@dataclass(frozen=True, slots=True)
 class Workload:
     """Everything in a recipe that memory depends on. Token counts are maxima; other counts are per generation batch."""
 
@@ -127,6 +107,8 @@ class Workload:
     max_micro_batch_tokens: int | None
     checkpointing: bool
     optim: str
+    overlaps: bool
+    """Analyses and replays are sampled in the calls for rollouts."""
     measures_gradients: bool
     scores_rollouts: bool
     exports: bool
@@ -196,7 +178,18 @@ class Workload:
 
     @property
     def sampled(self) -> dict[str, tuple[int, int, int]]:
-        """(sequences, prompt tokens, new tokens) of every sampling phase. Token counts are maxima."""
+        """(sequences, prompt tokens, new tokens) of every sampling phase. Token counts are maxima.
+
+        Sequences that share a call are padded to the longest prompt.
+        """
+        if not (self.overlaps and self.pairs):
+            return self._kinds
+        sequences, prompt_tokens, new_tokens = zip(*self._kinds.values(), strict=True)
+        return {"rollout": (sum(sequences), max(prompt_tokens), max(new_tokens))}
+
+    @property
+    def _kinds(self) -> dict[str, tuple[int, int, int]]:
+        """The same by kind of sequence."""
         phases = {"rollout": (self.completions, self.prompt_tokens, self.completion_tokens)}
         if self.pairs:
             replay_tokens = self.prompt_tokens + self.analysis_tokens + formulas.PREFIX_TOKENS
@@ -207,7 +200,7 @@ class Workload:
     @property
     def longest_sampled(self) -> int:
         """Tokens of the longest sampled sequence, prompt included. Evaluation counts."""
-        trained = max(prompt + new for _, prompt, new in self.sampled.values())
+        trained = max(prompt + new for _, prompt, new in self._kinds.values())
         return max(trained, self.prompt_tokens + self.evaluated_tokens)
 
     @property
@@ -318,6 +311,7 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         max_micro_batch_tokens=option["max_micro_batch_tokens"],
         checkpointing=bool(option["gradient_checkpointing"]),
         optim=str(option["optim"]),
+        overlaps=option["mel_schedule"] == Schedule.OVERLAP,
         measures_gradients=bool(option["grad_norm_every"]),
         # TRL scores rollouts that vLLM sampled, through TRL or through us, to compute importance weights.
         scores_rollouts=vllm_on is not None

@@ -29,7 +29,8 @@ from mel_lite.lessons.internalise import get_internalisation
 from mel_lite.lessons.prompts import load_templates
 from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
-from mel_lite.memory.workload import DEFAULTS, VLLMCard, Workload, option_of, workload
+from mel_lite.memory.vllm import VLLMCard
+from mel_lite.memory.workload import DEFAULTS, Workload, option_of, workload
 from mel_lite.models.adapters import lora_config
 from mel_lite.models.load import load_config
 from mel_lite.recipe import EvalOptions, Recipe, build_args, resolve

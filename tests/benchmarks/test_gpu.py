@@ -15,7 +15,7 @@ import pytest
 from transformers import TrainerCallback
 
 from fake_vllm import trainer_with_fake_vllm
-from mel_lite.memory.workload import VLLMCard
+from mel_lite.memory.vllm import VLLMCard
 from mel_lite.recipe import resolve
 from trainers import build, even_ids
 

@@ -22,7 +22,8 @@ from import_orders import REPORT
 from mel_lite.engines.unsloth import KEEP_UTILIZATION, STANDBY
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
-from mel_lite.memory.workload import VLLMCard, VLLMShare, workload
+from mel_lite.memory.vllm import VLLMCard, VLLMShare
+from mel_lite.memory.workload import workload
 from mel_lite.recipe import resolve
 from mel_lite.resilience import checkpoint_files
 from real_packages import SITE, needs_unsloth, with_unsloth

@@ -11,7 +11,8 @@ from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB, KNOWN, Shape
 from mel_lite.memory.plan import BUDGETS, TARGET_SHARE, Plan, apply, plan
-from mel_lite.memory.workload import VLLMCard, Workload, workload
+from mel_lite.memory.vllm import VLLMCard
+from mel_lite.memory.workload import Workload, workload
 from mel_lite.recipe import Recipe, resolve
 
 QWEN3_32B = Shape(64, 5120, 25600, 64, 8, 128, 151936, False, qk_norm=True)

@@ -51,3 +51,18 @@ def test_memory_is_reserved_for_every_text_of_a_meta_experience() -> None:
     assert loads["both"].lessons_per_micro_batch == 2 * loads["analysis"].lessons_per_micro_batch == 2 * 8
     with pytest.raises(ConfigError, match="internalisation='bth' is not one of .* Did you mean 'both'"):
         plan_for("24gb", None, [("train.internalisation", "bth")])
+
+
+def test_the_overlapped_schedule_samples_everything_in_one_call() -> None:
+    strict, overlap = (
+        workload(resolve(preset="24gb", overrides=[("train.mel_schedule", name)]), KNOWN["Qwen/Qwen3-8B"])
+        for name in ("strict", "overlap")
+    )
+    kinds = strict.sampled
+    assert list(kinds) == ["rollout", "analysis", "replay"] and list(overlap.sampled) == ["rollout"]
+    assert overlap.sampled["rollout"] == tuple(
+        combine(each[i] for each in kinds.values()) for i, combine in enumerate((sum, max, max))
+    )
+    assert overlap.longest_sampled == strict.longest_sampled
+    plain = resolve(preset="24gb", overrides=[("train.mel_schedule", "overlap"), ("train.algorithm", "grpo")])
+    assert workload(plain, KNOWN["Qwen/Qwen3-8B"]).sampled == {"rollout": kinds["rollout"]}

@@ -19,7 +19,8 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ConfigError
 from mel_lite.memory.formulas import shape_of
 from mel_lite.memory.predict import Phase, predict
-from mel_lite.memory.workload import VLLMCard, VLLMShare, Workload, workload
+from mel_lite.memory.vllm import VLLMCard, VLLMShare
+from mel_lite.memory.workload import Workload, workload
 from mel_lite.recipe import resolve
 from mel_lite.resilience import worst_step as worst_step_module
 from mel_lite.resilience.memory_gauge import GpuGauge, HostGauge
