@@ -21,6 +21,7 @@ from mel_lite.recipe import Recipe
 from mel_lite.run.operations import flop_counter
 from mel_lite.run.tasks import load_run_tasks, run_tokenizer
 from mel_lite.run.train import build_trainer, check
+from mel_lite.types import Schedule
 
 PHASES = {
     "rollout": ("rollout",),
@@ -34,6 +35,8 @@ PHASES = {
     "other": ("",),
 }
 """Rows of the table, and the phases of the trainer's clock that each sums up."""
+WARM_UP = 2
+"""Steps of the overlapped schedule before the first lessons are complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,25 @@ class StepCost:
     dataset: str
     steps: int
     phases: tuple[PhaseCost, ...]
+    token_overhead: float | None = None
+    """Generated tokens of analyses and replays over those of the rollouts; None without lessons."""
+    time_overhead_s: float | None = None
+    """Seconds per step that lessons took, without their rows in the update; None without lessons."""
 
     def to_json(self) -> str:
         """Return a JSON object: `model, dataset, steps, phases: [{phase, seconds_s, ...}]`, all per step."""
         return json.dumps(asdict(self), indent=1)
+
+    @property
+    def price(self) -> str:
+        """One line on what lessons cost; empty without lessons."""
+        if self.token_overhead is None or self.time_overhead_s is None:
+            return ""
+        whole_s = sum(each.seconds_s for each in self.phases)
+        return (
+            f"lessons: {self.token_overhead:.0%} more generated tokens than the rollouts, {self.time_overhead_s:.2f} s "
+            f"({self.time_overhead_s / whole_s:.0%}) of the step, without their rows in the update"
+        )
 
     def table(self) -> Table:
         """Return the phases with their shares of the time, for a terminal."""
@@ -88,11 +106,13 @@ class StepCost:
 class StepMeter(TrainerCallback):
     """Charges seconds, tokens and operations to the innermost phase of the trainer's clock."""
 
-    def __init__(self, trainer: Any, counter: Any) -> None:
-        self._trainer, self._counter = trainer, counter
+    def __init__(self, trainer: Any, counter: Any, *, warm_up: int = 0) -> None:
+        """Measure after `warm_up` steps."""
+        self._trainer, self._counter, self._warm_up = trainer, counter, warm_up
         self._forward_tokens = 0
         self._optimizer = ExitStack()
         self.costs: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
+        self.logs: list[dict[str, Any]] = []
         trainer.clock.on_change = self.charge
         causal = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
         causal.base_model.register_forward_pre_hook(self._forward, with_kwargs=True)
@@ -106,6 +126,21 @@ class StepMeter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = self._now()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._warm_up > 0:
+            self.costs.clear()
+            self.logs.clear()
+            self._last = self._now()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if "mel/time_overhead_s" in (logs or {}):
+            self.logs.append(dict(logs or {}))
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of a logged metric; None where it was not logged."""
+        values = [log[name] for log in self.logs if name in log]
+        return sum(values) / len(values) if values else None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._optimizer.enter_context(self._trainer.clock("optimizer"))
@@ -129,11 +164,20 @@ class StepMeter(TrainerCallback):
 def bench_step(recipe: Recipe, *, console: Console, steps: int = 1) -> StepCost:
     """Train a recipe for a few steps in a temporary folder and print where they went. No evaluation, no export.
 
-    Every step saves a checkpoint. Raises: MelLiteError subclasses for what the user can fix.
+    Every step saves a checkpoint. With the overlapped schedule two steps come first, after which lessons are in every
+    stage. Raises: MelLiteError subclasses for what the user can fix.
     """
     if distributed.world() > 1:
         raise ConfigError("bench step runs on one process. Start it without accelerate launch.")
-    train = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "report_to": "none"}
+    warm_up = WARM_UP if recipe.train.get("mel_schedule") == Schedule.OVERLAP else 0
+    train = {
+        "max_steps": warm_up + steps,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "report_to": "none",
+    }
     recipe = replace(
         recipe,
         data=replace(recipe.data, eval=None, eval_split=None),
@@ -146,7 +190,7 @@ def bench_step(recipe: Recipe, *, console: Console, steps: int = 1) -> StepCost:
         tasks = load_run_tasks(recipe, args, tokenizer)
         trainer = build_trainer(recipe, args, tokenizer, tasks, console)
         with flop_counter() as counter:
-            meter = StepMeter(trainer, counter)
+            meter = StepMeter(trainer, counter, warm_up=warm_up)
             trainer.add_callback(meter)
             trainer.train()
     phases = [
@@ -154,6 +198,9 @@ def bench_step(recipe: Recipe, *, console: Console, steps: int = 1) -> StepCost:
         for phase, names in PHASES.items()
     ]
     assert set(meter.costs) <= {name for names in PHASES.values() for name in names}, sorted(meter.costs)
-    cost = StepCost(recipe.model.name, recipe.data.train, steps, tuple(phases))
+    overheads = meter.mean("mel/token_overhead"), meter.mean("mel/time_overhead_s")
+    cost = StepCost(recipe.model.name, recipe.data.train, steps, tuple(phases), *overheads)
     console.print(cost.table())
+    if cost.price:
+        console.print(cost.price)
     return cost

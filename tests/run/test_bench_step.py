@@ -46,12 +46,14 @@ def test_every_change_of_phase_is_reported_with_the_phase_that_ends() -> None:
 
 
 def test_a_step_is_charged_to_its_phases(tmp_path: Path) -> None:
+    """With the overlapped schedule, two steps come before the one that is measured."""
     base = save_tiny(tmp_path / "base")
     tasks = write(tmp_path / "tasks.jsonl", [{"question": f"{i} + 1?", "answer": i + 1} for i in range(8)])
     sets = {
         "model.name": str(base), "data.train": str(tasks), "data.eval": None, "lora.start_from": None,
         "train.num_generations": 4, "train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 1,
         "train.max_completion_length": 12, "train.max_context_tokens": 380, "train.probe_max_diff": None,
+        "train.mel_schedule": "overlap",
     }  # fmt: skip
     recipe = resolve(preset="cpu", overrides=list(sets.items()))
     cost = bench_step(recipe, console=Console(quiet=True))
@@ -65,4 +67,7 @@ def test_a_step_is_charged_to_its_phases(tmp_path: Path) -> None:
     assert phases["rollout"].forward_tokens > phases["rollout"].generated_tokens
     assert phases["rollout"].operations > 0 and phases["optimizer"].operations == 0
     assert phases["verify"].forward_tokens == 0 and phases["verify"].operations == 0
+    assert cost.token_overhead == 0.0, "a random model has no mixed group"
+    assert cost.time_overhead_s is not None and 0 <= cost.time_overhead_s < phases["rollout"].seconds_s
+    assert cost.price.startswith("lessons: 0% more generated tokens than the rollouts, 0.00 s (0%) of the step")
     assert json.loads(cost.to_json())["phases"][0]["phase"] == "rollout"
