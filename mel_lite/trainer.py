@@ -80,7 +80,7 @@ from mel_lite.training.prompts.sampler import EpochSampler
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.rollouts import build_in_flight, check_overlap, rollout_requests, rollout_sampling
 from mel_lite.training.savings import Savings
-from mel_lite.training.scoring import Scorer, install_scoring_head
+from mel_lite.training.scoring import Scorer, install_scoring_heads
 from mel_lite.training.sharding import with_whole_weights
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
@@ -171,9 +171,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         follow_sampling_options(self)
         free_reward_arguments(self)
         prepare_weights(self)
-        for scored in filter(None, (self.model, self.ref_model)):
-            base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
-            install_scoring_head(base, checked=scored is self.model)
+        install_scoring_heads(self)
         self.engine = MeteredEngine(engine or build_engine(self), self.clock)
         self.cut_mass = CutMass(self)
         self.engine_probe = None

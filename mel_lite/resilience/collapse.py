@@ -386,7 +386,7 @@ class CollapseWatch:
             return False
         named = self._trainer.model.named_parameters()
         matrices = [p for n, p in named if "lora_B" in n and p.requires_grad]
-        return bool(matrices) and not any(bool(p.detach().any()) for p in matrices)
+        return bool(matrices) and not self._trainer.sharding.any_nonzero(matrices)
 
     def _checkpoints(self) -> str:
         saved = checkpoint_files.committed(Path(self._trainer.args.output_dir))

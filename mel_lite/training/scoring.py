@@ -23,6 +23,7 @@ from mel_lite.errors import ModelError
 from mel_lite.kernels import HeadSpec, check_head_spec, head_kl, head_logprobs, head_spec
 from mel_lite.lessons.reading import Reading
 from mel_lite.models.modes import evaluating
+from mel_lite.models.placeholders import has_placeholders
 from mel_lite.training.packing import Block, Packed, Row, lesson_row, pack
 from mel_lite.types import Lesson
 
@@ -50,6 +51,13 @@ class RowScores(NamedTuple):
     hiddens: list[torch.Tensor] | None = None
 
 
+def install_scoring_heads(trainer: Any) -> None:
+    """Install the scoring head on a trainer's model and its reference. Raises: ModelError."""
+    for scored in filter(None, (trainer.model, trainer.ref_model)):
+        base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
+        install_scoring_head(base, checked=scored is trainer.model)
+
+
 def install_scoring_head(model: Any, *, checked: bool = True) -> None:
     """Teach a causal language model `model(score_blocks=...) -> Scores`; its other calls are unchanged.
 
@@ -66,7 +74,8 @@ def install_scoring_head(model: Any, *, checked: bool = True) -> None:
     original_forward = model.forward
     try:
         spec = head_spec(model)
-        if checked and not is_deepspeed_zero3_enabled():  # weights are partitioned until the model is wrapped
+        # ZeRO-3 has spread the weights by now, and FSDP may load them on rank 0 only.
+        if checked and not is_deepspeed_zero3_enabled() and not has_placeholders():
             check_head_spec(model, spec)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{type(model).__name__}: {error}. Train it with TRL's GRPOTrainer instead.") from error
@@ -187,10 +196,10 @@ class _Callable:
     """A head that is called by its forward alone."""
 
     def __init__(self, head: Any, forward: Callable[..., Any]) -> None:
-        self._head, self._forward = head, forward
+        self._head, self._own_forward = head, forward
 
     def __call__(self, *args: Any) -> Any:
-        return self._forward(*args)
+        return self._own_forward(*args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._head, name)

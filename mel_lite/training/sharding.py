@@ -7,7 +7,7 @@ weights, where a process needs no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from trl.models.utils import add_hooks, remove_hooks
 
 from mel_lite.models.modes import evaluating
@@ -64,17 +65,18 @@ class Sharding:
             self._is_whole = False
 
     def settle_fsdp(self) -> None:
-        """Begin with the adapter of rank 0 everywhere, and leave results of a forward in their own dtype.
-
-        accelerate rounds what a unit returns to the dtype of its weights, which would round log-probs.
-        """
+        """Begin with the adapter of rank 0 everywhere, and leave results of a forward in their own dtype."""
         trainer = self._trainer
         for weight in trainer.model.parameters():
             if weight.requires_grad:
                 weight.data = broadcast(weight.data.to(trainer.accelerator.device)).to(weight.device)
         plugin = trainer.accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy is not None:
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        plugin.mixed_precision_policy = in_own_dtype(plugin.mixed_precision_policy)
+
+    def any_nonzero(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Return True when a weight has a value other than 0, on any process. All processes call it."""
+        here = any(bool(_local(weight).any()) for weight in weights)
+        return bool(self.most(here)) if self.is_spread else here
 
     def most(self, count: int) -> int:
         """Return the highest count of all processes."""
@@ -109,6 +111,18 @@ class Sharding:
                     unit.set_reshard_after_forward(frees, recurse=False)
             if isinstance(head := model.get_output_embeddings(), FSDPModule):
                 head.set_reshard_after_forward(False, recurse=False)
+
+
+def in_own_dtype(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
+    """Return the policy without rounding of results: accelerate's would round log-probs to the dtype of the weights."""
+    return None if policy is None else replace(policy, output_dtype=None)
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """Return the part of a weight that this process has."""
+    if isinstance(weight, DTensor):
+        return weight.detach().to_local()
+    return getattr(weight, "ds_tensor", weight).detach()
 
 
 def with_whole_weights(method: F) -> F:

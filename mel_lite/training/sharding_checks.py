@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from mel_lite.config import MELConfig
+from mel_lite.engines.unsloth import is_unsloth
 from mel_lite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,19 @@ def _check_zero3(args: MELConfig, adapter: bool | None) -> None:
 
 
 def settle_sharding(trainer: Any) -> None:
-    """Turn off what spread gradients do not allow, and keep log-probs in float32. Warns of what changes."""
-    args = trainer.args
+    """Turn off what spread gradients do not allow, and keep log-probs in float32. Warns of what changes.
+
+    Raises: ConfigError for a model whose weights must not be spread.
+    """
+    args, by = trainer.args, spread_by(trainer.args)
     if not trainer.sharding.in_lockstep:
         return
-    if trainer.aux_loss_enabled and (by := spread_by(args)) is not None:
+    if by is not None and is_unsloth(trainer.model):
+        raise ConfigError(
+            f"{by} with a model that Unsloth has loaded: its generation cannot gather spread weights. Load the model "
+            "with transformers (--engine hf)."
+        )
+    if trainer.aux_loss_enabled and by is not None:
         _check_joint(args, by, f"router_aux_loss_coef={trainer.router_aux_loss_coef}", "router_aux_loss_coef=0")
     if args.grad_norm_every:
         logger.warning(

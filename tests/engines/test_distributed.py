@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.distributed import SplitEngine
 from mel_lite.lessons.store import ExperienceStore
-from mel_lite.resilience.checkpoint_files import committed
+from mel_lite.models.adapters import base_fingerprint
+from mel_lite.models.load import ModelSpec, load_base
+from mel_lite.resilience.checkpoint_files import committed, problem
 from mel_lite.types import Finish
 from rank_run import main as run_alone
 from tiny_models import save_tiny
@@ -35,10 +37,18 @@ EXACT: dict[str, Any] = {
 }
 
 
-def launch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+SPREAD = str(HELPERS / "spread_ranks.py")
+FSDP2 = [
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--config_file", str(HELPERS.parents[1] / "configs" / "accelerate" / "fsdp2.yaml")),
+    *("--mixed_precision", "no", "--main_process_port", "0"),
+]
+
+
+def launch(*arguments: str, check: bool = True, command: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([*LAUNCH, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 
@@ -158,21 +168,27 @@ def test_two_processes_keep_the_bank_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path, spread: bool) -> None:
     save_tiny(tmp_path / "base")
     options = EXACT | {"max_steps": 50, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
-    script = str(HELPERS / "rank_run.py")
-    done = launch(script, str(tmp_path), json.dumps(options | {"dies_after": 2}), check=False)
-    assert done.returncode != 0
+    dying = options | {"dies_after": 2}
+    if spread:
+        run = {".": dying | {"grad_norm_every": 0}}
+        done = launch(SPREAD, str(tmp_path), json.dumps(run), check=False, command=FSDP2)
+    else:
+        done = launch(str(HELPERS / "rank_run.py"), str(tmp_path), json.dumps(dying), check=False)
+    assert done.returncode != 0 and "exitcode  : 9" in done.stderr and "rank      : 1" in done.stderr
     saved = committed(tmp_path / "run")
-    assert [path.name for path in saved][:2] == ["checkpoint-1", "checkpoint-2"]
-    launch(
-        script, str(tmp_path), json.dumps(EXACT | {"per_device_train_batch_size": 4, "output_dir": str(tmp_path / "b")})
-    )
+    assert [path.name for path in saved] == ["checkpoint-1", "checkpoint-2"]
+    assert all(problem(path) is None for path in saved)
+    run_alone(tmp_path, options | {"per_device_train_batch_size": 8, "max_steps": 3, "resume": True})
+    assert [path.name for path in committed(tmp_path / "run")][-1] == "checkpoint-3"
 
 
 @pytest.mark.slow
-def test_the_command_trains_on_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_command_trains_on_two_processes(tmp_path: Path, spread: bool) -> None:
     save_tiny(tmp_path / "base")
     tasks = [{"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(12)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
@@ -185,7 +201,9 @@ def test_the_command_trains_on_two_processes(tmp_path: Path) -> None:
     }  # fmt: skip
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     folder = tmp_path / "run"
-    done = launch("-m", "mel_lite", "train", "--gpu", "cpu", *flags, "--output-dir", str(folder))
+    command = [*FSDP2, SPREAD] if spread else [*LAUNCH, "-m", "mel_lite"]
+    arguments = ["train", "--gpu", "cpu", *flags, "--output-dir", str(folder)]
+    done = launch(*arguments, command=command)
     assert "2 processes" in done.stdout and done.stdout.count("summary") == 1
     assert {p.name for p in folder.iterdir()} >= {
         "adapter",
@@ -196,7 +214,10 @@ def test_the_command_trains_on_two_processes(tmp_path: Path) -> None:
     }
     assert json.loads((folder / "eval" / "after.json").read_text())["n"] == 5
     assert [path.name for path in committed(folder)] == ["checkpoint-1", "checkpoint-2"]
-    again = launch("-m", "mel_lite", "train", "--gpu", "cpu", *flags, "--output-dir", str(folder), check=False)
+    record = json.loads((folder / "adapter" / "mel_lite.json").read_text())
+    assert record["base_fingerprint"] == base_fingerprint(load_base(ModelSpec(str(tmp_path / "base"))))
+    assert any(name.endswith("lora_B.weight") for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
+    again = launch(*arguments, check=False, command=command)
     assert again.returncode != 0 and again.stderr.count("is not empty") == 1
     assert "[rank" not in again.stderr and "mel_lite/run/" not in again.stderr  # only the launcher's own traceback
 

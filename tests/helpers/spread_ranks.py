@@ -1,6 +1,7 @@
 """One process of runs whose weights are spread: `python spread_ranks.py FOLDER '{"name": {"option": value, ...}}'`.
 
-The environment of `accelerate launch` says how. accelerate applies FSDP only on what it takes for GPUs.
+`python spread_ranks.py train ...` is `mel-lite train ...`. The environment of `accelerate launch` says how weights are
+spread; accelerate applies FSDP only on what it takes for GPUs.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rank_run
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+
+import rank_run
 
 
 def shard_on_cpu() -> None:
@@ -29,6 +31,10 @@ def shard_on_cpu() -> None:
 
 if __name__ == "__main__":
     shard_on_cpu()
+    if sys.argv[1] == "train":
+        from mel_lite.cli.main import main
+
+        sys.exit(main())
     for name, options in json.loads(sys.argv[2]).items():
         rank_run.main(Path(sys.argv[1]) / name, options, last=False)
     PartialState().destroy_process_group()

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite.errors import ConfigError
 from mel_lite.models import attention
-from mel_lite.training.assemble import check_support
 from mel_lite.training.packing import Row, area_tokens, deal, pack
 from mel_lite.training.savings import why_not_shared_by
 from mel_lite.types import Lesson
@@ -353,20 +352,37 @@ def test_rows_with_another_gradient_are_not_left_out(tmp_path: Path, option: dic
         build(tmp_path, skip_zero_advantage=True, **option)
 
 
-@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_training_gets_one_backward_pass(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_with_fewer_parts_takes_idle_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, micro_batch()).item()
+    expected = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert any(grad.any() for grad in expected.values())
+    trainer.model.zero_grad()
+
+    passes: list[int] = []
+    trainer.model.get_base_model().model.register_forward_hook(
+        lambda module, args, kwargs, output: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setattr(trainer.sharding, "fsdp", True)
+    monkeypatch.setattr(trainer.sharding, "most", lambda count: count + 2)
+    assert trainer.compute_loss(trainer.model, micro_batch()).item() == pytest.approx(loss, abs=1e-6)
+    blocks = len(passes) - 2
+    assert blocks >= 1 and passes[-2:] == [min(passes[-2:])] * 2 and passes[-1] < min(passes[:blocks])
+    for name, grad in expected.items():
+        assert torch.allclose(trainer.model.get_parameter(name).grad, grad, atol=1e-6), name
+
+
+def test_deepspeed_gets_the_last_part_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     assert trainer.compute_loss(trainer.model, micro_batch()).grad_fn is None, "otherwise it is over by then"
     trainer.model.zero_grad()
-    monkeypatch.setattr(trainer, name, True)
+    monkeypatch.setattr(trainer.sharding, "deepspeed", True)
     assert trainer.compute_loss(trainer.model, micro_batch()).grad_fn is not None
     assert all(p.grad is None for p in trainer.model.parameters())
-    trainer.args.max_micro_batch_tokens = 100
-    trainer.args.deepspeed_plugin = object()
-    with pytest.raises(ConfigError, match="max_micro_batch_tokens=100 with FSDP, DeepSpeed"):
-        check_support(trainer)
 
 
 def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
