@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mel_lite.cli.shared import JsonOption, LimitOption, RunOption, console, newest_run, print_json
+from mel_lite.cli.shared import FolderArgument, JsonOption, LimitOption, RunOption, console, newest_run, print_json
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.imports import load_object
 from mel_lite.types import BankLesson, Status
@@ -20,6 +20,7 @@ experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_
 
 @experiences.command("list")
 def list_(
+    folder: FolderArgument = None,
     run: RunOption = None,
     status: Annotated[str | None, typer.Option(help=f"{', '.join(Status)}.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Only this step.")] = None,
@@ -30,7 +31,7 @@ def list_(
     from mel_lite.report.terminal import store_line
 
     wanted = _status(status)
-    with _store(run) as store:
+    with _store(folder or run) as store:
         _print_rows(store.list(status=wanted, step=step, limit=limit), as_json=as_json)
         if not as_json:
             console().print(store_line(store.funnel()))

@@ -46,7 +46,7 @@ def probe(
     output_dir: Annotated[Path | None, typer.Option(help="New folder for figures and lessons, in runs/.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure on a few dozen prompts if lessons can help, and which internalisation to choose. Trains nothing."""
+    """Measure on a few dozen prompts if lessons can help, and which internalization to choose. Trains nothing."""
     from mel_lite.run.folder import default_output_dir
 
     if gpu is None and config is None:

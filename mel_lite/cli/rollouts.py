@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mel_lite.cli.shared import JsonOption, LimitOption, RunOption, console, newest_run, print_json
+from mel_lite.cli.shared import FolderArgument, JsonOption, LimitOption, RunOption, console, newest_run, print_json
 
 rollouts = typer.Typer(help="Browse the rollouts of a run.", no_args_is_help=True)
 
@@ -19,6 +19,7 @@ RightOption = Annotated[bool | None, typer.Option("--right/--wrong", help="Only 
 
 @rollouts.command("list")
 def list_(
+    folder: FolderArgument = None,
     run: RunOption = None,
     step: StepOption = None,
     task: TaskOption = "",
@@ -27,7 +28,7 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List the newest rollouts, oldest first."""
-    _print_found(run, step, task, "", right, limit, as_json=as_json)
+    _print_found(folder or run, step, task, "", right, limit, as_json=as_json)
 
 
 @rollouts.command("search")

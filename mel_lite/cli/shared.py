@@ -85,6 +85,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides preset and file; repeatable.")
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest in runs/.")]
+FolderArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder, as --run.")]
 LimitOption = Annotated[int, typer.Option(min=1, help="Number of newest rows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -16,6 +16,8 @@ FIRST = 5
 """Logs that the line sums up; fewer when the run ends before."""
 TREND = 10
 """Logs of a metric over which a teacher, or the uplift, is judged."""
+FEW = 4
+"""Analyses after which none that can be read is no accident."""
 MEASURED = 3
 """Measurements over which the two gradients are compared."""
 COUNTS = ("mel/groups", "mel/mixed_groups", "mel/written", "mel/parsed", "mel/quoted")
@@ -59,6 +61,8 @@ class FirstBatches:
         if self._is_due("line", self._logs["mel/groups"], FIRST, last=state.global_step >= state.max_steps):
             self.line = self._summary()
             logger.info("%s", self.line)
+            if (warning := self._none_parsed()) and self._trainer.accelerator.is_main_process:
+                logger.warning("%s", warning)
         checks: tuple[tuple[str, str, int, Callable[[], str | None]], ...] = (
             ("teacher", "mel/teacher_shift", TREND, self._weak_teacher),
             ("uplift", "mel/replay_uplift", TREND, self._no_uplift),
@@ -108,6 +112,16 @@ class FirstBatches:
         return f"first {self._logs['mel/groups']} logs: {', '.join(parts)}"
 
     # ---- the checks ----
+
+    def _none_parsed(self) -> str | None:
+        written = int(self._sums["mel/written"])
+        if written < FEW or self._sums["mel/parsed"]:
+            return None
+        return (
+            f"None of {written} analyses could be read, so there are no lessons: the model does not follow their "
+            "format. Read one with `mel-lite experiences show`, warm the model up (`mel-lite warmup`), take a larger "
+            "or instruction-tuned one, or train without lessons (algorithm='grpo')."
+        )
 
     def _weak_teacher(self) -> str | None:
         mean = self._mean("mel/teacher_shift")

@@ -129,7 +129,9 @@ class LiveDisplay(TrainerCallback):
             return
         tokens = f", {phase.tokens:,} tokens" if phase.tokens else ""
         line = f"{phase_text(phase.name, phase.parts)}{tokens}, {duration(phase.seconds_s)}"
-        step = f"step {self._state.global_step + 1}/{self._last_step(self._state)}"
+        last = self._last_step(self._state)
+        finished = phase.name == "checkpoint" or self._state.global_step >= last
+        step = f"step {self._state.global_step + (not finished)}/{last}"
         try:
             self._console.print(f"{step} {line}", soft_wrap=True, highlight=False, markup=False)
         except (OSError, ValueError):  # a closed file or terminal; the callbacks report it

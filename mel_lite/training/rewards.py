@@ -71,7 +71,7 @@ class JudgedRewards:
     judge: Judge
     answer_column: str | None
     clock: PhaseClock
-    dynamic_sampling: Any
+    dynamic_sampling: Any = None
     engine_probe: Any
     _tokenizer: Any
     _is_vlm: bool

@@ -83,6 +83,16 @@ def test_each_warning_comes_once_with_figures_and_the_knob(
         assert word in record.getMessage()
 
 
+def test_analyses_of_which_none_can_be_read_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, first_batches.__name__):
+        feed(watch(max_steps=3), [LOG | {"mel/written": 1, "mel/parsed": 0}] * 3)
+        feed(watch(max_steps=3), [LOG | {"mel/written": 2, "mel/parsed": 0}] * 2 + [LOG])
+        assert caplog.text == "", "three are too few, and some were read"
+        feed(watch(max_steps=2), [LOG | {"mel/written": 2, "mel/parsed": 0}] * 2)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("None of 4 analyses could be read") and "mel-lite warmup" in record.message
+
+
 def test_lessons_that_help_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     good = {"mel/teacher_shift": 0.1, "mel/replay_uplift": 0.05, "mel/grad_norm_policy": 0.2, "mel/grad_norm_nll": 0.2}
     with caplog.at_level(logging.WARNING, first_batches.__name__):

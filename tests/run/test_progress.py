@@ -129,6 +129,7 @@ def test_a_run_into_a_file_has_one_plain_line_per_phase_and_step(tmp_path: Path)
         assert len(re.findall(rf"^step {step}/2 verify: 8 answers, [\d.]+ s$", shown, re.M)) == 1
         (line,) = re.findall(rf"^step {step}/2 \| .*$", shown, re.M)
         assert "reward" in line and "gradient" in line and "tokens/s" in line
+    assert not re.search("^step 3/", shown, re.M), "the last checkpoint is the last step's"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [row["step"] for row in rows if "reward" in row] == [1, 2]
 
