@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.errors import ConfigError, check_choice
-from mel_lite.option_checks import ALSO_ZERO, DEFAULTS, check_estimator, check_schedule
+from mel_lite.option_checks import ALSO_ZERO, DEFAULTS, check_estimator, check_schedule, check_trl_values
 from mel_lite.trl_compat import released_grpo_config
 from mel_lite.types import (
     Algorithm,
@@ -293,6 +293,7 @@ class MELConfig(GRPOConfig):
                 f"{type(self.internalisation_options).__name__}. Set a mapping such as {{context: sibling}}."
             )
         parse_tags(self.think_tags)
+        check_trl_values(self)
         self._check_bank()
         self._check_sampling()
         if self.trust_remote_code or (self.model_init_kwargs or {}).get("trust_remote_code"):

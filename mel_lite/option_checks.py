@@ -7,7 +7,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from mel_lite.errors import ConfigError
+from mel_lite.errors import ConfigError, check_choice
 from mel_lite.trl_compat import released_grpo_config
 from mel_lite.types import Algorithm, ReplayCriterion, Schedule
 
@@ -20,6 +20,27 @@ ALSO_ZERO = {
 """Options that read completions of advantage 0, and what they add."""
 _RFT: dict[str, Any] = {"loss_type": "cispo", "epsilon_high": 1.0, "vllm_importance_sampling_correction": False}
 """TRL options whose loss is -advantage * log pi at ratio 1, with no correction for the sampling policy."""
+
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+_AT_LEAST: dict[str, float] = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "beta": 0, "epsilon": 0, "entropy_coef": 0,
+    "num_iterations": 1,
+}  # fmt: skip
+
+
+def check_trl_values(args: Any) -> None:
+    """Refuse values of TRL's options that fail only in the first step, or train on nonsense. Raises: ConfigError."""
+    check_choice("loss_type", args.loss_type, LOSS_TYPES)
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name}={value} must be at least {least:g}. Raise {name}.")
+    if not args.temperature > 0:
+        raise ConfigError(
+            f"temperature={args.temperature} must be positive: without sampling all completions of a group are equal, "
+            "and nothing can be learned from them."
+        )
 
 
 def check_estimator(args: Any) -> None:

@@ -87,5 +87,23 @@ def test_a_negative_decay_is_refused(tmp_path: Path) -> None:
         config(tmp_path, mel_decay_steps=-1)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("loss_type", "grpoo", "loss_type='grpoo' is not one of grpo, .*Did you mean 'grpo'"),
+        ("learning_rate", -1e-6, "learning_rate=-1e-06 must be at least 0"),
+        ("learning_rate", float("nan"), "learning_rate=nan must be at least 0"),
+        ("beta", -0.1, "beta=-0.1 must be at least 0"),
+        ("num_iterations", 0, "num_iterations=0 must be at least 1"),
+        ("temperature", 0.0, "temperature=0.0 must be positive: without sampling"),
+    ],
+)
+def test_a_value_that_would_fail_in_the_first_step_is_refused(
+    tmp_path: Path, option: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path, **{option: value})
+
+
 def config(folder: Path, **options: Any) -> MELConfig:
     return MELConfig(str(folder), use_cpu=True, bf16=False, **options)

@@ -94,7 +94,8 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
     if not (tokenizer.chat_template or kwargs.get("chat_template")):
         raise ModelError(
             "The prompts are conversations, but the tokenizer has no chat template. Take an instruction-tuned model, "
-            "give a chat template (`chat_template_path`), or make the prompts plain text, which base models take as is."
+            "add chat_template.jinja to the model's folder, set chat_template_kwargs={'chat_template': ...}, or make "
+            "the prompts plain text, which base models take as is."
         )
     if taken := [name for name in _SET_HERE if name in kwargs]:
         raise ModelError(f"chat_template_kwargs has {taken[0]!r}, which every prompt sets in its own way. Remove it.")
@@ -120,7 +121,7 @@ def _chat_text(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: Ma
             failure = error
     raise ModelError(
         f"The tokenizer's chat template rejects the conversation: {failure}. Check the roles and their order, or "
-        "give another template (`chat_template_path`)."
+        "set another template in chat_template_kwargs={'chat_template': ...}."
     ) from failure
 
 
@@ -164,8 +165,9 @@ def _complete(turns: list[Turn], text: str, apply: Callable[[list[Turn]], str]) 
         else:
             continue
         raise ModelError(
-            f"The tokenizer's chat template leaves out {lost} of turn {index + 1} (role {turn.get('role')!r}). Give a "
-            "template that has a place for it (`chat_template_path`), or write it into a user turn."
+            f"The tokenizer's chat template leaves out {lost} of turn {index + 1} (role {turn.get('role')!r}). Set "
+            "a template with a place for it in chat_template_kwargs={'chat_template': ...}, or write it into a user "
+            "turn."
         )
     return text
 

@@ -24,7 +24,7 @@ def newest_run() -> Path:
     """Return the most recently started run folder in `runs/`. Raises ConfigError if there is none."""
     folders = [path.parent for path in RUNS.glob("*/config.yaml")]
     if not folders:
-        raise ConfigError(f"There is no run in {RUNS}/. Pass the run's folder (--run, or --output-dir for train).")
+        raise ConfigError(f"There is no run in {RUNS}/. Pass the run's folder (for train: --output-dir).")
     return max(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
 
 
