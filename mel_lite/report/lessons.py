@@ -32,7 +32,9 @@ class LessonView:
 
     id: int
     step: int
-    """Step that drew it, from 1."""
+    """Step in which it was complete, from 1."""
+    rollouts_step: int
+    """Step that sampled its rollouts; the same with the strict schedule."""
     status: str
     status_text: str
     question: str
@@ -76,6 +78,7 @@ def view(row: ExperienceRow, credit: tuple[CreditStrip, ...] = ()) -> LessonView
     return LessonView(
         id=row.id,
         step=row.step,
+        rollouts_step=row.rollouts_step,
         status=row.status.value,
         status_text=status_text(row.status),
         question=_text(question_text(row.prompt)),

@@ -140,6 +140,8 @@ def print_summary(
         console.print(comparison_table(before, after))
     if trainer.args.with_meta_experience:
         console.print(funnel_table(trainer.funnel_totals))
+        if trainer.in_flight is not None and (left := len(trainer.in_flight.waiting)):
+            console.print(f"{left} more were in flight and are dropped; a run that is continued completes them.")
         with ExperienceStore(folder / "experiences.sqlite", read_only=True) as store:
             for row in sample_rows(store):
                 console.print(sample_panel(row))
