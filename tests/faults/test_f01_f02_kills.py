@@ -146,3 +146,23 @@ def test_killed_a_hundred_times(
     seen = kill_at_random(runs, reference, folder, common, kills=100, seed=2)
     for name in ("kills", "resumes", "checkpoints", "corrupt_checkpoints", "lost_steps", "equal_ends"):
         record_property(name, seen[name])
+
+
+def test_killed_in_the_middle_of_an_overlapped_batch(runs: Farm, folder: Path) -> None:
+    """SIGKILL while one call samples rollouts, analyses and replays, and while what it sampled is judged."""
+    common: dict[str, Any] = {
+        "max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "mel_schedule": "overlap",
+        "pairs_per_group": 2,
+    }  # fmt: skip
+    whole = folder / "whole"
+    assert runs.run(whole, **common) == 0, (whole / "output.txt").read_text()
+    reference = json.loads((whole / "state.json").read_text()), step_log(whole / "run")
+    assert reference[1][2]["mel/in_flight"] > 0 and json.loads(reference[0]["tokens"]) > 1000
+    for phase in ("rollout", "verify"):
+        killed = folder / phase
+        run = runs.start(killed, **common, slow_s=0.4)
+        run.wait_for(phase, 3)
+        run.send(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert damaged(killed / "run") == [] and newest(killed / "run") == 3
+        finishes_as(reference, runs, killed, common)
