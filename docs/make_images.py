@@ -1,5 +1,6 @@
-"""Make the pictures in docs/images/ from a real run: `python docs/make_images.py RUN`.
+"""Make the pictures in docs/images/ from a real run: `python docs/make_images.py RUN`, or `--site build/site`.
 
+    site-light.png                          the first page of the site that `make site` built
     report-{wide,phone}-{light,dark}.png    report.html in headless Chromium, at 1280 and 390 columns of pixels
     browser.svg                             `mel-lite experiences browse`
 
@@ -63,6 +64,20 @@ def draw_report(run: Path, lesson: int) -> None:
         chromium.close()
 
 
+def draw_site(site: Path) -> None:
+    """Write the picture of the first page of a built site."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    width, height = SIZES["wide"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme="light")
+        page.goto((site / "index.html").resolve().as_uri())
+        save(page.screenshot(), IMAGES / "site-light.png")
+        chromium.close()
+
+
 def show_lesson(page: Any, lesson: int) -> None:
     """Open a lesson of the page and scroll to it."""
     found = page.locator(".lesson", has=page.locator(".id", has_text=f"#{lesson}, "))
@@ -90,9 +105,18 @@ async def draw_browser(run: Path, lesson: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    run = parser.parse_args().run
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run")
+    parser.add_argument("--site", type=Path, help="folder of the built site")
+    arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
+    if arguments.site is not None:
+        draw_site(arguments.site)
+    if arguments.run is not None:
+        draw_run(arguments.run)
+
+
+def draw_run(run: Path) -> None:
+    """Write the pictures of a run."""
     lesson = shown_lesson(run)
     draw_report(run, lesson)
     asyncio.run(draw_browser(run, lesson))
