@@ -188,6 +188,11 @@ class MELConfig(GRPOConfig):
         "Compute a prompt's tokens once for all its completions in a forward/backward pass, and pad no row. Same "
         "gradient. None: on CPUs, for models with full attention and no dropout.",
     )
+    merge_to_sample: bool | None = _option(
+        None,
+        "Sample with the transformers engine from a temporary copy of the weights with the adapter added in. Same "
+        "distribution. None: on CPUs, with float32 weights and plain LoRA.",
+    )
     templates: str | None = _option(
         None, "YAML file overriding the analysis and replay prompts, or `demo` for the short ones of the demo."
     )

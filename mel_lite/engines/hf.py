@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.decode import completion, decode, with_room
+from mel_lite.engines.merged import WORTH_TOKENS, merged, why_not_merged
 from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.errors import EngineError
 from mel_lite.models.modes import evaluating
@@ -41,6 +42,7 @@ class HFEngine(Engine):
         autocast: opens the autocast context of training, so that sampling and scoring compute the same numbers.
         shares_prefill: prefill equal prompts of a batch once, with the backbone alone, and let finished sequences leave
             the batch. False: sample with `model.generate`.
+        merges_adapter: says before each call if a copy of the weights with the adapter in it may sample (`merged`).
     """
 
     name = "hf"
@@ -57,11 +59,13 @@ class HFEngine(Engine):
         unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         shares_prefill: bool = True,
+        merges_adapter: Callable[[], bool] = lambda: True,
     ) -> None:
         assert max_concurrent >= 1
         self._unwrap = unwrap or (lambda: nullcontext(model))
         self._autocast = autocast
         self._shares_prefill = shares_prefill
+        self._merges_adapter = merges_adapter
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
@@ -87,7 +91,13 @@ class HFEngine(Engine):
         """
         done: dict[int, Completion] = {}
         pending = self._batches(requests, sampling)[::-1]
-        with self._unwrap() as model, self._sampling_mode(model), self._autocast(), torch.no_grad():
+        with (
+            self._unwrap() as model,
+            self._sampling_mode(model),
+            self._autocast(),
+            torch.no_grad(),
+            self._quick(model, sampling),
+        ):
             while pending:
                 rows = pending.pop()
                 self._saw = None if self.watch is None else partial(_add, self.watch, len(done))
@@ -114,6 +124,10 @@ class HFEngine(Engine):
     def _sampling_mode(self, model: Any) -> AbstractContextManager[None]:
         """Return the context that switches the model to inference while it samples."""
         return evaluating(model)
+
+    def _quick(self, model: Any, sampling: Sampling) -> AbstractContextManager[None]:
+        worth = self._shares_prefill and sampling.max_new_tokens >= WORTH_TOKENS and self._merges_adapter()
+        return merged(model) if worth and why_not_merged(model) is None else nullcontext()
 
     def _batches(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         """Split request indices into batches, shortest prompt first, since similar lengths need the least padding."""

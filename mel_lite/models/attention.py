@@ -99,18 +99,9 @@ def grouped_heads(
     if shared_prompts is not None:
         return _shared(query, key, value, shared_prompts, dropout, scaling), None
 
-    batch, heads, tokens, head_dim = query.shape
-    groups = heads // key.shape[1]
-    if tokens == 1 and groups > 1 and (attention_mask is None or attention_mask.shape[1] == 1):
-        attended = F.scaled_dot_product_attention(
-            query.reshape(batch, key.shape[1], groups, head_dim),
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=dropout,
-            scale=scaling,
-        )
-        return attended.reshape(batch, 1, heads, head_dim), None
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if _is_one_token(query, key, attention_mask):
+        return _one_token(query, key, value, attention_mask, dropout, scaling), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     attended = F.scaled_dot_product_attention(
         query,
@@ -122,6 +113,34 @@ def grouped_heads(
         is_causal=bool(causal and attention_mask is None and tokens > 1),
     )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _is_one_token(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    heads_apart = attention_mask is not None and attention_mask.shape[1] > 1
+    return query.shape[2] == 1 and query.shape[1] > key.shape[1] and not heads_apart
+
+
+def _one_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Compute the attention of one token per sequence, with the query heads of a key head as its queries."""
+    import torch.nn.functional as F
+
+    batch, heads, _, head_dim = query.shape
+    attended = F.scaled_dot_product_attention(
+        query.reshape(batch, key.shape[1], heads // key.shape[1], head_dim),
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return attended.reshape(batch, 1, heads, head_dim)
 
 
 def sdpa_or_shared(
@@ -140,6 +159,8 @@ def sdpa_or_shared(
 
     if shared_prompts is not None:
         return _shared(query, key, value, shared_prompts, dropout, scaling), None
+    if query.device.type == "cpu" and _is_one_token(query, key, attention_mask):
+        return _one_token(query, key, value, attention_mask, dropout, scaling), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )  # fmt: skip

@@ -291,6 +291,7 @@ def build_engine(trainer: Any) -> Engine:
             trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
         ),
         "autocast": trainer.accelerator.autocast,
+        "merges_adapter": lambda: trainer.savings.merges_to_sample,
     }
     if trainer.sharding.fsdp or trainer.sharding.zero3:
         options["unwrap"] = trainer.sharding.whole

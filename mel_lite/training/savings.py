@@ -1,4 +1,4 @@
-"""Decide which exact savings the update uses: rows without advantage left out, and prompts shared.
+"""Decide which exact savings a step uses: rows without advantage left out, prompts shared, the adapter merged.
 
 An option that is None is on where it changes nothing but rounding. A checkpoint records what was on, and a resumed run
 keeps it, so its remaining steps equal those of a run without interruption.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mel_lite.engines.merged import why_not_merged
 from mel_lite.engines.unsloth import is_unsloth
 from mel_lite.errors import ConfigError
 from mel_lite.models.attention import let_prompts_be_shared
@@ -28,11 +29,12 @@ TOLERANCE_NATS, TOLERANCE_16_BIT_NATS = 1e-3, 0.25
 
 
 class Savings:
-    """What the update of one trainer leaves out. Its state is part of a checkpoint."""
+    """What a step of one trainer leaves out. Its state is part of a checkpoint."""
 
     def __init__(self, trainer: Any) -> None:
         args = trainer.args
-        self._asked = {"skip_zero_advantage": args.skip_zero_advantage, "share_prompts": args.share_prompts}
+        names = ("skip_zero_advantage", "share_prompts", "merge_to_sample")
+        self._asked = {name: getattr(args, name) for name in names}
         self._on = {name: self._asked[name] is not False for name in self._asked}
         if args.skip_zero_advantage is None:
             self._on["skip_zero_advantage"] = _can_skip(trainer)
@@ -41,6 +43,8 @@ class Savings:
             if problem is not None and args.share_prompts:
                 raise not_shared(problem)
             self._on["share_prompts"] = problem is None
+        if args.merge_to_sample and (problem := why_not_merged(trainer.model)) is not None:
+            raise ConfigError(f"merge_to_sample=True with {problem}. Leave it unset to merge where it changes nothing.")
 
     @property
     def skips_zero_advantage(self) -> bool:
@@ -52,11 +56,16 @@ class Savings:
         """True when the completions of one prompt share its tokens in a forward."""
         return self._on["share_prompts"]
 
+    @property
+    def merges_to_sample(self) -> bool:
+        """True when a copy of the weights with the adapter in it may sample."""
+        return self._on["merge_to_sample"]
+
     def state_dict(self) -> dict[str, Any]:
         return {"savings": dict(self._on)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue as the run began; runs of older releases began with neither."""
+        """Continue as the run began; runs of older releases began without."""
         began = state.get("savings", {})
         for name, asked in self._asked.items():
             if asked is None:

@@ -256,11 +256,12 @@ def test_savings_are_on_where_they_are_exact(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_savings_it_began_with(tmp_path: Path) -> None:
     trainer = by_default(tmp_path)
     state = trainer.savings.state_dict()
-    assert state == {"savings": {"skip_zero_advantage": True, "share_prompts": True}}
+    assert state == {"savings": {"skip_zero_advantage": True, "share_prompts": True, "merge_to_sample": True}}
     trainer.savings.load_state_dict(state)
-    assert trainer.savings.shares_prompts and trainer.savings.skips_zero_advantage
+    assert trainer.savings.shares_prompts and trainer.savings.skips_zero_advantage and trainer.savings.merges_to_sample
     trainer.savings.load_state_dict({})  # a run of an older release
     assert not trainer.savings.shares_prompts and not trainer.savings.skips_zero_advantage
+    assert not trainer.savings.merges_to_sample
     asked = build_trainer(tmp_path, share_prompts=True)
     asked.savings.load_state_dict({})
     assert asked.savings.shares_prompts, "an option that is set wins"
@@ -273,6 +274,14 @@ def test_prompts_that_cannot_be_shared_exactly_are_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="share_prompts=True with attn_implementation='eager'"):
         build_trainer(tmp_path, share_prompts=True, model=_changed(tmp_path, attn_implementation="eager"))
     assert not build_trainer(tmp_path, model=_changed(tmp_path, attn_implementation="eager")).savings.shares_prompts
+
+
+def test_an_adapter_that_cannot_be_merged_exactly_is_refused(tmp_path: Path) -> None:
+    assert build_trainer(tmp_path, merge_to_sample=True).savings.merges_to_sample
+    assert not build_trainer(tmp_path, merge_to_sample=False).savings.merges_to_sample
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="merge_to_sample=True with weights that are not float32 on a CPU"):
+        build_trainer(tmp_path, merge_to_sample=True, model=halved)
 
 
 def _changed(folder: Path, **options: Any) -> Any:
