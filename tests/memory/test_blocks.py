@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mel_lite.memory.blocks import MAX_PADDING_SHARE, blocks_of, group_lengths
+from mel_lite.memory.blocks import MAX_PADDING_SHARE, blocks_of, group_lengths, max_padding
 from mel_lite.training.packing import Row, pack
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=12)
@@ -41,6 +43,25 @@ def test_every_row_is_in_one_block_within_both_bounds(lengths: list[int], max_to
         assert area - sum(lengths[i] for i in group) <= MAX_PADDING_SHARE * area
     shown = [lengths[i] for group in groups for i in group]
     assert shown == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(("area", "padding"), [(100, 20), (640, 128), (2000, 128), (2560, 128), (10_000, 500)])
+def test_a_large_block_pads_a_twentieth(area: int, padding: int) -> None:
+    assert max_padding(area) == pytest.approx(padding)
+
+
+@pytest.mark.parametrize("budget_tokens", [4096, 16384])
+def test_blocks_of_ragged_rollouts_pad_less_than_five_percent(budget_tokens: int) -> None:
+    """64 rollouts with a prompt of 150 tokens and completions of log-normal length, sorted into parts and blocks."""
+    draw = random.Random(0)
+    padded = taken = 0
+    for _ in range(50):
+        lengths = [150 + min(2048, int(draw.lognormvariate(6, 0.8))) for _ in range(64)]
+        taken += sum(lengths)
+        groups = group_lengths(lengths, budget_tokens)
+        padded += sum(len(group) * lengths[group[0]] for group in groups) - sum(lengths)
+        assert len(groups) < 24
+    assert 0.01 < padded / (padded + taken) < 0.05
 
 
 @given(LENGTHS)
