@@ -27,6 +27,8 @@ CARDS_GB: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 """Memory of common cards by their names in lower case without maker, series and separators. The first size is meant
 when none is named: the smallest, except where the smallest is rare."""
+CPU_BUDGET = re.compile(r"cpu[-_:]?(\d{1,4})gb")
+"""A `--gpu` value that states the memory of a run on the CPU."""
 MAKERS = r"nvidia|geforce|quadro|tesla|radeon|amd|rtx|gtx|rx|sxm\d?|pcie|nvl|gpu|generation|hbm\de?|[\s_-]"
 
 
@@ -41,6 +43,8 @@ def preset_of(name: str) -> tuple[str, str]:
     lower = name.lower().strip()
     if lower in GPU_PRESETS or lower == "auto":
         return lower, ""
+    if cpu_budget_bytes(lower) is not None:
+        return "cpu", ""
     card = re.sub(MAKERS, "", lower)
     known, size_gb = _card(card)
     if known is not None and size_gb not in CARDS_GB[known]:
@@ -58,6 +62,12 @@ def preset_of(name: str) -> tuple[str, str]:
     if known is None:
         return preset, f"--gpu {name}: rounded down to the preset {preset}."
     return preset, f"--gpu {name}: a card with {size_gb} GB, so the preset is {preset}."
+
+
+def cpu_budget_bytes(name: str) -> int | None:
+    """Return the memory that a `--gpu` value such as `cpu-4gb` states, in GB of 10^9 bytes; None for any other."""
+    stated = CPU_BUDGET.fullmatch(name.lower().strip())
+    return None if stated is None else int(stated[1]) * 10**9
 
 
 def _card(text: str) -> tuple[str | None, int | None]:

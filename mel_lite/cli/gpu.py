@@ -23,16 +23,19 @@ from mel_lite.cli.shared import (
     overrides_of,
 )
 from mel_lite.errors import ConfigError
+from mel_lite.gpus import preset_of
 
 
 def _is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> bool:
-    """Return True if a run with a GPU preset is forced onto the CPU, so that CUDA must not be initialized.
+    """Return True if a run is on the CPU, by its preset or forced, so that CUDA must not be initialized.
 
     Raises: ConfigError for `auto`, which needs a GPU.
     """
     from mel_lite.recipe import value_in
 
     on_cpu = dict(overrides).get("train.use_cpu", value_in(config, "train.use_cpu"))
+    if on_cpu is None:
+        return preset_of(gpu)[0] == "cpu"
     if on_cpu and gpu == "auto":
         raise ConfigError("--gpu auto with train.use_cpu=true: auto needs a GPU. Use --gpu cpu, or name a preset.")
     return bool(on_cpu)
@@ -40,10 +43,13 @@ def _is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]])
 
 def _settings_to_keep(stored: Path, config: Path | None) -> list[tuple[str, Any]]:
     """Return the planned settings of a run's stored config.yaml that resuming must keep, except those `config` sets."""
-    from mel_lite.memory.search import BATCH, GROUP, OPTIM
+    from mel_lite.memory.search import BATCH, CHECKPOINTING, GROUP, OPTIM, TOKENS
     from mel_lite.recipe import keys_of, value_in
 
-    keys = {GROUP, BATCH, OPTIM, "train.max_context_tokens"} & keys_of(stored)
+    kept = {GROUP, BATCH, OPTIM, "train.max_context_tokens"}
+    if value_in(stored, "train.use_cpu"):
+        kept |= {TOKENS, CHECKPOINTING}  # so that its sums are rounded alike
+    keys = kept & keys_of(stored)
     return [(key, value_in(stored, key)) for key in sorted(keys - (keys_of(config) if config else set()))]
 
 
@@ -68,10 +74,11 @@ def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> 
     Prints the plan. Raises: ConfigError if it does not fit.
     """
     _disable_expandable_segments()
-    from mel_lite.memory.plan import plan_for
-    from mel_lite.run.display import plan_view
+    with loading("planning"):
+        from mel_lite.memory.plan import plan_for
+        from mel_lite.run.display import plan_view
 
-    recipe, made, reason = plan_for(gpu, config, overrides, run_here=True)
+        recipe, made, reason = plan_for(gpu, config, overrides, run_here=True)
     if made is None:
         typer.secho(f"no memory plan: {reason}", err=True)
         return recipe, None
@@ -91,21 +98,23 @@ def recipe_of(
     from mel_lite.engines import distributed
     from mel_lite.recipe import resolve
 
-    if gpu in (None, "cpu") or _is_for_cpu(str(gpu), config, overrides):
+    on_cpu = None if gpu is None else _is_for_cpu(gpu, config, overrides)
+    planned_on_cpu = gpu is not None and preset_of(gpu)[0] == "cpu"
+    if gpu is None or bool(on_cpu) != planned_on_cpu:
         return resolve(preset=gpu, config=config, overrides=overrides), None
     if resumed is not None and (stored := resumed / "config.yaml").is_file():
         # Keep the planned settings of the run: its checkpoint needs the same group size and optimizer.
         overrides = [*_settings_to_keep(stored, config), *overrides]
     # Rank 0 plans for all processes: free memory may differ between them, batch shapes must not.
-    return distributed.on_first(lambda: planned(str(gpu), config, overrides), cpu=False)
+    return distributed.on_first(lambda: planned(gpu, config, overrides), cpu=planned_on_cpu)
 
 
 def plan(
     gpu: Annotated[
         str,
         typer.Option(
-            help="Memory (12gb, 16gb, 24gb, 40gb, 80gb, or any other), card (rtx4090, a100-80gb, t4, ...), or auto "
-            "for this machine's GPU.",
+            help="Memory (12gb, 16gb, 24gb, 40gb, 80gb, or any other), card (rtx4090, a100-80gb, t4, ...), auto for "
+            "this machine's GPU, or cpu (cpu-4gb: with so much memory).",
             autocompletion=completing(*GPUS),
         ),
     ],
@@ -115,7 +124,7 @@ def plan(
     set_: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the GPU memory of every phase of a run without loading a model. Exit code 2 if it does not fit."""
+    """Predict the memory of every phase of a run without loading a model. Exit code 2 if it does not fit."""
     from mel_lite.memory.plan import plan_for
     from mel_lite.recipe import build_args
     from mel_lite.run.display import plan_view

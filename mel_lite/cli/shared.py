@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mel_lite.errors import ConfigError
-from mel_lite.gpus import CARDS_GB, GPU_PRESETS, preset_of
+from mel_lite.gpus import CARDS_GB, GPU_PRESETS, cpu_budget_bytes, preset_of
 from mel_lite.text import first_line
 from mel_lite.types import Algorithm
 from mel_lite.verify.verifiers import BUILT_IN
@@ -37,7 +37,7 @@ TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 GpuOption = Annotated[
     str | None,
     typer.Option(
-        help=f"Memory ({', '.join(GPU_PRESETS)}, or any other), card (rtx4090, a100-80gb, t4, ...), or auto.",
+        help=f"Memory ({', '.join(GPU_PRESETS)}, cpu-4gb, or any other), card (rtx4090, a100-80gb, t4, ...), or auto.",
         autocompletion=completing(*GPUS),
     ),
 ]
@@ -101,6 +101,8 @@ def chosen_preset(gpu: str | None) -> str | None:
     if gpu is None:
         return None
     preset, line = preset_of(gpu)
+    if cpu_budget_bytes(gpu) is not None:
+        return gpu  # with the memory that it states
     if line and os.environ.get("RANK", "0") == "0":
         typer.echo(line, err=True)
     return preset

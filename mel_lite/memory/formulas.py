@@ -24,6 +24,10 @@ CONTEXT_BYTES = 600 * MIB
 ALLOCATOR_SHARE = 0.08
 """Estimate of the memory that PyTorch's caching allocator reserves beyond live tensors, as a fraction of the transient
 ones."""
+LIBRARIES_BYTES = 450 * MIB
+"""Memory of a process on a CPU that has imported torch, TRL and PEFT (measured: RSS)."""
+HOST_ALLOCATOR_SHARE = 0.4
+"""The same for memory that malloc holds on a CPU, freed between longer-lived blocks."""
 HEAD_SCRATCH_BYTES = 192 * MIB
 """Peak scratch memory of the fused log-prob operator, without inputs and u: a tile of logits (160 MiB) plus its
 accumulators."""
@@ -356,15 +360,22 @@ def generation_bytes(
     return max(prefill, last)
 
 
-def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2) -> int:
-    """Return the transient bytes of loading: a few 16-bit tensors that are being quantized."""
-    return LOAD_WORKERS * largest_linear_bytes(shape, element_bytes) if four_bit else 0
+def load_bytes(shape: Shape, *, four_bit: bool, element_bytes: int = 2, on_cpu: bool = False) -> int:
+    """Return the transient bytes of loading: a few 16-bit tensors that are being quantized.
+
+    On a CPU, the pages of the 16-bit checkpoint that is read count as the process's memory, too.
+    """
+    checkpoint = 2 * (linear_parameters(shape) + other_parameters(shape)) if on_cpu else 0
+    return checkpoint + (LOAD_WORKERS * largest_linear_bytes(shape, element_bytes) if four_bit else 0)
 
 
-def export_bytes(shape: Shape, element_bytes: int = 2) -> int:
+def export_bytes(shape: Shape, element_bytes: int = 2, *, on_cpu: bool = False) -> int:
     """Return the bytes of an export, after the trained model is released.
 
-    The whole model in 16 bits, plus the largest linear weight and its LoRA update in float32.
+    The whole model in 16 bits, plus the largest linear weight and its LoRA update in float32. On a CPU, float32 weights
+    are computed with, and the checkpoint's pages count.
     """
     everything = linear_parameters(shape) + other_parameters(shape)
+    if on_cpu:
+        return (4 + 2) * everything + 2 * largest_linear_bytes(shape, 4)
     return element_bytes * everything + 2 * largest_linear_bytes(shape, 4)

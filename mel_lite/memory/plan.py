@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mel_lite.engines import distributed
-from mel_lite.engines.choice import EngineChoice, check_engine, check_length, planned_engine, this_machine
+from mel_lite.engines.choice import EngineChoice, Machine, check_engine, check_length, planned_engine, this_machine
 from mel_lite.errors import ConfigError, ModelError
-from mel_lite.gpus import preset_of
+from mel_lite.gpus import cpu_budget_bytes, preset_of
 from mel_lite.memory import formulas
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB, Shape
 from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.search import BATCH, GROUP, Search, value_of
 from mel_lite.memory.vllm import VLLMCard
-from mel_lite.memory.workload import PROMPT_TOKENS, Workload, workload
+from mel_lite.memory.workload import Workload, workload
 from mel_lite.models.adapters import lora_config
 from mel_lite.recipe import Recipe, keys_of, resolve, value_in
 
@@ -63,6 +64,11 @@ class Plan:
     """Reason why the recipe cannot run regardless of the peaks; empty if there is none."""
 
     @property
+    def on_cpu(self) -> bool:
+        """True if the memory is that of the machine, for a run without a GPU."""
+        return preset_of(self.gpu)[0] == "cpu"
+
+    @property
     def worst(self) -> Phase:
         """Phase with the highest peak, without the export."""
         return max((phase for phase in self.phases if phase.name != "export"), key=lambda phase: phase.bytes)
@@ -92,10 +98,14 @@ class Plan:
     def refusal(self) -> str:
         """Return the message for a recipe that does not fit: the reason and the changes that help."""
         peak, budget = f"{self.peak_bytes / GIB:.1f} GiB", f"{self.budget_bytes / GIB:.1f} GiB"
-        reason = self.obstacle or f"the {self.worst.name} phase needs {peak}, the card has {budget}"
+        has = "there are" if self.on_cpu else "the card has"
+        reason = self.obstacle or f"the {self.worst.name} phase needs {peak}, {has} {budget}"
         problem = f"{self.model} does not fit {self.gpu}: {reason}. "
         if self.advice:
             return problem + "Any one of these fits:\n  " + "\n  ".join(self.advice)
+        if self.on_cpu:
+            needed_gb = math.ceil(self.peak_bytes / 1e9)
+            return problem + f"Give it {needed_gb} GB (--gpu cpu-{needed_gb}gb), or use a smaller model (--model)."
         return problem + "No single change fixes that. Use a smaller model (--model) or a larger card (--gpu)."
 
 
@@ -124,7 +134,8 @@ def plan(
     """
     engine = engine or EngineChoice("hf", False, "default of a plan")
     card = card or VLLMCard(budget_bytes, budget_bytes - CONTEXT_BYTES)
-    full = Search(shape, budget_bytes, frozenset(pinned), card if engine.vllm else None)
+    on_cpu = bool(value_of(recipe, "train.use_cpu"))
+    full = Search(shape, budget_bytes, frozenset(pinned), card if engine.vllm else None, on_cpu=on_cpu)
     target = replace(full, budget_bytes=int(TARGET_SHARE * budget_bytes))
     searches = (target, full, replace(target, halves_groups=True), replace(full, halves_groups=True))
     chosen = next(filter(None, (search.fit(recipe) for search in searches)), None)
@@ -174,7 +185,9 @@ def _obstacle(load: Workload) -> str:
 def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int, *, exports_on_cpu: bool) -> list[str]:
     notes = []
     if load.assumes_prompts:
-        notes.append(f"prompts are assumed to have at most {PROMPT_TOKENS} tokens; data.max_prompt_tokens enforces it.")
+        notes.append(
+            f"prompts are assumed to have at most {load.prompt_tokens} tokens; data.max_prompt_tokens enforces it."
+        )
     if load.vllm is not None and not _obstacle(load):
         notes.append(
             f"vLLM's cache holds {load.vllm_cache_tokens} tokens: {load.at_once('rollout')} of {load.completions} "
@@ -182,6 +195,11 @@ def _notes(load: Workload, phases: Sequence[Phase], budget_bytes: int, *, export
         )
     if load.exports and exports_on_cpu:
         notes.append("the export runs on the CPU, in a separate process: its bar shows host memory.")
+    elif load.exports and load.on_cpu and phases[-1].bytes > budget_bytes:
+        notes.append(
+            f"the export needs {phases[-1].bytes / GIB:.1f} GiB. Without it (--set export.format=null), the adapter is "
+            "saved, and `mel-lite export RUN` merges it on a larger machine."
+        )
     elif load.exports and phases[-1].bytes > budget_bytes:
         notes.append(
             f"the export loads the model in 16 bits and needs {phases[-1].bytes / GIB:.1f} GiB. After training, "
@@ -231,11 +249,12 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     """Return the card of `--gpu`. For `auto`, query PyTorch for the first GPU.
 
     `run_here`: the plan is for a run on this machine now, so a preset's budget is capped at the free memory here.
-    Raises: ConfigError for an unknown name, for `cpu`, and for `auto` without a GPU or with one below every preset.
+    Raises: ConfigError for an unknown name, and for `auto` without a GPU or with one below every preset.
     """
-    if name == "cpu":
-        raise ConfigError(f"--gpu cpu: there is no GPU memory to plan. Use one of {', '.join(BUDGETS)} or auto.")
+    stated_bytes = cpu_budget_bytes(name)
     name, _ = preset_of(name)
+    if name == "cpu":
+        return _host(stated_bytes, run_here=run_here)
     if name in BUDGETS and not run_here:
         return _nominal_card(name)
     import torch
@@ -266,6 +285,19 @@ def find_gpu(name: str, *, run_here: bool = False) -> Card:
     return Card(presets[-1], budget_bytes, VLLMCard(total_bytes, free_bytes), precision)
 
 
+def _host(stated_bytes: int | None, *, run_here: bool) -> Card:
+    """Return the memory of a run on the CPU: what is stated (`cpu-4gb`), at most what is free here or, else, all."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    budget_bytes = int(memory.available if run_here or stated_bytes is None else memory.total)
+    if stated_bytes is not None:
+        budget_bytes = min(stated_bytes, budget_bytes) if run_here else stated_bytes
+    if run_here:
+        budget_bytes //= distributed.world()
+    return Card("cpu", budget_bytes, VLLMCard(budget_bytes, budget_bytes), {})
+
+
 def _nominal_card(preset: str) -> Card:
     """Return the smallest card of a preset's class, with all of its memory free."""
     budget_bytes = BUDGETS[preset]
@@ -287,12 +319,17 @@ def plan_for(
     precision = _precision(card, config, overrides)
     recipe = resolve(preset=card.preset, config=config, overrides=[*precision, *overrides])
     _check_options(recipe)
+    on_cpu = card.preset == "cpu"
+    if on_cpu and recipe.lora is None:
+        return recipe, None, "lora=null: memory is predicted for LoRA only"
     try:
         shape = shape_for(recipe)
     except ModelError as reason:
         return recipe, None, str(reason)
-    here = run_here or gpu == "auto"
-    engine = planned_engine(recipe.model, recipe.lora, this_machine(distributed.world()) if here else None)
+    machine = this_machine(distributed.world()) if run_here or gpu == "auto" else None
+    if on_cpu:
+        machine = Machine(None, frozenset(), distributed.world())
+    engine = planned_engine(recipe.model, recipe.lora, machine)
     check_engine(engine, recipe)
     check_length(engine, recipe.model, workload(recipe, shape).longest_sampled)
     made = plan(recipe, shape, gpu=gpu, pinned=pinned, engine=engine, budget_bytes=card.budget_bytes, card=card.whole)

@@ -37,8 +37,7 @@ def predict(load: Workload) -> tuple[Phase, ...]:
 
     def phase(name: str, transient: Mapping[str, int], persistent: Mapping[str, int] | None = None) -> Phase:
         persistent = {**adapter, **asleep} if persistent is None else persistent
-        overhead = CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * sum(transient.values()))
-        parts = {"CUDA and allocator": overhead, "weights": load.weight_bytes, **persistent, **transient}
+        parts = {**_overhead(load, sum(transient.values())), "weights": load.weight_bytes, **persistent, **transient}
         return Phase(name, sum(parts.values()), parts)
 
     if load.vllm:
@@ -46,8 +45,8 @@ def predict(load: Workload) -> tuple[Phase, ...]:
         share = _share_parts(load)
         phases = [phase("load", {}, share), *(phase(name, {}, {**adapter, **share}) for name in load.sampled)]
     else:
-        quantizing = formulas.load_bytes(shape, four_bit=load.four_bit)
-        phases = [phase("load", {"tensors being quantized": quantizing}, {})]
+        read = formulas.load_bytes(shape, four_bit=load.four_bit, on_cpu=load.on_cpu)
+        phases = [phase("load", {"tensors being loaded": read}, {})]
         phases += [phase(name, _generation(load, name)) for name in load.sampled]
     if scored := _scoring(load):
         phases.append(phase("scoring", {"activations": scored}))
@@ -56,10 +55,18 @@ def predict(load: Workload) -> tuple[Phase, ...]:
     phases.append(phase("optimizer", {**gradients, "temporaries": temporaries, "measured gradients": vectors}))
     if load.exports:
         # The trained model is released first; `weights` are those of the merged model.
-        merged = formulas.export_bytes(shape, e)
-        overhead = CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * merged)
-        phases.append(Phase("export", overhead + merged, {"CUDA and allocator": overhead, "weights": merged}))
+        merged = formulas.export_bytes(shape, e, on_cpu=load.on_cpu)
+        parts = {**_overhead(load, merged), "weights": merged}
+        phases.append(Phase("export", _total(parts), parts))
     return tuple(phases)
+
+
+def _overhead(load: Workload, transient_bytes: int) -> dict[str, int]:
+    """Return the bytes of what a process needs before it has a tensor, and of what the allocator wastes."""
+    if load.on_cpu:
+        wasted = int(formulas.HOST_ALLOCATOR_SHARE * transient_bytes)
+        return {"libraries and allocator": formulas.LIBRARIES_BYTES + wasted}
+    return {"CUDA and allocator": CONTEXT_BYTES + int(formulas.ALLOCATOR_SHARE * transient_bytes)}
 
 
 def _share_parts(load: Workload) -> dict[str, int]:
@@ -76,7 +83,10 @@ def _generation(load: Workload, name: str) -> dict[str, int]:
     options: dict[str, Any] = {"four_bit": load.four_bit, "element_bytes": load.element_bytes}
     total = formulas.generation_bytes(load.shape, sequences, prompt_tokens, new_tokens, **options)
     cache = formulas.kv_cache_bytes(load.shape, sequences * (prompt_tokens + new_tokens), load.element_bytes)
-    return {"KV cache": min(cache, total), "activations": max(0, total - cache)}
+    copies = {}
+    if load.on_cpu and load.element_bytes == 4 and not load.four_bit:  # a copy with the adapter in it samples
+        copies["merged weights"] = load.element_bytes * formulas.linear_parameters(load.shape)
+    return {"KV cache": min(cache, total), "activations": max(0, total - cache), **copies}
 
 
 def _scoring(load: Workload) -> int:

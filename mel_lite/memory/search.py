@@ -24,6 +24,8 @@ from mel_lite.recipe import Recipe
 MAX_TOKENS = 16384
 """Maximum tokens per micro-batch part. Beyond this the GPU is already saturated."""
 TOKEN_STEP = 1024
+CPU_TOKENS = (512, 384, 256, 128)
+"""The same on a CPU, whose matrix products are as fast with 128 rows as with more, and the choices below it."""
 MIN_CONTEXT_TOKENS = 1536
 MIN_GROUP = 4
 """Minimum group size. In smaller groups, a right and a wrong completion together are too rare."""
@@ -31,6 +33,7 @@ TOKENS, CACHE = "train.max_micro_batch_tokens", "train.max_cache_tokens"
 CHECKPOINTING, OPTIM = "train.gradient_checkpointing", "train.optim"
 UTILIZATION, SEQUENCES = "model.gpu_memory_utilization", "model.max_num_seqs"
 NEUTRAL = (TOKENS, CACHE, CHECKPOINTING, OPTIM)
+CPU_NEUTRAL = (TOKENS, CACHE, CHECKPOINTING)
 """Settings that do not change the result of a step, except that 8-bit moments are rounded."""
 GROUP, BATCH = "train.num_generations", "train.per_device_train_batch_size"
 
@@ -67,10 +70,14 @@ class Search:
     """Card that vLLM shares; None if another engine samples."""
     halves_groups: bool = False
     """Allow halving the groups if nothing else helps."""
+    on_cpu: bool = False
+    """True for the memory of a run on a CPU, where no optimizer stores its state in 8 bits."""
 
     @property
     def neutral(self) -> tuple[str, ...]:
         """Keys that do not change the result of a step, least costly first."""
+        if self.on_cpu:
+            return CPU_NEUTRAL
         if self.vllm_on is None:
             return NEUTRAL
         return (TOKENS, UTILIZATION, SEQUENCES, CHECKPOINTING, OPTIM)
@@ -117,7 +124,7 @@ class Search:
             shorter = range(full - full % 512, MIN_CONTEXT_TOKENS - 1, -512)
             contexts += [tokens for tokens in shorter if tokens < full]
         checkpointings = {bool(option["gradient_checkpointing"]): None, True: None}
-        optimizers = {str(option["optim"]): None, "paged_adamw_8bit": None}
+        optimizers = {str(option["optim"]): None, **({} if self.on_cpu else {"paged_adamw_8bit": None})}
         sized = recipe
         for context in contexts:
             for checkpointing in [option["gradient_checkpointing"]] if CHECKPOINTING in self.pinned else checkpointings:
@@ -140,10 +147,15 @@ class Search:
             yield group, batch
 
     def _micro_batches(self, recipe: Recipe) -> list[Recipe]:
-        """Return copies of the recipe with decreasing token limits per micro-batch part, down to the longest row."""
+        """Return copies of the recipe with decreasing token limits per micro-batch part, down to the longest row.
+
+        On a CPU the limits are lower: a longer row is a part of its own.
+        """
         if TOKENS in self.pinned:
             return [recipe]
         load = self.workload(recipe)
+        if self.on_cpu:
+            return [changed(recipe, max_micro_batch_tokens=min(n, load.micro_batch_tokens)) for n in CPU_TOKENS]
         longest = max(load.rollout_tokens, load.lesson_tokens if load.pairs else 0)
         most = max(longest, min(MAX_TOKENS, load.micro_batch_tokens))
         sizes = [*range(most, longest, -TOKEN_STEP), longest]
@@ -258,7 +270,7 @@ class Search:
             rank = next((r for r in ranks if r >= 8 and fits(_with_rank(recipe, r))), None)
             if rank:
                 yield f"--set lora.r={rank}"
-        if not load.four_bit and fits(replace(recipe, model=replace(recipe.model, load_in_4bit=True))):
+        if not (load.four_bit or self.on_cpu) and fits(replace(recipe, model=replace(recipe.model, load_in_4bit=True))):
             yield "--set model.load_in_4bit=true"
         smaller = sorted(formulas.KNOWN.items(), key=lambda item: -formulas.linear_parameters(item[1]))
         family, base = recipe.model.name.partition("-")[0], "-Base" if recipe.model.name.endswith("-Base") else ""

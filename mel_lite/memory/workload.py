@@ -13,6 +13,7 @@ from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
 from mel_lite.memory.vllm import VLLMCard, VLLMShare
 from mel_lite.models.adapters import LoraSpec, adapter_rank
+from mel_lite.models.load import DEMO
 from mel_lite.recipe import Recipe
 from mel_lite.types import ReplayCriterion, Schedule
 
@@ -42,11 +43,12 @@ DEFAULTS: dict[str, Any] = {
     "grad_norm_every": 0,
     "optim": "adamw_torch_fused",
     "fp16": False,
+    "use_cpu": False,
 }
 """Options of MELConfig that memory depends on, with their defaults."""
 
-PROMPT_TOKENS = 1024
-"""Prompt length assumed if `data.max_prompt_tokens` is unset."""
+PROMPT_TOKENS, DEMO_PROMPT_TOKENS = 1024, 96
+"""Prompt lengths assumed if `data.max_prompt_tokens` is unset: of any task, and of the demo's."""
 INSTRUCTION_TOKENS = 1024
 """Allowance for the instructions in an analysis prompt, in addition to the question and two solutions."""
 MAX_SEQUENCES = 64
@@ -116,6 +118,7 @@ class Workload:
     """True if the recipe does not bound prompts, so that `prompt_tokens` is an assumption."""
     max_seq_length: int | None = None
     """The recipe's bound on sequences for Unsloth and vLLM; None = no bound."""
+    on_cpu: bool = False
     vllm: VLLMShare | None = None
     """None if transformers or Unsloth's own generation samples."""
 
@@ -319,8 +322,9 @@ def workload(recipe: Recipe, shape: Shape, *, vllm_on: VLLMCard | None = None) -
         or option["beta"] != 0
         or accumulation % (steps * option["num_iterations"]) != 0,
         exports=recipe.export.format is not None,
-        assumes_prompts=recipe.data.max_prompt_tokens is None,
+        assumes_prompts=recipe.data.max_prompt_tokens is None and recipe.data.train != DEMO,
         max_seq_length=recipe.model.max_seq_length,
+        on_cpu=bool(option["use_cpu"]),
         vllm=None if vllm_on is None else _vllm_share(recipe, vllm_on, max(completions, pairs)),
     )
 
@@ -341,7 +345,8 @@ def _rollout_tokens(recipe: Recipe, shape: Shape) -> tuple[int, int]:
             f"train.max_completion_length={completion} leaves no room for a prompt in the model's context of "
             f"{shape.context} tokens. Lower train.max_completion_length."
         )
-    return min(prompt or PROMPT_TOKENS, shape.context - completion), completion
+    assumed = DEMO_PROMPT_TOKENS if recipe.data.train == DEMO else PROMPT_TOKENS
+    return min(prompt or assumed, shape.context - completion), completion
 
 
 def _adapter(lora: LoraSpec, shape: Shape) -> tuple[int, ...]:

@@ -210,7 +210,8 @@ def peaks_table(peaks: Sequence[PhasePeak], budget_bytes: int | None) -> Table:
 
 def plan_view(plan: Plan) -> RenderableType:
     """Render a memory plan: one bar per phase, the chosen settings and the notes."""
-    title = f"[bold]predicted GPU memory: {escape(plan.model)} on {plan.gpu}, {plan.engine.title}[/]"
+    kind, limit = ("memory", "budget") if plan.on_cpu else ("GPU memory", "card")
+    title = f"[bold]predicted {kind}: {escape(plan.model)} on {plan.gpu}, {plan.engine.title}[/]"
     table = Table(show_header=False, box=None)
     scale = max(plan.budget_bytes, *(phase.bytes for phase in plan.phases))
     for phase in plan.phases:
@@ -220,6 +221,6 @@ def plan_view(plan: Plan) -> RenderableType:
         color = "green" if fits else ("yellow" if phase.name == "export" else "red")
         bar = "█" * max(1, round(40 * phase.bytes / scale))
         table.add_row(phase.name, f"[{color}]{bar}[/]", f"{phase.bytes / GIB:.1f} GiB")
-    table.add_row("card", "─" * round(40 * plan.budget_bytes / scale), f"{plan.budget_bytes / GIB:.1f} GiB")
+    table.add_row(limit, "─" * round(40 * plan.budget_bytes / scale), f"{plan.budget_bytes / GIB:.1f} GiB")
     settings = "  ".join(f"{key.partition('.')[2] or key}={value}" for key, value in plan.choices.items())
     return Group(title, table, f"[dim]{settings}[/]", *(f"[yellow]note:[/] {note}" for note in plan.notes))

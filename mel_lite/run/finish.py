@@ -23,6 +23,7 @@ from mel_lite.export.report import ExportReport
 from mel_lite.files import share_weights
 from mel_lite.hub.model_card import write_run_cards
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
+from mel_lite.memory.host import return_freed_memory
 from mel_lite.models.adapters import write_record
 from mel_lite.recipe import Recipe
 from mel_lite.report.page import write_report
@@ -55,7 +56,7 @@ def save(trainer: MELTrainer, recipe: Recipe, folder: Path) -> Path:
 
 
 def release(trainer: MELTrainer) -> None:
-    """Free the memory of a trained and saved model, so that the export can use the whole GPU.
+    """Free the memory of a trained and saved model, so that the export can use all of it.
 
     Tensor storage is emptied in place, because too many objects hold references to the tensors to drop them all.
     """
@@ -72,6 +73,7 @@ def release(trainer: MELTrainer) -> None:
             module.quant_state = None
     gc.collect()
     torch.cuda.empty_cache()
+    return_freed_memory()
 
 
 def export_trained(

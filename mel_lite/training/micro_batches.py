@@ -23,6 +23,7 @@ import torch
 from mel_lite import signals
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.lessons.internalise import Internalisation
+from mel_lite.memory.host import return_freed_memory
 from mel_lite.training.metrics import GradientMeter
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
@@ -152,6 +153,8 @@ class MicroBatches:
                 continue
             del parts[0]
             done += 1
+            if self.accelerator.device.type == "cpu":
+                return_freed_memory()
             if self.args.gradient_accumulation_steps == 1:
                 self.clock.expect(done + len(parts))
                 self.clock.saw(done)

@@ -78,6 +78,20 @@ def test_a_run_on_the_cpu_is_not_planned_for_a_gpu(monkeypatch: pytest.MonkeyPat
         assert isinstance(done.exception, ConfigError) and "auto needs a GPU. Use --gpu cpu" in str(done.exception)
 
 
+def test_a_run_on_the_cpu_is_planned_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    refused = CliRunner().invoke(app, ["train", "--gpu", "cpu-1gb", "--output-dir", str(folder)])
+    assert isinstance(refused.exception, ConfigError) and "does not fit cpu-1gb" in str(refused.exception)
+    assert "predicted memory" in refused.stdout and not folder.exists()
+    recipe, budget = trained_with(monkeypatch, "--gpu", "cpu-3gb", "--output-dir", str(folder))
+    assert budget == 3 * 10**9 and recipe.train["max_micro_batch_tokens"] == 512
+    folder.mkdir()
+    stored = resolve(preset="cpu", overrides=[("train.max_micro_batch_tokens", 1024)])  # as runs of older releases
+    (folder / "config.yaml").write_text(stored.as_yaml())
+    again, _ = trained_with(monkeypatch, "--gpu", "cpu-4gb", "--resume", "--output-dir", str(folder))
+    assert again.train["max_micro_batch_tokens"] == 1024, "its remaining steps are rounded as before"
+
+
 def test_expandable_segments_are_disabled_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's sleep mode does not support them, and the allocator reads its options once."""
     name, found = "PYTORCH_CUDA_ALLOC_CONF", ["unsloth", "vllm"]

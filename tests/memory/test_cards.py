@@ -91,7 +91,5 @@ def test_auto_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="sees no GPU here"):
         find_gpu("auto")
-    with pytest.raises(ConfigError, match="12gb, 16gb, 24gb, 40gb, 80gb or auto"):
-        find_gpu("cpu")
     with pytest.raises(ConfigError, match=r"--gpu '24g' is neither a preset nor a known card. Did you mean '24gb'\?"):
         find_gpu("24g")
