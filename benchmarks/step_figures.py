@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md, from benchmarks/results/step-cpu.json and generation-cpu.json."""
+"""Tables of docs/performance.md, from the raw results in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -115,9 +115,26 @@ def generation() -> str:
     return "\n".join([*lines, "", f"MEL-Lite samples {ratio:.1f} times the tokens per CPU second."])
 
 
+def startup() -> str:
+    """Return CPU seconds and modules of each program."""
+    runs = json.loads((RESULTS / "startup-cpu.json").read_text(encoding="utf-8"))["runs"]
+    names = {
+        "import": "`import mel_lite`",
+        "help": "`mel-lite --help`",
+        "bare": "transformers alone, one token",
+        "trl": "TRL's trainer, first token",
+        "mel": "`mel-lite train --gpu cpu`, first token",
+    }
+    lines = ["| | CPU s | modules |", "|---|---|---|"]
+    for who, name in names.items():
+        lines.append(f"| {name} | {median(runs[who], 'cpu_s'):.2f} | {median(runs[who], 'modules'):.0f} |")
+    return "\n".join(lines)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "step-conditions": conditions,
     "step-targets": targets,
     "step-scaling": scaling,
     "generation": generation,
+    "startup": startup,
 }
