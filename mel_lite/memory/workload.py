@@ -13,7 +13,7 @@ from mel_lite.memory import vllm as vllm_memory
 from mel_lite.memory.formulas import Shape
 from mel_lite.memory.vllm import VLLMCard, VLLMShare
 from mel_lite.models.adapters import LoraSpec, adapter_rank
-from mel_lite.models.load import DEMO
+from mel_lite.models.origin import DEMO
 from mel_lite.recipe import Recipe
 from mel_lite.types import ReplayCriterion, Schedule
 
