@@ -92,6 +92,37 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path, group: int, tokens
 
 
 @pytest.mark.slow
+def test_two_processes_overlap_like_one(tmp_path: Path) -> None:
+    """Ranks sample different numbers of lessons in flight, in one call each per step, and store what one rank does."""
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "base")
+    options = EXACT | {
+        "mel_schedule": "overlap", "replay_criterion": "solved_once", "replay_attempts": 2, "replay_control": False,
+        "pairs_per_group": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
+    halved = options | {"per_device_train_batch_size": 4}
+    launch(str(HELPERS / "rank_run.py"), str(tmp_path / "two"), json.dumps(halved | {"max_steps": 3}))
+    launch(str(HELPERS / "rank_run.py"), str(tmp_path / "two"), json.dumps(halved | {"resume": True}))
+
+    alone = load_file(tmp_path / "one" / "weights-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"weights-{rank}.safetensors") for rank in (0, 1)]
+    for name, expected in alone.items():
+        assert (ranks[0][name] == ranks[1][name]).all(), f"ranks drifted apart in {name}"
+        assert (ranks[0][name] - expected).norm() <= 1e-4 * expected.norm() + 1e-8, name
+    calls = [json.loads((tmp_path / "two" / f"calls-{rank}.json").read_text()) for rank in (0, 1)]
+    whole = json.loads((tmp_path / "one" / "calls-0.json").read_text())
+    assert [a + b for a, b in zip(*calls, strict=True)] == whole[3:] and calls[0] != calls[1]
+    stored = []
+    for name in ("one", "two"):
+        with ExperienceStore(tmp_path / name / "run" / "experiences.sqlite", read_only=True) as store:
+            stored.append(
+                [(row.id, row.step, row.staleness_steps, row.status, row.replay_texts) for row in store.list()]
+            )
+    assert stored[0] == stored[1] and {row[2] for row in stored[0]} == {2, 3}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["kl", "sampled"])
 def test_two_processes_teach_what_one_teaches(tmp_path: Path, form: str) -> None:
     """With G=8 a rollout's sibling may be on the other rank."""
