@@ -19,6 +19,7 @@ from typing import Any
 
 import demo_figures
 import plan_figures
+import price_figures
 import step_figures
 from learning import learning_figures
 from peer_suite import suite
@@ -175,6 +176,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         for name, figures in learning_figures.TABLES.items()
     },
     **step_figures.FIGURES,
+    **price_figures.FIGURES,
     "cards": plan_figures.cards,
     "plan": plan_figures.shown,
     "plan-what-fits": plan_figures.what_fits,
