@@ -35,6 +35,7 @@ from mel_lite.engines.metered import MeteredEngine, PhaseClock
 from mel_lite.lessons.bank.updates import unsettled, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
+    LessonShare,
     RolloutBatch,
     ScoredMicroBatch,
     checked_entries,
@@ -83,7 +84,7 @@ from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import Scorer, install_scoring_heads
 from mel_lite.training.sharding import with_whole_weights
 from mel_lite.trl_compat import released_grpo_trainer
-from mel_lite.types import Experience, Group, LessonNormalization, LessonShare, Pair
+from mel_lite.types import Experience, Group, LessonNormalization, Pair
 from mel_lite.verify.judge import RewardJudge
 
 if TYPE_CHECKING:

@@ -90,12 +90,9 @@ class Schedule(Choice):
 
     STRICT = "strict", "At once, in calls of their own, so that lessons join the update of their own step (the paper)."
     OVERLAP = (
-        "overlap",
-        (
-            "Analyses in the same engine call as the next batch's rollouts, and their replays in the call after it; "
-            "lessons join the update of the step in which they are complete."
-        ),
-    )
+        "overlap", "Analyses in the same engine call as the next batch's rollouts, and their replays in the call after "
+        "it; lessons join the update of the step in which they are complete.",
+    )  # fmt: skip
 
 
 class EarlyEnd(Choice):
@@ -401,12 +398,3 @@ class BankLesson:
     """The score is below `retire_below`; it neither teaches nor is examined, until the same rule is kept again."""
     step: int
     """Optimizer step of its first experience, from 1; 0 for a lesson of another run."""
-
-
-@dataclass(frozen=True, slots=True)
-class LessonShare:
-    """The lessons of one micro-batch."""
-
-    lessons: tuple[Lesson, ...] = ()
-    weight: float = 0.0
-    """Factor of each lesson's loss, before the division by the accumulation steps."""

@@ -14,10 +14,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite import MELConfig, MELTrainer
+from mel_lite.lessons.internalise import LessonShare
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.report.rollouts import RolloutLog
 from mel_lite.training.scoring import install_scoring_head
-from mel_lite.types import Lesson, LessonShare
+from mel_lite.types import Lesson
 from scripted import ANALYSIS, ScriptedEngine
 from tiny_models import save_tiny, set_lora, tiny_tokenizer
 from trainers import assert_learned, build, digest, judged_rollouts, sums, tiny_model, trainable

@@ -81,7 +81,8 @@ def _one_per_fork_first(candidates: Sequence[Pair]) -> list[Pair]:
     completions fail to take the same step.
     """
     forks: set[tuple[int, ...]] = set()
-    first, others = [], []
+    first: list[Pair] = []
+    others: list[Pair] = []
     for pair in candidates:
         fork = tuple(pair.right.completion_ids[: pair.common_prefix_tokens + 1])
         (others if fork in forks else first).append(pair)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from mel_lite.errors import DivergedError
+from mel_lite.lessons.internalise import LessonShare
 from mel_lite.resilience import checkpoint_files
-from mel_lite.types import LessonShare
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.vllm import WakeError
 from mel_lite.errors import ConfigError
+from mel_lite.lessons.internalise import LessonShare
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.predict import Phase, predict
 from mel_lite.memory.workload import Part, Workload
@@ -27,7 +28,7 @@ from mel_lite.resilience.memory_gauge import Gauge
 from mel_lite.resilience.state_files import rng_state, set_rng_state
 from mel_lite.training.packing import lesson_row, pack
 from mel_lite.training.scoring import score
-from mel_lite.types import Lesson, LessonShare
+from mel_lite.types import Lesson
 
 MAX_TRIES = 7
 """Halvings before a phase is given up."""

@@ -15,11 +15,12 @@ import torch
 from mel_lite.config import MELConfig
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.errors import ModelError
+from mel_lite.lessons.internalise import LessonShare
 from mel_lite.models.chat import is_text, prompt_end, question_text, render, safe_turns
 from mel_lite.seeds import prompt_hash
 from mel_lite.text import shorten
 from mel_lite.training.estimators import batch_advantages, only_right
-from mel_lite.types import Algorithm, Finish, Group, LessonShare, Prompt, Rollout, Verdict
+from mel_lite.types import Algorithm, Finish, Group, Prompt, Rollout, Verdict
 from mel_lite.verify.judge import REWARD_COLUMN, VERDICT_COLUMN, Judge, RewardJudge, completion_text, group_of
 
 

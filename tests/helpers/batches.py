@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mel_lite.types import Lesson, LessonShare
+from mel_lite.lessons.internalise import LessonShare
+from mel_lite.types import Lesson
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 

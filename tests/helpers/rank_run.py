@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from mel_lite.types import LessonShare
+from mel_lite.lessons.internalise import LessonShare
 from trainers import build, trainable
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mel_lite.lessons.internalise import DrawnBatch, RolloutBatch, get_internalisation
+from mel_lite.lessons.internalise import DrawnBatch, LessonShare, RolloutBatch, get_internalisation
 from mel_lite.run.probe.gradients import GradientProbe, ProbeBatch
 from mel_lite.run.probe.measure import measure
 from mel_lite.run.probe.result import WayGradient
-from mel_lite.types import LessonShare, Status
+from mel_lite.types import Status
 from probes import build_probe
 
 

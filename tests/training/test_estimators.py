@@ -11,8 +11,9 @@ import torch
 
 from mel_lite import MELConfig
 from mel_lite.errors import ConfigError
+from mel_lite.lessons.internalise import LessonShare
 from mel_lite.training.estimators import batch_advantages, only_right
-from mel_lite.types import LessonShare, Verdict
+from mel_lite.types import Verdict
 from tiny_models import set_lora
 from trainers import assert_learned, build, judged_rollouts
 

@@ -22,6 +22,7 @@ from mel_lite.lessons.internalise.nll import (
 from mel_lite.lessons.internalise.protocol import (
     DrawnBatch,
     Internalisation,
+    LessonShare,
     RolloutBatch,
     ScoredMicroBatch,
     TokenReading,
@@ -112,6 +113,7 @@ __all__ = [
     "DrawnBatch",
     "Internalisation",
     "LessonNLL",
+    "LessonShare",
     "Reading",
     "RolloutBatch",
     "ScoredMicroBatch",

@@ -21,7 +21,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.reading import Scorer
 from mel_lite.lessons.store import Effect
-from mel_lite.types import Experience, Group, Lesson, LessonShare, Rollout, Status
+from mel_lite.types import Experience, Group, Lesson, Rollout, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,6 +181,15 @@ def checked_entries(way: Internalisation, entries: dict[str, Tensor], batch: Map
                 f"rollouts of width {width}. Return a tensor of shape {wanted}."
             )
     return entries
+
+
+@dataclass(frozen=True, slots=True)
+class LessonShare:
+    """The lessons of one micro-batch."""
+
+    lessons: tuple[Lesson, ...] = ()
+    weight: float = 0.0
+    """Factor of each lesson's loss, before the division by the accumulation steps."""
 
 
 def deal_lessons(

@@ -17,10 +17,17 @@ from trl.trainer.utils import split_tensor_dict
 
 from mel_lite import signals
 from mel_lite.intervals import Estimate
-from mel_lite.lessons.internalise import DrawnBatch, Internalisation, RolloutBatch, checked_entries, deal_lessons
+from mel_lite.lessons.internalise import (
+    DrawnBatch,
+    Internalisation,
+    LessonShare,
+    RolloutBatch,
+    checked_entries,
+    deal_lessons,
+)
 from mel_lite.report.statistics import interval
 from mel_lite.run.probe.result import WayGradient
-from mel_lite.types import Group, Lesson, LessonNormalization, LessonShare, Rollout
+from mel_lite.types import Group, Lesson, LessonNormalization, Rollout
 
 
 @dataclass(frozen=True, slots=True)
