@@ -167,7 +167,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval,
     "peer-suite": peer_suite,
     "demo-warmup": demo_figures.warmup,
-    "learning-headline": partial(learning_figures.summary, learning_figures.HEADLINE),
+    "learning-top": learning_figures.top,
     "learning-summary": learning_figures.summary,
     "learning-subject": learning_figures.subject,
     **{

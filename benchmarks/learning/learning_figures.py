@@ -235,10 +235,10 @@ def subject() -> str:
 SUMMARY = {
     "bank-forks": "bank of lessons, several per group, distilled",
     "bank-kept": "the same, starting with an earlier run's lessons",
-    "bank-kept-shuffled": "control: lessons of other questions in its bank",
+    "bank-kept-shuffled": "control: it starts with the lessons of other questions",
     "bank": "bank of lessons, one per prompt, distilled",
     "bank-frozen": "bank of lessons, all in the prompt, distilled",
-    "bank-frozen-shuffled": "control: with the lessons of other questions",
+    "bank-frozen-shuffled": "control: the same with the lessons of other questions",
     "sibling": "a right solution in place of lessons, distilled",
     "mel": "MEL as in the paper",
     "credit": "lessons that scale the advantages (`credit`)",
@@ -248,19 +248,33 @@ SUMMARY = {
     "grpo-rest": "GRPO with a memory for difficulty",
 }
 """Arms of the short table, in its order."""
+OUTCOMES = {"wins": "a win by the rule", "loses": "a loss by the rule", "tie": "a tie by the rule"} | {
+    "too few seeds": "too few seeds to say"
+}
 ROUNDS = (".", "second")
 """Folders whose runs the short table shows, the newest first. The settings of `first` rest on one tuning seed."""
+DOUBLE = "double"
+"""Folder of GRPO with twice the tokens: as many as an earlier run and the run that takes its lessons have together."""
 
 
-HEADLINE = ("bank-forks", "bank-kept", "bank", "sibling", "mel")
-"""Arms of the table in the README."""
+ITSELF, TWICE = "(tuned GRPO itself: start, end)", "tuned GRPO with twice the tokens"
+MINUS_PEER = ", minus a right solution"
 
 
-def summary(arms: Sequence[str] = tuple(SUMMARY)) -> str:
-    """Return the short table: each arm against tuned GRPO, a bank also against the right solution.
+def top() -> str:
+    """Return the result in two sentences, for the first lines of the README."""
+    found = runs("starved")
+    kept, forks = (lead(found[arm], found[REFERENCE]) for arm in ("bank-kept", "bank-forks"))
+    return (
+        "Measured on a small model whose reward is starved: with the lessons of an earlier run it scores "
+        f"{kept[0].as_points()} points against tuned GRPO at the same number of tokens, ahead on {kept[1]} seeds. "
+        f"When it has to find its lessons first: {forks[0].as_points()}, ahead on {forks[1]} seeds, "
+        f"{OUTCOMES[verdict(*forks)]}."
+    )
 
-    The figures of an arm come from the newest round that has it.
-    """
+
+def summary() -> str:
+    """Return the short table: each arm in its newest round against tuned GRPO, a bank also against a right solution."""
     columns: dict[str, dict[str, str]] = {}
     for regime, words in REGIMES.items():
         cells: dict[str, str] = {}
@@ -269,14 +283,17 @@ def summary(arms: Sequence[str] = tuple(SUMMARY)) -> str:
             if REFERENCE not in found:
                 continue
             start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
-            cells.setdefault("(tuned GRPO itself: start, end)", f"{start:.0%}, {end:.1%}")
+            cells.setdefault(ITSELF, f"{start:.0%}, {end:.1%}")
+            if twice := runs(regime, DOUBLE).get(REFERENCE):
+                cells.setdefault(TWICE, _cell(twice, found[REFERENCE]))
             for arm, label in SUMMARY.items():
-                if arm in arms and arm in found:
+                if arm in found:
                     cells.setdefault(label, _cell(found[arm], found[REFERENCE]))
-                if arm in arms and arm in WITH_BANK and arm in found and PEER in found:
-                    cells.setdefault(f"{label}, minus a right solution", _cell(found[arm], found[PEER]))
+                if arm in WITH_BANK and arm in found and PEER in found:
+                    cells.setdefault(label + MINUS_PEER, _cell(found[arm], found[PEER]))
         columns[words] = cells
-    rows = dict.fromkeys(label for cells in columns.values() for label in cells)
+    order = [ITSELF, TWICE, *(f"{label}{end}" for label in SUMMARY.values() for end in ("", MINUS_PEER))]
+    rows = [row for row in order if any(row in cells for cells in columns.values())]
     lines = [
         "| Avg@8 minus that of tuned GRPO, points | " + " | ".join(columns) + " |",
         "|---" * (1 + len(columns)) + "|",
