@@ -51,6 +51,7 @@ from mel_lite.run.progress import LiveDisplay
 from mel_lite.run.tasks import Tasks, load_run_tasks, run_tokenizer
 from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
+from mel_lite.training.rollouts import check_overlap
 from mel_lite.training.savings import not_shared, why_not_shared_by
 from mel_lite.training.sharding_checks import check_sharding
 from mel_lite.verify.verifiers import get_verifier
@@ -79,6 +80,7 @@ def check(recipe: Recipe, folder: Path) -> MELConfig:
         if (problem := why_not_shared_by(load_config(recipe.model), dropout=dropout)) is not None:
             raise not_shared(problem)
     way = get_internalisation(args.internalisation, args.internalisation_options)
+    check_overlap(args, way, None, None, own_rollouts=True)
     build_bank(args, used=way.uses_bank)
     if recipe.export.format is not None and recipe.export.format in GGUF_TYPES:
         find_tools(recipe.export.format, folder)
