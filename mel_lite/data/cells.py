@@ -149,6 +149,15 @@ def free_name(name: str, taken: Mapping[str, Any]) -> str:
 # ---- datasets of the Python API ----
 
 
+def check_kind(dataset: Any) -> None:
+    """Refuse a list, a data frame or a file's name in place of a dataset. Raises: DataError."""
+    if not (dataset is None or isinstance(dataset, dict) or hasattr(dataset, "column_names")):
+        raise DataError(
+            f"train_dataset is a {type(dataset).__name__}. Pass a Dataset: Dataset.from_list(rows), "
+            "Dataset.from_pandas(frame), or mel_lite.data.load_tasks(file)."
+        )
+
+
 def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> None:
     """Check the rows of a trainer's dataset by the rules for files. A streamed dataset is checked row by row in use.
 
@@ -161,6 +170,18 @@ def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> 
             f"train_dataset is a {type(dataset).__name__} with the splits {', '.join(map(str, dataset))}. Pass one of "
             f"them: train_dataset=data[{next(iter(dataset), 'train')!r}]."
         )
+    if dataset is not None and dataset.column_names and "prompt" not in dataset.column_names:
+        raise DataError(
+            f"train_dataset has no column 'prompt', only {', '.join(map(repr, dataset.column_names))}. Rename one: "
+            f"train_dataset.rename_column({dataset.column_names[0]!r}, 'prompt')."
+        )
+    for number, value in column_cells(dataset, "prompt"):
+        if _has_parts(value):
+            continue  # text and images, for TRL's models that see
+        try:
+            read_prompt(value)
+        except Fault as fault:
+            raise _row_fault(number, "prompt", value, fault) from fault
     if answer_column is not None:
         for number, value in column_cells(dataset, answer_column):
             try:
@@ -171,6 +192,11 @@ def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> 
         for number, value in column_cells(dataset, "prompt"):
             if not has_user_turn(value):
                 raise _row_fault(number, "prompt", value, NO_USER_TURN)
+
+
+def _has_parts(prompt: Any) -> bool:
+    turns = prompt if isinstance(prompt, list) else ()
+    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
 
 
 def column_cells(dataset: Any, name: str) -> Iterable[tuple[int, Any]]:

@@ -12,7 +12,14 @@ from typing import Any
 from trl.models import unwrap_model_for_generation
 
 from mel_lite.config import MELConfig
-from mel_lite.data.cells import IMAGE_COLUMNS, REWARD_ARGUMENTS, check_dataset, column_cells, without_columns
+from mel_lite.data.cells import (
+    IMAGE_COLUMNS,
+    REWARD_ARGUMENTS,
+    check_dataset,
+    check_kind,
+    column_cells,
+    without_columns,
+)
 from mel_lite.data.tasks import ANSWER_COLUMNS
 from mel_lite.engines.base import Engine, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -57,6 +64,7 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
         )
     check_services(args)
     check_sharding(args)
+    check_kind(train_dataset)
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
     check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)

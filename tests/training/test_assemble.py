@@ -18,11 +18,28 @@ from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from trainers import assert_learned, build, even_ids, sums, tiny_model
 
 
+def rows(second: Any) -> Dataset:
+    """A dataset whose second prompt is `second`; for a number, all are."""
+    first = second if isinstance(second, int) else "1 + 1?"
+    return Dataset.from_dict({"prompt": [first, second, first], "answer": ["2", "2", "2"]})
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"train_dataset": Dataset.from_list([])}, DataError, "train_dataset is empty"),
         ({"train_dataset": sums().remove_columns("answer")}, DataError, "needs a reference answer"),
+        (
+            {"train_dataset": [{"prompt": "x", "answer": "1"}]},
+            DataError,
+            "is a list. Pass a Dataset: Dataset.from_list",
+        ),
+        ({"train_dataset": "tasks.jsonl"}, DataError, "is a str. Pass a Dataset"),
+        ({"train_dataset": sums().rename_column("prompt", "q")}, DataError, "no column 'prompt', only 'q', 'answer'"),
+        ({"train_dataset": rows(7)}, DataError, "row 1, column 'prompt': 7 is neither text nor messages"),
+        ({"train_dataset": rows(None)}, DataError, "row 2, column 'prompt': None is empty"),
+        ({"train_dataset": rows(" ")}, DataError, "row 2, column 'prompt': ' ' is empty"),
+        ({"train_dataset": rows("[{'role': 'user', 'content': 'x'}]")}, DataError, "row 2.*messages written as text"),
         ({"use_vllm": True}, ConfigError, "use_vllm=.*from one engine"),
         (
             {"use_transformers_continuous_batching": True},
@@ -175,7 +192,8 @@ def test_config_names_field_value_reason_and_fix(tmp_path: Path, options: dict[s
     assert message in str(error.value)
 
 
-def test_an_empty_prompt_is_named(tmp_path: Path) -> None:
-    trainer = build(tmp_path, train_dataset=Dataset.from_list([{"prompt": "", "answer": "5"}] * 2))
+def test_an_empty_prompt_of_a_stream_is_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "", "answer": "5"}] * 2).to_iterable_dataset()
+    trainer = build(tmp_path, train_dataset=rows)
     with pytest.raises(DataError, match="prompt without tokens. Remove prompts that are empty"):
         trainer.train()
