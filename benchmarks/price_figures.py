@@ -1,11 +1,17 @@
-"""Tables of docs/performance.md on the price of lessons, from decode_model.py."""
+"""Tables of docs/performance.md on the price of lessons: from decode_model.py and results/lesson-price-cpu.json."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import decode_model
 from decode_model import COMPUTE_SHARE, MEMORY_SHARE, POINTS, WORKLOADS, Workload
+
+RESULT = Path(__file__).resolve().parent / "results" / "lesson-price-cpu.json"
 
 
 def check() -> str:
@@ -54,8 +60,36 @@ def model() -> str:
     return "\n".join(lines)
 
 
+def measured() -> str:
+    """Return the measured CPU seconds per step of each arm."""
+    report = json.loads(RESULT.read_text(encoding="utf-8"))
+    runs: dict[str, list[dict[str, Any]]] = report["runs"]
+    means = {arm: statistics.mean(row["cpu_s"] for row in rows) for arm, rows in runs.items()}
+    lines = [
+        "| arm | CPU s per step (least to most) | generated tokens | lesson tokens / rollout tokens | step / GRPO |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, rows in runs.items():
+        seconds = [row["cpu_s"] for row in rows]
+        tokens = statistics.mean(row["mel/generated_tokens"] for row in rows)
+        overhead = statistics.mean(row.get("mel/token_overhead", 0.0) for row in rows)
+        lines.append(
+            f"| {arm} | {means[arm]:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {tokens:.0f} | {overhead:.2f} | "
+            f"**{means[arm] / means['grpo']:.2f}** |"
+        )
+    case, machine = report["case"], report["machine"]
+    setting = (
+        f"{machine['processor']}, {machine['threads']} thread, torch {report['torch']}: random Qwen3 weights, "
+        f"{case['layers']} layers, hidden size {case['hidden']}; {case['prompts']} prompts x {case['group_size']} "
+        f"completions of {case['shortest_tokens']} to {case['longest_tokens']} tokens; {len(runs['grpo'])} steps per "
+        f"arm in {case['rounds']} interleaved rounds."
+    )
+    return "\n".join([setting, "", *lines])
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "price-check": check,
     "price-constants": constants,
     "price-model": model,
+    "price-measured": measured,
 }
