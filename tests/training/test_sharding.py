@@ -45,6 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "whole model": SGD | {"max_steps": 3, "lora": False, "learning_rate": 1e-3},
     "own samples": SGD | {"max_steps": 3, "engine": "hf", "reward_funcs": "even_ids", "probe_max_diff": 1e-3},
     "adam": SAVING | {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "overlap": SGD | {"max_steps": 6, "mel_schedule": "overlap"},
     "resumed": SAVING | {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
 }  # fmt: skip
 """Options of the runs by name; two processes have half of one's completions each."""
@@ -98,7 +99,7 @@ def alone(folder: Path, name: str, **changes: Any) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lessons", "parts", "distilled", "whole model", "own samples"])
+@pytest.mark.parametrize("name", ["lessons", "overlap", "parts", "distilled", "whole model", "own samples"])
 def test_two_processes_with_fsdp2_make_the_run_of_one(two: Path, tmp_path: Path, name: str) -> None:
     one = alone(tmp_path, name)
     expected = weights(one)
