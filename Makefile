@@ -35,7 +35,7 @@ train: venv  ## run MEL on a small model on the CPU, from download to exported m
 test: venv $(VENV)/.gym  ## run the fast tests
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not gpu" $(ARGS)
 
-test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.track $(VENV)/.unsloth $(VENV)/.vllm  ## run all tests that need no GPU, but for the exhaustive ones
+test-all: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.track $(VENV)/.unsloth $(VENV)/.vllm $(VENV)/.deepspeed  ## run all tests that need no GPU, but for the exhaustive ones
 	$(BIN)/python -m pytest $(SPREAD) -m "not gpu and not exhaustive" $(ARGS)
 
 FAULTS := tests/faults $(addprefix tests/,$(addsuffix .py, \
@@ -75,7 +75,7 @@ lock: venv $(VENV)/.gym $(VENV)/.notebook $(VENV)/.track $(VENV)/.tools  ## writ
 	$(BIN)/python requirements/lock.py $(VENV)/tools/bin/uv $(ARGS)
 
 audit: $(VENV)/.tools  ## look up known vulnerabilities of all locked packages (needs a vulnerability service)
-	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook track unsloth vllm docs tools,-r requirements/$(file).txt) $(ARGS)
+	$(VENV)/tools/bin/pip-audit --strict --disable-pip --require-hashes $(foreach file,torch cpu gym notebook track unsloth vllm deepspeed docs tools,-r requirements/$(file).txt) $(ARGS)
 
 clean:  ## remove everything made here: environment, builds, caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -141,4 +141,10 @@ $(VENV)/.docs: requirements/docs.txt $(VENV)/.created
 $(VENV)/.unsloth $(VENV)/.vllm: $(VENV)/.%: requirements/%.txt $(VENV)/.locked
 	rm -rf $(VENV)/$*
 	$(PIP) install $(LOCKED) --no-compile --target $(VENV)/$* -r requirements/$*.txt
+	@touch $@
+
+# A source distribution only; without its operators, which tests on CPUs do not need, it is built in seconds.
+$(VENV)/.deepspeed: requirements/deepspeed.txt $(VENV)/.locked
+	rm -rf $(VENV)/deepspeed
+	DS_BUILD_OPS=0 $(PIP) install $(LOCKED) --no-build-isolation --no-compile --target $(VENV)/deepspeed -r requirements/deepspeed.txt
 	@touch $@

@@ -123,7 +123,7 @@ def main() -> None:
     for file, wanted in (("tools", TOOL_ROOTS), ("docs", DOCS_ROOTS)):
         path = FOLDER / f"{file}.txt"
         path.write_text(HEADER.format(what=ABOUT[file]) + hashed(given.uv, [*wanted, *pinned(path)]))
-    for beside in (FOLDER / "unsloth.txt", FOLDER / "vllm.txt"):
+    for beside in (FOLDER / "unsloth.txt", FOLDER / "vllm.txt", FOLDER / "deepspeed.txt"):
         about = [line for line in beside.read_text().splitlines() if line.startswith("#")]
         beside.write_text("\n".join([*about, hashed(given.uv, pinned(beside), "--no-deps")]))
 

@@ -1,7 +1,7 @@
-"""Run scripts with the real Unsloth or the real vLLM in separate processes, since either changes a whole process.
+"""Run scripts with the real Unsloth, vLLM or DeepSpeed in separate processes, since each changes a whole process.
 
-`make test-all` installs them in folders next to the environment (requirements/unsloth.txt and vllm.txt), not into it:
-packages that their metadata requires are missing there, and their CPU backends do not need them.
+`make test-all` installs them in folders next to the environment (requirements/unsloth.txt, vllm.txt and deepspeed.txt),
+not into it: packages that their metadata requires are missing there, and their CPU backends do not need them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import pytest
 SITE = Path(os.environ.get("MEL_LITE_UNSLOTH_SITE", Path(sys.prefix) / "unsloth"))
 VLLM_SITE = Path(os.environ.get("MEL_LITE_VLLM_SITE", Path(sys.prefix) / "vllm"))
 
+DEEPSPEED_SITE = Path(os.environ.get("MEL_LITE_DEEPSPEED_SITE", Path(sys.prefix) / "deepspeed"))
+
 
 def needs(site: Path, package: str) -> pytest.MarkDecorator:
     """Return a mark that skips a test if the package is not installed."""
@@ -25,6 +27,7 @@ def needs(site: Path, package: str) -> pytest.MarkDecorator:
 
 
 needs_unsloth, needs_vllm = needs(SITE, "unsloth"), needs(VLLM_SITE, "vllm")
+needs_deepspeed = needs(DEEPSPEED_SITE, "deepspeed")
 
 
 def with_sites(

@@ -1,12 +1,13 @@
 """One process of runs whose weights are spread: `python spread_ranks.py FOLDER '{"name": {"option": value, ...}}'`.
 
 `python spread_ranks.py train ...` is `mel-lite train ...`. The environment of `accelerate launch` says how weights are
-spread; accelerate applies FSDP only on what it takes for GPUs.
+spread; accelerate applies FSDP and DeepSpeed only on what it takes for GPUs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from accelerate.utils import DistributedType
 import rank_run
 
 
-def shard_on_cpu() -> None:
+def deepspeed_on_cpu() -> None:
+    """Let accelerate apply DeepSpeed to processes on CPUs, over gloo, and DeepSpeed compile nothing."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def fsdp_on_cpu() -> None:
     """Let accelerate apply FSDP to processes on CPUs, over gloo."""
     original = PartialState.__init__
 
@@ -30,11 +39,13 @@ def shard_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    shard_on_cpu()
+    with_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
+    (deepspeed_on_cpu if with_deepspeed else fsdp_on_cpu)()
     if sys.argv[1] == "train":
         from mel_lite.cli.main import main
 
         sys.exit(main())
     for name, options in json.loads(sys.argv[2]).items():
-        rank_run.main(Path(sys.argv[1]) / name, options, last=False)
+        # accelerate gives up DeepSpeed where it is told to use CPUs.
+        rank_run.main(Path(sys.argv[1]) / name, options | {"use_cpu": not with_deepspeed}, last=False)
     PartialState().destroy_process_group()

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_lite import MELConfig, MELTrainer
+from mel_lite.models.placeholders import gathered as whole
 from mel_lite.resilience.whole_states import gathered
 from mel_lite.types import Group, Rollout
 from scripted import ScriptedEngine
@@ -110,8 +111,9 @@ def even_ids(completion_ids: Any, **_: Any) -> list[float]:
 
 
 def trainable(trainer: MELTrainer) -> dict[str, torch.Tensor]:
-    """Return copies of the trained weights by name, whole where FSDP2 spreads them."""
-    return {n: gathered(p.detach()).clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    """Return copies of the trained weights by name, whole where FSDP2 or ZeRO-3 spreads them."""
+    named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
+    return {n: gathered(whole(p).detach()).clone() for n, p in named}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -192,7 +192,7 @@ def test_the_console_script_runs(builds: Builds, tmp_path: Path) -> None:
     assert mel_lite.__version__ in run(tmp_path / "venv" / "bin" / "mel-lite", "--version", cwd=tmp_path)
 
 
-LOCKS = ("torch", "cpu", "gym", "notebook", "track", "unsloth", "vllm", "docs", "tools")
+LOCKS = ("torch", "cpu", "gym", "notebook", "track", "unsloth", "vllm", "deepspeed", "docs", "tools")
 
 
 def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
@@ -209,7 +209,7 @@ def lock(name: str) -> dict[str, tuple[Requirement, set[str]]]:
 def locked() -> dict[str, str]:
     return {
         package: str(pin.specifier).removeprefix("==")
-        for name in LOCKS if name not in ("docs", "tools", "unsloth", "vllm")
+        for name in LOCKS if name not in ("docs", "tools", "unsloth", "vllm", "deepspeed")
         for package, (pin, _) in lock(name).items()
     }  # fmt: skip
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mel_lite.export.merge import export
-from mel_lite.lessons.store import ExperienceStore
 from mel_lite.models.adapters import check_base
 from mel_lite.models.load import ModelSpec
 from mel_lite.resilience.checkpoint_files import problem
 from rank_run import main as run_alone
+from spread_runs import halved, launch, logged, stored, weights
 from tiny_models import save_tiny
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "spread_ranks.py"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -51,21 +47,6 @@ RUNS: dict[str, dict[str, Any]] = {
 """Options of the runs by name; two processes have half of one's completions each."""
 
 
-def launch(folder: Path, runs: dict[str, Any], environment: dict[str, str]) -> None:
-    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT), str(folder),
-         json.dumps(runs)],
-        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
-
-
-def halved(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"per_device_train_batch_size": options.get("per_device_train_batch_size", 8) // 2}
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs on two processes, one after another."""
@@ -76,20 +57,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs["resumed"]["resume"] = str(folder / "adam" / "run" / "checkpoint-2")
     launch(folder, runs, FSDP2)
     return folder
-
-
-def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"weights-{rank}.safetensors")
-
-
-def logged(folder: Path, *keys: str) -> list[list[float]]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(key) or 0.0 for key in keys] for line in lines if "reward" in line]
-
-
-def stored(folder: Path) -> list[tuple[Any, ...]]:
-    with ExperienceStore(folder / "run" / "experiences.sqlite", read_only=True) as store:
-        return [(row.id, row.step, row.status, row.analysis, row.pair_index) for row in store.list()]
 
 
 def alone(folder: Path, name: str, **changes: Any) -> Path:
