@@ -48,7 +48,7 @@ def main(folder: Path, options: dict[str, object], *, last: bool = True) -> None
     assert any(not torch.equal(weights[name], tensor) for name, tensor in before.items()), "nothing was learned"
     save_file(weights, folder / f"weights-{rank}.safetensors")
     (folder / f"carried-{rank}.json").write_text(json.dumps(carried))
-    calls = [len(requests) for requests, _ in trainer.engine.unmetered.calls]
+    calls = [len(requests) for requests, _ in getattr(trainer.engine.unmetered, "calls", [])]
     (folder / f"calls-{rank}.json").write_text(json.dumps(calls))
     if trainer.bank is not None:
         (folder / f"bank-{rank}.json").write_text(json.dumps(trainer.bank.state_dict()["lesson_bank"]))
