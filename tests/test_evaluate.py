@@ -286,7 +286,8 @@ def test_evaluate_model_from_files(tmp_path: Path) -> None:
 
 def test_a_conversation_the_template_rejects_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
-    (base / "chat_template.jinja").write_text("{{ raise_exception('no tools') if messages|length > 1 else 'ok' }}")
+    template = "{{ raise_exception('no tools') if messages|length > 1 else messages[0].content }}"
+    (base / "chat_template.jinja").write_text(template)
     (base / "model.safetensors").unlink()
     user = {"role": "user", "content": "x"}
     rows = [{"prompt": [user] * turns, "answer": "1"} for turns in (1, 1, 2)]

@@ -75,6 +75,8 @@ def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> 
     """
     _disable_expandable_segments()
     with loading("planning"):
+        from rich.console import Console
+
         from mel_lite.memory.plan import plan_for
         from mel_lite.run.display import plan_view
 
@@ -82,7 +84,7 @@ def planned(gpu: str, config: Path | None, overrides: list[tuple[str, Any]]) -> 
     if made is None:
         typer.secho(f"no memory plan: {reason}", err=True)
         return recipe, None
-    console().print(plan_view(made))
+    Console(stderr=True).print(plan_view(made))  # a dry run prints a recipe to stdout
     if not made.fits:
         raise ConfigError(made.refusal())
     return recipe, made.budget_bytes

@@ -19,7 +19,7 @@ from run_folders import make_run
 EXPERIENCE = """id step prompt_hash prompt answer right_text wrong_text right_index wrong_index pair_index
 common_prefix_tokens analysis analysis_tokens bifurcation critique heuristic status reason leak_reasons redacted
 replay_verdicts replay_texts control_verdicts uplift nll_written nll_before nll_after trained_tokens written_at
-quote_start quote_end templates_version shift_nats""".split()
+quote_start quote_end templates_version shift_nats staleness_steps staleness_versions""".split()
 CREDIT = "step rollout_index way verdict effect tokens shift_nats effects all_tokens".split()
 ROLLOUT = "id step row prompt question verdict reward advantage text columns".split()
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "browsing.md"

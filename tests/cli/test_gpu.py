@@ -52,7 +52,7 @@ def test_train_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["train", "--gpu", "12gb", "--model", "Qwen/Qwen3-14B-Base"])
     assert isinstance(done.exception, ConfigError) and "does not fit 12gb" in str(done.exception)
-    assert "predicted GPU memory" in done.stdout and not any(tmp_path.iterdir())
+    assert "predicted GPU memory" in done.stderr and not any(tmp_path.iterdir())
 
 
 def trained_with(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Recipe, Any]:
@@ -82,7 +82,7 @@ def test_a_run_on_the_cpu_is_planned_for_its_memory(monkeypatch: pytest.MonkeyPa
     folder = tmp_path / "run"
     refused = CliRunner().invoke(app, ["train", "--gpu", "cpu-1gb", "--output-dir", str(folder)])
     assert isinstance(refused.exception, ConfigError) and "does not fit cpu-1gb" in str(refused.exception)
-    assert "predicted memory" in refused.stdout and not folder.exists()
+    assert "predicted memory" in refused.stderr and not folder.exists()
     recipe, budget = trained_with(monkeypatch, "--gpu", "cpu-3gb", "--output-dir", str(folder))
     assert budget == 3 * 10**9 and recipe.train["max_micro_batch_tokens"] == 512
     folder.mkdir()

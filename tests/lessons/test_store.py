@@ -81,6 +81,8 @@ def test_a_row_holds_the_whole_experience(store: ExperienceStore) -> None:
         "quote_end": 8,
         "templates_version": "1+fork",
         "shift_nats": -0.75,
+        "staleness_steps": 0,
+        "staleness_versions": 0,
     }
     assert {field.name: getattr(row, field.name) for field in fields(ExperienceRow)} == expected
     assert row.written_at.endswith("+00:00")

@@ -178,7 +178,9 @@ def test_verdicts() -> None:
 
 
 def test_a_probe_that_came_too_early_is_repeated(tmp_path: Path) -> None:
-    trainer, _ = trained(tmp_path, max_steps=EVERY + 3, learning_rate=1e-9)
+    """The engine's rounding hides an adapter that is still so small."""
+    rounds = {"fault": "other dtype", "probe_max_diff": 0.3}
+    trainer, _ = trained(tmp_path, max_steps=EVERY + 3, learning_rate=1e-9, **rounds)
     trainer.train()
     assert list(probes(tmp_path / "run")) == [1, 2, EVERY + 2]
 

@@ -87,7 +87,8 @@ def test_examples_are_read_by_the_rules_for_tasks(tmp_path: Path) -> None:
 
 def test_a_conversation_the_template_rejects_is_named(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no tools') if messages[-1]['role'] == 'tool' else 'ok' }}"
+    refusing = "{{ raise_exception('no tools') if messages[-1].role == 'tool' else messages[0].content }}"
+    tokenizer.chat_template = refusing
     user = {"role": "user", "content": "x"}
     rows = [{"question": [user], "completion": "y"}, {"question": [user, user | {"role": "tool"}], "completion": "y"}]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
