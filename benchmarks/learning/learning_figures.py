@@ -242,6 +242,7 @@ SUMMARY = {
     "sibling": "a right solution in place of lessons, distilled",
     "mel": "MEL as in the paper",
     "credit": "lessons that scale the advantages (`credit`)",
+    "own": "a group's own lesson, distilled",
     "replay": "training on replays with a lesson (`replay`)",
     "no-notes": "control: a teacher without notes",
     "grpo-dynamic": "GRPO with dynamic sampling",
@@ -284,7 +285,7 @@ def summary() -> str:
                 continue
             start, end = (interval(avg_RP(found[REFERENCE], point)).value for point in (0, -1))
             cells.setdefault(ITSELF, f"{start:.0%}, {end:.1%}")
-            if twice := runs(regime, DOUBLE).get(REFERENCE):
+            if folder == "." and (twice := runs(regime, DOUBLE).get(REFERENCE)):
                 cells.setdefault(TWICE, _cell(twice, found[REFERENCE]))
             for arm, label in SUMMARY.items():
                 if arm in found:
@@ -306,6 +307,8 @@ def _cell(group: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> s
     against, ahead = lead(group, rival)
     word = verdict(against, ahead)
     text = f"{against.as_points()}, {ahead} seeds"
+    if word == "too few seeds":
+        return f"{text} (too few for a verdict)"
     return f"**{text}**" if word in ("wins", "loses") else text
 
 
