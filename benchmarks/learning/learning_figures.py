@@ -267,7 +267,8 @@ def top() -> str:
     found = runs("starved")
     kept, forks = (lead(found[arm], found[REFERENCE]) for arm in ("bank-kept", "bank-forks"))
     return (
-        "Measured on a small model whose reward is starved: with the lessons of an earlier run it scores "
+        "Measured on a small model whose reward is starved: with the lessons of an earlier run, whose tokens are not "
+        "counted, it scores "
         f"{kept[0].as_points()} points against tuned GRPO at the same number of tokens, ahead on {kept[1]} seeds. "
         f"When it has to find its lessons first: {forks[0].as_points()}, ahead on {forks[1]} seeds, "
         f"{OUTCOMES[verdict(*forks)]}."
