@@ -151,7 +151,7 @@ def test_lessons_in_flight_alone_change_the_weights(tmp_path: Path) -> None:
 # ---- resume ----
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 3))])
 def test_a_resumed_run_equals_one_without_interruption(tmp_path: Path, stop: int) -> None:
     """Checkpoints 1 to 3 hold lessons that wait for an analysis, for a replay, and for a further attempt."""
     options: dict[str, Any] = OVERLAP | {

@@ -62,6 +62,7 @@ def test_float32_matches_truth(vocab: int, width: int, impl: str) -> None:
     assert_kl_exact(measure(*inputs, impl=impl), true_kl(*inputs), logit_error=error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("impl", "dtype"), HALVES, ids=str)
 @pytest.mark.parametrize(("vocab", "width"), SHAPES)
 def test_half_precision_is_never_worse_than_naive(vocab: int, width: int, impl: str, dtype: torch.dtype) -> None:

@@ -73,6 +73,7 @@ def test_an_old_run_from_python_ends_with_the_old_weights(tmp_path: Path, exact:
         assert printed["moments"] == EXPECTED["trainer"]["moments"]
 
 
+@pytest.mark.slow
 def test_an_old_run_from_the_command_line_ends_with_the_old_weights(tmp_path: Path, exact: bool) -> None:
     folder = Path(shutil.copytree(OLD_RUNS / "cli", tmp_path / "cli"))
     begun = load_file(folder / "run" / "checkpoint-5" / "adapter_model.safetensors")
