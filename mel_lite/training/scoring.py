@@ -25,6 +25,7 @@ from mel_lite.lessons.reading import Reading
 from mel_lite.models.modes import evaluating
 from mel_lite.models.placeholders import has_placeholders
 from mel_lite.training.packing import Block, Packed, Row, lesson_row, pack
+from mel_lite.training.shared_prompts import pack_shared
 from mel_lite.types import Lesson
 
 
@@ -364,6 +365,9 @@ class Scorer:
 
     def _score(self, rows: Sequence[Row], max_tokens: int, *, want_hidden: bool = False) -> RowScores:
         trainer = self._trainer
-        packed = pack(rows, pad_id=trainer._tokenizer.pad_token_id, max_tokens=max_tokens)
+        if trainer.savings.shares_prompts:
+            packed = pack_shared(rows, max_tokens=max_tokens)
+        else:
+            packed = pack(rows, pad_id=trainer._tokenizer.pad_token_id, max_tokens=max_tokens)
         with torch.no_grad(), trainer.accelerator.autocast():
             return score(trainer.model, packed, want_hidden=want_hidden)

@@ -35,9 +35,10 @@ def log_softmax(trainer: Any, text: Lesson) -> torch.Tensor:
     return (logits_TV / 0.7).log_softmax(dim=-1)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tokens", [None, 1, 60])
-def test_readings_are_those_of_full_logits(tmp_path: Path, tokens: int | None) -> None:
-    trainer = reader(tmp_path, max_micro_batch_tokens=tokens, per_device_train_batch_size=4)
+def test_readings_are_those_of_full_logits(tmp_path: Path, tokens: int | None, shared: bool) -> None:
+    trainer = reader(tmp_path, max_micro_batch_tokens=tokens, per_device_train_batch_size=4, share_prompts=shared)
     readings, logps = trainer.scorer.read(TEXTS), trainer.scorer.logps(TEXTS)
     head = trainer.model.get_output_embeddings()
     for text, reading, logp_T in zip(TEXTS, readings, logps, strict=True):
@@ -52,6 +53,20 @@ def test_readings_are_those_of_full_logits(tmp_path: Path, tokens: int | None) -
     kl_N = trainer.scorer.kl(readings[0].hidden_TH[:20], readings[2].hidden_TH[:20])
     assert torch.allclose(kl_N.double(), (one.exp() * (one - other)).sum(dim=1), rtol=1e-4)
     assert kl_N.min() > 0.1 and not kl_N.requires_grad
+
+
+def test_texts_of_one_prompt_compute_it_once(tmp_path: Path) -> None:
+    texts = [Lesson(0, tuple(range(10, 90)), tuple(range(100 + i, 110 + i))) for i in range(4)]
+    tokens, logps = {}, {}
+    for shared in (True, False):
+        trainer = reader(tmp_path / str(shared), share_prompts=shared)
+        seen = tokens[shared] = []
+        trainer.model.get_base_model().model.register_forward_pre_hook(
+            lambda _, __, inputs, seen=seen: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        logps[shared] = torch.cat(trainer.scorer.logps(texts))
+    assert sum(tokens[True]) == 80 + 4 * 9 and sum(tokens[False]) == 4 * 90
+    assert torch.allclose(logps[True], logps[False], atol=1e-5)
 
 
 def test_nothing_to_read_reads_nothing(tmp_path: Path) -> None:
