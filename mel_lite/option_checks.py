@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import warnings
 from dataclasses import fields
@@ -10,6 +12,8 @@ from typing import Any
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.trl_compat import released_grpo_config
 from mel_lite.types import Algorithm, ReplayCriterion, Schedule
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(released_grpo_config())}
 """TRL's defaults."""
@@ -101,3 +105,21 @@ def check_schedule(args: Any) -> None:
             f"batch{'es' if batches > 1 else ''} of {args.steps_per_batch:g} optimizer steps after its rollouts, so "
             f"none would be trained on. Set max_staleness_steps to {least} or more, or mel_schedule='strict'."
         )
+
+
+def lessons_for(args: Any, tools: Any, environment_factory: Any) -> Any:
+    """Return `args`; with tools or environments, a copy without lessons. Warns about the change."""
+    used = [name for name, value in (("tools", tools), ("environment_factory", environment_factory)) if value]
+    if not (used and getattr(args, "with_meta_experience", False)):
+        return args
+    plain = copy.copy(args)
+    plain.algorithm, plain.meta_experience = args.estimator, None
+    logger.warning(
+        "%s with %s: training with algorithm=%r alone, without lessons. Analyses compare two answers of one turn; they "
+        "are not written for rollouts that call tools. Set algorithm=%r to silence this warning.",
+        " and ".join(used),
+        f"algorithm={args.algorithm!r}" if args.meta_experience is None else "meta_experience=True",
+        plain.algorithm,
+        plain.algorithm,
+    )
+    return plain

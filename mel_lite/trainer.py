@@ -47,6 +47,7 @@ from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.peft_support import building_adapter
+from mel_lite.option_checks import lessons_for
 from mel_lite.resilience.checkpoints import AtomicCheckpoints
 from mel_lite.resilience.collapse import CollapseWatch
 from mel_lite.resilience.nonfinite import NonFiniteGuard
@@ -136,8 +137,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         *,
         engine: Engine | None = None,
     ) -> None:
-        args = args or default_args(model)
-        check_arguments(args, train_dataset, multi_turn=bool(tools or environment_factory))
+        args = lessons_for(args or default_args(model), tools, environment_factory)
+        check_arguments(args, train_dataset, environments=bool(environment_factory))
         self.internalisation = get_internalisation(args.internalisation, args.internalisation_options)
         check_internalisation(args, self.internalisation)
         self.bank = build_bank(args, used=self.internalisation.uses_bank)

@@ -30,7 +30,7 @@ class Choice(StrEnum):
 class Algorithm(Choice):
     """Policy term of the loss."""
 
-    MEL = "mel", "`grpo` with meta-experience."
+    MEL = "mel", "`grpo` with meta-experience; with tools or environments of the Python API, plain `grpo`."
     GRPO = "grpo", "TRL's loss, on advantages normalized within each group."
     REINFORCE_PP = "reinforce++", "TRL's loss, on advantages normalized over the whole batch."
     RFT = "rft", "NLL of the right completions alone."

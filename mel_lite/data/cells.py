@@ -158,10 +158,10 @@ def check_kind(dataset: Any) -> None:
         )
 
 
-def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> None:
+def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool, environments: bool = False) -> None:
     """Check the rows of a trainer's dataset by the rules for files. A streamed dataset is checked row by row in use.
 
-    `lessons`: lessons are drawn, so that every prompt needs a user turn.
+    `lessons`: lessons are drawn, so that every prompt needs a user turn. `environments`: they may write the prompts.
 
     Raises: DataError with row and column.
     """
@@ -170,7 +170,7 @@ def check_dataset(dataset: Any, answer_column: str | None, *, lessons: bool) -> 
             f"train_dataset is a {type(dataset).__name__} with the splits {', '.join(map(str, dataset))}. Pass one of "
             f"them: train_dataset=data[{next(iter(dataset), 'train')!r}]."
         )
-    if dataset is not None and dataset.column_names and "prompt" not in dataset.column_names:
+    if not environments and dataset is not None and dataset.column_names and "prompt" not in dataset.column_names:
         raise DataError(
             f"train_dataset has no column 'prompt', only {', '.join(map(repr, dataset.column_names))}. Rename one: "
             f"train_dataset.rename_column({dataset.column_names[0]!r}, 'prompt')."

@@ -23,8 +23,8 @@ def check_adapter_config(config: Any) -> None:
         raise ConfigError(f"{name}(inference_mode=True) freezes the adapter: nothing would be trained. Remove it.")
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
         raise ConfigError(
-            f"{name}: adapters of virtual tokens ({_kind(config)}) are not supported, since the fused log-probs would "
-            f"be computed without these tokens. Use a LoraConfig, {_ELSEWHERE}."
+            f"{name}: prompt-learning adapters ({_kind(config)}) are not supported, since the fused log-probs would be "
+            f"computed without their virtual tokens. Use a LoraConfig, {_ELSEWHERE}."
         )
     if getattr(config, "lora_alpha", None) == 0:
         raise ConfigError(

@@ -55,7 +55,7 @@ def default_args(model: Any) -> MELConfig:
     return MELConfig(f"{name.split('/')[-1]}-MEL")
 
 
-def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
+def check_arguments(args: Any, train_dataset: Any, *, environments: bool) -> None:
     """Refuse arguments that would fail or mislead later. Raises ConfigError or DataError."""
     if not isinstance(args, MELConfig):
         raise ConfigError(
@@ -67,14 +67,10 @@ def check_arguments(args: Any, train_dataset: Any, *, multi_turn: bool) -> None:
     check_kind(train_dataset)
     if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty: there is nothing to train on. Check the file, split and filters.")
-    check_dataset(train_dataset, answer_column(columns_of(train_dataset)), lessons=args.with_meta_experience)
+    answers = answer_column(columns_of(train_dataset))
+    check_dataset(train_dataset, answers, lessons=args.with_meta_experience, environments=environments)
     if train_dataset is not None and hasattr(train_dataset, "__len__"):
         check_rows(args, len(train_dataset))
-    if args.with_meta_experience and multi_turn:
-        raise ConfigError(
-            "tools or environment_factory with meta-experience: analyses of multi-turn rollouts are not supported. "
-            "Set algorithm='grpo', or train without tools."
-        )
     if args.grad_norm_every and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ConfigError(
             "grad_norm_every with gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing "

@@ -21,7 +21,7 @@ from mel_lite.seeds import prompt_hash
 from mel_lite.text import shorten
 from mel_lite.training.estimators import batch_advantages, only_right
 from mel_lite.types import Algorithm, Finish, Group, Prompt, Rollout, Verdict
-from mel_lite.verify.judge import REWARD_COLUMN, VERDICT_COLUMN, Judge, RewardJudge, completion_text, group_of
+from mel_lite.verify.judge import REWARD_COLUMN, VERDICT_COLUMN, Judge, RewardJudge, group_of, judged_text
 
 
 class GenerationBatch(list[dict[str, Any]]):
@@ -74,6 +74,7 @@ class JudgedRewards:
     clock: PhaseClock
     dynamic_sampling: Any = None
     engine_probe: Any
+    environment_factories: Any
     _tokenizer: Any
     _is_vlm: bool
     _logs: dict[str, Any]
@@ -117,8 +118,11 @@ class JudgedRewards:
             return inputs.rewards_WF
         self.stop_together()  # type: ignore[attr-defined]  # all ranks are here, with their rollouts sampled
         ends = self._prompt_ends(prompts)
-        groups = [group_of(row, self.answer_column, end) for row, end in zip(inputs, ends, strict=True)]
-        texts = [completion_text(c) for c in completions]
+        asked = inputs
+        if self.environment_factories is not None:  # they may write the prompts, or add to those of the rows
+            asked = [row | {"prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
+        groups = [group_of(row, self.answer_column, end) for row, end in zip(asked, ends, strict=True)]
+        texts = [judged_text(c) for c in completions]
         judge = self.judge
         verdicts: list[Verdict] = []
         rows = inputs
@@ -146,9 +150,14 @@ class JudgedRewards:
         return rewards_per_func
 
     def _prompt_ends(self, prompts: list[Any]) -> list[str]:
-        """Return the end of each prompt as it was rendered, once per question; empty where no verifier reads text."""
+        """Return the end of each prompt as it was rendered; empty where no verifier reads text.
+
+        A question is rendered once, but with environments, which bring tools of their own: TRL renders whole batches.
+        """
         if isinstance(self.judge, RewardJudge) or self._is_vlm:
             return [""] * len(prompts)
+        if self.environment_factories is not None:
+            return [prompt_end(ids, self._tokenizer) for ids in self._tokenize_prompts(prompts)[0]]
         hashes = [prompt_hash(prompt) for prompt in prompts]
         questions = dict(zip(hashes, prompts, strict=True))
         rendered, _, _ = self._tokenize_prompts(list(questions.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from mel_lite.data.cells import Fault, read_answer
@@ -87,3 +88,14 @@ def completion_text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+def judged_text(completion: Any) -> str:
+    """Return the text of a completion that may hold its answer.
+
+    Of a completion with tool calls, it is what follows the last result: a result is no answer of the model.
+    """
+    if isinstance(completion, str):
+        return completion
+    last_turns = list(takewhile(lambda message: message.get("role") != "tool", reversed(completion)))
+    return completion_text(last_turns[::-1])

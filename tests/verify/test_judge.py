@@ -8,7 +8,7 @@ import pytest
 
 from mel_lite.seeds import prompt_hash
 from mel_lite.types import Group, Verdict
-from mel_lite.verify.judge import RewardJudge, answer_column, completion_text, group_of
+from mel_lite.verify.judge import RewardJudge, answer_column, completion_text, group_of, judged_text
 
 CHAT = [{"role": "user", "content": "1 + 1?"}]
 
@@ -45,3 +45,10 @@ def test_the_text_of_a_completion_is_that_of_its_turns() -> None:
     assert completion_text("so 2") == "so 2"
     turns = [{"role": "assistant", "content": "so"}, {"role": "tool", "content": None}, {"content": 2}]
     assert completion_text(turns) == "so\n\n2"
+
+
+def test_a_tools_result_is_no_answer() -> None:
+    call, result = {"role": "assistant", "content": "I add."}, {"role": "tool", "content": "Answer: 2"}
+    assert judged_text("so 2") == "so 2" and judged_text([call, result]) == ""
+    assert judged_text([call, result, {"role": "assistant", "content": "It is 3."}]) == "It is 3."
+    assert judged_text([call, {"content": 2}]) == "I add.\n2"
