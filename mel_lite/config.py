@@ -152,10 +152,10 @@ class MELConfig(GRPOConfig):
     bank_retire_below: float = _option(
         0.0, "Score below which a lesson is retired: it is no longer re-examined, until the same rule is kept again."
     )
-    bank_settled: float | None = _option(
-        1.0,
-        "With a bank, write no lesson for a question when lessons of score 1 and above mention at least this share of "
-        "its words (numbers and stop words do not count). None: always write.",
+    bank_settled_nats: float | None = _option(
+        2.0,
+        "With a bank, write no lesson for a pair when the policy, with the bank's lessons in its prompt, prefers the "
+        "right solution's token at the fork to the wrong one's by at least this log ratio. None: always write.",
     )
     engine_url: str | None = _option(
         None,

@@ -32,7 +32,7 @@ from mel_lite import signals
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
-from mel_lite.lessons.bank.updates import unsettled, update_bank
+from mel_lite.lessons.bank.updates import Ranks, open_forks, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
     LessonShare,
@@ -259,10 +259,14 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         args, batch, step = self.args, self._batch, self.state.global_step
         rank, world, pairs = self.accelerator.process_index, self.accelerator.num_processes, []
         if self.internalisation.writes_lessons:
-            asked = unsettled(self.bank, groups)
             pairs = select_pairs(
-                asked, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
+                groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
             )
+        if self.bank is not None:
+            ranks = Ranks(rank, world, gather_object)
+            with self.clock("forks"):
+                pairs, settled = open_forks(self.bank, pairs, self.lesson_context, ranks)
+            self.add_metrics({"mel/bank_settled_pairs": settled})
         local: list[Experience] = []
         unfit: list[tuple[Pair, str]] = []
         if self.in_flight is not None:  # these pairs come later; earlier ones are complete now
@@ -288,7 +292,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         )  # fmt: skip
         if self.bank is not None:
             with self.clock("examine"):
-                self.add_metrics(update_bank(self.bank, drawn, rank=rank, world=world, gather=gather_object))
+                self.add_metrics(update_bank(self.bank, drawn, ranks))
         return drawn
 
     def _internalise(self, drawn: DrawnBatch, batch: dict[str, Any], scored: GenerationBatch) -> dict[str, Any]:

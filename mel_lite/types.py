@@ -127,7 +127,7 @@ class BankOptions:
     teach_from: float = 0.5
     retire_below: float = 0.0
     limit: int = 8
-    settled: float | None = 1.0
+    settled_nats: float | None = 2.0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of range, by the name of its `MELConfig` option."""
@@ -142,9 +142,9 @@ class BankOptions:
                 f"bank_retire_below={self.retire_below} is above bank_teach_from={self.teach_from}: a lesson would be "
                 "retired while it teaches. Lower bank_retire_below."
             )
-        if self.settled is not None and not 0 < self.settled <= 1:
+        if self.settled_nats is not None and not self.settled_nats > 0:
             raise ConfigError(
-                f"bank_settled={self.settled} must be a share in (0, 1], or null to write lessons for every question."
+                f"bank_settled_nats={self.settled_nats} must be above 0, or null to write a lesson for every pair."
             )
 
 

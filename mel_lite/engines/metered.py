@@ -17,7 +17,7 @@ from mel_lite.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
-OF_LESSONS = ("analysis", "scored", "replay", "examine", "internalise", "rescore")
+OF_LESSONS = ("forks", "analysis", "scored", "replay", "examine", "internalise", "rescore")
 """Phases that exist for lessons alone."""
 
 

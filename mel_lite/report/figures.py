@@ -31,6 +31,7 @@ PHASES = {
     "analysis": "writing analyses",
     "replay": "replaying",
     "score": "scoring",
+    "forks": "checking which forks are settled",
     "examine": "examining lessons of the bank",
     "internalise": "reading rollouts with notes",
     "scoring": "scoring rollouts",

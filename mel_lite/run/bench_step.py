@@ -28,7 +28,7 @@ PHASES = {
     "verify": ("verify",),
     "analysis": ("analysis",),
     "replay": ("replay",),
-    "scoring": ("scoring", "scored", "examine", "internalise", "rescore", "probe"),
+    "scoring": ("scoring", "forks", "scored", "examine", "internalise", "rescore", "probe"),
     "forward/backward": ("update",),
     "optimizer": ("optimizer",),
     "checkpoint": ("checkpoint",),

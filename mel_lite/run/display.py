@@ -28,8 +28,8 @@ FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_vali
 
 
 PHASES = {
-    "probe": "engine check", "scored": "scoring", "examine": "re-examination", "internalise": "scoring of teachers",
-    "rescore": "scoring",
+    "probe": "engine check", "forks": "check of forks", "scored": "scoring", "examine": "re-examination",
+    "internalise": "scoring of teachers", "rescore": "scoring",
 }  # fmt: skip
 """Phases that are shown under another name than the clock's."""
 PARTS = {

@@ -1,4 +1,4 @@
-"""The bank in training: ranks share the examinations, settled questions get no lesson, and a resume is exact."""
+"""The bank in training: ranks share the examinations, settled forks get no lesson, and a resume is exact."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fault_runs import farm
 from lesson_banks import bank_of, rule, write_checkpoint
-from mel_lite.lessons.bank.updates import spread
+from mel_lite.lessons.bank.updates import Ranks, open_forks, spread
+from mel_lite.lessons.pairs import select_pairs
+from mel_lite.lessons.prompts import replay_prompt
 from mel_lite.lessons.scored import score_shifts
 from mel_lite.models.chat import question_text
 from mel_lite.resilience import saved_bank
-from mel_lite.types import BankLesson, Group, Status
+from mel_lite.types import BankLesson, Finish, Group, Pair, Rollout, Status, Verdict
 from scripted import ANALYSIS, ScriptedEngine
 from tiny_models import tiny_tokenizer
 from trainers import assert_learned, build, run_state, step_log
 
+PLUS = "- If I see plus, then I count up."
 WAYS = ("add the first number twice", "name both numbers", "add from the larger one", "read it again")
 
 
@@ -36,9 +40,17 @@ def with_bank(folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "internalisation": "distill", "internalisation_options": {"form": "sampled", "context": "bank"},
         "engine": ScriptedEngine(tiny_tokenizer(), analysis=varied), "max_steps": 4, "save_strategy": "steps",
-        "save_steps": 1, "bank_settled": None, "lr_scheduler_type": "constant",
+        "save_steps": 1, "bank_settled_nats": None, "lr_scheduler_type": "constant",
     }  # fmt: skip
     return build(folder, **defaults | options)
+
+
+def earlier(folder: Path) -> Path:
+    """A run whose bank has one well-known lesson that teaches every question."""
+    bank = bank_of()
+    bank.extend([BankLesson(1, PLUS, "What is 1 plus 1?", 9.0, 9, False, 0)])
+    write_checkpoint(folder / "earlier", bank)
+    return folder / "earlier"
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -55,11 +67,11 @@ def test_ranks_share_the_examinations_and_all_get_all_results(world: int) -> Non
         return score
 
     for rank in range(world):  # each rank's share, as it would be sent
-        spread(shifts(rank), rank=rank, world=world, gather=lambda local: parts.append(local) or local)(items)
+        spread(shifts(rank), Ranks(rank, world, lambda local: parts.append(local) or local))(items)
     assert sorted(chain.from_iterable(scored)) == [str(i) for i in range(7)]
     everything = list(chain.from_iterable(parts))
     for rank in range(world):
-        found = spread(shifts(rank), rank=rank, world=world, gather=lambda _: everything)(items)
+        found = spread(shifts(rank), Ranks(rank, world, lambda _: everything))(items)
         assert found == [0.0, 1.0, 2.0, 3.0, None, 5.0, 6.0]
 
 
@@ -126,21 +138,67 @@ def test_a_run_resumed_in_another_folder_keeps_its_lessons(tmp_path: Path) -> No
     assert len({lesson.id for lesson in moved.bank.lessons}) == len(moved.bank)
 
 
-def test_no_lesson_is_written_for_a_settled_question(tmp_path: Path) -> None:
-    seeds = bank_of()
-    seeds.extend([BankLesson(1, "- If I see plus, then I count up.", "What is 1 plus 1?", 9.0, 9, False, 0)])
-    write_checkpoint(tmp_path / "earlier", seeds)
-    options = {"max_steps": 1, "lessons_from": str(tmp_path / "earlier")}
-    settled = with_bank(tmp_path / "a", bank_settled=1.0, **options)
-    settled.train()
-    assert settled.store.list() == [] and settled.bank.lessons[0].votes > 9
-    (row,) = step_log(tmp_path / "a" / "run")
-    assert row["mel/bank_settled_groups"] == 2 and row["mel/pairs"] == 0
-    always = with_bank(tmp_path / "b", **options)
-    always.train()
-    assert always.store.list() != []
-    (row,) = step_log(tmp_path / "b" / "run")
-    assert row["mel/bank_settled_groups"] == 0 and row["mel/pairs"] > 0
+def fork_preferences(trainer: Any, pairs: Sequence[Pair], notes: str) -> list[float]:
+    """log pi(a+) - log pi(a-) at each pair's fork with notes in the prompt, from the model's own logits."""
+    context, found = trainer.lesson_context, []
+    for pair in pairs:
+        fork = pair.common_prefix_tokens
+        prompt = replay_prompt(pair.group, notes, context.tokenizer, context.templates)
+        with torch.no_grad():
+            ids = torch.tensor([prompt + pair.right.completion_ids[:fork]])
+            logits_V = trainer.model.eval()(input_ids=ids).logits[0, -1].double() / trainer.policy_temperature
+        found.append(float(logits_V[pair.right.completion_ids[fork]] - logits_V[pair.wrong.completion_ids[fork]]))
+    return found
+
+
+def test_pairs_whose_fork_the_bank_settles_get_no_lesson(tmp_path: Path) -> None:
+    trainer = with_bank(tmp_path, max_steps=1, lessons_from=str(earlier(tmp_path)), pairs_per_group=4)
+    ranks = Ranks(0, 1, lambda local: local)
+    original, seen = trainer._draw, []
+
+    def before(groups: list[Group]) -> Any:
+        pairs = select_pairs(groups, per_group=4, strategy="longest_prefix", run_seed=1, step=0)
+        preferences = fork_preferences(trainer, pairs, f"## Heuristics\n{PLUS}")
+        least = sorted(preferences)[len(pairs) // 2]
+        bank = bank_of(settled_nats=least - 1e-4 if least > 0 else 1e-4)
+        bank.extend(trainer.bank.lessons)
+        still, settled = open_forks(bank, pairs, trainer.lesson_context, ranks)
+        seen.append((pairs, preferences, bank.options.settled_nats, still, settled))
+        halves = [
+            open_forks(bank, pairs, trainer.lesson_context, Ranks(rank, 2, lambda local: local))[1] for rank in (0, 1)
+        ]
+        assert sum(halves) == settled, "each rank reads its share"
+        assert open_forks(bank_of(settled_nats=1e-4), pairs, trainer.lesson_context, ranks) == (pairs, 0), "no lesson"
+        assert open_forks(trainer.bank, pairs, trainer.lesson_context, ranks) == (pairs, 0), "the option is None"
+        return original(groups)
+
+    trainer._draw = before
+    trainer.train()
+    (pairs, preferences, least, still, settled) = seen[0]
+    expected = [pair for pair, preference in zip(pairs, preferences, strict=True) if preference < least]
+    assert still == expected and settled == len(pairs) - len(expected)
+    assert 0 < settled < len(pairs), "both kinds were met"
+
+
+def test_a_solution_that_ends_at_the_fork_is_never_settled(tmp_path: Path) -> None:
+    trainer = with_bank(tmp_path, lessons_from=str(earlier(tmp_path)))
+    question = "What is 3 plus 4?"
+    right = Rollout(0, (20, 21, 22, 23), "Answer: 7", Verdict.RIGHT)
+    cut = Rollout(1, (20, 21, 22), "Answer:", Verdict.WRONG, Finish.LENGTH)
+    pair = Pair(Group(question, "7", (right, cut)), right, cut, 3)
+    bank = bank_of(settled_nats=1e-9)
+    bank.extend(trainer.bank.lessons)
+    assert bank.retrieve(question)
+    assert open_forks(bank, [pair], trainer.lesson_context, Ranks(0, 1, lambda local: local)) == ([pair], 0)
+
+
+def test_a_step_counts_settled_forks_and_writes_no_lesson_for_them(tmp_path: Path) -> None:
+    trainer = with_bank(tmp_path, max_steps=1, lessons_from=str(earlier(tmp_path)), bank_settled_nats=1e-9)
+    trainer.scorer.logps = lambda texts, **_: [torch.tensor([-float(i % 2)]) for i in range(len(texts))]  # all settled
+    trainer.train()
+    assert trainer.store.list() == [] and trainer.bank.lessons[0].votes > 9
+    (row,) = step_log(tmp_path / "run")
+    assert row["mel/bank_settled_pairs"] == 2 and row["mel/pairs"] == 0
 
 
 def test_lessons_of_another_run_teach_from_the_first_step(tmp_path: Path) -> None:
@@ -176,7 +234,7 @@ def test_without_a_use_for_it_there_is_no_bank(tmp_path: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bank(tmp_path: Path) -> None:
     options = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "internalisation": "distill",
-        "internalisation_options": {"form": "sampled", "context": "bank"}, "bank_settled": None,
+        "internalisation_options": {"form": "sampled", "context": "bank"}, "bank_settled_nats": None,
     }  # fmt: skip
     with farm() as runs:
         assert runs.run(tmp_path / "whole", **options) == 0, (tmp_path / "whole" / "output.txt").read_text()
