@@ -76,12 +76,11 @@ class PhaseClock:
         """Time the block, excluding phases timed inside it."""
         before_s = sum(self.seconds_s.values())
         with self._open(phase) as start_s:
-            tokens = self.generated_tokens
             try:
                 yield
             finally:
                 inner_s = sum(self.seconds_s.values()) - before_s
-                self._end(phase, time.monotonic() - start_s - inner_s, tokens)
+                self._end(phase, time.monotonic() - start_s - inner_s, self.generated_tokens)
 
     @contextmanager
     def untimed(self, phase: str) -> Iterator[None]:

@@ -50,6 +50,8 @@ class LiveDisplay(TrainerCallback):
         self._evaluated_s = 0.0
         """Seconds of evaluations within the current step."""
         self._memory = ""
+        self._update = PhaseEnd("update", 0.0, 0, 0)
+        """The passes of the current step's update so far: a step has one per micro-batch, and a file one line."""
         self._clock.on_end = self._phase_ended
 
     # ---- events ----
@@ -62,6 +64,8 @@ class LiveDisplay(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds_s = time.monotonic() - self._step_began_s - self._evaluated_s
         self._outlook.step_ended(seconds_s, self._generated() - self._tokens_before)
+        self._say(self._update)
+        self._update = PhaseEnd("update", 0.0, 0, 0)
         self._begin_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -125,12 +129,20 @@ class LiveDisplay(TrainerCallback):
         self._outlook.phase_ended(phase.name, phase.seconds_s)
         memory_gib = peak_metrics().get("mel/peak_memory_gib")
         self._memory = "" if memory_gib is None else f"peak {memory_gib:.1f} GiB"
+        if phase.name == self._update.name:
+            sums = self._update.seconds_s + phase.seconds_s, self._update.parts + phase.parts
+            self._update = PhaseEnd(phase.name, *sums, 0)
+        else:
+            self._say(phase)
+
+    def _say(self, phase: PhaseEnd) -> None:
+        """Print a line about a phase, if the output is a file and the phase is worth one."""
         if self._is_live or not (phase.parts > 1 or phase.seconds_s >= BRIEF_S):
             return
         tokens = f", {phase.tokens:,} tokens" if phase.tokens else ""
         line = f"{phase_text(phase.name, phase.parts)}{tokens}, {duration(phase.seconds_s)}"
         last = self._last_step(self._state)
-        finished = phase.name == "checkpoint" or self._state.global_step >= last
+        finished = phase.name in ("checkpoint", "update") or self._state.global_step >= last
         step = f"step {self._state.global_step + (not finished)}/{last}"
         try:
             self._console.print(f"{step} {line}", soft_wrap=True, highlight=False, markup=False)

@@ -120,6 +120,28 @@ def test_a_step_breaks_between_its_figures_on_a_terminal() -> None:
     )
 
 
+def test_a_file_has_one_line_for_the_update_of_a_step(now: Any) -> None:
+    clock, output = PhaseClock(), console(terminal=False)
+    display = LiveDisplay(output, trainer_of(clock))
+    display._state = state = SimpleNamespace(global_step=0, max_steps=2)
+    for _ in range(2):
+        display._begin_step()
+        for seconds_s in (3, 5):
+            with clock.rest("update"):
+                with clock("rollout"):
+                    clock.expect(8)
+                    clock.generated_tokens += 100
+                clock.expect(2)
+                now(seconds_s)
+        state.global_step += 1
+        display.on_step_end(None, state, None)
+    rollout = "rollout: 8 completions, 100 tokens, 0.0 s"
+    assert output.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        f"step 1/2 {rollout}", f"step 1/2 {rollout}", "step 1/2 update: 4 parts, 8.0 s",
+        f"step 2/2 {rollout}", f"step 2/2 {rollout}", "step 2/2 update: 4 parts, 8.0 s",
+    ]  # fmt: skip
+
+
 def test_a_run_into_a_file_has_one_plain_line_per_phase_and_step(tmp_path: Path) -> None:
     shown = command(tmp_path, train__max_steps=2, train__learning_rate="1e-3").stdout
     assert "\x1b" not in shown and "\r" not in shown
