@@ -185,8 +185,8 @@ class MELConfig(GRPOConfig):
     )
     share_prompts: bool | None = _option(
         None,
-        "Compute a prompt's tokens once for all its completions in a forward/backward pass, and pad no row. Same "
-        "gradient. None: on CPUs, for models with full attention and no dropout.",
+        "Compute a prompt's tokens once for all its completions, and pad no row, in forward/backward passes and in "
+        "transformers' sampling. Same result. None: on CPUs, for models with full attention and no dropout.",
     )
     merge_to_sample: bool | None = _option(
         None,

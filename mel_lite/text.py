@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -29,6 +29,14 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def shorten(text: str, limit: int = 80) -> str:
     """Return `text`, or its start and `...` when it has more than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of leading token ids that `a` and `b` share: max n with a[:n] == b[:n]."""
+    for n, (id_a, id_b) in enumerate(zip(a, b, strict=False)):
+        if id_a != id_b:
+            return n
+    return min(len(a), len(b))
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from mel_lite.engines.base import Completion, Sampling
+from mel_lite.engines.buckets import BucketedCache
 from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.types import Finish
 
@@ -35,7 +36,7 @@ def decode(
 ) -> list[Completion]:
     """Sample a completion of every row, up to and including one of `ends` and within the row's own limit.
 
-    `cache` holds keys and values of all prompt tokens but the last.
+    `cache` holds keys and values of all prompt tokens but the last: transformers' cache, or a `BucketedCache`.
     """
     rows_B = torch.arange(len(ids_BP), device=ids_BP.device)
     end_E = torch.tensor(list(ends), dtype=torch.long, device=ids_BP.device)
@@ -48,10 +49,8 @@ def decode(
     for position in range(max(each.max_new_tokens for each in samplings)):
         logits_BV = model(
             input_ids=ids_BT[:, -1:],
-            attention_mask=mask_BT,
             position_ids=mask_BT.sum(dim=1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
+            **_attending(cache, mask_BT),
         ).logits[:, -1].float()  # fmt: skip
         choice_B, logp_B = sampler.draw(ids_BT, logits_BV, position, rows_B)
         drawn = zip(rows_B.tolist(), is_open_B.tolist(), choice_B.tolist(), logp_B.tolist(), strict=True)
@@ -76,6 +75,13 @@ def decode(
         completion(ids, logps, ends, otherwise=Finish.ENDED if row in given_up else Finish.LENGTH)
         for row, (ids, logps) in enumerate(zip(sampled, logprobs, strict=True))
     ]
+
+
+def _attending(cache: Any, mask_BT: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments of a forward that say what the next token of each row attends to."""
+    if isinstance(cache, BucketedCache):
+        return cache.next_token()
+    return {"attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
 
 
 def _hopeless(rows: Sequence[int], sampled: Sequence[list[int]], samplings: Sequence[Sampling]) -> set[int]:

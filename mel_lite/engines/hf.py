@@ -16,10 +16,12 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.engines.buckets import BucketedCache, prefill_buckets, why_not_bucketed
 from mel_lite.engines.decode import completion, decode, with_room
 from mel_lite.engines.merged import WORTH_TOKENS, merged, why_not_merged
 from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.errors import EngineError
+from mel_lite.models.attention import sharing_prompts
 from mel_lite.models.modes import evaluating
 
 
@@ -43,6 +45,8 @@ class HFEngine(Engine):
         shares_prefill: prefill equal prompts of a batch once, with the backbone alone, and let finished sequences leave
             the batch. False: sample with `model.generate`.
         merges_adapter: says before each call if a copy of the weights with the adapter in it may sample (`merged`).
+        buckets: says before each call if sequences of unequal length are sampled without padding, where
+            `why_not_bucketed` finds nothing against it; None = on CPUs.
     """
 
     name = "hf"
@@ -60,12 +64,16 @@ class HFEngine(Engine):
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         shares_prefill: bool = True,
         merges_adapter: Callable[[], bool] = lambda: True,
+        buckets: Callable[[], bool] | None = None,
     ) -> None:
         assert max_concurrent >= 1
         self._unwrap = unwrap or (lambda: nullcontext(model))
         self._autocast = autocast
         self._shares_prefill = shares_prefill
         self._merges_adapter = merges_adapter
+        self._buckets = buckets
+        self._can_bucket: bool | None = None if shares_prefill else False
+        """True if `why_not_bucketed` finds nothing; None = not asked yet."""
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_concurrent = max_concurrent
@@ -144,6 +152,28 @@ class HFEngine(Engine):
         return batches
 
     def _generate_batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        causal = _causal(model)
+        if max(len(each.prompt_ids) for each in requests) < 2 or not self._in_buckets(causal):
+            return self._sample(model, requests, sampling)
+        longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        requests = [requests[i] for i in longest_first]
+        with sharing_prompts(causal):
+            cache = prefill_buckets(causal, [each.prompt_ids for each in requests])
+            completions = self._sample(model, requests, sampling, cache)
+        done = dict(zip(longest_first, completions, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    def _in_buckets(self, causal: Any) -> bool:
+        """Return True when sequences of unequal length are sampled without padding."""
+        if not (causal.device.type == "cpu" if self._buckets is None else self._buckets()):
+            return False
+        if self._can_bucket is None:
+            self._can_bucket = why_not_bucketed(causal) is None
+        return self._can_bucket
+
+    def _sample(
+        self, model: Any, requests: Sequence[Request], sampling: Sampling, cache: BucketedCache | None = None
+    ) -> list[Completion]:
         prompts = {request.prompt_ids: row for row, request in reversed(list(enumerate(requests)))}
         firsts = sorted(prompts.values())
         source = torch.tensor([firsts.index(prompts[request.prompt_ids]) for request in requests])
@@ -159,9 +189,9 @@ class HFEngine(Engine):
         samplings = [request.options(sampling) for request in requests]
         sampler = SeededSampler([r.seed for r in requests], prompt_tokens, samplings, device, self._saw)
         ends = [] if sampling.ignore_eos else self._eos_ids
-        cache = _prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None
-        if cache is not None:
-            return decode(model, cache, ids_UP[source], mask_UP[source], sampler, ends=ends, samplings=samplings)
+        states = cache or (_prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None)
+        if states is not None:
+            return decode(model, states, ids_UP[source], mask_UP[source], sampler, ends=ends, samplings=samplings)
         limits = [each.max_new_tokens for each in samplings]
         config = GenerationConfig(
             max_new_tokens=max(limits),
@@ -195,6 +225,10 @@ class _RowLimits(StoppingCriteria):
         return input_ids.shape[1] >= self._length_B
 
 
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _new_tokens(requests: Sequence[Request], rows: Sequence[int], sampling: Sampling) -> int:
     """Return the most tokens that one of these requests may get."""
     return max(requests[i].options(sampling).max_new_tokens for i in rows)
@@ -213,7 +247,7 @@ def _prefill(model: Any, ids_UP: torch.Tensor, mask_UP: torch.Tensor, source: to
         devices.
     Returns: None if the model keeps another kind of state.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     cache = DynamicCache(config=causal.config.get_text_config(decoder=True))
     # Subclasses of these layers keep further states, which selecting rows does not select.
     known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)

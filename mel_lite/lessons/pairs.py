@@ -8,17 +8,10 @@ from itertools import product
 
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.seeds import seed_for
+from mel_lite.text import common_prefix_tokens
 from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout, Verdict
 
 ALL_PAIRS = -1
-
-
-def common_prefix_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the number of leading token ids that `a` and `b` share: max n with a[:n] == b[:n]."""
-    for n, (id_a, id_b) in enumerate(zip(a, b, strict=False)):
-        if id_a != id_b:
-            return n
-    return min(len(a), len(b))
 
 
 def fork_token(group: Group, rollout: Rollout) -> int:

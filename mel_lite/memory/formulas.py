@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.errors import ModelError
-from mel_lite.memory.blocks import blocks_of
+from mel_lite.models.blocks import blocks_of
 from mel_lite.models.origin import DEMO
 
 MIB, GIB = 2**20, 2**30

@@ -8,9 +8,9 @@ from typing import Any
 
 from mel_lite.memory import formulas
 from mel_lite.memory import vllm as vllm_memory
-from mel_lite.memory.blocks import blocks_of
 from mel_lite.memory.formulas import CONTEXT_BYTES
 from mel_lite.memory.workload import Part, Workload
+from mel_lite.models.blocks import blocks_of
 
 
 @dataclass(frozen=True, slots=True)

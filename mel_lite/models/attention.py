@@ -5,13 +5,18 @@ a long sequence. With keys and values repeated for every query head, the memory-
 sampled token, the repetition would copy the whole cache. There, the query heads of a key head become its queries.
 
 Both of our attentions also take several sequences as one flat sequence of T tokens, in which completions share the
-tokens of their prompt (`SharedPrompts`).
+tokens of their prompt (`SharedPrompts`), and one token of each sequence of a batch with keys and values that are kept
+elsewhere (`bucketed_cache`, see `engines/buckets.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from mel_lite.models.blocks import group_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +73,81 @@ def register() -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def lay_out(
+    roots: Sequence[torch.Tensor], branches: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]]
+) -> SharedPrompts:
+    """Return the `SharedPrompts` of sequences without a prompt, and of prompts with their continuations.
+
+    Args: the positions of each in the flat sequence, which together are all of its positions, once each.
+    """
+    import torch
+
+    root_parts = [_padded([roots[i] for i in group]) for group in group_lengths([len(each) for each in roots])]
+    branch_parts = [
+        Branches(prompt_P, _padded([spans[i] for i in group]))
+        for prompt_P, spans in branches
+        for group in group_lengths([len(each) for each in spans])
+    ]
+    index = torch.cat([each.flatten() for each in [*root_parts, *(part.index_BC for part in branch_parts)]])
+    placed = (index >= 0).nonzero()[:, 0]
+    order_T = torch.empty_like(placed)
+    order_T[index[placed]] = placed
+    return SharedPrompts(
+        tuple(each.clamp(min=0) for each in root_parts),
+        tuple(Branches(part.prompt_P, part.index_BC.clamp(min=0)) for part in branch_parts),
+        order_T,
+    )
+
+
+def _padded(spans: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return spans as (B, C), padded to the longest with -1."""
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(spans), batch_first=True, padding_value=-1)
+
+
+def takes_shared_prompts(model: Any) -> bool:
+    """Return True when a model's attention is ours, or one that ours can replace."""
+    return model.config._attn_implementation in ("sdpa", NAME, SHARING_NAME)
+
+
 def let_prompts_be_shared(model: Any) -> bool:
     """Let a model's attention take `SharedPrompts`; return False when it is another one than SDPA or ours."""
-    current = model.config._attn_implementation
-    if current == "sdpa":
+    if model.config._attn_implementation == "sdpa":
         register()
         model.set_attn_implementation(SHARING_NAME)
-    return current in ("sdpa", NAME, SHARING_NAME)
+    return takes_shared_prompts(model)
+
+
+@contextmanager
+def sharing_prompts(model: Any) -> Iterator[None]:
+    """Let a model's attention take `SharedPrompts` inside the block. `takes_shared_prompts` must be true."""
+    before = model.config._attn_implementation
+    let_prompts_be_shared(model)
+    try:
+        yield
+    finally:
+        if before == "sdpa":
+            model.set_attn_implementation(before)
+
+
+def rounding_nats(model: Any) -> float:
+    """Return the largest difference of a log-prob that rounding explains."""
+    import torch
+
+    plain = {weight.dtype for weight in model.parameters()} == {torch.float32}
+    return 1e-3 if plain and not torch.is_autocast_enabled(model.device.type) else 0.25
+
+
+def why_not_full(config: Any) -> str | None:
+    """Return what in a model's config is not plain causal attention over all tokens, or None."""
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds == {"full_attention"} and (window is None or getattr(config, "layer_types", None)):
+        return None
+    other = ", ".join(sorted(kinds - {"full_attention"})) or f"a sliding window of {window} tokens"
+    return f"{config.model_type}, whose layers have {other}: only full attention can keep completions apart"
 
 
 def grouped_heads(
@@ -87,6 +160,7 @@ def grouped_heads(
     scaling: float | None = None,
     is_causal: bool | None = None,
     shared_prompts: SharedPrompts | None = None,
+    bucketed_cache: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute softmax(q k^T scale + mask) v for (B, heads, T, head_dim) queries. Keys and values may have fewer heads.
@@ -98,10 +172,12 @@ def grouped_heads(
 
     if shared_prompts is not None:
         return _shared(query, key, value, shared_prompts, dropout, scaling), None
+    if bucketed_cache is not None:
+        return bucketed_cache.attend(module.layer_idx, query, key, value, scaling), None
 
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     if _is_one_token(query, key, attention_mask):
-        return _one_token(query, key, value, attention_mask, dropout, scaling), None
+        return one_token(query, key, value, attention_mask, dropout, scaling), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     attended = F.scaled_dot_product_attention(
         query,
@@ -120,7 +196,7 @@ def _is_one_token(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.
     return query.shape[2] == 1 and query.shape[1] > key.shape[1] and not heads_apart
 
 
-def _one_token(
+def one_token(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -152,6 +228,7 @@ def sdpa_or_shared(
     dropout: float = 0.0,
     scaling: float | None = None,
     shared_prompts: SharedPrompts | None = None,
+    bucketed_cache: Any = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute transformers' SDPA; with `shared_prompts`, attention within a flat sequence (batch size 1)."""
@@ -159,8 +236,10 @@ def sdpa_or_shared(
 
     if shared_prompts is not None:
         return _shared(query, key, value, shared_prompts, dropout, scaling), None
+    if bucketed_cache is not None:
+        return bucketed_cache.attend(module.layer_idx, query, key, value, scaling), None
     if query.device.type == "cpu" and _is_one_token(query, key, attention_mask):
-        return _one_token(query, key, value, attention_mask, dropout, scaling), None
+        return one_token(query, key, value, attention_mask, dropout, scaling), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )  # fmt: skip

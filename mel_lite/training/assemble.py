@@ -296,6 +296,7 @@ def build_engine(trainer: Any) -> Engine:
         ),
         "autocast": trainer.accelerator.autocast,
         "merges_adapter": lambda: trainer.savings.merges_to_sample,
+        "buckets": lambda: trainer.savings.samples_in_buckets,
     }
     if trainer.sharding.fsdp or trainer.sharding.zero3:
         options["unwrap"] = trainer.sharding.whole

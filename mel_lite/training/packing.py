@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mel_lite.memory.blocks import group_lengths
+from mel_lite.models.blocks import group_lengths
 from mel_lite.types import Lesson
 
 IGNORE = -100

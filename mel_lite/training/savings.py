@@ -15,7 +15,7 @@ import torch
 from mel_lite.engines.merged import why_not_merged
 from mel_lite.engines.unsloth import is_unsloth
 from mel_lite.errors import ConfigError
-from mel_lite.models.attention import let_prompts_be_shared
+from mel_lite.models.attention import let_prompts_be_shared, rounding_nats, why_not_full
 from mel_lite.models.modes import evaluating
 from mel_lite.text import first_line
 from mel_lite.training.packing import Row, pack
@@ -24,8 +24,7 @@ from mel_lite.training.shared_prompts import pack_shared
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE_NATS, TOLERANCE_16_BIT_NATS = 1e-3, 0.25
-"""Largest difference of a log-prob that rounding explains, in float32 and with any other weight."""
+_IN_BUCKETS = "sample_in_buckets"
 
 
 class Savings:
@@ -34,7 +33,7 @@ class Savings:
     def __init__(self, trainer: Any) -> None:
         args = trainer.args
         names = ("skip_zero_advantage", "share_prompts", "merge_to_sample")
-        self._asked = {name: getattr(args, name) for name in names}
+        self._asked = {name: getattr(args, name) for name in names} | {_IN_BUCKETS: args.share_prompts}
         self._on = {name: self._asked[name] is not False for name in self._asked}
         if args.skip_zero_advantage is None:
             self._on["skip_zero_advantage"] = _can_skip(trainer)
@@ -43,6 +42,8 @@ class Savings:
             if problem is not None and args.share_prompts:
                 raise not_shared(problem)
             self._on["share_prompts"] = problem is None
+        if args.share_prompts is None:
+            self._on[_IN_BUCKETS] = trainer.accelerator.device.type == "cpu"
         if args.merge_to_sample and (problem := why_not_merged(trainer.model)) is not None:
             raise ConfigError(f"merge_to_sample=True with {problem}. Leave it unset to merge where it changes nothing.")
 
@@ -60,6 +61,11 @@ class Savings:
     def merges_to_sample(self) -> bool:
         """True when a copy of the weights with the adapter in it may sample."""
         return self._on["merge_to_sample"]
+
+    @property
+    def samples_in_buckets(self) -> bool:
+        """True when prompts may share their beginning, and sequences are not padded, while sampling."""
+        return self._on[_IN_BUCKETS]
 
     def state_dict(self) -> dict[str, Any]:
         return {"savings": dict(self._on)}
@@ -79,13 +85,9 @@ def not_shared(problem: str) -> ConfigError:
 
 def why_not_shared_by(config: Any, *, dropout: float) -> str | None:
     """Return what in a model's config or an adapter's dropout keeps prompts from being shared exactly, or None."""
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or (window is not None and not getattr(config, "layer_types", None)):
-        other = ", ".join(sorted(kinds - {"full_attention"})) or f"a sliding window of {window} tokens"
-        return f"{config.model_type}, whose layers have {other}: only full attention can keep completions apart"
-    if dropout or getattr(config, "attention_dropout", 0.0):
+    if (problem := why_not_full(config)) is not None:
+        return problem
+    if dropout or getattr(config.get_text_config(), "attention_dropout", 0.0):
         return "dropout: the completions of a prompt would share its random mask. Set the dropout to 0"
     return None
 
@@ -126,7 +128,6 @@ def _differs(model: Any) -> str | None:
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(model).__name__}: its forward takes no shared prompts ({first_line(error)})"
     worst = (torch.cat(padded) - torch.cat(shared)).abs().max().item()
-    plain = {weight.dtype for weight in model.parameters()} == {torch.float32}
-    if worst <= (TOLERANCE_NATS if plain else TOLERANCE_16_BIT_NATS):
+    if worst <= rounding_nats(model):
         return None
     return f"{type(model).__name__}: log-probs differ by {worst:.2g} nats from those of padded rows"

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mel_lite.memory.blocks import group_lengths
-from mel_lite.models.attention import Branches, SharedPrompts
+from mel_lite.models.attention import SharedPrompts, lay_out
 from mel_lite.training.packing import Packed, Row
 
 
@@ -98,7 +97,7 @@ def _block(rows: Sequence[Row]) -> FlatBlock:
     ids: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
     roots: list[torch.Tensor] = []
-    branches: list[Branches] = []
+    branches: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
     sources: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     first = 0
 
@@ -123,37 +122,17 @@ def _block(rows: Sequence[Row]) -> FlatBlock:
         own = [place(rows[i].ids[prompt:-1], prompt) for i in family]
         for i, placed in zip(family, own, strict=True):
             sources[i] = torch.cat([prompt_P[-1:], placed])[: rows[i].scored_tokens]
-        longer = [placed for placed in own if len(placed)]
-        branches += [Branches(prompt_P, index_BC) for index_BC in _padded(longer)]
+        branches.append((prompt_P, [placed for placed in own if len(placed)]))
     taught_N, teacher_KH = _teachers(rows)
     return FlatBlock(
         torch.cat(ids)[None],
         torch.cat(positions)[None],
-        _layout(_padded(roots), branches, first),
+        lay_out(roots, branches),
         torch.cat(sources),
         torch.cat([row.ids[len(row.ids) - row.scored_tokens :] for row in rows]),
         rows[0].temperature,
         taught_N,
         teacher_KH,
-    )
-
-
-def _padded(spans: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Group spans by length, each group (B, C) padded to its longest with -1."""
-    return [
-        torch.nn.utils.rnn.pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
-        for group in group_lengths([len(span) for span in spans])
-    ]
-
-
-def _layout(roots: Sequence[torch.Tensor], branches: Sequence[Branches], tokens: int) -> SharedPrompts:
-    index = torch.cat([each.flatten() for each in [*roots, *(branch.index_BC for branch in branches)]])
-    order_T = torch.empty(tokens, dtype=torch.long, device=index.device)
-    order_T[index[index >= 0]] = (index >= 0).nonzero()[:, 0]
-    return SharedPrompts(
-        tuple(each.clamp(min=0) for each in roots),
-        tuple(Branches(each.prompt_P, each.index_BC.clamp(min=0)) for each in branches),
-        order_T,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import FalconH1Config
 
-from mel_lite.engines import decode, hf
+from mel_lite.engines import buckets, decode, hf
 from mel_lite.engines import merged as merged_module
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -47,33 +47,38 @@ def test_completions_of_one_prompt_share_its_prefill(model: Any, monkeypatch: py
     watch = model.get_base_model().model.register_forward_pre_hook(
         lambda _module, _args, kwargs: forwards.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    shared = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
+    engine = HFEngine(model, eos_ids=[EOS], pad_id=PAD, buckets=lambda: False)
+    shared = engine.generate(requests, sampling)
     watch.remove()
     assert forwards[0] == (3, 6), "three prompts once each, without their last token"
     assert forwards[1] == (12, 1) and {tokens for _, tokens in forwards[1:]} == {1}
     monkeypatch.setattr(hf, "_prefill", lambda *_: None)
-    alone = HFEngine(model, eos_ids=[EOS], pad_id=PAD).generate(requests, sampling)
+    alone = engine.generate(requests, sampling)
     assert [c.ids for c in shared] == [c.ids for c in alone]
     for a, b in zip(shared, alone, strict=True):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_buckets", [False, True])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_finished_sequences_leave_the_batch_and_change_no_token(
-    model: Any, monkeypatch: pytest.MonkeyPatch, penalty: float
+    model: Any, monkeypatch: pytest.MonkeyPatch, penalty: float, in_buckets: bool
 ) -> None:
     """Ends are common tokens here, so that sequences stop at many lengths; room is so short that buffers grow."""
     monkeypatch.setattr(decode, "ROOM_TOKENS", 3)
+    monkeypatch.setattr(buckets, "ROOM_TOKENS", 3)
+    assert buckets.why_not_bucketed(model.get_base_model()) is None
+    monkeypatch.setattr(hf, "why_not_bucketed", lambda _: None)  # its forwards would be counted
     requests = [Request(tuple(range(10, 12 + 2 * (seed % 2))), seed) for seed in range(16)]
     sampling, ends = Sampling(20, temperature=1.5, repetition_penalty=penalty), list(range(2, 60))
     rows: list[int] = []
     watch = model.get_base_model().model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    left = HFEngine(model, eos_ids=ends, pad_id=PAD).generate(requests, sampling)
+    left = HFEngine(model, eos_ids=ends, pad_id=PAD, buckets=lambda: in_buckets).generate(requests, sampling)
     watch.remove()
     monkeypatch.setattr(hf, "_prefill", lambda *_: None)
-    stayed = HFEngine(model, eos_ids=ends, pad_id=PAD).generate(requests, sampling)
+    stayed = HFEngine(model, eos_ids=ends, pad_id=PAD, buckets=lambda: False).generate(requests, sampling)
     assert [(c.ids, c.finish) for c in left] == [(c.ids, c.finish) for c in stayed]
     for a, b in zip(left, stayed, strict=True):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoTokenizer
 
 from mel_lite.lessons.internalise import DrawnBatch
-from mel_lite.lessons.pairs import common_prefix_tokens
 from mel_lite.lessons.prompts import question_prompt, replay_prompt
+from mel_lite.text import common_prefix_tokens
 from mel_lite.types import Group, Rollout, Verdict
 from scripted import ScriptedEngine
 from tiny_models import save_tiny, set_lora

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from mel_lite.errors import ConfigError
 from mel_lite.lessons.internalise import get_internalisation
-from mel_lite.lessons.pairs import common_prefix_tokens
+from mel_lite.text import common_prefix_tokens
 from mel_lite.types import Verdict
 from scripted import ScriptedEngine
 from teaching import Caught, Rules, catch, note_of, shuffled_note, varied

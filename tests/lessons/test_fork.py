@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mel_lite.lessons.fork import Unit, find_fork, fork_tokens, mark_fork, token_range
-from mel_lite.lessons.pairs import common_prefix_tokens
+from mel_lite.text import common_prefix_tokens
 from mel_lite.types import Group, Pair, Rollout, Span, Verdict
 from tiny_models import tiny_tokenizer
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.pairs import common_prefix_tokens, select_pairs
+from mel_lite.lessons.pairs import select_pairs
+from mel_lite.text import common_prefix_tokens
 from mel_lite.types import Finish, Group, Pair, PairStrategy, Rollout, Verdict
 
 R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN

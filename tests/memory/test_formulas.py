@@ -17,7 +17,7 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import ModelError
 from mel_lite.memory import formulas
-from mel_lite.memory.blocks import blocks_of
+from mel_lite.models.blocks import blocks_of
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score

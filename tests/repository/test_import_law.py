@@ -45,7 +45,8 @@ ONE_ROOM = {
 HEAVY = (*ONE_ROOM, *"torch transformers trl peft accelerate datasets bitsandbytes pandas pyarrow".split())
 
 NOT_LIGHT = frozenset("kernels config option_checks evaluate training resilience trainer".split()) | frozenset(
-    """engines.decode engines.hf engines.merged engines.seeded_sampler engines.unsloth engines.vllm export.merge
+    """engines.buckets engines.decode engines.hf engines.merged engines.seeded_sampler engines.unsloth engines.vllm
+    export.merge
     run.train run.progress run.load_model run.finish run.bench_step run.operations
     run.probe.run run.probe.gradients run.probe.lessons run.probe.measure report.browser
     run.tasks run.evaluations

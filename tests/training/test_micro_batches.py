@@ -243,25 +243,27 @@ def test_completions_that_share_their_prompt_have_the_same_gradient(
 
 
 def test_savings_are_on_where_they_are_exact(tmp_path: Path) -> None:
-    def on(**options: Any) -> tuple[bool, bool]:
+    def on(**options: Any) -> tuple[bool, bool, bool]:
         savings = by_default(tmp_path, **options).savings
-        return savings.skips_zero_advantage, savings.shares_prompts
+        return savings.skips_zero_advantage, savings.shares_prompts, savings.samples_in_buckets
 
-    assert on() == (True, True)
-    assert on(beta=0.1) == (False, True)
-    assert on(top_entropy_quantile=0.5) == (False, True)
-    assert on(**PADDED) == (False, False)
+    assert on() == (True, True, True)
+    assert on(beta=0.1) == (False, True, True)
+    assert on(top_entropy_quantile=0.5) == (False, True, True)
+    assert on(**PADDED) == (False, False, False)
 
 
 def test_a_resumed_run_keeps_the_savings_it_began_with(tmp_path: Path) -> None:
     trainer = by_default(tmp_path)
     state = trainer.savings.state_dict()
-    assert state == {"savings": {"skip_zero_advantage": True, "share_prompts": True, "merge_to_sample": True}}
+    names = "skip_zero_advantage", "share_prompts", "merge_to_sample", "sample_in_buckets"
+    assert state == {"savings": dict.fromkeys(names, True)}
     trainer.savings.load_state_dict(state)
+    assert trainer.savings.samples_in_buckets
     assert trainer.savings.shares_prompts and trainer.savings.skips_zero_advantage and trainer.savings.merges_to_sample
     trainer.savings.load_state_dict({})  # a run of an older release
     assert not trainer.savings.shares_prompts and not trainer.savings.skips_zero_advantage
-    assert not trainer.savings.merges_to_sample
+    assert not trainer.savings.merges_to_sample and not trainer.savings.samples_in_buckets
     asked = build_trainer(tmp_path, share_prompts=True)
     asked.savings.load_state_dict({})
     assert asked.savings.shares_prompts, "an option that is set wins"
