@@ -149,13 +149,12 @@ class MELConfig(GRPOConfig):
     )
     bank_limit: int = _option(8, "Maximum lessons of the bank per question.")
     bank_teach_from: float = _option(0.5, "Least score of a lesson that teaches. One kept meta-experience gives 1.")
-    bank_retire_below: float = _option(
-        0.0, "Score below which a lesson is retired: it is no longer re-examined, until the same rule is kept again."
+    bank_retire_below: float = _option(0.0, "Score below which a lesson is retired, until the same rule is kept again.")
+    bank_settled: float | None = _option(
+        1.0, "Write no lesson for a question when lessons of score 1 and above mention this share of its words."
     )
     bank_settled_nats: float | None = _option(
-        2.0,
-        "With a bank, write no lesson for a pair when the policy, with the bank's lessons in its prompt, prefers the "
-        "right solution's token at the fork to the wrong one's by at least this log ratio. None: always write.",
+        2.0, "Write no lesson for a pair when the bank's notes make the right token at its fork likelier by this ratio."
     )
     engine_url: str | None = _option(
         None,

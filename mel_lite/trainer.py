@@ -32,7 +32,7 @@ from mel_lite import signals
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
-from mel_lite.lessons.bank.updates import Ranks, open_forks, update_bank
+from mel_lite.lessons.bank.updates import Ranks, open_forks, unsettled, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
     LessonShare,
@@ -259,9 +259,8 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
         args, batch, step = self.args, self._batch, self.state.global_step
         rank, world, pairs = self.accelerator.process_index, self.accelerator.num_processes, []
         if self.internalisation.writes_lessons:
-            pairs = select_pairs(
-                groups, per_group=args.pairs_per_group, strategy=args.pair_strategy, run_seed=args.seed, step=batch
-            )
+            asked, each, how = unsettled(self.bank, groups), args.pairs_per_group, args.pair_strategy
+            pairs = select_pairs(asked, per_group=each, strategy=how, run_seed=args.seed, step=batch)
         if self.bank is not None:
             ranks = Ranks(rank, world, gather_object)
             with self.clock("forks"):

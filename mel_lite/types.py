@@ -127,6 +127,7 @@ class BankOptions:
     teach_from: float = 0.5
     retire_below: float = 0.0
     limit: int = 8
+    settled: float | None = 1.0
     settled_nats: float | None = 2.0
 
     def __post_init__(self) -> None:
@@ -134,18 +135,16 @@ class BankOptions:
         for name in ("size", "limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"bank_{name}={getattr(self, name)} must be at least 1. Raise bank_{name}.")
-        for name in ("teach_from", "retire_below"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"bank_{name}={getattr(self, name)} is no finite number. Set bank_{name} to one.")
+        for name, value in (("teach_from", self.teach_from), ("retire_below", self.retire_below)):
+            if not math.isfinite(value):
+                raise ConfigError(f"bank_{name}={value} is no finite number. Set bank_{name} to one.")
         if self.retire_below > self.teach_from:
-            raise ConfigError(
-                f"bank_retire_below={self.retire_below} is above bank_teach_from={self.teach_from}: a lesson would be "
-                "retired while it teaches. Lower bank_retire_below."
-            )
+            problem = f"bank_retire_below={self.retire_below} is above bank_teach_from={self.teach_from}"
+            raise ConfigError(f"{problem}: a lesson would be retired while it teaches. Lower bank_retire_below.")
+        if self.settled is not None and not 0 < self.settled <= 1:
+            raise ConfigError(f"bank_settled={self.settled} must be a share in (0, 1], or null to ignore words.")
         if self.settled_nats is not None and not self.settled_nats > 0:
-            raise ConfigError(
-                f"bank_settled_nats={self.settled_nats} must be above 0, or null to write a lesson for every pair."
-            )
+            raise ConfigError(f"bank_settled_nats={self.settled_nats} must be above 0, or null to ignore forks.")
 
 
 Message = dict[str, Any]

@@ -82,13 +82,9 @@ def changes(began: Recipe, now: Recipe) -> list[Change]:
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a section under their current names, without those that are gone."""
-    old_names, gone = {"mel_train_on": "internalisation"}, ("bank_settled",)
-    return {
-        old_names.get(name, name): value
-        for name, value in options.items()
-        if name not in gone and (name not in old_names or value)
-    }
+    """Return the options of a section under their current names."""
+    old_names = {"mel_train_on": "internalisation"}
+    return {old_names.get(name, name): value for name, value in options.items() if name not in old_names or value}
 
 
 def _number(value: Any) -> Any:

@@ -50,7 +50,7 @@ class LiveDisplay(TrainerCallback):
         self._evaluated_s = 0.0
         """Seconds of evaluations within the current step."""
         self._memory = ""
-        self._update = PhaseEnd("update", 0.0, 0, 0)
+        self._update_so_far = PhaseEnd("update", 0.0, 0, 0)
         """The passes of the current step's update so far: a step has one per micro-batch, and a file one line."""
         self._clock.on_end = self._phase_ended
 
@@ -64,8 +64,8 @@ class LiveDisplay(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds_s = time.monotonic() - self._step_began_s - self._evaluated_s
         self._outlook.step_ended(seconds_s, self._generated() - self._tokens_before)
-        self._say(self._update)
-        self._update = PhaseEnd("update", 0.0, 0, 0)
+        self._say(self._update_so_far)
+        self._update_so_far = PhaseEnd("update", 0.0, 0, 0)
         self._begin_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -129,9 +129,9 @@ class LiveDisplay(TrainerCallback):
         self._outlook.phase_ended(phase.name, phase.seconds_s)
         memory_gib = peak_metrics().get("mel/peak_memory_gib")
         self._memory = "" if memory_gib is None else f"peak {memory_gib:.1f} GiB"
-        if phase.name == self._update.name:
-            sums = self._update.seconds_s + phase.seconds_s, self._update.parts + phase.parts
-            self._update = PhaseEnd(phase.name, *sums, 0)
+        if phase.name == self._update_so_far.name:
+            sums = self._update_so_far.seconds_s + phase.seconds_s, self._update_so_far.parts + phase.parts
+            self._update_so_far = PhaseEnd(phase.name, *sums, 0)
         else:
             self._say(phase)
 

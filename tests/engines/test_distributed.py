@@ -183,8 +183,8 @@ def test_two_processes_keep_the_bank_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_tiny(tmp_path / name / "base")
     options = EXACT | {
-        "internalisation": "distill", "internalisation_options": {"form": "sampled"}, "bank_settled_nats": None,
-        "grad_norm_every": 0, "max_steps": 4,
+        "internalisation": "distill", "internalisation_options": {"form": "sampled"}, "bank_settled": None,
+        "bank_settled_nats": None, "grad_norm_every": 0, "max_steps": 4,
     }  # fmt: skip
     run_alone(tmp_path / "one", options | {"per_device_train_batch_size": 8})
     halved = options | {"per_device_train_batch_size": 4}

@@ -1,4 +1,4 @@
-"""The lesson bank: scores, retirement, rivals, the cap, and its state."""
+"""The lesson bank: scores, retirement, rivals, the cap, what is settled, and its state."""
 
 from __future__ import annotations
 
@@ -140,6 +140,27 @@ def test_the_cap_drops_the_lowest_score_then_the_oldest() -> None:
     assert ids(bank.lessons) == [1, 2, 6], "a dropped rule can be learned anew"
 
 
+def test_a_question_is_settled_when_known_rules_name_all_its_words() -> None:
+    bank = bank_of(("zap", "from"), ("dax", "add"))
+    assert bank.settled("1 zap 2 dax 3?") and bank.settled("1 zap 2?")
+    assert not bank.settled("1 zap 2 lor 3?"), "lor has no rule"
+    assert not bank.settled("12?"), "there is no word to know"
+    bank.reexamine([(2, -0.25)])
+    assert bank.retrieve("1 dax 3?") and not bank.settled("1 zap 2 dax 3?"), "a rule below 1 is written again"
+    half = bank_of(("zap", "from"), settled=0.5)
+    assert half.settled("1 zap 2 lor 3?") and not half.settled("1 zap 2 lor 3 bli 4?")
+    assert not bank_of(("zap", "from"), settled=None).settled("1 zap 2?")
+
+
+def test_words_of_an_instruction_need_no_rule() -> None:
+    bank, task = LessonBank(BankOptions()), "Write one step per line, then Answer."
+    for id_, op in enumerate(("zap", "dax", "lor"), start=1):
+        assert not bank.settled(f"What is 1 zap 2? {task}"), "fewer than three questions do not show an instruction"
+        bank.add(id_, kept(f"- If a line has {op}, then {op} adds.", f"What is 3 {op} 7? {task}"))
+    assert bank.settled(f"What is 1 zap 2 dax 3? {task}") and not bank.settled(f"What is 1 zap 2 wix 3? {task}")
+    assert not bank.settled(f"What is 1 zap 2? {task} Hurry."), "not a word of every question"
+
+
 def test_the_state_restores_an_equal_bank_that_continues_alike() -> None:
     bank = bank_of(("zap", "from"), ("zap", "add"), ("dax", "add"), size=4)
     bank.reexamine([(1, 0.1), (1, 0.2), (2, -1.0), (2, -0.7), (3, 0.3)])
@@ -217,6 +238,7 @@ def test_an_empty_rule_is_no_lesson() -> None:
         ({"limit": -1}, "bank_limit=-1 must be at least 1"),
         ({"teach_from": float("nan")}, "bank_teach_from=nan is no finite number"),
         ({"retire_below": 0.75}, "bank_retire_below=0.75 is above bank_teach_from=0.5: .* Lower bank_retire_below"),
+        ({"settled": 0.0}, r"bank_settled=0.0 must be a share in \(0, 1\], or null"),
         ({"settled_nats": 0.0}, "bank_settled_nats=0.0 must be above 0, or null"),
         ({"retrieval": "lexcal"}, "bank_retrieval='lexcal' is unknown. Did you mean 'lexical'"),
         ({"retrieval": "no_such:thing"}, "bank_retrieval = 'no_such:thing': importing 'no_such' failed"),
@@ -232,6 +254,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, object], messag
     ("options", "message"),
     [
         ({"bank_size": 0}, "bank_size=0 must be at least 1"),
+        ({"bank_settled": 1.5}, r"bank_settled=1.5 must be a share in \(0, 1\]"),
         ({"bank_settled_nats": -1.0}, "bank_settled_nats=-1.0 must be above 0, or null"),
         ({"algorithm": "grpo", "lessons_from": "run"}, "lessons_from='run' with algorithm='grpo', which uses no less"),
     ],
@@ -242,7 +265,7 @@ def test_a_config_refuses_them_too(tmp_path: Path, options: dict[str, Any], mess
 
 
 def test_the_bank_of_a_config_has_its_options(tmp_path: Path) -> None:
-    options = {"size": 3, "retrieval": "a.b", "limit": 2, "teach_from": 0.75, "retire_below": -1.0, "settled_nats": 3.0}
+    options = {"size": 3, "retrieval": "a.b", "limit": 2, "teach_from": 0.75, "retire_below": -1.0, "settled": 0.5}
     named = {f"bank_{name}": value for name, value in options.items()}
     assert MELConfig(str(tmp_path), use_cpu=True, bf16=False, **named).bank_options == BankOptions(**options)
     assert MELConfig(str(tmp_path), use_cpu=True, bf16=False).bank_options == BankOptions()

@@ -40,7 +40,7 @@ def with_bank(folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "internalisation": "distill", "internalisation_options": {"form": "sampled", "context": "bank"},
         "engine": ScriptedEngine(tiny_tokenizer(), analysis=varied), "max_steps": 4, "save_strategy": "steps",
-        "save_steps": 1, "bank_settled_nats": None, "lr_scheduler_type": "constant",
+        "save_steps": 1, "bank_settled": None, "bank_settled_nats": None, "lr_scheduler_type": "constant",
     }  # fmt: skip
     return build(folder, **defaults | options)
 
@@ -136,6 +136,20 @@ def test_a_run_resumed_in_another_folder_keeps_its_lessons(tmp_path: Path) -> No
     new = [lesson for lesson in moved.bank.lessons if lesson.id > 0 and lesson.heuristic not in old]
     assert all(rows[lesson.id] == lesson.heuristic for lesson in new)
     assert len({lesson.id for lesson in moved.bank.lessons}) == len(moved.bank)
+
+
+def test_no_lesson_is_written_for_a_settled_question(tmp_path: Path) -> None:
+    options = {"max_steps": 1, "lessons_from": str(earlier(tmp_path))}
+    settled = with_bank(tmp_path / "a", bank_settled=1.0, **options)
+    settled.train()
+    assert settled.store.list() == [] and settled.bank.lessons[0].votes > 9
+    (row,) = step_log(tmp_path / "a" / "run")
+    assert row["mel/bank_settled_groups"] == 2 and row["mel/pairs"] == 0
+    always = with_bank(tmp_path / "b", **options)
+    always.train()
+    assert always.store.list() != []
+    (row,) = step_log(tmp_path / "b" / "run")
+    assert row["mel/bank_settled_groups"] == 0 and row["mel/pairs"] > 0
 
 
 def fork_preferences(trainer: Any, pairs: Sequence[Pair], notes: str) -> list[float]:
@@ -234,7 +248,8 @@ def test_without_a_use_for_it_there_is_no_bank(tmp_path: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bank(tmp_path: Path) -> None:
     options = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "internalisation": "distill",
-        "internalisation_options": {"form": "sampled", "context": "bank"}, "bank_settled_nats": None,
+        "internalisation_options": {"form": "sampled", "context": "bank"}, "bank_settled": None,
+        "bank_settled_nats": None,
     }  # fmt: skip
     with farm() as runs:
         assert runs.run(tmp_path / "whole", **options) == 0, (tmp_path / "whole" / "output.txt").read_text()

@@ -19,10 +19,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mel_lite.errors import ConfigError
-from mel_lite.lessons.bank.retrieval import get_retrieval
+from mel_lite.lessons.bank.retrieval import get_retrieval, words
 from mel_lite.models.chat import question_text
 from mel_lite.types import BankLesson, BankOptions, Experience, Group
 
+SETTLED_SCORE = 1.0
+"""Score from which a lesson counts as known: that of one lesson that was kept and never contradicted."""
+LEAST_QUESTIONS = 3
+"""Questions whose shared words are those of an instruction."""
 _STATE = "lesson_bank"
 _BULLET = re.compile(r"^\s*(?:[-*+\u2022]|\d+[.)])\s+")
 _CONDITION = re.compile(r"\b(?:if|when|whenever|once|while|before|after|unless)\b(.+?)(?:,|\bthen\b)", re.I)
@@ -73,6 +77,28 @@ class LessonBank:
             if condition and (condition not in best or lesson.score > best[condition].score):
                 best[condition] = lesson
         return [each for each in found if best.get(_conditions(each.heuristic), each) is each]
+
+    def settled(self, question: str) -> bool:
+        """Return True when no lesson need be written for this question.
+
+        True when matching lessons of score `SETTLED_SCORE` and above mention at least the share `settled` of the
+        question's distinct words (`retrieval.words`). Words of an instruction, which are in the question of every
+        lesson and in no rule, do not count. Always False when that option is None.
+        """
+        share = self.options.settled
+        asked = set(words(question)) - self._instruction() if share is not None else set()
+        if share is None or not asked:
+            return False
+        known = [lesson.heuristic for lesson in self.matching(question) if lesson.score >= SETTLED_SCORE]
+        covered = asked & set(words("\n".join(known)))
+        return len(covered) >= share * len(asked)
+
+    def _instruction(self) -> set[str]:
+        """Return the words that all lessons' questions have and no rule mentions; none for fewer than three lessons."""
+        questions = [set(words(lesson.question_text)) for lesson in self._lessons.values()]
+        if len(questions) < LEAST_QUESTIONS:
+            return set()
+        return set.intersection(*questions).difference(*(words(each.heuristic) for each in self._lessons.values()))
 
     def _checked(self, found: Any) -> list[BankLesson]:
         """Return what the retrieval found, without repetitions. Raises: ConfigError for anything but active lessons."""

@@ -1,7 +1,7 @@
 """Use and update a lesson bank in training.
 
-Pairs whose fork the bank settles get no lesson. Mixed groups examine the lessons that match them, and then the kept
-lessons of the batch enter.
+Questions and forks that the bank settles get no lesson. Mixed groups examine the lessons that match them, and then the
+kept lessons of the batch enter.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Ranks:
     world: int
     gather: Callable[[list[Any]], list[Any]]
     """Concatenates the lists of all ranks."""
+
+
+def unsettled(bank: LessonBank | None, groups: Sequence[Group]) -> list[Group]:
+    """Return the groups that lessons are written for: all, or with a bank those whose questions are not settled."""
+    return [group for group in groups if bank is None or not bank.settled(question_text(group.prompt))]
 
 
 def open_forks(bank: LessonBank, pairs: Sequence[Pair], context: LessonContext, ranks: Ranks) -> tuple[list[Pair], int]:
@@ -76,11 +81,15 @@ def update_bank(bank: LessonBank, drawn: DrawnBatch, ranks: Ranks) -> dict[str, 
     In that order, since a lesson was validated by the very group it was drawn from. Every rank scores its share of the
     examinations and gets all results, so that all banks stay equal.
     """
+    settled = len(drawn.groups) - len(unsettled(bank, drawn.groups))
     shifts = spread(partial(score_shifts, context=drawn.context), ranks)
     examinations = examine(bank, drawn.groups, shifts)
     for row_id, experience in drawn.kept:
         bank.add(row_id, experience)
-    return bank.metrics(drawn.groups) | {"mel/bank_examinations": float(examinations)}
+    return bank.metrics(drawn.groups) | {
+        "mel/bank_settled_groups": float(settled),
+        "mel/bank_examinations": float(examinations),
+    }
 
 
 def spread(shifts: Shifts, ranks: Ranks) -> Shifts:
@@ -94,4 +103,4 @@ def spread(shifts: Shifts, ranks: Ranks) -> Shifts:
     return shared
 
 
-__all__ = ["Ranks", "open_forks", "spread", "update_bank"]
+__all__ = ["Ranks", "open_forks", "spread", "unsettled", "update_bank"]
