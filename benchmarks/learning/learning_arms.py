@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bank-unsigned": distill("bank", sign=False),
     "bank-frozen": distill("bank", 0.3, **FROZEN),
     "bank-forks": distill("bank", 0.3, **FROZEN) | FORKS,
-    "bank-open": distill("bank", 0.3, **FROZEN) | FORKS | {"bank_settled_nats": 2.0},
+    "bank-open": distill("bank", 0.3, **FROZEN) | FORKS | {"bank_settled_nats": 1.0},
     "bank-kept": distill("bank", 0.3, **FROZEN) | FORKS,
     "bank-kept-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN) | FORKS,
     "bank-frozen-signed": distill("bank", 0.3, **FROZEN | {"sign": True}),
