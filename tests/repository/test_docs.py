@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import pkgutil
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,9 @@ import typer.main
 from click import Context
 
 from mel_lite.cli.main import app
-from tiny_models import save_tiny
+from mel_lite.templates import render
+from mel_lite.verifiers import get_verifier
+from tiny_models import save_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,6 +199,30 @@ def test_the_architecture_page_lists_every_method_of_trl_that_is_overridden() ->
     assert {name: sorted(methods) for name, methods in listed.items()} == {
         name: sorted(methods) for name, methods in overrides().items()
     }
+
+
+def test_every_name_on_the_api_page_can_be_imported() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    names = [re.sub("^kernels", "mel_lite.kernels", name) for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
+    found = {name: pkgutil.resolve_name(name) for name in names}
+    assert found["mel_lite.verifiers.get_verifier"] is get_verifier and found["mel_lite.templates.render"] is render
+    assert len(found) > 20 and all(getattr(each, "__doc__", None) for each in found.values())
+
+
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [
+        ("docs/tasks.md", "right wrong\n"),
+        ("docs/prompts.md", "<|im_start|>user\nWhat is 3 plus 2?<|im_end|>\n<|im_start|>assistant\n\n"),
+    ],
+)
+def test_scripts_without_a_trainer_print_what_the_page_says(
+    page: str, printed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: tiny_tokenizer())
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.M)
+    exec(compile(block, page, "exec"), {})
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "types errors deferred files gpus imports intervals seeds signals text trl_compat kernels",
-        "models data verify config option_checks",
+        "models data verify verifiers config option_checks",
         "engines recipe",
-        "lessons evaluate memory",
+        "lessons templates evaluate memory",
         "training",
         "resilience report warmup hub export",
         "trainer",
