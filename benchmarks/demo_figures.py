@@ -1,9 +1,10 @@
-"""Figures of the 135M demo: its warm start before any RL, from results/demo-warmup.json and demo-warmup-test.json."""
+"""Figures of the 135M demo: its warm start before any RL (results/demo-warmup*.json), and its arms."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,26 @@ def warmup() -> str:
     ]
     shown = [(words, f"{found[key]:.0%}") for words, key in rows] + _uplifts(reports)
     return "\n".join(["| figure | value |", "|---|---|", *(f"| {words} | {value} |" for words, value in shown)])
+
+
+def arms() -> str:
+    """Return the demo's arms after training, each against GRPO, paired by seed and task."""
+    report = _read("learning/demo")
+    if report is None:
+        return NOT_RUN
+    starts = [report["runs"][name]["before"] for name in report["arms"][0]["folders"]]
+    lines = [
+        "| arm | steps | generated tokens | train time, s | Avg@4 | by seed | minus GRPO, points | seeds ahead |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| start | | | | {statistics.mean(starts):.1%} | {', '.join(f'{each:.1%}' for each in starts)} | | |",
+    ]
+    for arm in report["arms"]:
+        after = Estimate(**arm["after"]["avg_at_k"])
+        against = ["", ""]
+        if arm["difference"]:
+            shift = Estimate(**arm["difference"]["avg_at_k"]).as_points()
+            against = [shift, f"{arm['seeds_ahead']} of {arm['paired_seeds']}"]
+        each = ", ".join(f"{report['runs'][name]['after']:.1%}" for name in arm["folders"])
+        figures = f"{arm['steps']:.0f} | {arm['tokens']:,.0f} | {arm['seconds']:.0f} | {after.value:.1%} | {each}"
+        lines.append(f"| `{arm['name']}` | {figures} | {' | '.join(against)} |")
+    return "\n".join(lines)

@@ -167,6 +167,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval,
     "peer-suite": peer_suite,
     "demo-warmup": demo_figures.warmup,
+    "demo-arms": demo_figures.arms,
     "learning-top": learning_figures.top,
     "learning-summary": learning_figures.summary,
     "learning-subject": learning_figures.subject,
