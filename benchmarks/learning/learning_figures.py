@@ -14,7 +14,7 @@ from mel_lite.report.statistics import Estimate, interval, measures
 
 RUNS = Path(__file__).resolve().parents[1] / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
-WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-kept")
+WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-open", "bank-kept")
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
 NOT_RUN = "Not run yet."
 EARLIER = ("first", "second")
@@ -35,6 +35,7 @@ MEANINGS = {
     "bank-frozen": "distill with all matching lessons, read by the start policy, where they change its mind",
     "bank-frozen-shuffled": "control: the same with the lessons of another question",
     "bank-forks": "`bank-frozen` with up to four lessons per group, one for every place where its rollouts part",
+    "bank-open": "`bank-forks` without lessons for forks that its notes settle",
     "bank-kept": "`bank-forks` that starts with the lessons of an earlier run, whose tokens are not counted",
     "bank-kept-shuffled": "control: `bank-kept` with the lessons of another question",
     "bank-shuffled": "control: `bank` with the lessons of another question",
