@@ -189,8 +189,8 @@ class MELConfig(GRPOConfig):
     )
     merge_to_sample: bool | None = _option(
         None,
-        "Sample with the transformers engine from a temporary copy of the weights with the adapter added in. Same "
-        "distribution. None: on CPUs, with float32 weights and plain LoRA.",
+        "Sample with the transformers engine from a temporary copy of the weights with the adapter added in, packed "
+        "for oneDNN. Same distribution. None: on CPUs, with float32 weights and plain LoRA.",
     )
     templates: str | None = _option(
         None, "YAML file overriding the analysis and replay prompts, or `demo` for the short ones of the demo."

@@ -85,7 +85,8 @@ def _generation(load: Workload, name: str) -> dict[str, int]:
     cache = formulas.kv_cache_bytes(load.shape, sequences * (prompt_tokens + new_tokens), load.element_bytes)
     copies = {}
     if load.on_cpu and load.element_bytes == 4 and not load.four_bit:  # a copy with the adapter in it samples
-        copies["merged weights"] = load.element_bytes * formulas.linear_parameters(load.shape)
+        copied = formulas.linear_parameters(load.shape) + load.shape.vocab * load.shape.hidden
+        copies["merged weights"] = load.element_bytes * copied
     return {"KV cache": min(cache, total), "activations": max(0, total - cache), **copies}
 
 

@@ -1,7 +1,9 @@
-"""Count floating-point operations with PyTorch's counter, which does not know the CPU's attention."""
+"""Count floating-point operations with PyTorch's counter, which knows no CPU attention and no packed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -22,10 +24,13 @@ def flop_counter() -> FlopCounterMode:
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_backward_flop_count(grad, query, key, value))
 
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        },
-    )
+    def packed(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * prod(rows) * int(weight[0])
+
+    mapping: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # of `engines.merged`
+        mapping[torch.ops.mkldnn._linear_pointwise] = packed
+    return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from transformers import FalconH1Config
 
 from mel_lite.engines import buckets, decode, hf
-from mel_lite.engines import merged as merged_module
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.engines.merged import WORTH_TOKENS
 from mel_lite.errors import EngineError
 from mel_lite.models.load import ModelSpec, load_base
 from mel_lite.training.packing import Row, pack
@@ -89,67 +86,6 @@ def test_finished_sequences_leave_the_batch_and_change_no_token(
         assert still <= count and decode.LEAVE_SHARE * (count - still) < count
 
 
-def _sampled(model: Any, *, merges: bool, tokens: int = WORTH_TOKENS) -> list[Any]:
-    requests = [Request(tuple(range(10, 14 + seed % 3)), seed) for seed in range(12)]
-    engine = HFEngine(model, eos_ids=[EOS], pad_id=PAD, merges_adapter=lambda: merges)
-    return engine.generate(requests, Sampling(tokens, temperature=0.8))
-
-
-def test_merged_weights_sample_the_same_and_leave_no_trace(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy gives the logits of base plus adapter; the trained weights are the same tensors afterwards."""
-    before = {name: (weight.data_ptr(), weight.detach().clone()) for name, weight in model.named_parameters()}
-    entered: list[bool] = []
-    monkeypatch.setattr(hf, "merged", lambda each: entered.append(True) or merged_module.merged(each))
-    apart, together = _sampled(model, merges=False), _sampled(model, merges=True)
-    assert entered == [True]
-    assert [c.ids for c in together] == [c.ids for c in apart]
-    for a, b in zip(together, apart, strict=True):
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
-    for name, weight in model.named_parameters():
-        assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1]), name
-    assert not any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer))
-    assert _sampled(model, merges=True, tokens=WORTH_TOKENS - 1) and len(entered) == 1, "too short to pay"
-
-
-def test_the_logits_of_merged_weights_are_those_of_base_and_adapter(model: Any) -> None:
-    ids = torch.arange(10, 40)[None]
-    with torch.no_grad():
-        apart = model(input_ids=ids).logits
-        with model.disable_adapter():
-            base = model(input_ids=ids).logits
-        with merged_module.merged(model):
-            together = model(input_ids=ids).logits
-        assert torch.equal(model(input_ids=ids).logits, apart)
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
-    assert (apart - base).abs().max() > 1e-2, "an adapter that does nothing would pass"
-
-
-def test_weights_come_back_when_sampling_ends_in_an_error(model: Any) -> None:
-    weight = next(layer for layer in model.modules() if isinstance(layer, LoraLayer)).get_base_layer().weight
-    pointer = weight.data_ptr()
-    with pytest.raises(KeyboardInterrupt), merged_module.merged(model):
-        assert weight.data_ptr() != pointer
-        raise KeyboardInterrupt
-    assert weight.data_ptr() == pointer and merged_module.why_not_merged(model) is None
-
-
-def test_what_could_not_be_merged_exactly_is_not(model: Any, tmp_path: Path) -> None:
-    why = merged_module.why_not_merged
-    assert why(model) is None
-    assert "without an adapter" in str(why(load_base(ModelSpec(str(save_tiny(tmp_path)), dtype="float32"))))
-    with model.disable_adapter():
-        assert "off" in str(why(model))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in str(why(model))
-    first = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
-    base = first.get_base_layer()
-    base.weight.data = base.weight.data.bfloat16()
-    try:
-        assert "not float32" in str(why(model))
-    finally:
-        base.weight.data = base.weight.data.float()
-
-
 def test_a_watcher_sees_how_far_sampling_is(model: Any) -> None:
     seen: list[tuple[int, int]] = []
     engine = HFEngine(model, eos_ids=list(range(2, 60)), pad_id=PAD, max_concurrent=8)
@@ -204,14 +140,17 @@ def test_reported_log_probs_are_those_the_trainer_scores(model: Any) -> None:
         assert min(completion.logprobs) < -0.1
 
 
-def test_tokens_are_drawn_with_the_models_probabilities(model: Any) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_tokens_are_drawn_with_the_models_probabilities(
+    model: Any, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    monkeypatch.setattr(hf, "WORTH_TOKENS", 1)
     prompt = (20, 21, 22)
     with torch.no_grad():
         probs_V = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / 1.5, dim=-1)
     draws = 4000
-    completions = HFEngine(model, eos_ids=[EOS], pad_id=PAD, max_concurrent=1000).generate(
-        [Request(prompt, seed) for seed in range(draws)], Sampling(1, temperature=1.5)
-    )
+    engine = HFEngine(model, eos_ids=[EOS], pad_id=PAD, max_concurrent=1000, merges_adapter=lambda: packs)
+    completions = engine.generate([Request(prompt, seed) for seed in range(draws)], Sampling(1, temperature=1.5))
     counts = Counter(c.ids[0] for c in completions)
     for token, p in sorted(enumerate(probs_V.tolist()), key=lambda item: -item[1])[:8]:
         assert abs(counts[token] / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5 + 1e-9, token

@@ -97,7 +97,7 @@ def test_what_is_counted_on_a_cpu() -> None:
     shape = shape_for(recipe)
     rollout = next(phase for phase in made.phases if phase.name == "rollout")
     assert rollout.parts["weights"] == 4 * (formulas.linear_parameters(shape) + formulas.other_parameters(shape))
-    assert rollout.parts["merged weights"] == 4 * formulas.linear_parameters(shape)
+    assert rollout.parts["merged weights"] == 4 * (formulas.linear_parameters(shape) + shape.vocab * shape.hidden)
     assert all("CUDA and allocator" not in phase.parts for phase in made.phases)
     on_gpu = workload(changed(recipe, use_cpu=False), shape)
     assert "merged weights" not in predict(on_gpu)[1].parts

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mel_lite.engines.merged import _Packed
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.recipe import resolve
 from mel_lite.run.bench_step import PHASES, bench_step
@@ -33,6 +34,10 @@ def test_the_counter_knows_products_and_the_attention_of_a_cpu() -> None:
     with flop_counter() as counter:
         attended.sum().backward()
     assert counter.get_total_flops() == 5 * one
+    layer = torch.nn.Linear(5, 7)
+    with torch.no_grad(), flop_counter() as counter:
+        _Packed(layer, layer.weight.detach)(torch.randn(2, 3, 5))
+    assert counter.get_total_flops() == 2 * 6 * 5 * 7
 
 
 def test_every_change_of_phase_is_reported_with_the_phase_that_ends() -> None:
