@@ -18,6 +18,9 @@ from transformers.generation import (
 from mel_lite import signals
 from mel_lite.engines.base import Sampling
 
+CPU_ROWS = 4
+"""Rows whose running sums exist at once on a CPU: they stay in its cache."""
+
 
 class SeededSampler(LogitsProcessor):
     """Sampler of a batch, each row with the distribution of its `Sampling`.
@@ -67,11 +70,7 @@ class SeededSampler(LogitsProcessor):
         if self._uniform_BT is None:
             choice_B = logp_BV.argmax(dim=-1)
         else:
-            # In float32, the error of the running sum of 150,000 terms exceeds a rare token's probability.
-            cdf_BV = logp_BV.double().exp_().cumsum_(dim=-1)
-            threshold_B = self._uniform_BT[:, position][every] * cdf_BV[:, -1]
-            choice_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
-            choice_B = choice_B.clamp(max=logp_BV.shape[-1] - 1)
+            choice_B = _inverse_cdf(logp_BV, self._uniform_BT[:, position][every])
             if self._is_greedy_B is not None:
                 choice_B = torch.where(self._is_greedy_B[every], logp_BV.argmax(dim=-1), choice_B)
         return choice_B, logp_BV.gather(1, choice_B[:, None])[:, 0]
@@ -91,6 +90,20 @@ class SeededSampler(LogitsProcessor):
         choice_B, logp_B = self.draw(input_ids, scores, input_ids.shape[1] - self._prompt_tokens)
         self.logprobs.append(logp_B)
         return torch.full_like(scores, -torch.inf).scatter_(1, choice_B[:, None], 0.0)
+
+
+def _inverse_cdf(logp_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """Return the first token of each row whose cumulative probability exceeds the row's number, (B,).
+
+    In float32, the error of the running sum of 150,000 terms exceeds a rare token's probability.
+    """
+    rows = CPU_ROWS if logp_BV.device.type == "cpu" else len(logp_BV)
+    room = torch.empty(rows, logp_BV.shape[1], dtype=torch.float64, device=logp_BV.device)
+    choices = []
+    for logp, uniform in zip(logp_BV.split(rows), uniform_B.split(rows), strict=True):
+        cdf = room[: len(logp)].copy_(logp).exp_().cumsum_(dim=-1)
+        choices.append(torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0])
+    return torch.cat(choices).clamp(max=logp_BV.shape[1] - 1)
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
