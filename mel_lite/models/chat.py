@@ -193,6 +193,11 @@ def neutralize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
     Control tokens are the tokenizer's special tokens and, unless `special_only`, its other added tokens that look like
     markup (`<think>`, `[TOOL]`). Added runs of blanks are ordinary text.
     """
+    return _broken_up(text, _control_tokens(tokenizer, special_only=special_only))
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, *, special_only: bool) -> re.Pattern[str] | None:
+    """Return a pattern of the control tokens, longest first, or None if there are none."""
     control = set(tokenizer.all_special_tokens)
     for added in tokenizer.added_tokens_decoder.values():
         is_markup = added.content[:1] + added.content[-1:] in ("<>", "[]") and not special_only
@@ -200,8 +205,13 @@ def neutralize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_only: b
             control.add(added.content)
     control = {token for token in control if len(token) > 1 and not token.isspace()}
     if not control:
+        return None
+    return re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
+
+
+def _broken_up(text: str, pattern: re.Pattern[str] | None) -> str:
+    if pattern is None:
         return text
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
     for _ in range(_BREAK_ROUNDS):  # breaking up one token may spell another
         text, found = pattern.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         if not found:
@@ -215,16 +225,17 @@ def safe_turns(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedToken
     Keys that are null are left out at every depth: a dataset adds them where other rows have the key. Missing content,
     as in a turn of tool calls alone, is an empty text.
     """
-    return [{"content": "", **_safe(turn, tokenizer)} for turn in messages]
+    special = _control_tokens(tokenizer, special_only=True)  # takes longer than the texts of a conversation
+    return [{"content": "", **_safe(turn, special)} for turn in messages]
 
 
-def _safe(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _safe(value: Any, special: re.Pattern[str] | None) -> Any:
     if isinstance(value, str):
-        return neutralize(value, tokenizer, special_only=True)
+        return _broken_up(value, special)
     if isinstance(value, Mapping):
-        return {name: _safe(item, tokenizer) for name, item in value.items() if item is not None}
+        return {name: _safe(item, special) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_safe(item, tokenizer) for item in value]
+        return [_safe(item, special) for item in value]
     return value
 
 
