@@ -37,11 +37,14 @@ class Savings:
         self._on = {name: self._asked[name] is not False for name in self._asked}
         if args.skip_zero_advantage is None:
             self._on["skip_zero_advantage"] = _can_skip(trainer)
+        self._uncompared: Any = None
+        """The model whose shared prompts are compared with padded rows at the first use, after the first rollout."""
         if args.share_prompts is not False:
             problem = _why_not_shared(trainer)
-            if problem is not None and args.share_prompts:
+            if args.share_prompts and (problem := problem or _differs(trainer.model)) is not None:
                 raise not_shared(problem)
             self._on["share_prompts"] = problem is None
+            self._uncompared = None if args.share_prompts else trainer.model
         if args.share_prompts is None:
             self._on[_IN_BUCKETS] = trainer.accelerator.device.type == "cpu"
         if args.merge_to_sample and (problem := why_not_merged(trainer.model)) is not None:
@@ -55,6 +58,9 @@ class Savings:
     @property
     def shares_prompts(self) -> bool:
         """True when the completions of one prompt share its tokens in a forward."""
+        if self._on["share_prompts"] and self._uncompared is not None:
+            self._on["share_prompts"] = _differs(self._uncompared) is None
+            self._uncompared = None
         return self._on["share_prompts"]
 
     @property
@@ -68,7 +74,7 @@ class Savings:
         return self._on[_IN_BUCKETS]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"savings": dict(self._on)}
+        return {"savings": self._on | {"share_prompts": self.shares_prompts}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as the run began; runs of older releases began without."""
@@ -114,7 +120,7 @@ def _why_not_shared(trainer: Any) -> str | None:
         return problem
     if not let_prompts_be_shared(model):
         return f"attn_implementation={model.config._attn_implementation!r}. Load the model with 'sdpa'"
-    return _differs(trainer.model)
+    return None
 
 
 @torch.no_grad()
@@ -123,7 +129,7 @@ def _differs(model: Any) -> str | None:
     ids = torch.arange(1, 15, device=model.device)
     rows = [Row(ids[:12], 4), Row(torch.cat([ids[:8], ids[-3:]]), 3), Row(ids.flip(0), 5)]
     try:
-        with evaluating(model):
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
             padded, shared = (score(model, packed).logps for packed in (pack(rows, pad_id=0), pack_shared(rows)))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(model).__name__}: its forward takes no shared prompts ({first_line(error)})"
