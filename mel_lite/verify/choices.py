@@ -8,12 +8,14 @@ from mel_lite.verify import markup
 from mel_lite.verify.extract import HYPOTHESIS, TEXT_COMMAND, last_line
 
 _L = r"['\"\u201c\u2018]?[(\[{<]{0,2}[ ]?(?P<letter>[A-J])\b[ ]?[)\]}>]{0,2}['\"\u201d\u2019]?"
-_NOUN = r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt)"
+_NOUN = (
+    r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt|final(?=\s*[:=]))"
+)
 _LABEL = re.compile(
     r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:(?:option|choice|letter|answer)\s*:?\s*)?"
     r"(?:[(\[{<]{1,2}[ ]?(?P<bracketed>[A-Ja-j])[ ]?[)\]}>]{1,2}|"
     r"(?P<plain>[A-Ja-j])(?=$|[.:),;!?\u2026]|\s+(?:[-\u2014=\u2192]|[-=]>)\s|\s*\u2014|"
-    r"\s+(?:because|since|over|instead of|rather than|(?:and|but) not)\s))[.:),;!?\u2014\u2026-]*(?P<rest>.*)",
+    r"\s+\(|\s+(?:because|since|over|instead of|rather than|(?:and|but) not)\s))[.:),;!?\u2014\u2026-]*(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _ANOTHER = re.compile(
@@ -76,7 +78,7 @@ _ASSERTIONS = (
         re.IGNORECASE,
     ),
     re.compile(
-        rf"\b(?:it['\u2019]?s|it\s+is|it\s+must\s+be|that['\u2019]?s|that\s+is|must\s+be|therefore|thus|hence|so|then|"
+        rf"\b(?:it['\u2019]?s|it\s+is|it\s+must\s+be|that['\u2019]?s|that\s+is|must\s+be|actually|therefore|thus|hence|so|then|"
         rf"leaves(?:\s+us\s+with)?|left\s+with|has\s+to\s+be|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
         rf"[\s,:]*(?:it\s+is\s+|it['\u2019]s\s+|only\s+)?(?:(?:option|choice|letter|answer)\s+)?{_L}(?=\W*$|\W*[.;,!\n])",
         re.IGNORECASE,
@@ -87,13 +89,19 @@ _QUESTION = re.compile(r"[^.!?;\n]{0,200}(?<![A-Za-z0-9])[(\[]?[A-J][)\]]?[\"'*_
 _YES, _NO = (re.compile(rf"\W{{0,4}}(?:{words})(?=\W*$|\W{{1,3}}\S)", re.IGNORECASE) for words in (
     "yes|true|right|correct|\u2713|\u2714|\u2705", "no|not|false|wrong|incorrect|\u2717|\u2718|\u274c|\u2716"
 ))  # fmt: skip
+_TICK, _CROSS = r"[\u2713\u2714\u2705]\ufe0f?", r"[\u2717\u2718\u274c\u2716]\ufe0f?"
 _SIGNED = (
-    (re.compile(r"[\u2713\u2714\u2705]\ufe0f?\s{0,3}(?=[(\[]?[A-J]\b)"), ""),
-    (re.compile(r"[\u2717\u2718\u274c\u2716]\ufe0f?\s{0,3}(?=[(\[]?[A-J]\b)"), "not "),
-    (re.compile(r"(?<=\b[A-J])\s{0,3}[\u2713\u2714\u2705]\ufe0f?(?=\s|$)"), ""),
-    (re.compile(r"(?<=\b[A-J])\s{0,3}[\u2717\u2718\u274c\u2716]\ufe0f?(?=\s|$)"), " is wrong"),
+    (
+        (re.compile(rf"{_TICK}\s{{0,3}}(?=[(\[]?[A-J]\b)"), ""),
+        (re.compile(rf"{_CROSS}\s{{0,3}}(?=[(\[]?[A-J]\b)"), "not "),
+    ),
+    tuple(
+        (re.compile(rf"(?<=\b[A-J])([)\]]?)[ \t]{{0,3}}{sign}(?=[\s,;]|$)"), rf"\1 is {word}")
+        for sign, word in ((_TICK, "correct"), (_CROSS, "wrong"))
+    ),
 )
-"""Ticks and crosses at an option."""
+"""Ticks and crosses in front of an option, and behind it."""
+_SIGN_OR_LETTER = re.compile(rf"(?P<sign>{_TICK}|{_CROSS})|(?<![A-Za-z])[A-J](?![A-Za-z])")
 _REVISION = re.compile(
     r"\b(?:actually|wait|instead|correction|on second thought|no,|rather|finally|in the end)", re.IGNORECASE
 )
@@ -122,37 +130,50 @@ def sole_choice(text: str) -> str | None:
     """Return the option that a text without markers names, or None.
 
     The last line or the whole text must name it, a sentence must choose it and no other, or exactly one bracketed
-    letter must occur in the text. Of rows `A: no`, `B: yes` at the end, the only one that agrees counts.
+    letter must occur in the text. Of rows `A: no`, `B: yes` at the end, the only one that agrees counts. Of other rows,
+    which repeat the options or comment on them, the text before them counts.
     """
     if (rows := _rows(text)) is not None:
-        return rows[0] if len(rows) == 1 else None
+        agreed, before = rows
+        if agreed is None:
+            return sole_choice(before) if before.strip() else None
+        return agreed[0] if len(agreed) == 1 else None
     last = _prepared(last_line(text)[-_MAX_CHARS:])
     if (label := _LABEL.match(last)) and (letter := _labeled(label)):
         return letter
-    text = _prepared(text[-_MAX_CHARS:])
-    if (label := _LABEL.match(text)) and "\n" not in text:
+    first, text = _prepared(text[-_MAX_CHARS:].strip().split("\n")[0]), _prepared(text[-_MAX_CHARS:])
+    if (label := _LABEL.match(text)) and "\n" not in text and not _DENIED_AFTER.match(label["rest"]):
         return _labeled(label)
     if letter := _asserted(last) or _asserted(text):
         return letter
     if _mentions_in_assertions(text):
         return None  # of two options, or of one that is denied
+    if (label := _LABEL.match(first)) and not label["rest"].strip():
+        return _labeled(label)  # a letter on the first line, and no other option chosen after it
     bracketed = {m["letter"] for m in _MENTION.finditer(text) if m["open"] == "(" and m["close"] == ")"}
     denied = {m["letter"] for m in _MENTION.finditer(text) if _is_denied(text, m)}
     return bracketed.pop() if len(bracketed) == 1 and not bracketed & denied else None
 
 
-def _rows(text: str) -> list[str] | None:
-    """Return the options that the last lines agree to, one option a line. None when they do not list options."""
+def _rows(text: str) -> tuple[list[str] | None, str] | None:
+    """Return the options that the last lines agree to, one option a line, and the text before these lines.
+
+    The options are None when no line agrees or denies. None when the last lines do not list options.
+    """
     found: dict[str, str] = {}
-    for line in reversed(text[-_MAX_CHARS:].strip().split("\n")):
-        label = _LABEL.match(_prepared(line))
+    lines = text[-_MAX_CHARS:].strip().split("\n")
+    while lines:
+        label = _LABEL.match(_prepared(lines[-1]))
         if not label or (found and bool(label["rest"].strip()) != any(found.values())):
             break
         found.setdefault((label["bracketed"] or label["plain"]).upper(), label["rest"].strip())
+        lines.pop()
     if len(found) < 2:
         return None
     agreed = [letter for letter, rest in found.items() if _YES.match(rest)]
-    return agreed if all(_YES.match(rest) or _NO.match(rest) for rest in found.values()) else []
+    if all(_YES.match(rest) or _NO.match(rest) for rest in found.values()):
+        return agreed, ""
+    return ([] if agreed else None), "\n".join(lines)
 
 
 def _prepared(text: str) -> str:
@@ -160,7 +181,8 @@ def _prepared(text: str) -> str:
     if "?" in text:
         text = _QUESTION.sub(" ", text)
     if not text.isascii():
-        for sign, words in _SIGNED:
+        first = _SIGN_OR_LETTER.search(text)
+        for sign, words in _SIGNED[0 if first and first["sign"] else 1]:
             text = sign.sub(words, text)
     for latex in ("\\(", "\\)", "\\[", "\\]", "\\ ", "\\,", "\\;", "$"):
         text = text.replace(latex, " ")

@@ -16,7 +16,7 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _DENIED = r"(?<!wrong )(?<!incorrect )(?<!false )"
 _PHRASE = re.compile(
     rf"\bfinal[ \t]+{_DENIED}answer[ \t]*(?:(?:is|would[ \t]be|must[ \t]be)\b|[:=\u2192]|->|[-\u2014](?=[ \t]))[\s*:]*"
-    rf"|{_DENIED}\banswer[ \t]*(?:[:=\u2192]|->|[-\u2014](?=[ \t]))[\s*:]*"
+    rf"|{_DENIED}\banswer[\])]?[ \t]*(?:[:=\u2192]|->|[-\u2014](?=[ \t]))[\s*:]*"
     r"|\bans[.]?[ \t]*[:=][\s*:]*"
     r"|^[ \t#>*_]{0,9}(?:(?:the|my|final|correct)[ \t]){0,3}answer[ \t*_]{0,9}\n\s*",
     re.IGNORECASE | re.MULTILINE,

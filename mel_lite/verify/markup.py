@@ -30,6 +30,7 @@ _STRUCK = re.compile(r"~~[^~\n]{1,300}~~")
 _TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|span|big|center|p)(?:\s[^<>\n]{0,100})?>", re.IGNORECASE)
 _BREAK = re.compile(r"<br\s{0,9}/?>", re.IGNORECASE)
 _COLOR = re.compile(r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}")
+_BOLD_SYMBOL = re.compile(r"\\(?:boldsymbol|bm|pmb)\s*(?=\{)")
 _SIUNITX = re.compile(r"\\(?:SI|qty|num|unit)\{([^{}]{1,60})\}(?:\{[^{}]{0,60}\})?")
 _OPENING = re.compile(r"(?:(?<=[\s(\[{\"'>:,=$~|\u201c\u2018])|^)(?:\*{2,3}|_{2,3})(?=[^\s*_])", re.MULTILINE)
 _CLOSING = re.compile(
@@ -51,9 +52,10 @@ _THOUSANDS = (
     ),
     re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\\![ ]?\d{3})+)(?!\d)"),
 )
+_UNDERSCORES = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:_\d{3})+(?![\w])")
 _APOSTROPHES = re.compile(r"(?<![\w.,'\u2019])[1-9]\d{0,2}(?:['\u2019]\d{3})+(?![\d'\u2019])")
 _LAKHS = re.compile(r"(?<![\d.,])[1-9]\d?(?:,\d{2})+,\d{3}(?![\d,])")
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d{1,2})(?![\d.,]\d|\d)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:(?:\.\d{3})+|(?: \d{3})+)),(\d{1,2})(?![\d.,]\d|\d)")
 
 
 def clean(text: str) -> str:
@@ -69,7 +71,7 @@ def plain(text: str) -> str:
     if "~~" in text:
         text = _STRUCK.sub(" ", text)
     if "\\" in text:
-        text = _SIUNITX.sub(r"\1 ", _COLOR.sub("", text))
+        text = _SIUNITX.sub(r"\1 ", _BOLD_SYMBOL.sub("", _COLOR.sub("", text)))
     text = text.replace("`", "")
     if "*" in text or "_" in text:
         text = _CLOSING.sub("", _OPENING.sub("", _LABEL.sub(r"\1", text)))
@@ -98,11 +100,11 @@ def strip(text: str) -> str:
 
 
 def join_thousands(text: str) -> str:
-    r"""Remove what LaTeX and typography put between groups of three digits: `10,\!000`, `10\,000`, `10{,}000`."""
+    r"""Remove what LaTeX, typography and code put between groups of three digits: `10,\!000`, `10\,000`, `10_000`."""
     if "\\" in text or "~" in text or "{" in text:
         text = _THOUSANDS[0].sub("", text)
         text = _THOUSANDS[1].sub(lambda match: re.sub(r"\\![ ]?", "", match[0]), text)
-    return text
+    return _UNDERSCORES.sub(lambda match: match[0].replace("_", ""), text) if "_" in text else text
 
 
 def join_groups(text: str) -> str:
@@ -115,5 +117,5 @@ def join_groups(text: str) -> str:
         text = _APOSTROPHES.sub(lambda match: re.sub("['\u2019]", "", match[0]), text)
     if "," in text:
         text = _LAKHS.sub(lambda match: match[0].replace(",", ""), text)
-        text = _DECIMAL_COMMA.sub(lambda match: f"{match[1].replace('.', '')}.{match[2]}", text)
+        text = _DECIMAL_COMMA.sub(lambda match: f"{re.sub('[. ]', '', match[1])}.{match[2]}", text)
     return text

@@ -24,13 +24,13 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>[0-9]{{1,9}})[ ]+(?=[0-9]+[ ]?/))?(?P<value>{_DECIMAL})(?:[ ]?/[ ]?(?P<denominator>{_DECIMAL}))?"
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,4})(?![\w.])"
     r"|[ ]?(?:\*|x|[\u00d7\u00b7\u22c5\u2022]|\\times|\\cdot)[ ]?10\^\{?(?P<power>[-+]?[0-9]{1,4})\}?)?"
-    r"(?:[ ]{1,3}(?P<scale>dozen|hundred|thousand|lakh|million|crore|billion|trillion)s?\b"
+    r"(?:[ ]{1,3}(?P<scale>dozen|score(?!s| points?\b)|hundred|thousand|lakh|million|crore|billion|trillion)s?\b"
     r"|(?P<suffix>[kK]|[ ]?(?:k|mn|bn))\b)?"
     r"(?P<percent>[ ]?%|[ ](?:percent|pct)\b)?"
 )
 _SCALES = {
-    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6,
-    "crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12,
+    "dozen": 12, "score": 20, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "lakh": 10**5, "million": 10**6,
+    "mn": 10**6, "crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12,
 }  # fmt: skip
 _AMOUNT = re.compile(
     r"(?P<amount>[$\u20ac\u00a3\u00a5\u20b9][ ]?-?[0-9][0-9,]*+(?:\.[0-9]++)?+)[ ]?(?P<scale>[kKmMbB]|M[nM])\b"
@@ -69,7 +69,10 @@ _NOT_A_NUMBER = re.compile(
     r"[\\^*/+<>\u2264\u2265\u221a\u03c0\[\]{}|\u00b2\u00b3\u2260\u00b1\u2030\u0305\u2080-\u2089]"
     r"|\b(?:pi|sqrt|i|per mille|binary|octal|hex(?:adecimal)?)\b"
 )
-_VARIABLE = re.compile(r"[0-9](?:[abefijnpqrtuvwxyz]|[abxyz]{2,3})\b(?![-+][0-9])|[0-9] [exyz]\b(?![ ]?[0-9])")
+_VARIABLE = re.compile(
+    r"[0-9](?:[abefijnpqrtuvwxyz]\b(?![-+][0-9])|(?!cc\b)(?:[abcxyz]{2,4}|pqr?|qr|uvw?)\b)"
+    r"|[0-9] (?:[exyz]|(?!cc|by)[abcxyz]{2})\b(?![ ]?[0-9])"
+)
 _OTHER_NOTATION = re.compile(
     r"\b(?:a(?:rc)?)?(?:sin|cos|tan|sec|csc|cot|log|ln|exp)h?[ ]?\(?[ ]?-?[0-9]"
     r"|[0-9][ ]?(?:sin|cos|tan|log|ln)[ (]{1,2}[a-z]\b"
@@ -95,6 +98,7 @@ _NO_STATEMENT = re.compile(
     re.IGNORECASE,
 )
 """A denial, a bound or a calculation: `not 5`, `at least 5`, `5 or more` and `twice 5` do not state the number 5."""
+_BECAUSE = re.compile(r"(?<=[0-9a-z%)$])[,;]?\s(?:because|since)\s.*", re.DOTALL)
 _CONTRAST = re.compile(r"\s?[,;(]\s?(?:and |but )?(?:not|rather than) [^,;()]{1,30}\)?\W{0,3}$")
 """The end of `7, not 8`, which does state 7."""
 _WORDS = {
@@ -115,11 +119,12 @@ _PARTS = {
         (7, "seventh"), (8, "eighth"), (9, "ninth"), (10, "tenth"), (100, "hundredth"), (1000, "thousandth"),
     )
 }  # fmt: skip
+_LARGE = {name: scale for name, scale in _SCALES.items() if len(name) > 2 and name != "hundred"}
 _SPELLED = re.compile(
-    rf"(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_WORDS)[1:10])}))?"
-    rf"|(?:(?P<small>{'|'.join(_WORDS)})|an?)[- ](?P<part>{'|'.join(_PARTS)})s?|(?P<half>half )?an? dozen"
-    rf"|(?P<alone>{'|'.join(_WORDS)})"
+    rf"(?:(?P<small>{'|'.join(_WORDS)})|an?)[- ](?P<part>{'|'.join(_PARTS)})s?|half an? (?P<half>{'|'.join(_LARGE)})"
 )
+_MAX_NUMBER_WORDS = 20
+_COINS = re.compile(r"(?<=[0-9]) (dollars?|euros?|pounds?)(?: and|,)? (?P<coins>[0-9]{1,2}) (?:cents?|pence)\b")
 _TENTHS = re.compile(
     r"(?<![0-9/.,])(?P<count>[0-9]{1,9}) (?P<part>third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s\b"
 )
@@ -178,7 +183,7 @@ def sole_number(text: str) -> Number | None:
     """
     if len(text) > 2_000:
         return None
-    text = _CONTRAST.sub("", _without_latex(spelled_out(first_sentence(text))))
+    text = _CONTRAST.sub("", _without_latex(spelled_out(_BECAUSE.sub("", first_sentence(text)))))
     sides = re.split(r"=|\u2248|\\approx|\\equiv", text)
     found = _only_number(sides[-1])
     if found is None and len(sides) == 2 and _CALCULATION.fullmatch(sides[1]):
@@ -204,14 +209,39 @@ def _only_number(text: str) -> Number | None:
 
 def spelled_out(text: str) -> str:
     """Return digits for a text that is only a number in words (`Forty-two`, `two thirds`, `a dozen`); others stay."""
-    found = _SPELLED.fullmatch(markup.strip(TEXT_COMMAND.sub(r"\1", text)).casefold())
-    if found is None:
-        return text
-    if found["tens"]:
-        return str(_TENS[found["tens"]] + int(_WORDS[found["ones"] or "zero"]))
-    if found["part"]:
+    words = markup.strip(TEXT_COMMAND.sub(r"\1", text)).casefold()
+    if (found := _SPELLED.fullmatch(words)) is not None:
+        if found["half"]:
+            return str(_LARGE[found["half"]] // 2)
         return f"{_WORDS[found['small'] or 'one']}/{_PARTS[found['part']]}"
-    return _WORDS[found["alone"]] if found["alone"] else "6" if found["half"] else "12"
+    number, percent, rest = words.partition(" percent")
+    value = None if rest else _count(number.replace("-", " ").split())
+    return text if value is None else f"{value}{'%' if percent else ''}"
+
+
+def _count(words: list[str]) -> int | None:
+    """Return the number that `words` spell, such as `two thousand five hundred and six`, or None."""
+    if not 0 < len(words) <= _MAX_NUMBER_WORDS:
+        return None
+    total, group, scale = 0, 0, 10**15
+    for i, word in enumerate(words):
+        open_below = 100 if group == 0 or group % 100 == 0 else 10 if group % 10 == 0 and group % 100 >= 20 else 0
+        if word == "and" and group + total and i + 1 < len(words):
+            continue
+        if word in ("a", "an") and i == 0 and len(words) > 1 and words[1] in ("hundred", *_LARGE):
+            group = 1
+        elif word in _WORDS and int(_WORDS[word]) < open_below and (word != "zero" or len(words) == 1):
+            group += int(_WORDS[word])
+        elif word in _TENS and open_below == 100:
+            group += _TENS[word]
+        elif word == "hundred" and 0 < group < 100:
+            group *= 100
+        elif word in _LARGE and group and _LARGE[word] < scale:
+            scale = _LARGE[word]
+            total, group = total + group * scale, 0
+        else:
+            return None
+    return total + group
 
 
 def denies(text: str) -> bool:
@@ -242,7 +272,8 @@ def _one_notation(text: str) -> str:
     """Write comparisons, powers, scales and repeating decimals in the one way that the other patterns know."""
     for written, sign in _COMPARED:
         text = written.sub(sign, text)
-    text = markup.powers(_BASE_TEN.sub("", text))
+    text = markup.powers(_BASE_TEN.sub("", text)).replace("10**", "10^")
+    text = _COINS.sub(lambda match: f".{match['coins']:0>2} {match[1]}", text)
     text = _AMOUNT.sub(lambda match: f"{match['amount']} {_AMOUNTS[match['scale'].lower()]}", text)
     text = _TENTHS.sub(lambda match: f"{match['count']}/{_PARTS[match['part']]}", text)
 

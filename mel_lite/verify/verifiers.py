@@ -51,6 +51,10 @@ _REPEATED = re.compile(
 _WORDS = frozenset({"yes", "no", "odd", "all", "any", "one", "two", "six", "ten", "red"})
 """Answers that are words although they could be products of variables."""
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,4})(?![0-9.A-Za-z])")
+_PRODUCT = re.compile(
+    r"(?<![A-Za-z\\0-9.])([0-9]+(?:\.[0-9]+)?)[ ]?(?!cc\b)([abcxyz](?:[ ]?[abcxyz]){1,3})(?![A-Za-z])"
+)
+"""A product of variables that math-verify may take for a unit and drop: `5ab`."""
 _PLAIN_NUMBER = re.compile(r"[^=!\\()]*")
 """Text of two answers in which nothing but a number can be meant: no equation, factorial or command."""
 TAIL_CHARS = 2_000
@@ -163,7 +167,8 @@ def _parse_formula(text: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     text = markup.powers(text.strip().strip("$").strip().replace("**", "^")).replace("\u221e", r"\infty ")
-    text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)
+    text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text.replace(r"\varnothing", r"\emptyset"))
+    text = _PRODUCT.sub(lambda match: "*".join((match[1], *match[2].replace(" ", ""))), text)
     if not text or len(text) > MAX_ANSWER_CHARS:
         return None
     found = parse(

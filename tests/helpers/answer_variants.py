@@ -125,7 +125,7 @@ _ANSWERS: tuple[LabeledAnswer, ...] = (
     ("math", "\\boxed{No}", "on", W), ("math", "\\boxed{\\text{5 more}}", "\\text{5 less}", W),
     ("math", "5 less", "5 more", W), ("math", "Answer: 5 below", "5 above", W),
     ("math", "\\boxed{\\text{left}}", "\\text{right}", W), ("math", "Answer: 5 dollars", "5 cents", W),
-    ("math", "Answer: 5 dollars and 30 cents", "5.30", W),
+    ("math", "Answer: 5 dollars and 30 cents", "5.30", R),
     ("math", "\\boxed{2.0\\times10^{-11}}", "2\\times 10^{-11}", R),
     ("math", "\\boxed{6.67\\times 10^{-11}}", "6.67e-11", R),
     ("math", "\\boxed{6.67\\times 10^{-11}}", "6.68e-11", W),

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from answer_pairs import ATTACKS, PAIRS
 from answer_variants import VARIANTS
+from fresh_answers import FRESH
 from reported_answers import REPORTED
 
 R, W = "right", "wrong"
@@ -76,7 +77,7 @@ def _choices() -> list[LabeledAnswer]:
 
 
 LABELED: tuple[LabeledAnswer, ...] = tuple(
-    dict.fromkeys((*PAIRS, *_integers(), *_fractions(), *_expressions(), *_choices(), *REPORTED, *VARIANTS))
+    dict.fromkeys((*PAIRS, *_integers(), *_fractions(), *_expressions(), *_choices(), *REPORTED, *VARIANTS, *FRESH))
 )
 
 
