@@ -118,7 +118,7 @@ class MELConfig(GRPOConfig):
     analysis_max_tokens: int = _option(1024, "Longest analysis, in tokens.")
     end_hopeless_analyses: str | None = _option(
         None,
-        "Analyses that the transformers engine ends early; other engines finish them. None: `certain` with `overlap`, "
+        "Analyses that are ended early; a vLLM server finishes them all. None: `certain` with `overlap`, "
         f"else `never`. {_meanings(EarlyEnd)}",
         tuple(choice.value for choice in EarlyEnd),
     )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from mel_lite.types import Finish
 
+LOOK_TOKENS = 32
+"""Tokens between two looks at a sequence that may be hopeless."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -22,8 +25,8 @@ class Sampling:
     ignore_eos: bool = False
     """Continue to `max_new_tokens` after an end-of-sequence id, to measure the cost of the longest sequences."""
     is_hopeless: Callable[[Sequence[int]], bool] | None = None
-    """Called now and then with the ids of a sequence so far; True ends it (Finish.ENDED). Engines that cannot look at
-    an unfinished sequence ignore it."""
+    """Called with the ids of an unfinished sequence, every `LOOK_TOKENS` of them; True ends it (Finish.ENDED). Engines
+    without `ends_hopeless` ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class Engine(ABC):
     name: str
     mixes: bool = False
     """True if the requests of one call may have sampling options of their own (`Request.sampling`)."""
+    ends_hopeless: bool = False
+    """True if `Sampling.is_hopeless` ends a sequence."""
     own_kernels: bool = False
     """True if log-probs differ from the trainer's by rounding, so that importance sampling must correct for it."""
     context_tokens: int | None = None

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from mel_lite.engines.base import Completion, Sampling
+from mel_lite.engines.base import LOOK_TOKENS, Completion, Sampling
 from mel_lite.engines.buckets import BucketedCache
 from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.types import Finish
 
 LEAVE_SHARE = 8
 """Finished sequences leave once they are 1/8 of the batch: leaving copies the cache."""
-LOOK_TOKENS = 32
-"""Tokens between two looks at a sequence that may be hopeless."""
 ROOM_TOKENS = 64
 """Room that a layer of the cache allocates at once."""
 
@@ -60,7 +58,7 @@ def decode(
                 logprobs[row].append(logp)
         is_open_B &= ~torch.isin(choice_B, end_E) & (position + 1 < limit_B[rows_B])
         if (position + 1) % LOOK_TOKENS == 0:
-            given_up |= (hopeless := _hopeless(rows_B[is_open_B].tolist(), sampled, samplings))
+            given_up |= (hopeless := hopeless_rows(rows_B[is_open_B].tolist(), sampled, samplings))
             is_open_B &= torch.tensor([row not in hopeless for row in rows_B.tolist()], device=is_open_B.device)
         ids_BT = torch.cat([ids_BT, choice_B[:, None]], dim=1)
         mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
@@ -84,7 +82,7 @@ def _attending(cache: Any, mask_BT: torch.Tensor) -> dict[str, Any]:
     return {"attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
 
 
-def _hopeless(rows: Sequence[int], sampled: Sequence[list[int]], samplings: Sequence[Sampling]) -> set[int]:
+def hopeless_rows(rows: Sequence[int], sampled: Sequence[list[int]], samplings: Sequence[Sampling]) -> set[int]:
     """Return the rows whose `is_hopeless` says so of their ids."""
     looks = ((row, samplings[row].is_hopeless) for row in rows)
     return {row for row, is_hopeless in looks if is_hopeless is not None and is_hopeless(sampled[row])}

@@ -15,14 +15,15 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.engines.base import LOOK_TOKENS, Completion, Engine, Request, Sampling
 from mel_lite.engines.buckets import BucketedCache, prefill_buckets, why_not_bucketed
-from mel_lite.engines.decode import completion, decode, with_room
+from mel_lite.engines.decode import completion, decode, hopeless_rows, with_room
 from mel_lite.engines.merged import WORTH_TOKENS, merged, why_not_merged
 from mel_lite.engines.seeded_sampler import SeededSampler
 from mel_lite.errors import EngineError
 from mel_lite.models.attention import sharing_prompts
 from mel_lite.models.modes import evaluating
+from mel_lite.types import Finish
 
 
 class HFEngine(Engine):
@@ -51,6 +52,7 @@ class HFEngine(Engine):
 
     name = "hf"
     mixes = True
+    ends_hopeless = True
 
     def __init__(
         self,
@@ -192,9 +194,9 @@ class HFEngine(Engine):
         states = cache or (_prefill(model, ids_UP, mask_UP, source) if self._shares_prefill else None)
         if states is not None:
             return decode(model, states, ids_UP[source], mask_UP[source], sampler, ends=ends, samplings=samplings)
-        limits = [each.max_new_tokens for each in samplings]
+        stops = _Stops(samplings, prompt_tokens, ends, device)
         config = GenerationConfig(
-            max_new_tokens=max(limits),
+            max_new_tokens=max(each.max_new_tokens for each in samplings),
             do_sample=False,
             eos_token_id=None if sampling.ignore_eos else self._eos_ids,
             pad_token_id=self._pad_id,
@@ -207,22 +209,34 @@ class HFEngine(Engine):
                 attention_mask=mask_UP[source],
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([_RowLimits(limits, prompt_tokens, device)]),
+                stopping_criteria=StoppingCriteriaList([stops]),
             )
         sampled = output[:, prompt_tokens:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        rows = zip(sampled, logprobs, limits, strict=True)
-        return [completion(ids[:limit], logps[:limit], ends) for ids, logps, limit in rows]
+        rows = zip(sampled, logprobs, stops.most_tokens, stops.finishes, strict=True)
+        return [completion(ids[:most], logps[:most], ends, otherwise=finish) for ids, logps, most, finish in rows]
 
 
-class _RowLimits(StoppingCriteria):
-    """Ends each row of `model.generate` at its own number of sampled tokens."""
+class _Stops(StoppingCriteria):
+    """Ends each row of `model.generate` at its own number of sampled tokens, or as soon as it is hopeless."""
 
-    def __init__(self, limits: Sequence[int], prompt_tokens: int, device: torch.device) -> None:
-        self._length_B = prompt_tokens + torch.tensor(limits, device=device)
+    def __init__(
+        self, samplings: Sequence[Sampling], prompt_tokens: int, ends: Sequence[int], device: torch.device
+    ) -> None:
+        self.most_tokens = [each.max_new_tokens for each in samplings]
+        self.finishes = [Finish.LENGTH] * len(samplings)
+        self._samplings, self._prompt_tokens, self._ends, self._device = samplings, prompt_tokens, set(ends), device
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return input_ids.shape[1] >= self._length_B
+        tokens = input_ids.shape[1] - self._prompt_tokens
+        if tokens % LOOK_TOKENS == 0 and any(each.is_hopeless for each in self._samplings):
+            sampled = input_ids[:, self._prompt_tokens :].tolist()
+            unfinished = [
+                row for row, ids in enumerate(sampled) if tokens < self.most_tokens[row] and self._ends.isdisjoint(ids)
+            ]
+            for row in hopeless_rows(unfinished, sampled, self._samplings):
+                self.most_tokens[row], self.finishes[row] = tokens, Finish.ENDED
+        return torch.tensor([tokens >= most for most in self.most_tokens], device=self._device)
 
 
 def _causal(model: Any) -> Any:

@@ -144,6 +144,7 @@ class MeteredEngine(Engine):
     def __init__(self, engine: Engine, clock: PhaseClock) -> None:
         self.name, self.own_kernels, self.context_tokens = engine.name, engine.own_kernels, engine.context_tokens
         self.mixes, self.share, self.max_num_seqs = engine.mixes, engine.share, engine.max_num_seqs
+        self.ends_hopeless = engine.ends_hopeless
         self.unmetered = engine
         engine.watch = clock.saw
         self._clock = clock

@@ -182,6 +182,7 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
             "FastLanguageModel.get_peft_model, or load it with fast_inference=False."
         )
     from vllm import SamplingParams
+    from vllm.v1.engine import FinishReason
 
     config = llm.llm_engine.vllm_config
     return VLLMEngine(
@@ -195,6 +196,7 @@ def unsloth_engine(model: Any, *, step: Callable[[], int], eos_ids: Sequence[int
         context_tokens=config.model_config.max_model_len,
         share=config.cache_config.gpu_memory_utilization,
         max_num_seqs=config.scheduler_config.max_num_seqs,
+        aborted=FinishReason.ABORT,
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from mel_lite import signals
-from mel_lite.engines.base import Completion, Engine, Request, Sampling
+from mel_lite.engines.base import LOOK_TOKENS, Completion, Engine, Request, Sampling
 from mel_lite.errors import EngineError
 from mel_lite.types import Finish
 
@@ -62,6 +63,7 @@ class VLLMEngine(Engine):
         context_tokens: longest sequence vLLM accepts; None = unknown.
         share: share of the GPU's memory that vLLM was started with; None = unknown.
         max_num_seqs: most sequences vLLM samples at once; None = unknown.
+        aborted: vLLM's `FinishReason.ABORT`, by which hopeless sequences leave; None = they are sampled to their end.
     """
 
     name = "unsloth+vllm"
@@ -81,8 +83,11 @@ class VLLMEngine(Engine):
         context_tokens: int | None = None,
         share: float | None = None,
         max_num_seqs: int | None = None,
+        aborted: Any = None,
     ) -> None:
         self._llm = llm
+        self._aborted = aborted
+        self.ends_hopeless = aborted is not None
         self._sampling_params = sampling_params
         self._load_adapter = load_adapter
         self._fingerprint = fingerprint
@@ -163,19 +168,23 @@ class VLLMEngine(Engine):
             )
 
     def _submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        samplings = [r.options(sampling) for r in requests]
+        looks = _Looks(getattr(self._llm, "llm_engine", None), samplings, self._aborted)
         try:
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(r.prompt_ids)} for r in requests],
-                sampling_params=[self._params(r, r.options(sampling)) for r in requests],
-                lora_request=self._lora_request,
-                use_tqdm=partial(_Interruptible, watch=self.watch),
-            )
+            with looks.between_steps():
+                outputs = self._llm.generate(
+                    [{"prompt_token_ids": list(r.prompt_ids)} for r in requests],
+                    sampling_params=[self._params(r, own) for r, own in zip(requests, samplings, strict=True)],
+                    lora_request=self._lora_request,
+                    use_tqdm=partial(_Interruptible, watch=self.watch),
+                )
         except BaseException:
             self._drop_unfinished()
             raise
         if len(outputs) != len(requests):
             raise EngineError(f"vLLM returned {len(outputs)} completions for {len(requests)} requests. {SWITCH}")
-        return [self._completion(r, o, r.options(sampling)) for r, o in zip(requests, outputs, strict=True)]
+        answers = zip(requests, outputs, samplings, strict=True)
+        return [self._completion(r, o, own, looks.ended.get(i)) for i, (r, o, own) in enumerate(answers)]
 
     def _params(self, request: Request, sampling: Sampling) -> Any:
         return self._sampling_params(
@@ -193,12 +202,16 @@ class VLLMEngine(Engine):
             detokenize=False,
         )
 
-    def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
-        """Check vLLM's output for one request and convert it. Raises: EngineError."""
+    def _completion(self, request: Request, output: Any, sampling: Sampling, ended: int | None) -> Completion:
+        """Check vLLM's output for one request and convert it. Raises: EngineError.
+
+        `ended`: tokens that it keeps if it was hopeless.
+        """
         self._check_origin(request, output)
         (sampled,) = output.outputs
         ids = tuple(sampled.token_ids)
-        if sampled.finish_reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_new_tokens:
+        expected = ("stop", "length") if ended is None else ("abort",)
+        if sampled.finish_reason not in expected or not 0 < len(ids) <= sampling.max_new_tokens:
             raise EngineError(
                 f"vLLM ended a completion of {len(ids)} tokens (at most {sampling.max_new_tokens} were requested) with "
                 f"finish_reason={sampled.finish_reason!r}. See its log. {SWITCH}"
@@ -212,6 +225,8 @@ class VLLMEngine(Engine):
                 "not finite. In float16 activations can overflow: use model.dtype=bfloat16 if the GPU supports it. "
                 f"Look for a diverged adapter in grad_norm and mel/nll. {SWITCH}"
             )
+        if ended is not None:
+            return Completion(ids[:ended], logprobs[:ended], Finish.ENDED)
         return Completion(ids, logprobs, Finish.STOP if ids[-1] in self._eos_ids else Finish.LENGTH)
 
     def _check_origin(self, request: Request, output: Any) -> None:
@@ -249,6 +264,56 @@ class VLLMEngine(Engine):
         states = getattr(getattr(engine, "output_processor", None), "request_states", None)
         if engine is not None and states:
             engine.abort_request(list(states), internal=True)
+
+
+class _Looks:
+    """Ends hopeless sequences between two steps of vLLM's engine: they leave with the tokens they have."""
+
+    def __init__(self, engine: Any, samplings: Sequence[Sampling], aborted: Any) -> None:
+        self.ended: dict[int, int] = {}
+        """Tokens that a hopeless sequence keeps, by its number in the call."""
+        self._engine, self._aborted = engine, aborted
+        self._is_hopeless = {i: each.is_hopeless for i, each in enumerate(samplings) if each.is_hopeless is not None}
+        self._looked: dict[int, int] = {}
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Look after each step of the engine inside the block."""
+        if self._aborted is None or not self._is_hopeless:
+            yield
+            return
+        original, unfinished = self._engine.step, self._engine.output_processor.request_states
+        watched: dict[int, Any] = {}
+
+        def step() -> list[Any]:
+            if not watched:  # the first step: all requests of the call, and no others, are there
+                in_order = sorted(unfinished.values(), key=lambda state: int(state.external_req_id))
+                watched.update({i: in_order[i] for i in self._is_hopeless})
+            outputs = original()
+            return outputs + [
+                self._end(i, s) for i, s in watched.items() if s.request_id in unfinished and self._sees(i, s)
+            ]
+
+        self._engine.step = step
+        try:
+            yield
+        finally:
+            del self._engine.step
+
+    def _sees(self, number: int, state: Any) -> bool:
+        """Return True when a sequence has come to its next look and is hopeless."""
+        tokens = state.detokenizer.num_output_tokens() // LOOK_TOKENS * LOOK_TOKENS
+        if tokens == self._looked.get(number, 0):
+            return False
+        self._looked[number] = tokens
+        return bool(self._is_hopeless[number](state.detokenizer.output_token_ids[:tokens]))
+
+    def _end(self, number: int, state: Any) -> Any:
+        """Return vLLM's output of a sequence that ends here."""
+        self.ended[number] = self._looked[number]
+        output = state.make_request_output([], None, self._aborted, None)
+        self._engine.abort_request([state.request_id], internal=True)
+        return output
 
 
 class _Interruptible(tqdm):

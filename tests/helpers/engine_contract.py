@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mel_lite.engines.base import Engine, Request, Sampling
+from mel_lite.engines.base import LOOK_TOKENS, Engine, Request, Sampling
 from mel_lite.training.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from mel_lite.types import Finish
@@ -124,6 +125,33 @@ def an_end_token_ends_the_completion(build: Build, model: Any) -> None:
         assert completion.ids[-1] == common or (completion.finish is Finish.LENGTH and is_whole)
 
 
+def a_hopeless_sequence_ends_at_a_look_and_the_others_keep_every_token(build: Build, model: Any) -> None:
+    """A made-up criterion, so that a random model has both. Rows that are not looked at stand for rollouts."""
+    engine, looks, ends = build(model), [], []
+
+    def is_hopeless(ids: Any) -> bool:
+        looks.append(len(ids))
+        ends.append(sum(ids) % 3 == 0)
+        return ends[-1]
+
+    asked = [Request(tuple(range(10, 14 + seed % 4)), seed) for seed in range(12)]
+    free = Sampling(2 * LOOK_TOKENS + 1, temperature=1.3, ignore_eos=True)
+    watched = replace(free, is_hopeless=is_hopeless)
+    whole = engine.generate(asked, free)
+    mixed = [Request(r.prompt_ids, r.seed, watched if r.seed % 2 else None) for r in asked]
+    done = engine.generate(mixed, free)
+    ended = [c for c in done if c.finish is Finish.ENDED]
+    assert len(ended) == sum(ends) and set(looks) <= {LOOK_TOKENS, 2 * LOOK_TOKENS}
+    assert 0 < len(ended) < 6 and {len(c.ids) for c in ended} <= set(looks) if engine.ends_hopeless else not looks
+    assert any(c.finish is Finish.LENGTH for c in done[1::2]), "some that are looked at live on"
+    for c, every in zip(done, whole, strict=True):
+        kept = len(c.ids) if c.finish is Finish.ENDED else 2 * LOOK_TOKENS + 1
+        assert c.ids == every.ids[:kept] and len(c.logprobs) == kept
+        assert max(abs(a - b) for a, b in zip(c.logprobs, every.logprobs, strict=False)) < ROUNDING
+    # The next call is not disturbed by what was ended.
+    assert [c.ids for c in engine.generate(asked, Sampling(4, 1.3))] == [c.ids[:4] for c in whole]
+
+
 def training_mode_and_checkpointing_are_restored(build: Build, model: Any) -> None:
     for checkpointing in (False, True):
         base = model.get_base_model()
@@ -160,6 +188,7 @@ CLAUSES: dict[str, Callable[[Build, Any], None]] = {
         a_cut_distribution_reports_its_own_log_probs,
         requests_of_one_call_may_have_options_of_their_own,
         an_end_token_ends_the_completion,
+        a_hopeless_sequence_ends_at_a_look_and_the_others_keep_every_token,
         training_mode_and_checkpointing_are_restored,
         sleeping_and_waking_may_be_repeated,
     )

@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import FinishReason
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
@@ -80,6 +81,7 @@ def builder(llm: LLM, adapters: Path) -> Build:
         return VLLMEngine(
             llm, sampling_params=SamplingParams, load_adapter=load_adapter, step=step, eos_ids=[eos], standby=False,
             fingerprint=lambda: adapter_fingerprint(model), context_tokens=settings.max_model_len,
+            aborted=FinishReason.ABORT,
         )  # fmt: skip
 
     return build

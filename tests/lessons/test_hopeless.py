@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from experiences import lesson_context
-from mel_lite.engines import decode
+from mel_lite.engines import decode, hf
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.lessons.parsing import MAX_CHARS, ParseFailure, hopeless, parse_analysis
@@ -87,16 +87,17 @@ def test_no_continuation_of_a_certain_one_is_parsed_and_no_beginning_of_a_good_o
     assert parsed > 50 and ended > 50
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> HFEngine:
+@pytest.fixture(scope="module", params=["own loop", "model.generate"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HFEngine:
     base = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
     install_scoring_head(base)
-    return HFEngine(base, eos_ids=[2], pad_id=0)
+    return HFEngine(base, eos_ids=[2], pad_id=0, shares_prefill=request.param == "own loop")
 
 
 def test_the_others_keep_every_token(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up criterion, so that a random model has both; rows that are not looked at are rollouts."""
-    monkeypatch.setattr(decode, "LOOK_TOKENS", 4)
+    for module in (decode, hf):
+        monkeypatch.setattr(module, "LOOK_TOKENS", 4)
     looks: list[int] = []
 
     def is_hopeless(ids: Any) -> bool:
