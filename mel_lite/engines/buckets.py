@@ -12,7 +12,7 @@ sequence, A key heads, D head size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,20 +41,20 @@ Ids = tuple[int, ...]
 class Bucket:
     """Keys and values of R sequences of similar length. Shorter ones are padded on the left, and masked there."""
 
-    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], spans: Sequence[torch.Tensor]) -> None:
-        """Store the tokens at `spans` of a flat sequence, of which `layers` are keys and values (1, A, T, D)."""
+    def __init__(self, spans: Sequence[torch.Tensor]) -> None:
+        """Make a bucket for the tokens at `spans` of a flat sequence; `store` adds its layers."""
         self.rows, self.stored_tokens = len(spans), max(map(len, spans))
         padded = [torch.nn.functional.pad(span, (self.stored_tokens - len(span), 0), value=-1) for span in spans]
         index_RS = torch.stack(padded)
         self._mask_RS = (index_RS >= 0) if bool((index_RS < 0).any()) else None
-        index_N = index_RS.clamp(min=0).flatten()
-        self._layers = [
-            tuple(
-                self._stored(each[0].index_select(1, index_N).unflatten(1, index_RS.shape).transpose(0, 1))
-                for each in pair
-            )
-            for pair in layers
-        ]
+        self._index_RS = index_RS.clamp(min=0)
+        self._layers: list[tuple[torch.Tensor, ...]] = []
+
+    def store(self, *layer_1ATD: torch.Tensor) -> None:
+        """Store the next layer's keys and values of the flat sequence."""
+        index_RS = self._index_RS
+        found = (each_1ATD[0].index_select(1, index_RS.flatten()) for each_1ATD in layer_1ATD)
+        self._layers.append(tuple(self._stored(each.unflatten(1, index_RS.shape).transpose(0, 1)) for each in found))
 
     def make_room(self) -> None:
         """Count a further token, which every layer then stores."""
@@ -86,9 +86,9 @@ class Bucket:
             self._mask_RS = None if self._mask_RS is None else self._mask_RS[index]
 
     def _copy(self, rows: Any) -> None:
-        self._layers = [
-            tuple(self._stored(each[rows, :, : self.stored_tokens]) for each in pair) for pair in self._layers
-        ]
+        """Copy some rows, one layer after the other, so that never more than one is held twice."""
+        for i, pair in enumerate(self._layers):
+            self._layers[i] = tuple(self._stored(each[rows, :, : self.stored_tokens]) for each in pair)
 
     def _stored(self, states_RASD: torch.Tensor) -> torch.Tensor:
         """Return a buffer with room behind the states."""
@@ -104,11 +104,14 @@ class BucketedCache:
     The model gets it as an argument that it passes to its attention (`models/attention.py`), which calls `attend`.
     """
 
-    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], spans: Sequence[torch.Tensor]) -> None:
+    def __init__(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]], spans: Sequence[torch.Tensor]) -> None:
         """Store the tokens at `spans` of a flat sequence; those of the longest sequence come first."""
         groups = group_lengths([len(span) for span in spans])
         assert [i for group in groups for i in group] == list(range(len(spans))), "sorted by length"
-        self.buckets = [Bucket(layers, [spans[i] for i in group]) for group in groups]
+        self.buckets = [Bucket([spans[i] for i in group]) for group in groups]
+        for layer in layers:
+            for bucket in self.buckets:
+                bucket.store(*layer)
         self._device = spans[0].device
 
     def next_token(self) -> dict[str, Any]:
@@ -152,7 +155,14 @@ def prefill_buckets(causal: Any, prompts: Sequence[Ids], *, least: int = WORTH_T
         past_key_values=cache,
         use_cache=True,
     )
-    return BucketedCache([(layer.keys, layer.values) for layer in cache.layers], [places[p[:-1]] for p in prompts])
+    return BucketedCache(_released(cache), [places[prompt[:-1]] for prompt in prompts])
+
+
+def _released(cache: DynamicCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each layer's keys and values, and drop them from the cache, so that no more than one is held twice."""
+    for layer in cache.layers:
+        yield layer.keys, layer.values
+        layer.keys = layer.values = None
 
 
 def why_not_bucketed(causal: Any) -> str | None:

@@ -271,7 +271,7 @@ def test_generation_peaks_where_predicted(
     shape = formulas.shape_of(made.to_dict())
     predicted = formulas.generation_bytes(shape, len(prompts), max(prompts), new_tokens, four_bit=False)
     # Models that go through `model.generate` also hold its masked logits, which are planned for.
-    assert 0.90 * live.peak_bytes <= predicted <= 1.12 * live.peak_bytes
+    assert 0.90 * live.peak_bytes <= predicted <= 1.15 * live.peak_bytes
 
 
 class StandInHead(torch.autograd.Function):
