@@ -100,3 +100,23 @@ def arms() -> str:
         figures = f"{arm['steps']:.0f} | {arm['tokens']:,.0f} | {arm['seconds']:.0f} | {after.value:.1%} | {each}"
         lines.append(f"| `{arm['name']}` | {figures} | {' | '.join(against)} |")
     return "\n".join(lines)
+
+
+def tuning() -> str:
+    """Return GRPO on the demo with more updates per batch: one seed, held-out training tasks."""
+    report = _read("learning/demo-tuning")
+    if report is None:
+        return NOT_RUN
+    lines = [
+        "| updates per batch | learning rate | batches | reward, first and last three batches | entropy of the last | "
+        "tokens clipped | Avg@4: start → end |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in report:
+        first, last = (statistics.mean(part) for part in (run["reward"][:3], run["reward"][-3:]))
+        before, after = (Estimate(**run[side]) for side in ("before", "after"))
+        lines.append(
+            f"| {run['num_iterations']} | {run['learning_rate']:g} | {len(run['reward'])} | {first:.2f} → {last:.2f} | "
+            f"{run['entropy'][-1]:.2f} | {run['clipped']:.1%} | {before.value:.1%} → {after.value:.1%} |"
+        )
+    return "\n".join(lines)

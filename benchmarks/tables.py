@@ -168,6 +168,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "peer-suite": peer_suite,
     "demo-warmup": demo_figures.warmup,
     "demo-arms": demo_figures.arms,
+    "demo-tuning": demo_figures.tuning,
     "learning-top": learning_figures.top,
     "learning-summary": learning_figures.summary,
     "learning-subject": learning_figures.subject,
