@@ -131,6 +131,8 @@ def read_answer(value: Any) -> str:
     if isinstance(value, Decimal) and value.is_finite():
         text = format(value, "f")
         return text.rstrip("0").rstrip(".") if "." in text else text
+    if isinstance(value, float) and math.isinf(value):
+        raise Fault("is a number too large to be read. Write it as text, in quotes")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):

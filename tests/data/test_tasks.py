@@ -251,6 +251,14 @@ def test_answers_that_are_one_answer(answer: Any, expected: str, tmp_path: Path)
     assert load_tasks(write(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer}]))[0]["answer"] == expected
 
 
+def test_an_answer_beyond_floats_is_not_infinity(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": 1}\n{"prompt": "x", "answer": -1e400}\n')
+    with pytest.raises(DataError, match=r"a.jsonl, line 2, column 'answer': -inf is a number too large .* in quotes"):
+        load_tasks(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "1e400"}\n')
+    assert load_tasks(tmp_path / "a.jsonl")[0]["answer"] == "1e400"
+
+
 def test_lists_without_one_answer(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "answer": ["1"]}, {"prompt": "x", "answer": []}, {"prompt": "x", "answer": [None]}]
     with pytest.raises(DataError, match="2 of 3 rows cannot be used"):
