@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from mel_lite.data.cells import (
@@ -98,7 +99,7 @@ def recommended_verifier(spec: str) -> str | None:
 
 
 def load_tasks(
-    spec: str,
+    spec: str | PathLike[str],
     *,
     split: str | None = None,
     limit: int | None = None,
@@ -126,6 +127,7 @@ def load_tasks(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit = {limit}: keep at least 1 row, or omit it to keep all.")
+    spec = fspath(spec)
     hub_id, _, config = spec.partition(":")
     preset = PRESETS.get(hub_id)
     default_config = config or (preset.config if preset else None)
