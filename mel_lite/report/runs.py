@@ -83,7 +83,8 @@ def read_run(folder: Path, *, lessons: bool = True) -> Run:
         folder,
         config,
         read_record(folder),
-        tuple(row for row in rows if is_number(row.get("reward"))),
+        # A step that updates on an earlier batch again (num_iterations) logs a loss, and no reward.
+        tuple(row for row in rows if is_number(row.get("reward")) or is_number(row.get("loss"))),
         tuple(row for row in rows if any(is_number(row.get(f"eval_{name}")) for name in ("reward", "avg_at_k"))),
         before,
         after,

@@ -94,6 +94,18 @@ def test_batches_that_serve_several_updates_are_counted_once(tmp_path: Path) -> 
     assert [count for _, count, _ in funnel_table(run)][:2] == [24, 12]
 
 
+def test_updates_on_an_earlier_batch_again_add_their_time_and_no_tokens(tmp_path: Path) -> None:
+    rows = metrics(12)
+    for row in rows:
+        if row["step"] % 4 != 1:  # no rollouts: the step logs a loss, and no reward
+            del row["reward"], row["time/rollout_s"]
+            row |= {"loss": 0.1, "mel/generated_tokens": 0.0}
+    run = read_run(make_run(tmp_path / "run", rows=rows, num_iterations=4))
+    assert run.steps == 12 and len(run.rows) == 12
+    assert generated_tokens(run.rows)[-1] == 300.0
+    assert phase_seconds(run.rows) == {"rollout": 6.0, "update": 12.0}
+
+
 def test_numbers_that_are_none_or_not_finite_are_no_points(tmp_path: Path) -> None:
     rows = metrics(3)
     rows[1] |= {"mel/pass_rate": None, "entropy": float("nan")}
