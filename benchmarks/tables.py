@@ -169,6 +169,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo-warmup": demo_figures.warmup,
     "demo-arms": demo_figures.arms,
     "demo-tuning": demo_figures.tuning,
+    "updates-line": demo_figures.updates,
     "learning-top": learning_figures.top,
     "learning-summary": learning_figures.summary,
     "learning-subject": learning_figures.subject,
