@@ -129,7 +129,7 @@ def updates() -> str:
     report, folder = _read("learning/demo-tuning"), RESULTS / "learning" / "starved" / "tune"
     if report is None:
         return NOT_RUN
-    one, four = ([run for run in report if run["num_iterations"] == updates][0]["after"] for updates in (1, 4))
+    ends = {run["num_iterations"]: run["after"]["value"] for run in report}
     study = []
     for setting in ("num_iterations=1,learning_rate=0.0003", "num_iterations=4,learning_rate=0.0001"):
         run = json.loads((folder / f"grpo,{setting}-100.json").read_text(encoding="utf-8"))
@@ -138,5 +138,5 @@ def updates() -> str:
     return (
         "With four updates per batch in place of one and a lower learning rate, GRPO ends at "
         f"{study[1]:.0%} in place of {study[0]:.0%} on the small model where reward is starved, and at "
-        f"{four['value']:.0%} in place of {one['value']:.0%} on the demo, for the same generated tokens (one seed each)."
+        f"{ends[4]:.0%} in place of {ends[1]:.0%} on the demo, for the same generated tokens (one seed each)."
     )
