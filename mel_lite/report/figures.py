@@ -30,13 +30,14 @@ PHASES = {
     "probe": "checking the engine",
     "analysis": "writing analyses",
     "replay": "replaying",
-    "score": "scoring",
+    "scored": "scoring new lessons",
     "forks": "checking which forks are settled",
     "examine": "examining lessons of the bank",
     "internalise": "reading rollouts with notes",
     "scoring": "scoring rollouts",
     "update": "updating the weights",
-    "rescore": "scoring lessons again",
+    "rescore": "scoring lessons after their update",
+    "optimizer": "stepping the optimizer",
     "checkpoint": "writing checkpoints",
 }
 SPANS = {"min": 60.0, "h": 3600.0}

@@ -13,12 +13,13 @@ import pytest
 
 from mel_lite.errors import ConfigError
 from mel_lite.report.charts import Chart, Line, svg, thinned, trend
-from mel_lite.report.figures import charts, evaluation, headline, uplift
+from mel_lite.report.figures import PHASES, charts, evaluation, headline, uplift
 from mel_lite.report.page import report_page, write_report
 from mel_lite.report.record import RunRecord, stage_seconds
 from mel_lite.report.runs import read_run
 from run_folders import HOSTILE, make_run, metrics
 
+PACKAGE = Path(__file__).resolve().parents[2] / "mel_lite"
 OLD_RUNS = Path(__file__).resolve().parents[1] / "resilience" / "old_runs"
 
 
@@ -116,6 +117,12 @@ def test_the_page_says_where_the_time_went(tmp_path: Path) -> None:
     # 36 of the 46 seconds are in the phases of the steps.
     assert "sampling rollouts 24 s 48%" in page and "rest of training 10 s 20%" in page
     assert "All options are those of the preset" not in page and "train.max_steps 12 3" in page
+
+
+def test_every_phase_of_the_clock_has_a_name_for_readers() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    timed = {name for source in sources for name in re.findall(r"\bclock(?:\.rest)?\(\"(\w+)\"", source)}
+    assert len(timed) > 10 and timed == set(PHASES)
 
 
 def test_options_are_compared_with_the_nearest_preset_where_none_is_named(tmp_path: Path) -> None:
