@@ -136,7 +136,8 @@ def _show(found: Comparison, written: list[Path], *, as_json: bool) -> None:
     if as_json:
         typer.echo(found.to_json())
         return
-    console().print(comparison_table(found))
+    terminal = console()
+    terminal.print(comparison_table(found, terminal.width))
     for sentence in found.conclusions:
         typer.echo(sentence)
     for sentence in found.limits:

@@ -17,6 +17,9 @@ from mel_lite.text import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDE = 120
+"""Columns of a terminal from which a table has room for all measures."""
+
 
 def write_comparison(arms: Sequence[Arm], found: Comparison, folder: Path) -> list[Path]:
     """Write comparison.html, .json and, where there are curves, .png into a folder, and return their paths.
@@ -58,19 +61,20 @@ def _differing(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Render a comparison for a terminal."""
+def comparison_table(found: Comparison, width: int = WIDE) -> Table:
+    """Render a comparison for a terminal of so many columns; fewer than `WIDE` show Avg@k alone."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title="after training", title_justify="left")
     for heading in ("arm", "seeds", "steps", "tokens", "time"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    names = names_of(found) if found.tasks else {}
+        table.add_column(heading, justify="left" if heading == "arm" else "right", overflow="fold")
+    names = {name: text for name, text in names_of(found).items() if width >= WIDE or name == "avg_at_k"}
+    names = names if found.tasks else {}
     for text in names.values():
-        table.add_column(text, justify="right")
+        table.add_column(text, justify="right", overflow="fold")
     if names:
-        table.add_column(f"{names['avg_at_k']} against {found.arms[0].name}, points", justify="right")
+        table.add_column(f"{names['avg_at_k']} minus the first arm's, points", justify="right", overflow="fold")
     for arm in found.arms:
         cells = [str(len(arm.seeds)), f"{arm.steps:.0f}", f"{arm.tokens:,.0f}", duration(arm.seconds)]
         cells += [arm.after[name].as_share() for name in names]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mel_lite.errors import ConfigError
 from mel_lite.report import figures
 from mel_lite.report.arms import group, read_arms
 from mel_lite.report.charts import LIGHT
 from mel_lite.report.compare import charts, compare
-from mel_lite.report.comparison_page import write_comparison
+from mel_lite.report.comparison_page import comparison_table, write_comparison
 from mel_lite.report.runs import read_run
 from run_folders import evaluation, make_run, metrics
 
@@ -55,6 +57,18 @@ def test_the_difference_is_paired_by_task_and_seed(tmp_path: Path) -> None:
         "of 2 seeds.",
     )
     assert [limit for limit in found.limits if "2 seeds per arm" in limit] == list(found.limits)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_is_whole_at_any_width(tmp_path: Path, width: int) -> None:
+    found = compare(read_arms(arms_of(tmp_path)))
+    screen = Console(width=width, file=io.StringIO())
+    screen.print(comparison_table(found, screen.width))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    together = text.replace("\n", "").replace(" ", "").replace("│", "")
+    assert "43.8%" in together and "68.8%" in together and "+25.0" in together
+    assert ("Pass@1" in text) == (width >= 120) and "Avg@4" in text
 
 
 def test_the_words_follow_the_figures(tmp_path: Path) -> None:
