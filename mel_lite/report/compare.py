@@ -155,11 +155,11 @@ def _progress(run: Run, at: list[float], steps: list[float]) -> list[float]:
 
 def _rollouts(run: Run, at: list[float]) -> Points:
     # Without lessons, only the reward of the verifier is logged.
-    every = (series(run.rows, name)[1] for name in ("mel/pass_rate", "rewards/_verifier_reward/mean"))
-    rates = next((found for found in every if len(found) == len(at)), [])
+    every = (series(run.rows, name) for name in ("mel/pass_rate", "rewards/_verifier_reward/mean"))
+    steps, rates = next((found for found in every if found[1]), ([], []))
     if not rates:
         return [], []
-    return thinned(at), thinned(smoothed(rates, max(1, len(rates) // 10)))
+    return thinned(_progress(run, at, steps)), thinned(smoothed(rates, max(1, len(rates) // 10)))
 
 
 def _with_mean(name: str, runs: list[Points], color: int) -> list[Line]:

@@ -188,3 +188,16 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert [arm.name for arm in arms] == ["grpo-0", "mel-0"]
     page, *_ = write_comparison(arms, compare(arms), tmp_path / "out")
     assert "<img" not in page.read_text() and "&lt;img src=x&gt;" in page.read_text()
+
+
+def test_steps_without_rollouts_leave_the_curve_where_the_tokens_are(tmp_path: Path) -> None:
+    rows = metrics(8)
+    for row in rows:
+        if row["step"] % 4 != 1:  # num_iterations=4: updates on an earlier batch again
+            del row["reward"], row["mel/pass_rate"]
+            row |= {"loss": 0.1, "mel/generated_tokens": 0.0}
+    arms = [
+        make_run(tmp_path / name, rows=rows, lessons=0, algorithm=name, num_iterations=4) for name in ("grpo", "mel")
+    ]
+    (chart,) = [chart for name, chart in charts(read_arms(arms)) if name == "pass-tokens"]
+    assert [line.x for line in chart.lines] == [[0.1, 0.2], [0.1, 0.2]], "100 tokens per batch, in thousands"
