@@ -1,8 +1,8 @@
 """Compare sampling on the transformers engine with TRL's default path: `python benchmarks/generation.py --trl FOLDER`.
 
 The workload is a step of the demo: its warm-started model, 4 prompts with 8 completions of at most 64 tokens. Each
-measurement is a process of its own, and the trainers take turns. A token counts up to the end of its completion. FOLDER
-holds TRL, as in `step.py`. Writes benchmarks/results/generation-cpu.json.
+measurement is a process of its own, which samples a token first, and the trainers take turns. A token counts up to the
+end of its completion. FOLDER holds TRL, as in `step.py`. Writes benchmarks/results/generation-cpu.json.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ def measure(who: str, folder: Path, *, count: bool) -> dict[str, Any]:
             requests = [Request(tuple(ids), i) for i, ids in enumerate(prompt_ids)]
             return [each.ids for each in engine.generate(requests, Sampling(case.longest_tokens))]
 
+    if who == "trl":
+        trainer.model.generate(torch.tensor(prompt_ids[:1]), max_new_tokens=1)
+    else:  # compares a few log-probs, once per run
+        engine.generate([Request(tuple(prompt_ids[0]), 0)], Sampling(1))
     counter = flop_counter()
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     with counter if count else nullcontext():

@@ -1,8 +1,9 @@
 """Measure the CPU seconds from the start of a process to its first sampled token: `python benchmarks/startup.py`.
 
-Four programs load the demo's model, each in processes of its own that take turns: transformers alone (`bare`), TRL's
-GRPOTrainer with a LoRA adapter (`trl`), and `mel-lite train --gpu cpu` (`mel`). `import` and `help` are `import
-mel_lite` and `mel-lite --help`. Writes benchmarks/results/startup-cpu.json.
+Three programs load the demo's model, each in processes of its own that take turns: transformers alone (`bare`), TRL's
+GRPOTrainer with a LoRA adapter (`trl`), and `mel-lite train --gpu cpu` (`mel`). Those named `import-...` end after the
+imports of these three, and `import-peft` after PEFT's. `import` and `help` are `import mel_lite` and `mel-lite --help`.
+Writes benchmarks/results/startup-cpu.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "startup-cpu.json"
 TRACKERS = ("mlflow", "trackio", "wandb")
 """Packages that TRL imports where they are installed, which `make venv` does not do."""
-WHO = ("bare", "trl", "mel", "import", "help")
 
 
 def _end(out: Path) -> NoReturn:
@@ -103,6 +103,40 @@ def help_(out: Path) -> None:
         _end(out)
 
 
+def import_bare(out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    _end(out)
+
+
+def import_peft(out: Path) -> None:
+    import peft  # noqa: F401
+
+    _end(out)
+
+
+def import_trl(out: Path) -> None:
+    from trl import GRPOConfig, GRPOTrainer  # noqa: F401
+
+    _end(out)
+
+
+def import_mel(out: Path) -> None:
+    """Import what a run imports, with packages deferred as in the command."""
+    from mel_lite.deferred import deferring
+
+    with deferring():
+        import mel_lite.run.train  # noqa: F401
+    _end(out)
+
+
+PROGRAMS = {
+    "import": import_, "help": help_, "import-bare": import_bare, "import-peft": import_peft, "import-trl": import_trl,
+    "import-mel": import_mel, "bare": bare, "trl": trl, "mel": mel,
+}  # fmt: skip
+WHO = tuple(PROGRAMS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -113,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         sys.modules.update(dict.fromkeys(TRACKERS))  # an import of them fails, as where `make venv` installed
-        {"bare": bare, "trl": trl, "mel": mel, "import": import_, "help": help_}[arguments.one](arguments.json)
+        PROGRAMS[arguments.one](arguments.json)
         return
     import step
 
@@ -125,8 +159,10 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for who in runs:
                 step.child([sys.executable, __file__, "--one", who, "--json", str(out)], "mel", None, arguments.threads)
-                runs[who].append(json.loads(out.read_text()))
-                print(who, {k: v for k, v in runs[who][-1].items() if k != "packages"}, flush=True)
+                found = json.loads(out.read_text())
+                packages = found.pop("packages")
+                print(who, found, flush=True)
+                runs[who].append(found if runs[who] else found | {"packages": packages})
     arguments.json.write_text(json.dumps({"threads": arguments.threads, "runs": runs}, indent=1) + "\n")
 
 

@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "step-cpu.json"
 SMOL = Case(group_size=4)
 QWEN = Case("qwen3", hidden=512, group_size=4)
+START = Case(shortest_tokens=64)
 SMALL = Case("qwen3", layers=2, hidden=256, vocab=8192, groups=2, group_size=4)
 
 CASES: dict[str, list[Case]] = {
@@ -38,6 +39,7 @@ CASES: dict[str, list[Case]] = {
         replace(QWEN, flat_groups=2),
         replace(SMOL, flat_groups=0),
         replace(SMOL, checkpointing=True),
+        START,
     ],
     "scaling": [
         SMALL,
@@ -49,6 +51,13 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 """Cases by name of the set."""
+
+
+def processor() -> str:
+    """Return the name of the processor, or its architecture where the system gives no name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def child(command: list[str], who: str, trl: Path | None, threads: int) -> None:
@@ -110,7 +119,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
     report: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"cases": []}
-    report["machine"] = {"processor": platform.processor() or platform.machine(), "threads": arguments.threads}
+    report["machine"] = {"processor": processor(), "threads": arguments.threads}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     chosen = CASES[arguments.cases]
     for case in [chosen[i] for i in arguments.only or range(len(chosen))]:

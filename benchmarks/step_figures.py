@@ -1,4 +1,7 @@
-"""Tables of docs/performance.md, from the raw results in benchmarks/results/."""
+"""Tables of docs/performance.md, from the raw results in benchmarks/results/.
+
+`python benchmarks/step_figures.py` draws docs/images/scaling.png (needs matplotlib).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PLOT = RESULTS.parents[1] / "docs" / "images" / "scaling.png"
+MEASURES = {"operations": ("GFLOP", 1e9), "cpu_s": ("CPU s", 1.0), "peak_bytes": ("peak GiB", 2**30)}
+"""Measured quantities by field: name, and units in one of it."""
 GIB = 2**30
 HEAD = (
     "| case | flat groups | GFLOP | ratio | CPU s | ratio | peak GiB | ratio | gradient difference |\n"
@@ -28,9 +34,9 @@ def median(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def _named(case: dict[str, Any]) -> str:
-    rows = (
-        f"{case['groups']} x {case['group_size']} completions of {case['shortest_tokens']} to {case['longest_tokens']}"
-    )
+    shortest, longest = case["shortest_tokens"], case["longest_tokens"]
+    lengths = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    rows = f"{case['groups']} x {case['group_size']} completions of {lengths}"
     model = "SmolLM2-135M" if case["model"] == "smollm2-135m" else f"Qwen3, {case['layers']} layers, H {case['hidden']}"
     extra = f", V {case['vocab']}" if case["model"] == "qwen3" else ""
     return f"{model}{extra}: {rows}{', gradient checkpointing' if case['checkpointing'] else ''}"
@@ -39,8 +45,9 @@ def _named(case: dict[str, Any]) -> str:
 def _row(found: dict[str, Any], label: str) -> str:
     theirs, ours = found["runs"]["trl"], found["runs"]["mel"]
     cells = []
-    for key, unit, digits in (("operations", 1e9, 1), ("cpu_s", 1.0, 2), ("peak_bytes", GIB, 2)):
+    for key, (_, unit) in MEASURES.items():
         a, b = median(theirs, key), median(ours, key)
+        digits = 1 if key == "operations" else 2
         cells += [f"{a / unit:.{digits}f} / {b / unit:.{digits}f}", f"**{b / a:.2f}**"]
     case = found["case"]
     return (
@@ -121,6 +128,10 @@ def startup() -> str:
     names = {
         "import": "`import mel_lite`",
         "help": "`mel-lite --help`",
+        "import-bare": "transformers' classes: import",
+        "import-peft": "PEFT, which brings them: import",
+        "import-trl": "TRL's trainer, which brings both: import",
+        "import-mel": "MEL-Lite's run, which brings all: import",
         "bare": "transformers alone, one token",
         "trl": "TRL's trainer, first token",
         "mel": "`mel-lite train --gpu cpu`, first token",
@@ -128,6 +139,26 @@ def startup() -> str:
     lines = ["| | CPU s | modules |", "|---|---|---|"]
     for who, name in names.items():
         lines.append(f"| {name} | {median(runs[who], 'cpu_s'):.2f} | {median(runs[who], 'modules'):.0f} |")
+    spent = {who: median(runs[who], "cpu_s") for who in names}
+    note = (
+        f"To the first token, TRL takes {spent['trl'] / spent['bare']:.2f} times as long as transformers, MEL-Lite "
+        f"{spent['mel'] / spent['bare']:.2f} times. The import of TRL's trainer alone takes "
+        f"{spent['import-trl'] / spent['bare']:.2f} times as long, that of MEL-Lite's run, which contains it, "
+        f"{spent['import-mel'] / spent['bare']:.2f} times."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def phases() -> str:
+    """Return the table of `mel-lite bench step` on the demo, from its --json."""
+    report = json.loads((RESULTS / "bench-step-cpu.json").read_text(encoding="utf-8"))
+    found = report["phases"]
+    whole_s = sum(each["seconds_s"] for each in found)
+    lines = ["| phase | share of the time | generated tokens | forward tokens | GFLOP |", "|---|---|---|---|---|"]
+    for each in found:
+        tokens = f"{each['generated_tokens']:.0f} | {each['forward_tokens']:.0f}"
+        share = each["seconds_s"] / whole_s
+        lines.append(f"| {each['phase']} | {share:.0%} | {tokens} | {each['operations'] / 1e9:.1f} |")
     return "\n".join(lines)
 
 
@@ -137,4 +168,32 @@ FIGURES: dict[str, Callable[[], str]] = {
     "step-scaling": scaling,
     "generation": generation,
     "startup": startup,
+    "phases": phases,
 }
+
+
+def draw() -> None:
+    """Draw every measure against every dimension that a case set varies, for both trainers."""
+    from matplotlib import pyplot
+
+    shown = {key: found for key in SCALES if len(found := family(key)) > 1}
+    figure, axes = pyplot.subplots(
+        len(MEASURES), len(shown), figsize=(2.6 * len(shown), 2.0 * len(MEASURES)), sharex="col", layout="constrained"
+    )
+    for row, (measure, (name, unit)) in zip(axes, MEASURES.items(), strict=True):
+        for axis, (key, cases) in zip(row, shown.items(), strict=True):
+            x = [each["case"][key] for each in cases]
+            for who, label in (("trl", "TRL"), ("mel", "MEL-Lite")):
+                axis.plot(x, [median(each["runs"][who], measure) / unit for each in cases], marker="o", label=label)
+            axis.set(xscale="log", xticks=x, xticklabels=[f"{value:,}" for value in x])
+            axis.set_ylim(bottom=0)
+            axis.minorticks_off()
+        row[0].set_ylabel(name)
+    for axis, key in zip(axes[-1], shown, strict=True):
+        axis.set_xlabel(SCALES[key])
+    axes[0][0].legend()
+    figure.savefig(PLOT, dpi=90, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    draw()

@@ -168,7 +168,7 @@ def mel_trainer(case: Case, out: Path) -> Any:
         sleep = wake
 
     off = {} if case.savings else {"skip_zero_advantage": False, "share_prompts": False}
-    return MELTrainer(
+    trainer = MELTrainer(
         adapted(model, case),
         reward_funcs=lambda completions, **_: rewards,
         args=MELConfig(
@@ -182,6 +182,8 @@ def mel_trainer(case: Case, out: Path) -> Any:
         processing_class=tokenizer,
         engine=Given(),
     )
+    assert trainer.savings.shares_prompts == case.savings  # compares a few log-probs, once per run
+    return trainer
 
 
 def peak_bytes() -> int:
