@@ -1,4 +1,4 @@
-# MEL-Lite. `make train` and `make test` work on a bare machine with Python 3.11 and make.
+# MEL-Lite. `make train` and `make test` work on a bare machine with Python 3.11 to 3.13 and make.
 #
 #   make train ARGS="--max-steps 2"      further options of `mel-lite train`
 #   make test  ARGS="-k store -x"        further options of pytest
