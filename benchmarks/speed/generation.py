@@ -1,8 +1,9 @@
-"""Compare sampling on the transformers engine with TRL's default path: `python benchmarks/generation.py --trl FOLDER`.
+"""Compare sampling on the transformers engine with TRL's default path.
 
-The workload is a step of the demo: its warm-started model, 4 prompts with 8 completions of at most 64 tokens. Each
-measurement is a process of its own, which samples a token first, and the trainers take turns. A token counts up to the
-end of its completion. FOLDER holds TRL, as in `step.py`. Writes benchmarks/results/generation-cpu.json.
+`PYTHONPATH=benchmarks python -m speed.generation --trl FOLDER`. The workload is a step of the demo: its warm-started
+model, 4 prompts with 8 completions of at most 64 tokens. Each measurement is a process of its own, which samples a
+token first, and the trainers take turns. A token counts up to the end of its completion. FOLDER holds TRL, as in
+`step.py`. Writes benchmarks/results/generation-cpu.json.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from typing import Any
 
 import torch
 
-import step
-import step_subject
 from mel_lite.run.operations import flop_counter
-from step_subject import Case
+from speed import step, step_subject
+from speed.step_subject import Case
 
 RESULT = step.HERE / "results" / "generation-cpu.json"
 
@@ -94,7 +94,8 @@ def main() -> None:
         out = Path(scratch) / "one.json"
         for count in (True, *[False] * arguments.repeats):
             for who in runs if arguments.trl is not None else ("mel",):
-                command = [sys.executable, __file__, "--one", who, "--json", str(out), *["--count"] * count]
+                command = [sys.executable, "-m", "speed.generation", "--one", who, "--json", str(out)]
+                command += ["--count"] * count
                 step.child([*command, "--threads", str(arguments.threads)], who, arguments.trl, arguments.threads)
                 runs[who].append(json.loads(out.read_text()))
                 print(who, runs[who][-1], flush=True)

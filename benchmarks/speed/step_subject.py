@@ -1,4 +1,4 @@
-"""Measure one GRPO step of one trainer in this process; `benchmarks/step.py` starts it, once per measurement.
+"""Measure one GRPO step of one trainer in this process; `step.py` starts it, once per measurement.
 
 Both trainers get the same model, adapter, prompts, completions and rewards, so only the update is measured: rewards,
 forward, backward and optimizer. B completions of a step.

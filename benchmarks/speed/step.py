@@ -1,4 +1,4 @@
-"""Compare one GRPO update of MEL-Lite with TRL's: `python benchmarks/step.py --trl FOLDER`.
+"""Compare one GRPO update of MEL-Lite with TRL's: `PYTHONPATH=benchmarks python -m speed.step --trl FOLDER`.
 
 Both trainers get the same model, adapter, prompts, completions and rewards (`step_subject.py`). Each measurement is a
 process of its own, and the trainers take turns. Operations are counted by torch's flop counter; memory is the peak of
@@ -22,9 +22,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from step_subject import Case
+from speed.step_subject import Case
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 RESULT = HERE / "results" / "step-cpu.json"
 SMOL = Case(group_size=4)
 QWEN = Case("qwen3", hidden=512, group_size=4)
@@ -76,7 +76,7 @@ def child(command: list[str], who: str, trl: Path | None, threads: int) -> None:
 
 def run(who: str, case: Case, folder: Path, trl: Path | None, threads: int) -> dict[str, Any]:
     """Measure one step in a process of its own; return its result."""
-    command = [sys.executable, str(HERE / "step_subject.py"), who, json.dumps(asdict(case)), str(folder)]
+    command = [sys.executable, "-m", "speed.step_subject", who, json.dumps(asdict(case)), str(folder)]
     child([*command, "--threads", str(threads)], who, trl, threads)
     return dict(json.loads((folder / "result.json").read_text()))
 

@@ -1,9 +1,9 @@
-"""Measure the CPU seconds from the start of a process to its first sampled token: `python benchmarks/startup.py`.
+"""Measure the CPU seconds from the start of a process to its first sampled token.
 
-Three programs load the demo's model, each in processes of its own that take turns: transformers alone (`bare`), TRL's
-GRPOTrainer with a LoRA adapter (`trl`), and `mel-lite train --gpu cpu` (`mel`). Those named `import-...` end after the
-imports of these three, and `import-peft` after PEFT's. `import` and `help` are `import mel_lite` and `mel-lite --help`.
-Writes benchmarks/results/startup-cpu.json.
+`PYTHONPATH=benchmarks python -m speed.startup`. Three programs load the demo's model, each in processes of its own that
+take turns: transformers alone (`bare`), TRL's GRPOTrainer with a LoRA adapter (`trl`), and `mel-lite train --gpu cpu`
+(`mel`). Those named `import-...` end after the imports of these three, and `import-peft` after PEFT's. `import` and
+`help` are `import mel_lite` and `mel-lite --help`. Writes benchmarks/results/startup-cpu.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 RESULT = HERE / "results" / "startup-cpu.json"
 TRACKERS = ("mlflow", "trackio", "wandb")
 """Packages that TRL imports where they are installed, which `make venv` does not do."""
@@ -149,7 +149,7 @@ def main() -> None:
         sys.modules.update(dict.fromkeys(TRACKERS))  # an import of them fails, as where `make venv` installed
         PROGRAMS[arguments.one](arguments.json)
         return
-    import step
+    from speed import step
 
     for package in ("mel_lite", "kernels"):  # as pip does for the others
         compileall.compile_dir(HERE.parent / package, quiet=1)
@@ -158,7 +158,8 @@ def main() -> None:
         out = Path(scratch) / "one.json"
         for _ in range(arguments.repeats):
             for who in runs:
-                step.child([sys.executable, __file__, "--one", who, "--json", str(out)], "mel", None, arguments.threads)
+                command = [sys.executable, "-m", "speed.startup", "--one", who, "--json", str(out)]
+                step.child(command, "mel", None, arguments.threads)
                 found = json.loads(out.read_text())
                 packages = found.pop("packages")
                 print(who, found, flush=True)

@@ -1,6 +1,6 @@
 """Tables of docs/performance.md, from the raw results in benchmarks/results/.
 
-`python benchmarks/step_figures.py` draws docs/images/scaling.png (needs matplotlib).
+`PYTHONPATH=benchmarks python -m speed.step_figures` draws docs/images/scaling.png (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 PLOT = RESULTS.parents[1] / "docs" / "images" / "scaling.png"
 MEASURES = {"operations": ("GFLOP", 1e9), "cpu_s": ("CPU s", 1.0), "peak_bytes": ("peak GiB", 2**30)}
 """Measured quantities by field: name, and units in one of it."""
