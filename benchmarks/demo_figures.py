@@ -88,9 +88,9 @@ def arms() -> str:
         return NOT_RUN
     starts = [report["runs"][name]["before"] for name in report["arms"][0]["folders"]]
     lines = [
-        "| arm | steps | generated tokens | train time, s | Avg@4 | by seed | minus GRPO, points | seeds ahead |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| start | | | | {statistics.mean(starts):.1%} | {', '.join(f'{each:.1%}' for each in starts)} | | |",
+        "| arm | steps | generated tokens | Avg@4 | by seed | minus GRPO, points | seeds ahead |",
+        "|---|---|---|---|---|---|---|",
+        f"| start | | | {statistics.mean(starts):.1%} | {', '.join(f'{each:.1%}' for each in starts)} | | |",
     ]
     for arm in report["arms"]:
         after = Estimate(**arm["after"]["avg_at_k"])
@@ -99,7 +99,7 @@ def arms() -> str:
             shift = Estimate(**arm["difference"]["avg_at_k"]).as_points()
             against = [shift, f"{arm['seeds_ahead']} of {arm['paired_seeds']}"]
         each = ", ".join(f"{report['runs'][name]['after']:.1%}" for name in arm["folders"])
-        figures = f"{arm['steps']:.0f} | {arm['tokens']:,.0f} | {arm['seconds']:.0f} | {after.value:.1%} | {each}"
+        figures = f"{arm['steps']:.0f} | {arm['tokens']:,.0f} | {after.value:.1%} | {each}"
         lines.append(f"| `{arm['name']}` | {figures} | {' | '.join(against)} |")
     return "\n".join(lines)
 
@@ -137,6 +137,6 @@ def updates() -> str:
         study.append(statistics.mean(right) / SAMPLES)
     return (
         "With four updates per batch in place of one and a lower learning rate, GRPO ends at "
-        f"{study[1]:.0%} in place of {study[0]:.0%} on the small model where reward is starved, and at "
-        f"{ends[4]:.0%} in place of {ends[1]:.0%} on the demo, for the same generated tokens (one seed each)."
+        f"{study[1]:.1%} in place of {study[0]:.1%} on the small model where reward is starved, and at "
+        f"{ends[4]:.1%} in place of {ends[1]:.1%} on the 135M demo, for the same generated tokens (one seed each)."
     )

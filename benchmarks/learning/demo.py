@@ -23,7 +23,7 @@ SHARED: dict[str, Any] = {
     "train.replay_control": False, "train.grad_norm_every": 0, "train.save_steps": 20, "export.format": None,
     "eval.limit": 40, "eval.k": 4, "eval.temperature": 1.0,
 }  # fmt: skip
-"""Of all arms. The first two were chosen for GRPO, see TRIED."""
+"""Of all arms. The first two are the best of TRIED for GRPO."""
 TRIED = ((1, 2e-4), (2, 2e-4), (4, 1e-4))
 """Updates per batch and learning rates that were tried for GRPO, on held-out training tasks and another seed."""
 TUNING_SEED = 100
