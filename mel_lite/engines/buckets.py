@@ -59,7 +59,7 @@ class Bucket:
     def make_room(self) -> None:
         """Count a further token, which every layer then stores."""
         if self.stored_tokens == self._layers[0][0].shape[2]:
-            self._copy(slice(None))
+            self._copy_rows(slice(None))
         self.stored_tokens += 1
         if self._mask_RS is not None:
             self._mask_RS = torch.nn.functional.pad(self._mask_RS, (0, 1), value=True)
@@ -82,10 +82,10 @@ class Bucket:
             return
         self.rows = len(index)
         if self.rows:
-            self._copy(index)
+            self._copy_rows(index)
             self._mask_RS = None if self._mask_RS is None else self._mask_RS[index]
 
-    def _copy(self, rows: Any) -> None:
+    def _copy_rows(self, rows: Any) -> None:
         """Copy some rows, one layer after the other, so that never more than one is held twice."""
         for i, pair in enumerate(self._layers):
             self._layers[i] = tuple(self._stored(each[rows, :, : self.stored_tokens]) for each in pair)
