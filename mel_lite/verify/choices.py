@@ -9,7 +9,8 @@ from mel_lite.verify.extract import HYPOTHESIS, TEXT_COMMAND, last_line
 
 _L = r"['\"\u201c\u2018]?[(\[{<]{0,2}[ ]?(?P<letter>[A-J])\b[ ]?[)\]}>]{0,2}['\"\u201d\u2019]?"
 _NOUN = (
-    r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt|final(?=\s*[:=]))"
+    r"(?:option|choice|letter|answer|alternative|solution|selection|pick|statement|response|guess|opt|"
+    r"(?:final|correct)(?=\s*[:=]))"
 )
 _LABEL = re.compile(
     r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:(?:option|choice|letter|answer)\s*:?\s*)?"
@@ -46,16 +47,17 @@ _DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"[)\]}]?\W{0,2}(?:(?:is|are|was|seems|looks)\s+(?:also\s+|clearly\s+|definitely\s+)?"
+    r"[)\]}]?(?:\s?[:=]\s?(?:wrong|incorrect|false|no)\b|\W{0,2}(?:(?:is|are|was|seems|looks)\s+(?:also\s+|clearly\s+|definitely\s+)?"
     r"(?:wrong|incorrect|not|false|too|out\b|ruled|"
     r"eliminated|impossible|excluded|invalid)|"
     r"(?:which|that)\s(?:is|was)\s(?:wrong|incorrect|false|not)|"
-    r"(?:is|are|was|does|do|did|can|could|would)n['\u2019]t|cannot|fails?\b|(?:does|do|can) not)",
+    r"(?:is|are|was|does|do|did|can|could|would)n['\u2019]t|cannot|fails?\b|(?:does|do|can) not))",
     re.IGNORECASE,
 )
 _ASSERTIONS = (
     re.compile(
-        rf"(?<!wrong )(?<!incorrect )(?<!false )(?<!least likely )\b{_NOUN}(?:\s+that\s[^.\n]{{1,40}}?)?\s*"
+        rf"(?<!wrong )(?<!incorrect )(?<!false )(?<!least likely )\b{_NOUN}(?:['\u2019]s)?"
+        rf"(?:\s+that\s[^.\n]{{1,40}}?)?\s*"
         rf"(?:(?:is|was|would be|must be|should be|has to be|will be|seems to be)\b\s*|[:=]\s*)?"
         rf"(?:(?:clearly|definitely|therefore|thus|indeed|likely|probably|option|choice|letter)\b[\s,:]*){{0,3}}{_L}",
         re.IGNORECASE,
@@ -63,7 +65,8 @@ _ASSERTIONS = (
     re.compile(
         rf"{_L}\W{{0,3}}(?:is|must be|should be|would be|has to be|seems|looks)\s+"
         r"(?:clearly\s+|indeed\s+|therefore\s+|definitely\s+|also\s+|obviously\s+)?(?:the\s+)?(?:only\s+|most\s+)?"
-        r"(?:correct|right|best|answer|true|valid|one\b|solution|better|likely|plausible|my\s+(?:final\s+)?(?:answer|choice))",
+        r"(?:correct|right|best|answer|true|valid|one\b|solution|better|likely|plausible|my\s+(?:final\s+)?(?:answer|choice)|"
+        r"(?:option|choice)\s+(?:left|remaining|that\s+(?:works|fits)))",
         re.IGNORECASE,
     ),
     re.compile(
@@ -71,15 +74,16 @@ _ASSERTIONS = (
         r"(?:most|more|best|correct|right|true)\b",
         re.IGNORECASE,
     ),
+    re.compile(rf"{_L}\s?[:=]\s?(?:true|correct|right|yes)\b", re.IGNORECASE),
     re.compile(rf"{_L}\W{{0,3}}(?:works|fits|holds|matches|remains|it\s+is(?=\W*$))", re.IGNORECASE),
     re.compile(
         rf"\b(?:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|go(?:ing)?\s+(?:with|for)|went\s+(?:with|for)|opt(?:ing)?\s+for|"
-        rf"settle\s+on|settled\s+on|vote\s+for|mark)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
+        rf"settle\s+on|settled\s+on|vote\s+for|(?:confident|sure)\s+(?:in|of)|mark)\W{{1,3}}(?:(?:option|choice|letter|answer)\W{{1,2}})?{_L}",
         re.IGNORECASE,
     ),
     re.compile(
         rf"\b(?:it['\u2019]?s|it\s+is|it\s+must\s+be|that['\u2019]?s|that\s+is|must\s+be|actually|therefore|thus|hence|so|then|"
-        rf"leaves(?:\s+us\s+with)?|left\s+with|has\s+to\s+be|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
+        rf"leaves(?:\s+us\s+with)?|leaving(?:\s+us\s+with)?|probably|yes|left\s+with|has\s+to\s+be|i\.e\.|but|clearly|definitely|obviously|surely|i['\u2019]?d\s+say|i\s+(?:would\s+)?(?:say|think|believe|guess))"
         rf"[\s,:]*(?:it\s+is\s+|it['\u2019]s\s+|only\s+)?(?:(?:option|choice|letter|answer)\s+)?{_L}(?=\W*$|\W*[.;,!\n])",
         re.IGNORECASE,
     ),
@@ -134,16 +138,18 @@ def sole_choice(text: str) -> str | None:
     which repeat the options or comment on them, the text before them counts.
     """
     if (rows := _rows(text)) is not None:
-        agreed, before = rows
-        if agreed is None:
-            return sole_choice(before) if before.strip() else None
-        return agreed[0] if len(agreed) == 1 else None
+        agreed, denied, before = rows
+        if agreed or not before.strip():
+            return agreed[0] if len(agreed) == 1 and len(denied) > 0 else None
+        letter = sole_choice(before)
+        return None if letter in denied else letter
     last = _prepared(last_line(text)[-_MAX_CHARS:])
     if (label := _LABEL.match(last)) and (letter := _labeled(label)):
         return letter
     first, text = _prepared(text[-_MAX_CHARS:].strip().split("\n")[0]), _prepared(text[-_MAX_CHARS:])
-    if (label := _LABEL.match(text)) and "\n" not in text and not _DENIED_AFTER.match(label["rest"]):
-        return _labeled(label)
+    if (label := _LABEL.match(text)) and "\n" not in text:
+        if not _DENIED_AFTER.match(label["rest"]) and not _WRONG.match(label["rest"]):
+            return _labeled(label)
     if letter := _asserted(last) or _asserted(text):
         return letter
     if _mentions_in_assertions(text):
@@ -155,10 +161,10 @@ def sole_choice(text: str) -> str | None:
     return bracketed.pop() if len(bracketed) == 1 and not bracketed & denied else None
 
 
-def _rows(text: str) -> tuple[list[str] | None, str] | None:
-    """Return the options that the last lines agree to, one option a line, and the text before these lines.
+def _rows(text: str) -> tuple[list[str], set[str], str] | None:
+    """Return the options that the last lines agree to, those they deny, and the text before, one option a line.
 
-    The options are None when no line agrees or denies. None when the last lines do not list options.
+    None when the last lines do not list options.
     """
     found: dict[str, str] = {}
     lines = text[-_MAX_CHARS:].strip().split("\n")
@@ -171,9 +177,8 @@ def _rows(text: str) -> tuple[list[str] | None, str] | None:
     if len(found) < 2:
         return None
     agreed = [letter for letter, rest in found.items() if _YES.match(rest)]
-    if all(_YES.match(rest) or _NO.match(rest) for rest in found.values()):
-        return agreed, ""
-    return ([] if agreed else None), "\n".join(lines)
+    denied = {letter for letter, rest in found.items() if _NO.match(rest)}
+    return agreed, denied, "\n".join(lines)
 
 
 def _prepared(text: str) -> str:

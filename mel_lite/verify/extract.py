@@ -22,7 +22,8 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _WEAK_PHRASE = re.compile(
-    rf"{_DENIED}(?<!least likely )\banswer[ \t]+(?:is|was|(?:would|must|should|will|has[ \t]to)[ \t]be)\b[ \t*:]*",
+    rf"{_DENIED}(?<!least likely )\banswer[ \t]+(?:(?:is|was|(?:would|must|should|will|has[ \t]to)[ \t]be)\b[ \t*:]*"
+    r"|(?=(?:is|was|can)n['\u2019]t\b[^.!?;\n]{1,80}[.!]?\s{0,9}\Z))",
     re.IGNORECASE,
 )
 HYPOTHESIS = re.compile(

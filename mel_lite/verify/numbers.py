@@ -54,7 +54,7 @@ _CURRENCY = re.compile(
 )
 _LENGTH = r"(?:[mckd]?m|in|ft|yd|mi|inch(?:es)?|feet|foot|yards?|miles?|[a-z]{0,6}met(?:er|re)s?|units?)"
 _UNIT = re.compile(
-    rf"(?<![A-Za-z])(?:{_LENGTH}\s*(?:\^\s*(?:\{{-?[23]\}}|[23])|[\u00b2\u00b3])"
+    rf"(?<![A-Za-z])(?:{_LENGTH}\s*(?:\^\s*(?:\{{-?[23]\}}|[23])|[\u00b2\u00b3])(?:\s?/\s?(?:s|min|h|hr|day)\b)?"
     r"|(?:[ckm]?m|[mk]?g|mol|rad|[ckm]?[NJWLC])\s*(?:s|min|h|m|kg|mol|K)\s*\^\s*(?:\{\s*-[12]\s*\}|-[12])"
     r"|(?:[a-z]{2,12}|[mgsLJNWVA])\s*/\s*(?:[a-z]{2,12}|[hsmgL]|kg)\b\s*(?:\^\s*(?:\{[23]\}|[23])|[\u00b2\u00b3])?)"
 )
@@ -101,6 +101,8 @@ _NO_STATEMENT = re.compile(
 _BECAUSE = re.compile(r"(?<=[0-9a-z%)$])[,;]?\s(?:because|since)\s.*", re.DOTALL)
 _CONTRAST = re.compile(r"\s?[,;(]\s?(?:and |but )?(?:not|rather than) [^,;()]{1,30}\)?\W{0,3}$")
 """The end of `7, not 8`, which does state 7."""
+_INSTEAD = re.compile(r"^\W{0,3}not [^,;()]{1,30}?,? (?:but|rather) (?=[^,;]*[0-9])")
+"""The beginning of `not 7 but 8`."""
 _WORDS = {
     word: str(value)
     for value, word in enumerate(
@@ -184,6 +186,7 @@ def sole_number(text: str) -> Number | None:
     if len(text) > 2_000:
         return None
     text = _CONTRAST.sub("", _without_latex(spelled_out(_BECAUSE.sub("", first_sentence(text)))))
+    text = _INSTEAD.sub("", text)
     sides = re.split(r"=|\u2248|\\approx|\\equiv", text)
     found = _only_number(sides[-1])
     if found is None and len(sides) == 2 and _CALCULATION.fullmatch(sides[1]):
