@@ -75,6 +75,7 @@ class Priced(Engine):
     def __init__(self, tokenizer: Any, case: Case) -> None:
         self._tokenizer, self._case = tokenizer, case
         self.inner: Any = None
+        self.cpu_s = 0.0
 
     def wake(self) -> None: ...
 
@@ -86,7 +87,9 @@ class Priced(Engine):
             Request(request.prompt_ids, request.seed, Sampling(len(each)))
             for request, each in zip(requests, ids, strict=True)
         ]
+        start_s = time.process_time()
         self.inner.generate(own, sampling)
+        self.cpu_s += time.process_time() - start_s
         return [Completion(each, (-0.5,) * len(each), Finish.STOP) for each in ids]
 
     def _ids(self, request: Request) -> tuple[int, ...]:
@@ -145,17 +148,21 @@ def build(arm: str, case: Case, folder: Path) -> Any:
 class Steps(TrainerCallback):
     """Notes seconds and logs of every step after the warm-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Priced) -> None:
         self.rows: list[dict[str, float]] = []
-        self._start = (0.0, 0.0)
+        self._engine = engine
+        self._start_s = (0.0, 0.0, 0.0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.process_time(), time.perf_counter()
+        self._start_s = self._now_s()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > WARM_UP:
-            cpu_s, wall_s = self._start
-            self.rows.append({"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s})
+            took_s = (now - start for now, start in zip(self._now_s(), self._start_s, strict=True))
+            self.rows.append(dict(zip(("cpu_s", "wall_s", "sampling_cpu_s"), took_s, strict=True)))
+
+    def _now_s(self) -> tuple[float, float, float]:
+        return time.process_time(), time.perf_counter(), self._engine.cpu_s
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         names = ("mel/generated_tokens", "mel/token_overhead", "mel/staleness", "mel/replay_valid")
@@ -175,7 +182,8 @@ def main() -> None:
     for _ in range(case.rounds):
         for arm in ARMS:
             with tempfile.TemporaryDirectory() as folder:
-                trainer, steps = build(arm, case, Path(folder)), Steps()
+                trainer = build(arm, case, Path(folder))
+                steps = Steps(trainer.engine.unmetered)
                 trainer.add_callback(steps)
                 trainer.train()
                 runs[arm] += steps.rows

@@ -61,28 +61,32 @@ def model() -> str:
 
 
 def measured() -> str:
-    """Return the measured CPU seconds per step of each arm."""
+    """Return the measured CPU seconds per step of each arm: medians, and the ratio of medians to plain GRPO."""
     report = json.loads(RESULT.read_text(encoding="utf-8"))
     runs: dict[str, list[dict[str, Any]]] = report["runs"]
-    means = {arm: statistics.mean(row["cpu_s"] for row in rows) for arm, rows in runs.items()}
+
+    def median(arm: str, name: str) -> float:
+        return statistics.median(row.get(name, 0.0) for row in runs[arm])
+
     lines = [
-        "| arm | CPU s per step (least to most) | generated tokens | lesson tokens / rollout tokens | step / GRPO |",
-        "|---|---|---|---|---|",
+        "| arm | CPU s per step (least to most) | sampling | update and the rest | generated tokens | "
+        "lesson tokens / rollout tokens | step / GRPO |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm, rows in runs.items():
         seconds = [row["cpu_s"] for row in rows]
-        tokens = statistics.mean(row["mel/generated_tokens"] for row in rows)
-        overhead = statistics.mean(row.get("mel/token_overhead", 0.0) for row in rows)
+        rest_s = statistics.median(row["cpu_s"] - row["sampling_cpu_s"] for row in rows)
         lines.append(
-            f"| {arm} | {means[arm]:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {tokens:.0f} | {overhead:.2f} | "
-            f"**{means[arm] / means['grpo']:.2f}** |"
+            f"| {arm} | {median(arm, 'cpu_s'):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
+            f"{median(arm, 'sampling_cpu_s'):.2f} | {rest_s:.2f} | {median(arm, 'mel/generated_tokens'):.0f} | "
+            f"{median(arm, 'mel/token_overhead'):.2f} | **{median(arm, 'cpu_s') / median('grpo', 'cpu_s'):.2f}** |"
         )
     case, machine = report["case"], report["machine"]
     setting = (
         f"{machine['processor']}, {machine['threads']} thread, torch {report['torch']}: random Qwen3 weights, "
         f"{case['layers']} layers, hidden size {case['hidden']}; {case['prompts']} prompts x {case['group_size']} "
         f"completions of {case['shortest_tokens']} to {case['longest_tokens']} tokens; {len(runs['grpo'])} steps per "
-        f"arm in {case['rounds']} interleaved rounds."
+        f"arm in {case['rounds']} interleaved rounds. Medians."
     )
     return "\n".join([setting, "", *lines])
 
