@@ -19,9 +19,9 @@ from typing import Any
 
 import demo_figures
 import plan_figures
-import price_figures
 from learning import learning_figures
 from peer_suite import suite
+from price import price_figures
 from speed import step_figures
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import decode_model
-from decode_model import Card, Cost, Size, Workload, costs, decode_s, prefill_s, step_s
+from price import decode_model
+from price.decode_model import Card, Cost, Size, Workload, costs, decode_s, prefill_s, step_s
 
 
 def test_the_arithmetic_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Predict the seconds of a GRPO step and of a MEL step where decoding is bound by memory: `python decode_model.py`.
+"""Predict the seconds of a GRPO step and of a MEL step where decoding is bound by memory.
 
 One engine step samples one token of every live sequence. It reads all weights once, and the cache of every live
 sequence:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import decode_model
-from decode_model import COMPUTE_SHARE, MEMORY_SHARE, POINTS, WORKLOADS, Workload
+from price import decode_model
+from price.decode_model import COMPUTE_SHARE, MEMORY_SHARE, POINTS, WORKLOADS, Workload
 
-RESULT = Path(__file__).resolve().parent / "results" / "lesson-price-cpu.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "lesson-price-cpu.json"
 
 
 def check() -> str:

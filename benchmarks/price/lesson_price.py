@@ -1,10 +1,10 @@
 """Measure what lessons cost: CPU seconds of a step of plain GRPO, of MEL strict, and of MEL overlapped.
 
-`python benchmarks/lesson_price.py` trains the three arms in turn, in one process. A small Qwen3 with random weights
-really decodes every sequence, in the engine's own batches; texts of fixed lengths replace what it wrote, so that the
-verifier, the parser, the leak guard and the replay have real work and every arm has the same completions. One of the
-two groups of a step is mixed. The first two steps, in which no overlapped lesson can be complete, are not measured.
-Writes benchmarks/results/lesson-price-cpu.json.
+`PYTHONPATH=benchmarks python -m price.lesson_price` trains the three arms in turn, in one process. A small Qwen3 with
+random weights really decodes every sequence, in the engine's own batches; texts of fixed lengths replace what it wrote,
+so that the verifier, the parser, the leak guard and the replay have real work and every arm has the same completions.
+One of the two groups of a step is mixed. The first two steps, in which no overlapped lesson can be complete, are not
+measured. Writes benchmarks/results/lesson-price-cpu.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.types import Finish
 
-RESULT = Path(__file__).resolve().parent / "results" / "lesson-price-cpu.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "lesson-price-cpu.json"
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
     "mel strict": {"mel_schedule": "strict"},
