@@ -31,12 +31,16 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._before or storage._cdata in self._living:
+        if tensor.layout == torch._mkldnn:  # packed for oneDNN: the tensor has no storage, and no view shares it
+            owner, key, size_bytes = tensor, -id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            owner = tensor.untyped_storage()
+            key, size_bytes = owner._cdata, owner.nbytes()
+        if key in self._before or key in self._living:
             return
-        self._living.add(storage._cdata)
-        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.live_bytes += storage.nbytes()
+        self._living.add(key)
+        weakref.finalize(owner, self._free, key, size_bytes)
+        self.live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _free(self, key: int, size_bytes: int) -> None:
