@@ -14,8 +14,11 @@ from mel_lite.report.page import flat
 from mel_lite.report.runs import Run, generated_tokens, read_run, training_seconds
 
 MEASURES = {"pass_at_1": "Pass@1", "avg_at_k": "Avg@{k}", "pass_at_k": "Pass@{k}"}
-IGNORED = ("train.seed", "train.data_seed", "train.output_dir", "train.run_name", "train.max_steps")
-"""Options that do not make another arm."""
+IGNORED = (
+    "train.seed", "train.data_seed", "train.output_dir", "train.run_name", "train.max_steps", "train.max_cache_tokens",
+    "train.max_micro_batch_tokens", "train.gradient_checkpointing",
+)  # fmt: skip
+"""Options that do not make another arm: seeds, names, and what a plan for the free memory sets, at the same result."""
 LONGEST_NAME = 40
 
 

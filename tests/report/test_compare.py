@@ -39,6 +39,10 @@ def arms_of(folder: Path, seeds: int = 2, **changes: list[int]) -> list[Path]:
 def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path: Path) -> None:
     arms = read_arms(list(reversed(arms_of(tmp_path, seeds=3))))
     assert [(arm.name, arm.seeds) for arm in arms] == [("mel", [0, 1, 2]), ("grpo", [0, 1, 2])]
+    planned = {"max_cache_tokens": 512, "max_micro_batch_tokens": 64, "gradient_checkpointing": True}
+    again = make_run(tmp_path / "again", lessons=0, algorithm="mel", seed=3, **planned)
+    (arm,) = group([read_run(tmp_path / "mel-0"), read_run(again)])
+    assert arm.seeds == [0, 3], "what is planned for the free memory makes no other arm"
     other = make_run(tmp_path / "tenth", lessons=0, algorithm="mel", seed=0, mel_weight=0.1)
     names = [arm.name for arm in group([read_run(tmp_path / "grpo-0"), read_run(tmp_path / "mel-0"), read_run(other)])]
     assert names == ["grpo", "mel", "mel, mel_weight=0.1"]
