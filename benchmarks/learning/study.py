@@ -34,7 +34,8 @@ COMMON: dict[str, Any] = {
     "verifier": "learning_subject:strict", "num_generations": 8, "per_device_train_batch_size": 64, "temperature": 1.0,
     "lr_scheduler_type": "constant", "weight_decay": 0.0, "logging_steps": 1, "save_strategy": "no",
     "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "probe_max_diff": None,
-    "max_idle_steps": 0, "analysis_max_tokens": 64, "learning_rate": 3e-4, "max_steps": 100_000,
+    "max_idle_steps": 0, "analysis_max_tokens": 64, "bank_settled_nats": None, "learning_rate": 3e-4,
+    "max_steps": 100_000,
 }  # fmt: skip
 REGIMES: dict[str, dict[str, Any]] = {
     "plenty": {"tokens": 40_000, "max_completion_length": 48},
