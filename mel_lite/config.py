@@ -151,10 +151,10 @@ class MELConfig(GRPOConfig):
     bank_teach_from: float = _option(0.5, "Least score of a lesson that teaches. One kept meta-experience gives 1.")
     bank_retire_below: float = _option(0.0, "Score below which a lesson is retired, until the same rule is kept again.")
     bank_settled: float | None = _option(
-        1.0, "Write no lesson for a question when lessons of score 1 and above mention this share of its words."
+        1.0, "With a bank, write no lesson for a question of whose words known lessons mention at least this share."
     )
     bank_settled_nats: float | None = _option(
-        2.0, "Write no lesson for a pair when the bank's notes make the right token at its fork likelier by this ratio."
+        2.0, "The same for a pair at whose fork the bank's notes favor the right token by this log ratio, in nats."
     )
     engine_url: str | None = _option(
         None,

@@ -32,7 +32,7 @@ from mel_lite import signals
 from mel_lite.config import MELConfig
 from mel_lite.engines.base import Engine
 from mel_lite.engines.metered import MeteredEngine, PhaseClock
-from mel_lite.lessons.bank.updates import Ranks, open_forks, unsettled, update_bank
+from mel_lite.lessons.bank.updates import Ranks, choose_pairs, update_bank
 from mel_lite.lessons.internalise import (
     DrawnBatch,
     LessonShare,
@@ -43,7 +43,6 @@ from mel_lite.lessons.internalise import (
     get_internalisation,
     token_credit,
 )
-from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.pipeline import draw_lessons
 from mel_lite.lessons.store import ExperienceRow, ExperienceStore
 from mel_lite.models.peft_support import building_adapter
@@ -257,15 +256,15 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     def _draw(self, groups: list[Group]) -> DrawnBatch:
         """Draw and store this batch's meta-experiences. Ranks share the pairs; every rank gets every outcome."""
         args, batch, step = self.args, self._batch, self.state.global_step
-        rank, world, pairs = self.accelerator.process_index, self.accelerator.num_processes, []
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        ranks = Ranks(rank, world, gather_object)
+        pairs: list[Pair] = []
         if self.internalisation.writes_lessons:
-            asked, each, how = unsettled(self.bank, groups), args.pairs_per_group, args.pair_strategy
-            pairs = select_pairs(asked, per_group=each, strategy=how, run_seed=args.seed, step=batch)
-        if self.bank is not None:
-            ranks = Ranks(rank, world, gather_object)
-            with self.clock("forks"):
-                pairs, settled = open_forks(self.bank, pairs, self.lesson_context, ranks)
-            self.add_metrics({"mel/bank_settled_pairs": settled})
+            pairs, spared = choose_pairs(
+                groups, self.bank, self.lesson_context, ranks,
+                per_group=args.pairs_per_group, strategy=args.pair_strategy, step=batch,
+            )  # fmt: skip
+            self.add_metrics(spared)
         local: list[Experience] = []
         unfit: list[tuple[Pair, str]] = []
         if self.in_flight is not None:  # these pairs come later; earlier ones are complete now

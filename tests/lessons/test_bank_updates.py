@@ -176,22 +176,21 @@ def test_pairs_whose_fork_the_bank_settles_get_no_lesson(tmp_path: Path) -> None
         least = sorted(preferences)[len(pairs) // 2]
         bank = bank_of(settled_nats=least - 1e-4 if least > 0 else 1e-4)
         bank.extend(trainer.bank.lessons)
-        still, settled = open_forks(bank, pairs, trainer.lesson_context, ranks)
-        seen.append((pairs, preferences, bank.options.settled_nats, still, settled))
+        still = open_forks(bank, pairs, trainer.lesson_context, ranks)
+        seen.append((pairs, preferences, bank.options.settled_nats, still))
         halves = [
-            open_forks(bank, pairs, trainer.lesson_context, Ranks(rank, 2, lambda local: local))[1] for rank in (0, 1)
+            len(open_forks(bank, pairs, trainer.lesson_context, Ranks(rank, 2, lambda local: local))) for rank in (0, 1)
         ]
-        assert sum(halves) == settled, "each rank reads its share"
-        assert open_forks(bank_of(settled_nats=1e-4), pairs, trainer.lesson_context, ranks) == (pairs, 0), "no lesson"
-        assert open_forks(trainer.bank, pairs, trainer.lesson_context, ranks) == (pairs, 0), "the option is None"
+        assert sum(halves) == len(pairs) + len(still), "each rank reads its share"
+        assert open_forks(bank_of(settled_nats=1e-4), pairs, trainer.lesson_context, ranks) == pairs, "no lesson"
+        assert open_forks(trainer.bank, pairs, trainer.lesson_context, ranks) == pairs, "the option is None"
         return original(groups)
 
     trainer._draw = before
     trainer.train()
-    (pairs, preferences, least, still, settled) = seen[0]
+    (pairs, preferences, least, still) = seen[0]
     expected = [pair for pair, preference in zip(pairs, preferences, strict=True) if preference < least]
-    assert still == expected and settled == len(pairs) - len(expected)
-    assert 0 < settled < len(pairs), "both kinds were met"
+    assert still == expected and 0 < len(still) < len(pairs), "both kinds were met"
 
 
 def test_a_solution_that_ends_at_the_fork_is_never_settled(tmp_path: Path) -> None:
@@ -203,7 +202,7 @@ def test_a_solution_that_ends_at_the_fork_is_never_settled(tmp_path: Path) -> No
     bank = bank_of(settled_nats=1e-9)
     bank.extend(trainer.bank.lessons)
     assert bank.retrieve(question)
-    assert open_forks(bank, [pair], trainer.lesson_context, Ranks(0, 1, lambda local: local)) == ([pair], 0)
+    assert open_forks(bank, [pair], trainer.lesson_context, Ranks(0, 1, lambda local: local)) == [pair]
 
 
 def test_a_step_counts_settled_forks_and_writes_no_lesson_for_them(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def lesson(id_: int, heuristic: str, question: str, score: float = 1.0) -> BankL
     ],
 )  # fmt: skip
 def test_the_words_of_a_text(text: str, found: list[str]) -> None:
-    assert words(text) == found
+    assert words(text) == tuple(found)
 
 
 def test_relevance_is_the_share_of_the_questions_weight() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mel_lite.errors import ConfigError
@@ -38,7 +39,8 @@ _ARITHMETIC = re.compile(
 _TAKE_AWAY = re.compile(r"\b(?:take|takes|taking|took|taken) away\b")
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=4096)  # a bank compares the same texts in every batch
+def words(text: str) -> tuple[str, ...]:
     """Return the words that retrieval compares, in order: lower case, no plural s, no numbers, no English stop words.
 
     Mathematical symbols are words by their names, so that `-` in a question meets `minus` in a rule. Each Chinese,
@@ -48,7 +50,7 @@ def words(text: str) -> list[str]:
 
     folded = _TAKE_AWAY.sub("subtract", _BULLET.sub("", unicodedata.normalize("NFKC", text).casefold()))
     found = (_SYMBOLS.get(token, token) for token in _TOKEN.findall(folded))
-    return [_stem(word) for word in found if word not in stop_words]
+    return tuple(_stem(word) for word in found if word not in stop_words)
 
 
 def _stem(word: str) -> str:

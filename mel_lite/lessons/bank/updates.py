@@ -15,6 +15,7 @@ from mel_lite.lessons.bank import LessonBank, examine, notes_text
 from mel_lite.lessons.bank.bank import Shifts
 from mel_lite.lessons.context import LessonContext
 from mel_lite.lessons.internalise import DrawnBatch
+from mel_lite.lessons.pairs import select_pairs
 from mel_lite.lessons.prompts import replay_prompt
 from mel_lite.lessons.scored import score_shifts
 from mel_lite.models.chat import question_text
@@ -31,13 +32,34 @@ class Ranks:
     """Concatenates the lists of all ranks."""
 
 
-def unsettled(bank: LessonBank | None, groups: Sequence[Group]) -> list[Group]:
-    """Return the groups that lessons are written for: all, or with a bank those whose questions are not settled."""
-    return [group for group in groups if bank is None or not bank.settled(question_text(group.prompt))]
+def choose_pairs(
+    groups: Sequence[Group],
+    bank: LessonBank | None,
+    context: LessonContext,
+    ranks: Ranks,
+    *,
+    per_group: int,
+    strategy: str,
+    step: int,
+) -> tuple[list[Pair], dict[str, float]]:
+    """Return the pairs of a batch that a lesson is written for, and how many groups and pairs the bank spared one.
+
+    They are those of `select_pairs`; with a bank, only of questions that are not settled, and those with an open fork.
+    """
+    asked = [group for group in groups if bank is None or not bank.settled(question_text(group.prompt))]
+    pairs = select_pairs(asked, per_group=per_group, strategy=strategy, run_seed=context.run_seed, step=step)
+    if bank is None:
+        return pairs, {}
+    with context.clock("forks"):
+        still_open = open_forks(bank, pairs, context, ranks)
+    return still_open, {
+        "mel/bank_settled_groups": float(len(groups) - len(asked)),
+        "mel/bank_settled_pairs": float(len(pairs) - len(still_open)),
+    }
 
 
-def open_forks(bank: LessonBank, pairs: Sequence[Pair], context: LessonContext, ranks: Ranks) -> tuple[list[Pair], int]:
-    """Return the pairs whose fork the bank's lessons do not settle yet, in order, and the number of the others.
+def open_forks(bank: LessonBank, pairs: Sequence[Pair], context: LessonContext, ranks: Ranks) -> list[Pair]:
+    """Return the pairs whose fork the bank's lessons do not settle yet, in order.
 
     A fork is settled when the policy with the lessons that teach the question in its prompt prefers the right step:
     log pi(a+ | x, M, y_<f) - log pi(a- | x, M, y_<f) >= `settled_nats`, with a+ and a- the first tokens after the f
@@ -46,7 +68,7 @@ def open_forks(bank: LessonBank, pairs: Sequence[Pair], context: LessonContext, 
     """
     least = bank.options.settled_nats
     if least is None or not pairs:
-        return list(pairs), 0
+        return list(pairs)
     mine = range(ranks.rank, len(pairs), ranks.world)
     texts = {i: text for i in mine if (text := _at_fork(bank, pairs[i], context)) is not None}
     settled = []
@@ -56,7 +78,7 @@ def open_forks(bank: LessonBank, pairs: Sequence[Pair], context: LessonContext, 
         logps = iter(context.scorer.logps([each for both in texts.values() for each in both]))
         settled = [i for i, right, wrong in zip(texts, logps, logps, strict=True) if float(right - wrong) >= least]
     known = set(ranks.gather(settled))
-    return [pair for i, pair in enumerate(pairs) if i not in known], len(known)
+    return [pair for i, pair in enumerate(pairs) if i not in known]
 
 
 def _at_fork(bank: LessonBank, pair: Pair, context: LessonContext) -> tuple[Lesson, Lesson] | None:
@@ -81,15 +103,11 @@ def update_bank(bank: LessonBank, drawn: DrawnBatch, ranks: Ranks) -> dict[str, 
     In that order, since a lesson was validated by the very group it was drawn from. Every rank scores its share of the
     examinations and gets all results, so that all banks stay equal.
     """
-    settled = len(drawn.groups) - len(unsettled(bank, drawn.groups))
     shifts = spread(partial(score_shifts, context=drawn.context), ranks)
     examinations = examine(bank, drawn.groups, shifts)
     for row_id, experience in drawn.kept:
         bank.add(row_id, experience)
-    return bank.metrics(drawn.groups) | {
-        "mel/bank_settled_groups": float(settled),
-        "mel/bank_examinations": float(examinations),
-    }
+    return bank.metrics(drawn.groups) | {"mel/bank_examinations": float(examinations)}
 
 
 def spread(shifts: Shifts, ranks: Ranks) -> Shifts:
@@ -103,4 +121,4 @@ def spread(shifts: Shifts, ranks: Ranks) -> Shifts:
     return shared
 
 
-__all__ = ["Ranks", "open_forks", "spread", "unsettled", "update_bank"]
+__all__ = ["Ranks", "choose_pairs", "open_forks", "spread", "update_bank"]
