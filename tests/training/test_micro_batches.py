@@ -21,7 +21,6 @@ from trainers import assert_learned, step_log, trainable
 from trainers import build as build_trainer
 
 LESSONS = (Lesson(1, tuple(range(10, 40)), tuple(range(100, 120))), Lesson(2, tuple(range(20, 30)), (7, 8, 9)))
-
 LESSON_TOKENS = sum(len(lesson.context_ids + lesson.target_ids) for lesson in LESSONS)
 
 
