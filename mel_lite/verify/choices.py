@@ -42,7 +42,10 @@ _DENIED_BEFORE = re.compile(
     r"(?:any|every)thing but|any but|all but|doubt(?: that)?|if|whether|not|neither|"
     r"nor|never|except|than|excludes?|excluding|eliminated?|eliminating|eliminates|reject(?:ed)?|"
     r"rule out|ruled out|instead of|unlike|without)|"
-    r"n['\u2019]t(?: be| (?:think|believe|say)(?: that)?(?: it(?:['\u2019]s| is))?)?)"
+    r"n['\u2019]t(?: be| (?:think|believe|say)(?: that)?(?: it(?:['\u2019]s| is))?)?|"
+    r"(?:\b(?:not|never|refuse to)|n['\u2019]t) "
+    r"(?:choose|pick|select|mark|(?:go|settle) (?:with|for|on)|(?:opt|vote) for)|"
+    r"\bavoid(?:s|ed|ing)?(?: (?:choosing|picking|selecting))?)"
     r"\W{1,3}(?:(?:option|choice|letter|answer|be|the)\W{1,2}){0,2}$",
     re.IGNORECASE,
 )
@@ -114,12 +117,26 @@ _FUNCTION_WORDS = (
     "is|was|or|and|but|not|then|nor|to|through|if|when|since|because|as|works|fits|holds|matches|seems|has|must|should|"
     "would|could|can|cannot|fails|are"
 )
+_ANGLED = re.compile(r"<([A-J])>(?=[ .]*$)", re.MULTILINE)
+_OPENED = re.compile(r"[(\[{]([A-J])")
+_LONE = re.compile(r"\(?([A-J])\)?\.?")
+_LIST = re.compile(r"[)\]}]?(?:\s*(?:,(?:\s*(?:and|or|nor)\b)?|and|or|nor)\s*[(\[]?[A-J][)\]]?)+")
 _MAX_CHARS = 2_000
+
+
+def without_tags(text: str) -> str:
+    """Write `<B>` at the end of a line as `(B)`, unless it is a tag that a later `</B>` closes."""
+    if "<" not in text:
+        return text
+    tags = {letter for letter in "ABCDEFGHIJ" if f"</{letter}>" in text}
+    return _ANGLED.sub(lambda match: match[0] if match[1] in tags else f"({match[1]})", text)
 
 
 def choice_letter(text: str) -> str | None:
     """Return the option that a short text names, in upper case. None when it names none, or two."""
     text = _prepared(text[:_MAX_CHARS])
+    if opened := _OPENED.fullmatch(text):
+        return opened[1]
     if label := _LABEL.match(text):
         return _labeled(label)
     reason = _REASON.search(text)
@@ -147,6 +164,8 @@ def sole_choice(text: str) -> str | None:
     if (label := _LABEL.match(last)) and (letter := _labeled(label)):
         return letter
     first, text = _prepared(text[-_MAX_CHARS:].strip().split("\n")[0]), _prepared(text[-_MAX_CHARS:])
+    if opened := _OPENED.fullmatch(text):
+        return opened[1]
     if (label := _LABEL.match(text)) and "\n" not in text:
         if not _DENIED_AFTER.match(label["rest"]) and not _WRONG.match(label["rest"]):
             return _labeled(label)
@@ -156,6 +175,10 @@ def sole_choice(text: str) -> str | None:
         return None  # of two options, or of one that is denied
     if (label := _LABEL.match(first)) and not label["rest"].strip():
         return _labeled(label)  # a letter on the first line, and no other option chosen after it
+    if lone := _LONE.fullmatch(_SENTENCE.split(text)[-1].strip()):
+        others = [m for m in _MENTION.finditer(text) if m["letter"] != lone[1]]
+        if others and all(_is_denied(text, m) for m in others):
+            return lone[1]
     bracketed = {m["letter"] for m in _MENTION.finditer(text) if m["open"] == "(" and m["close"] == ")"}
     denied = {m["letter"] for m in _MENTION.finditer(text) if _is_denied(text, m)}
     return bracketed.pop() if len(bracketed) == 1 and not bracketed & denied else None
@@ -230,7 +253,7 @@ def _is_denied(text: str, mention: re.Match[str]) -> bool:
     before, after = text[max(0, mention.start() - 40) : mention.start("letter")], text[mention.end("letter") :]
     if _DENIED_BEFORE.search(before.rstrip("([{")) or _DENIED_AFTER.match(after[:60]):
         return True
-    together = re.match(r"[)\]}]?\s*(?:,|and|or|nor)\s*[(\[]?[A-J][)\]]?", after[:20])
+    together = _LIST.match(after[:60])
     rest = after[together.end() :] if together else ""
     if _DENIED_AFTER.match(rest[:60]) and not re.match(r"\W{0,3}(?:is|was|does|isn)", rest):
         return True  # 'A and C are wrong'

@@ -131,6 +131,12 @@ _TENTHS = re.compile(
     r"(?<![0-9/.,])(?P<count>[0-9]{1,9}) (?P<part>third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s\b"
 )
 """`5 tenths`. Quarters are coins, too, and halves the parts of a match."""
+_SCALE_NAMES = "|".join((*_LARGE, "hundred"))
+_SCALE_AND_REST = re.compile(
+    rf"(?<![\w.,/])(?P<count>[0-9]{{1,9}}) (?P<scale>{_SCALE_NAMES})s? and (?P<rest>[0-9]{{1,9}})\b"
+    rf"(?![.,/]?[0-9]|[ ]?[%^/]|[ ](?:{_SCALE_NAMES}|percent)\b)"
+)
+"""`3 million and 5`, whose rest is smaller than its scale."""
 _COMPARED = ((re.compile(r"!=|=/=|<>"), "\u2260"), (re.compile("<="), "\u2264"), (re.compile(">="), "\u2265"))
 _BASE_TEN = re.compile(r"(?<=[0-9])(?:_(?:10|\{10\})|\u2081\u2080)(?![0-9\u2080-\u2089])")
 _REPEATING = re.compile(
@@ -188,7 +194,7 @@ def sole_number(text: str) -> Number | None:
     text = _CONTRAST.sub("", _without_latex(spelled_out(_BECAUSE.sub("", first_sentence(text)))))
     text = _INSTEAD.sub("", text)
     sides = re.split(r"=|\u2248|\\approx|\\equiv", text)
-    found = _only_number(sides[-1])
+    found = _only_number(spelled_out(sides[-1]))
     if found is None and len(sides) == 2 and _CALCULATION.fullmatch(sides[1]):
         return _only_number(sides[0])
     return found
@@ -278,6 +284,7 @@ def _one_notation(text: str) -> str:
     text = markup.powers(_BASE_TEN.sub("", text)).replace("10**", "10^")
     text = _COINS.sub(lambda match: f".{match['coins']:0>2} {match[1]}", text)
     text = _AMOUNT.sub(lambda match: f"{match['amount']} {_AMOUNTS[match['scale'].lower()]}", text)
+    text = _SCALE_AND_REST.sub(_scale_and_rest, text)
     text = _TENTHS.sub(lambda match: f"{match['count']}/{_PARTS[match['part']]}", text)
 
     def fraction(match: re.Match[str]) -> str:
@@ -289,6 +296,11 @@ def _one_notation(text: str) -> str:
         return f"{int(fixed + cycle) - int(fixed or 0)}/{nines}"
 
     return _REPEATING.sub(fraction, text)
+
+
+def _scale_and_rest(match: re.Match[str]) -> str:
+    scale, rest = _SCALES[match["scale"]], int(match["rest"])
+    return str(int(match["count"]) * scale + rest) if rest < scale else match[0]
 
 
 def _read(match: re.Match[str]) -> Number | None:

@@ -55,6 +55,11 @@ _PRODUCT = re.compile(
     r"(?<![A-Za-z\\0-9.])([0-9]+(?:\.[0-9]+)?)[ ]?(?!cc\b)([abcxyz](?:[ ]?[abcxyz]){1,3})(?![A-Za-z])"
 )
 """A product of variables that math-verify may take for a unit and drop: `5ab`."""
+_DEGREES = re.compile(
+    r"\\(?P<function>sin|cos|tan|cot|sec|csc)\s?(?P<open>\(|\\left\()?\s?(?P<angle>[0-9]{1,9}(?:\.[0-9]{1,9})?)\s?"
+    r"(?:\^\s?(?:\\circ|\{\s?\\circ\s?\})|\u00b0)\s?(?(open)(?:\\right)?\))"
+)
+"""A function of an angle in degrees, whose sign math-verify drops."""
 _PLAIN_NUMBER = re.compile(r"[^=!\\()]*")
 """Text of two answers in which nothing but a number can be meant: no equation, factorial or command."""
 TAIL_CHARS = 2_000
@@ -98,9 +103,10 @@ def multiple_choice(completion: str, answer: str) -> Verdict:
 
     Without a marked answer, a lone letter or the only `(X)` of the completion is read.
     """
-    gold = choices.choice_letter(extract.marked_or_whole(answer))
+    gold = choices.choice_letter(extract.marked_or_whole(choices.without_tags(answer)))
     if gold is None:
         return Verdict.ABSTAIN
+    completion = choices.without_tags(completion)
     marked = extract_answer(completion)
     found = choices.sole_choice(completion) if marked is None else choices.choice_letter(marked)
     return _verdict(found == gold)
@@ -168,6 +174,7 @@ def _parse_formula(text: str) -> Any:
 
     text = markup.powers(text.strip().strip("$").strip().replace("**", "^")).replace("\u221e", r"\infty ")
     text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text.replace(r"\varnothing", r"\emptyset"))
+    text = _DEGREES.sub(r"\\\g<function>(\\frac{\g<angle>\\pi}{180})", text)
     text = _PRODUCT.sub(lambda match: "*".join((match[1], *match[2].replace(" ", ""))), text)
     if not text or len(text) > MAX_ANSWER_CHARS:
         return None
@@ -192,6 +199,7 @@ def _equal(gold: Any, found: Any) -> bool:
 
     if found is None:
         return False
+    found = _with_imaginary_unit(gold, found)
     try:
         if verify(gold, found, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True):
             return not _differ_when_tiny(gold, found)
@@ -200,6 +208,16 @@ def _equal(gold: Any, found: Any) -> bool:
         raise
     except Exception:
         return False
+
+
+def _with_imaginary_unit(gold: Any, found: Any) -> Any:
+    """Return `found` with i as the imaginary unit where an exponential has no other variable, and `gold` has none."""
+    import sympy
+
+    names = {symbol.name for symbol in getattr(found, "free_symbols", ())}
+    if names != {"i"} or not found.has(sympy.exp) or getattr(gold, "free_symbols", True):
+        return found
+    return found.subs({symbol: sympy.I for symbol in found.free_symbols})
 
 
 def _differ_when_tiny(gold: Any, found: Any) -> bool:

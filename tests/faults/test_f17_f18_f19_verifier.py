@@ -33,6 +33,16 @@ def rule(completion, answer):
 """
 
 
+KNOWN_MISSES = {
+    ("exact", "Answer: *"),  # marks at the ends of an answer are Markdown
+    ("numeric", "7 = 3 + 4"),  # the last number of an unmarked answer counts; with `Answer:`, 7 is read
+    ("multiple-choice", "C. 5\n\nA. is 3, B. is 4."),  # the last line names two other options
+    ("multiple-choice", "I'd choose a."),  # a small letter can be an article, and `Or b.` might follow
+    ("multiple-choice", "A is true but B is the better answer."),  # two options are asserted
+}
+"""Right answers that are judged wrong: a rule that reads them would read a wrong one as right."""
+
+
 def test_agreement_with_the_labeled_answers(record_property: Any) -> None:
     assert len(LABELED) >= 1_500 and len(set(LABELED)) == len(LABELED)
     wrong = []
@@ -44,8 +54,8 @@ def test_agreement_with_the_labeled_answers(record_property: Any) -> None:
             wrong.append((verifier, completion, answer, verdict, str(got)))
     record_property("labeled_answers", len(LABELED))
     record_property("agreement", 1 - len(wrong) / len(LABELED))
-    assert len(wrong) <= 0.005 * len(LABELED), wrong
-    assert not [case for case in wrong if case[-1] == "right"], "no wrong answer may be called right"
+    assert {case[:2] for case in wrong} == KNOWN_MISSES, wrong
+    assert all(case[-1] == "wrong" for case in wrong), "no wrong answer may be called right"
 
 
 def test_agreement_of_math_verify_alone(record_property: Any) -> None:

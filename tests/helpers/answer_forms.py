@@ -102,6 +102,17 @@ FORMS: tuple[LabeledAnswer, ...] = (
     ("math", r"\boxed{5} or \boxed{6}", "6", W), ("numeric", r"\boxed{5} and $\boxed{6}$", "6", W),
     ("math", r"\boxed{5}, \boxed{6}", "5,6", R), ("numeric", r"\boxed{5}. Then \boxed{6}", "6", R),
     ("multiple-choice", r"\boxed{A}, \boxed{C}", "C", W),
+    # a scale and a rest, words after an equals sign, degrees, powers of e
+    ("numeric", "Answer: 2 dozen and 3", "27", R), ("numeric", "Answer: 3 million and 5 people", "3000005", R),
+    ("numeric", "Answer: 5 hundred and 600", "600", W), ("numeric", "Answer: 5 hundred and 10%", "510", W),
+    ("numeric", "Answer: 2 million and 3 hundred", "2000003", W),
+    ("numeric", "Answer: 1.5 million and 5", "5000005", W), ("numeric", "Answer: 1 thousand and 5/8", "1005", W),
+    ("numeric", "Answer: 1 thousand and 1,000", "1001", W),
+    ("numeric", "Answer: 5 = six", "6", R), ("numeric", "Answer: 5 = six", "5", W),
+    ("math", r"\boxed{\cos\left(60^{\circ}\right)}", "1/2", R), ("math", r"\boxed{2\sin 30^\circ}", "1", R),
+    ("math", r"\boxed{\sin 31^\circ}", "1/2", W), ("math", r"\boxed{\sin 30}", "1/2", W),
+    ("math", r"\boxed{e^{2i\pi}}", "1", R), ("math", r"\boxed{e^{i\pi}}", "1", W),
+    ("math", r"\boxed{e^{i}}", "e", W), ("math", r"\boxed{e^{ix}}", "-1", W),
     # thoughts and text
     ("numeric", "<scratchpad>Answer: 5</scratchpad> It is 7.", "7", R),
     ("numeric", "<reflection>Answer: 5</reflection> It is 7.", "5", W), ("exact", "Answer: O\u2019Hara", "O'Hara", R),
@@ -125,4 +136,13 @@ FORMS: tuple[LabeledAnswer, ...] = (
     ("multiple-choice", "A: too small\nB: it fits\n\nB", "B", R), ("multiple-choice", "B instead of C", "B", R),
     ("multiple-choice", "\u2705 B", "B", R), ("multiple-choice", "\u274c B", "B", W),
     ("multiple-choice", "B \u2717", "B", W),
+    # brackets, and options that are not chosen
+    ("multiple-choice", "It must be so.\n<B>", "B", R), ("multiple-choice", "<B>A</B>", "A", R),
+    ("multiple-choice", "<B>\nA</B>", "B", W), ("multiple-choice", "Answer: <B> or <C>", "B", W),
+    ("multiple-choice", "Answer: (B", "B", R), ("multiple-choice", "(B and C", "B", W),
+    ("multiple-choice", "All of A, B, C are wrong; D.", "C", W), ("multiple-choice", "A, B; D.", "D", W),
+    ("multiple-choice", "B is right. A, C are wrong; D.", "D", W),
+    ("multiple-choice", "I would not choose A.", "A", W), ("multiple-choice", "I'd never pick (B).", "B", W),
+    ("multiple-choice", "Don't go with option C.", "C", W), ("multiple-choice", "I avoid choosing C.", "C", W),
+    ("multiple-choice", "I did not go for B, I go with C.", "C", R),
 )  # fmt: skip

@@ -62,6 +62,7 @@ def test_text_verifiers_are_fast_on_long_texts(name: str) -> None:
         "1/" * 150_000,
         "A " * 150_000,
         "{" * 300_000,
+        "<B>\n" * 75_000,
     ]
     for text in texts:
         with cpu_limit(4):
