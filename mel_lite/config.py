@@ -229,8 +229,8 @@ class MELConfig(GRPOConfig):
     )
     max_generated_tokens: int | None = _option(
         None,
-        "Stop after the optimizer step by which this many tokens were generated: rollouts, analyses and replays. "
-        "None: no limit but `max_steps`.",
+        "Stop after the last update on the batch by which this many tokens were generated: rollouts, analyses and "
+        "replays. None: no limit but `max_steps`.",
     )
 
     def __post_init__(self) -> None:

@@ -361,9 +361,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
     @property
     def mel_weight(self) -> float:
         """lambda of the current generation batch."""
-        args = self.args
-        updates = args.steps_per_generation * self.num_iterations / args.gradient_accumulation_steps
-        return args.mel_weight_at(self._batch * updates)
+        return self.args.mel_weight_at(self._batch * self.args.steps_per_batch)
 
     # ---- Shared ----
 

@@ -53,6 +53,9 @@ class ModelSpec:
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; None = transformers' choice. Kernels on the Hub are rejected, since
     they are code."""
+    freeze_head: bool = False
+    """With `lora: null`: do not train the head, nor the input embeddings if it shares their weights. `distill` needs it
+    unless its form is `sampled`."""
     engine: EngineName = "auto"
     """Library that loads the model of a run and samples from it: Unsloth, or transformers (`hf`). `auto`: Unsloth if
     there is a CUDA device and the package is installed. `vllm-server`: transformers loads and trains it, and the vLLM

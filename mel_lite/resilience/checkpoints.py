@@ -103,7 +103,7 @@ class AtomicCheckpoints:
             int(saved.train_batch_size), float(saved.epoch)  # transformers needs both; a save always has them
         with usable(path / checkpoint_files.STATE):
             self._roll_back(path, allow_change)
-        if 0 < self.args.max_steps <= done or tokens_are_spent(self):
+        if 0 < self.args.max_steps <= done or tokens_are_spent(self, done):
             # transformers would take one more step before it looks at max_steps or stops at a callback's word.
             self._load_from_checkpoint(str(path))
             self.state = saved

@@ -130,6 +130,8 @@ class CleanStop:
         set_rng_state(boundary.rng)
         self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
         message = f"Stopped. Saved checkpoint-{boundary.step} in {time.monotonic() - start_s:.1f} s; {resume}."
+        if left := -boundary.step % self.args.steps_per_batch:
+            message += f" Its batch had {left:g} more updates to come: a new batch takes their place."
         if self.accelerator.is_main_process:
             logger.warning("%s", message)
         return message

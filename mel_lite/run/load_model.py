@@ -44,6 +44,8 @@ def load_for_training(
             console.print(EngineChoice("hf", False, str(error)).line, highlight=False, markup=False)
     model = load_base(spec)
     if lora is None:
+        if spec.freeze_head:
+            model.get_output_embeddings().requires_grad_(False)
         return model, None
     if lora.start_from is not None:
         return attach_adapter(model, find_adapter(lora.start_from), trainable=True), None

@@ -15,10 +15,15 @@ from mel_lite.training.metrics import peak_metrics
 logger = logging.getLogger(__name__)
 
 
-def tokens_are_spent(trainer: Any) -> bool:
-    """Return True on every rank once all ranks together have generated `max_generated_tokens`."""
+def tokens_are_spent(trainer: Any, step: int) -> bool:
+    """Return True on every rank once all ranks together have generated `max_generated_tokens`.
+
+    Not before the last update on the newest batch, whose tokens paid for all of them.
+    """
     budget = trainer.args.max_generated_tokens
-    return budget is not None and sum(gather_object([trainer.engine.total_generated_tokens])) >= budget
+    if budget is None or step % trainer.args.steps_per_batch:
+        return False
+    return sum(gather_object([trainer.engine.total_generated_tokens])) >= budget
 
 
 class AroundTheUpdate(TrainerCallback):
@@ -28,6 +33,8 @@ class AroundTheUpdate(TrainerCallback):
         self._trainer = trainer
         self._skips = False
         """The update of this step is skipped."""
+        self._save_is_due = False
+        """A checkpoint waits for the last update on its batch."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.nonfinite.reset()
@@ -52,9 +59,14 @@ class AroundTheUpdate(TrainerCallback):
             self._trainer.in_flight.version += 1
         self._trainer.record_boundary()
         self._trainer.collapse.after_update()
-        if tokens_are_spent(self._trainer):
+        if tokens_are_spent(self._trainer, state.global_step):
             control.should_training_stop = control.should_log = True
             control.should_save = args.save_strategy != "no"
+        # A checkpoint holds no rollouts. Between two updates on a batch, a resumed run would need them.
+        self._save_is_due |= control.should_save
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        control.should_save = self._save_is_due and (ends or state.global_step % args.steps_per_batch == 0)
+        self._save_is_due &= not control.should_save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0 < state.max_steps and not hasattr(self._trainer.train_dataset, "__len__"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,16 +74,6 @@ def check_arguments(args: Any, train_dataset: Any, *, environments: bool) -> Non
         raise ConfigError(
             "grad_norm_every with gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing "
             "cannot take the gradient of one loss term. Set use_reentrant to False, or grad_norm_every=0."
-        )
-    rounds = args.steps_per_generation * args.num_iterations
-    saved_every = args.save_steps * args.gradient_accumulation_steps
-    if args.save_strategy == "steps" and args.save_steps >= 1 and saved_every % rounds:
-        logger.warning(
-            "save_steps=%s falls inside a generation batch (%s accumulation steps): resuming from such a checkpoint "
-            "samples that batch again. For exact resume make save_steps a multiple of %s.",
-            args.save_steps,
-            rounds,
-            rounds // math.gcd(rounds, args.gradient_accumulation_steps),
         )
 
 
@@ -207,8 +196,8 @@ def _check_head(trainer: Any) -> None:
     if trainer.internalisation.needs_frozen_head and any(weight.requires_grad for weight in head.parameters()):
         raise ConfigError(
             "internalisation_options: the divergence between two readings is taken under one head, but the model's "
-            f"head ({type(head).__name__}) is trained. Train a LoRA adapter that leaves it out, freeze the head, or "
-            "set form='sampled' with mask='all' or 'fork'."
+            f"head ({type(head).__name__}) is trained. Train a LoRA adapter that leaves it out, freeze the head (in a "
+            "recipe: model.freeze_head=true), or set form='sampled' with mask='all' or 'fork'."
         )
 
 

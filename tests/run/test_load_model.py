@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_auto_falls_back_when_unsloth_cannot_be_imported(tmp_path: Path, monkeyp
     assert second.startswith("engine: hf (unsloth cannot be imported (NotImplementedError: no accelerator)")
     with pytest.raises(EngineError, match="no accelerator.*mel-lite doctor"):
         loaded(folder, **{"model.engine": "unsloth"})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_full_training_leaves_the_head_out_on_request(tmp_path: Path, frozen: bool) -> None:
+    recipe = replace(recipe_for(save_tiny(tmp_path / "base")), lora=None)
+    recipe = replace(recipe, model=replace(recipe.model, freeze_head=frozen))
+    model, peft_config = load_model.load_for_training(recipe, build_args(recipe, tmp_path / "run"), Console(quiet=True))
+    head = model.get_output_embeddings().weight
+    untrained = [weight for weight in model.parameters() if not weight.requires_grad]
+    assert peft_config is None and [weight is head for weight in untrained] == [True] * frozen
 
 
 def fake_load(
