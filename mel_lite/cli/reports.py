@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +57,9 @@ def compare(
         list[str] | None, typer.Option(help="An arm of your own: NAME:section.key=value; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="With --arms: seeds per arm.")] = 3,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="With --arms: the first of these seeds, which are consecutive.")
+    ] = 0,
     budget_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="With --arms: tokens that each run generates, lessons and replays included."),
@@ -88,7 +91,9 @@ def compare(
         from mel_lite.run.experiment import CONTROLS
 
         controls = CONTROLS
-        found_arms, left_out = _trained(arms, arm or [], seeds, budget_tokens, gpu, config, set_ or [], output)
+        found_arms, left_out = _trained(
+            arms, arm or [], range(first_seed, first_seed + seeds), budget_tokens, gpu, config, set_ or [], output
+        )
     found = compare_arms(found_arms, left_out=left_out, controls=controls)
     try:
         written = write_comparison(found_arms, found, output)
@@ -100,7 +105,7 @@ def compare(
 
 
 def _trained(
-    names: str, own: list[str], seeds: int, budget_tokens: int | None, gpu: str | None, config: Path | None,
+    names: str, own: list[str], seeds: Sequence[int], budget_tokens: int | None, gpu: str | None, config: Path | None,
     set_: list[str], output: Path,
 ) -> tuple[list[Arm], list[str]]:  # fmt: skip
     """Train what is missing of an experiment, and return its arms and sentences on runs that are left out."""

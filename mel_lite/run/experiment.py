@@ -105,8 +105,8 @@ class Experiment:
 
     folder: Path
     arms: tuple[ExperimentArm, ...]
-    seeds: int
-    """Seeds 0 to `seeds` - 1, the same for all arms."""
+    seeds: Sequence[int]
+    """The same for all arms."""
     budget_tokens: int
     """Tokens that each run generates: rollouts, analyses and replays; evaluations do not count."""
     base: tuple[str, ...] = ()
@@ -177,8 +177,8 @@ def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str
         its log; KeyboardInterrupt when a signal stopped a run.
     """
     _check(experiment)
-    total = len(experiment.arms) * experiment.seeds
-    runs = [(arm, seed) for seed in range(experiment.seeds) for arm in experiment.arms]
+    total = len(experiment.arms) * len(experiment.seeds)
+    runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     for number, (arm, seed) in enumerate(runs, start=1):
         folder = experiment.run_folder(arm, seed)
         if is_done(folder):
@@ -209,7 +209,7 @@ def arms_of(experiment: Experiment) -> tuple[list[Arm], list[str]]:
     """
     arms, left_out = [], []
     for arm in experiment.arms:
-        folders = [experiment.run_folder(arm, seed) for seed in range(experiment.seeds)]
+        folders = [experiment.run_folder(arm, seed) for seed in experiment.seeds]
         done = [folder for folder in folders if is_done(folder)]
         left_out += [
             f"{folder.name} did not end and is left out, which favors its arm."

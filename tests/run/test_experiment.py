@@ -35,7 +35,7 @@ from train_command import command, task_settings
 
 
 def experiment(folder: Path, **changes: Any) -> Experiment:
-    options = {"seeds": 2, "budget_tokens": 500, "base": ("--gpu", "cpu")} | changes
+    options = {"seeds": range(2), "budget_tokens": 500, "base": ("--gpu", "cpu")} | changes
     return Experiment(folder / "out", parse_arms(["grpo", "mel"], []), **options)
 
 
@@ -133,9 +133,9 @@ def test_all_arms_of_a_seed_come_first_and_finished_runs_are_not_repeated(tmp_pa
     run_experiment(experiment(tmp_path), launch=launch, say=said.append)
     assert launch.runs == ["grpo-0", "mel-0", "grpo-1", "mel-1"]
     assert said[0].startswith("run 1/4: grpo-0, output in ") and said[0].endswith("logs/grpo-0.log")
-    run_experiment(experiment(tmp_path, seeds=3), launch=launch, say=said.append)
+    run_experiment(experiment(tmp_path, seeds=range(3)), launch=launch, say=said.append)
     assert launch.runs[4:] == ["grpo-2", "mel-2"], "more seeds join"
-    arms, left_out = arms_of(experiment(tmp_path, seeds=3))
+    arms, left_out = arms_of(experiment(tmp_path, seeds=range(3)))
     assert [(arm.name, arm.seeds) for arm in arms] == [("grpo", [0, 1, 2]), ("mel", [0, 1, 2])] and left_out == []
 
 
@@ -155,9 +155,9 @@ def test_a_run_that_diverged_is_left_out_and_named(tmp_path: Path) -> None:
     assert [arm.seeds for arm in arms] == [[0, 1], [1]]
     assert left_out == ["mel-0 did not end and is left out, which favors its arm."]
     assert left_out[0] in compare(arms, left_out=left_out).limits
-    run_experiment(experiment(tmp_path / "b", seeds=1), launch=Launcher(**{"mel-0": 5}), say=str)
+    run_experiment(experiment(tmp_path / "b", seeds=range(1)), launch=Launcher(**{"mel-0": 5}), say=str)
     with pytest.raises(ConfigError, match="No run of arm mel ended"):
-        arms_of(experiment(tmp_path / "b", seeds=1))
+        arms_of(experiment(tmp_path / "b", seeds=range(1)))
 
 
 def test_a_run_that_failed_is_named_with_its_log(tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_arms_are_trained_by_real_processes_and_learn_at_equal_tokens(tmp_path: 
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command_line = [
-        sys.executable, "-m", "mel_lite", "compare", "--arms", "grpo,mel", "--seeds", "2", "--budget-tokens", "3000",
-        "--gpu", "cpu", *flags, "--output", str(tmp_path / "out"), "--json",
+        sys.executable, "-m", "mel_lite", "compare", "--arms", "grpo,mel", "--seeds", "2", "--first-seed", "4",
+        "--budget-tokens", "3000", "--gpu", "cpu", *flags, "--output", str(tmp_path / "out"), "--json",
     ]  # fmt: skip
     paths = filter(None, (os.environ.get("PYTHONPATH"), str(tmp_path)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -281,8 +281,8 @@ def test_arms_are_trained_by_real_processes_and_learn_at_equal_tokens(tmp_path: 
         return json.loads(done.stdout), done.stderr
 
     found, said = compared()
-    assert "run 4/4: mel-1, output in" in said
-    assert [(arm["name"], arm["seeds"]) for arm in found["arms"]] == [("grpo", [0, 1]), ("mel", [0, 1])]
+    assert "run 4/4: mel-5, output in" in said
+    assert [(arm["name"], arm["seeds"]) for arm in found["arms"]] == [("grpo", [4, 5]), ("mel", [4, 5])]
     for arm in found["arms"]:
         for folder in arm["folders"]:
             run = read_run(Path(folder))
