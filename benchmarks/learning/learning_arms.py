@@ -46,9 +46,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "credit": {"algorithm": "mel", "internalisation": "credit", "replay_criterion": "scored"},
 }
 
-KEPT_FROM = "bank-forks"
-"""Arm from whose earlier run the `bank-kept` arms take the lessons that they start with."""
-
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "starved": {
         "grpo": {"num_iterations": 4, "learning_rate": 1e-4},
@@ -57,10 +54,10 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "sibling": {"num_iterations": 4, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
     "plenty": {
-        "grpo": {"num_iterations": 3, "learning_rate": 2e-4},
-        "bank": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 1.0},
+        "grpo": {"num_iterations": 4, "learning_rate": 1e-4},
+        "bank": {"num_iterations": 2, "learning_rate": 2e-4, "mel_weight": 0.3},
+        "bank-shuffled": {"num_iterations": 2, "learning_rate": 2e-4, "mel_weight": 0.3},
         "sibling": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 0.3},
-        "mel": {"num_iterations": 3, "learning_rate": 1e-4},
     },
 }
 """Settings of the reported runs, by regime and arm: the best on `tune`. Arms that were not tuned take those of GRPO."""

@@ -62,6 +62,12 @@ def avg_RP(group: Sequence[dict[str, Any]], point: int = -1, split: str = "test"
     return measures(greedy, right, 8)["avg_at_k"]
 
 
+def mean_avg(run: dict[str, Any], point: int) -> float:
+    """Return the mean of `avg_RP` of one run. A point between the first and the last may hold only that."""
+    measured = run["points"][point]
+    return measured["avg_at_k"] if "avg_at_k" in measured else float(avg_RP([run], point).mean())
+
+
 def lead(group: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], split: str = "test") -> tuple[Estimate, str]:
     """Return Avg@8 of an arm minus that of a rival over their common seeds, and the seeds ahead, as `5 of 8`."""
     seeds = sorted({run["seed"] for run in group} & {run["seed"] for run in rival})
@@ -94,7 +100,7 @@ def results(regime: str, folder: str = ".") -> str:
         batches = np.mean(
             [p["step"] / run["settings"].get("num_iterations", 1) for p, run in zip(last, group, strict=True)]
         )
-        best = np.mean([max(avg_RP([run], i).mean() for i in range(len(run["points"]))) for run in group])
+        best = np.mean([max(mean_avg(run, i) for i in range(len(run["points"]))) for run in group])
         cells = [
             arm,
             len(group),
@@ -157,7 +163,11 @@ def curve(regime: str, folder: str = ".") -> str:
         "|---|" + "---|" * count,
     ]
     for arm, group in found.items():
-        lines.append(f"| {arm} | " + " | ".join(f"{avg_RP(group, i).mean():.1%}" for i in range(count)) + " |")
+        lines.append(
+            f"| {arm} | "
+            + " | ".join(f"{np.mean([mean_avg(run, i) for run in group]):.1%}" for i in range(count))
+            + " |"
+        )
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning_figures import REFERENCE, REGIMES, avg_RP, runs
+from learning_figures import REFERENCE, REGIMES, mean_avg, runs
 from matplotlib import pyplot
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "learning.png"
@@ -19,7 +19,7 @@ def draw(axis: Any, regime: str) -> None:
     for arm, group in found.items():
         count = min(len(run["points"]) for run in group)
         tokens = np.mean([[point["tokens"] for point in run["points"][:count]] for run in group], axis=0) / 1000
-        shares = np.array([avg_RP(group, i).mean(1) for i in range(count)]) * 100
+        shares = np.array([[mean_avg(run, i) for run in group] for i in range(count)]) * 100
         style = {"linewidth": 2.5 if arm == REFERENCE else 1.2, "linestyle": "-" if len(group) == most else ":"}
         (line,) = axis.plot(tokens, shares.mean(1), marker="o", markersize=3, label=f"{arm} ({len(group)})", **style)
         if len(group) == most:

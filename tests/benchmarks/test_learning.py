@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mel_lite.recipe import resolve
@@ -24,33 +27,35 @@ def scripts() -> Iterator[None]:
         yield
 
 
-def options(**changes: Any) -> argparse.Namespace:
-    defaults = {
-        "model": importlib.import_module("learning_subject").MODEL,
-        "regime": "plenty",
-        "split": "tune",
-        "tokens": 6000,
-        "points": 2,
-        "tasks": 3,
-        "samples": 2,
-    }
-    return argparse.Namespace(**defaults | changes)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["grpo", "sibling", "bank-frozen"])
-def test_an_arm_measures_at_equal_distances_and_stops_at_its_tokens(arm: str, tmp_path: Path) -> None:
-    learning = importlib.import_module("study")
-    found = learning.run(arm, 100, options(), {"max_completion_length": 24, "num_iterations": 2})
-    learning.save(found, tmp_path / "run.json")
-    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(found))
-    tokens = [point["tokens"] for point in found["points"]]
-    assert tokens[0] == 0 < tokens[1] < 6000 <= tokens[-1]
-    assert [len(point["tune"]["samples_right"]) for point in found["points"]] == [3] * len(tokens)
-    assert "longer" in found["points"][-1] and "longer" not in found["points"][0]
-    assert found["points"][-1]["step"] == len(found["steps"]) and len(found["steps"]) % 2 == 0
-    assert (found["bank"] is not None) == arm.startswith("bank")
-    assert found["settings"]["num_iterations"] == 2
+def test_the_study_trains_arms_with_the_command_and_writes_their_figures(tmp_path: Path) -> None:
+    study = STUDY / "study.py"
+    arms = ("grpo,num_iterations=2,learning_rate=5e-4", "bank-frozen,num_iterations=2,learning_rate=5e-4")
+    command = [
+        sys.executable, str(study), str(tmp_path / "runs"), "--regime", "plenty", "--split", "tune", "--arms", *arms,
+        "--first-seed", "100", "--seeds", "1", "--budget-tokens", "14000", "--tasks", "4", "--samples", "2",
+        "--results", str(tmp_path / "results"),
+    ]  # fmt: skip
+    path = os.pathsep.join(filter(None, (str(STUDY), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for label in arms:
+        file = tmp_path / "results" / "plenty" / "tune" / f"{label}-100.json"
+        found = json.loads(file.read_text())
+        assert found["arm"] == label.split(",")[0] and found["settings"]["num_iterations"] == 2
+        tokens, steps = ([point[name] for point in found["points"]] for name in ("tokens", "step"))
+        assert tokens[0] == steps[0] == 0 and tokens[-1] >= 14_000 > found["steps"][-3]["tokens"]
+        assert steps[-1] == len(found["steps"]) and steps[-1] % 2 == 0, "all updates on the last batch"
+        (middle,) = found["points"][1:-1]
+        assert middle["step"] == 18 and 0 <= middle["avg_at_k"] <= 1 and 0 < middle["tokens"] < tokens[-1]
+        for point in (found["points"][0], found["points"][-1]):
+            assert len(point["tune"]["samples_right"]) == 4 and max(point["tune"]["samples_right"]) <= 2
+        assert len(found["points"][-1]["longer"]["greedy_right"]) == 4
+        rewards = [step["reward"] for step in found["steps"] if "reward" in step]
+        assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.1, "something was learned"
+        assert (found["bank"] is not None) == bool(found["lessons"]) == label.startswith("bank")
 
 
 def run_of(arm: str, seed: int, right: list[int], *, longer: int = 0) -> dict[str, Any]:
@@ -97,7 +102,12 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert "it scores +50.0 [" in figures.top() and "] points against tuned GRPO" in figures.top()
     assert figures.top().endswith("+0.0 [-8.8, +8.8], ahead on 0 of 3 seeds, a tie by the rule.")
     assert "`bank` +25.0 [" in figures.results("starved").split("Minus `sibling`, in points: ")[1]
-    assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% |"
+    halfway = run_of("grpo", 3, [4, 2])
+    halfway["points"].insert(1, {"tokens": 500, "step": 2, "took_s": 4.0, "avg_at_k": 0.5})
+    (tmp_path / "starved" / "grpo-3.json").write_text(json.dumps(halfway))
+    assert [round(figures.mean_avg(halfway, point), 3) for point in range(3)] == [0.0, 0.5, 0.375]
+    assert "| grpo | 4 | 2 | 20% | 9 | 37.5% |  |  |  | 40.6% |" in figures.results("starved")
+    assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% | 37.5% |"
 
 
 def test_the_packaged_recipe_is_an_arm_of_the_study() -> None:
