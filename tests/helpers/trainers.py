@@ -52,6 +52,7 @@ def build(tmp_path: Path, *, engine: Any = None, model: Any = None, **options: A
     defaults: dict[str, Any] = {
         "output_dir": str(options.pop("output_dir", tmp_path / "run")),
         "verifier": "numeric",
+        "verifier_deadline_s": 60.0,  # a busy machine must not turn a verdict into an abstention
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
