@@ -1,7 +1,8 @@
 """Write the tables of docs/reliability.md from JUnit files:
-`python fault_report.py faults.xml [more.xml] docs/reliability.md`.
+`python fault_report.py [--keep] faults.xml [more.xml] docs/reliability.md`.
 
-Replaces everything between the two markers, and marks missed aims and faults whose tests did not all pass.
+Replaces everything between the two markers, and marks missed aims and faults whose tests did not all pass. With
+`--keep`, rows that were not run stay as they are, for a run of some of the tests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 BEGIN, END = "<!-- begin: written by make faults -->", "<!-- end: written by make faults -->"
+NOT_RUN = "not run"
 
 FAULTS: dict[str, tuple[str, str]] = {
     # number: (what is injected, test files or ids)
@@ -124,7 +126,7 @@ def misses(value: float, aim: str) -> bool:
 def tables(outcomes: dict[str, list[str]], numbers: dict[str, float]) -> str:
     lines = ["| | measured | aim |", "|---|---|---|"]
     for what, key, aim, form in NUMBERS:
-        measured = form.format(numbers[key]) if key in numbers else "not run"
+        measured = form.format(numbers[key]) if key in numbers else NOT_RUN
         mark = " **(missed)**" if key in numbers and misses(numbers[key], aim) else ""
         lines.append(f"| {what} | {measured}{mark} | {aim} |")
     lines += ["", "| | injected | tests | result |", "|---|---|---|---|"]
@@ -132,7 +134,7 @@ def tables(outcomes: dict[str, list[str]], numbers: dict[str, float]) -> str:
         found = [result for name, results in outcomes.items() for result in results if _is_of(name, wanted.split())]
         bad = [result for result in found if result in ("failure", "error")]
         passed = found.count("passed")
-        result = "not run" if not found else f"{len(bad)} failed" if bad else f"{passed} passed"
+        result = NOT_RUN if not found else f"{len(bad)} failed" if bad else f"{passed} passed"
         tests = ", ".join(f"`{part}`" for part in wanted.split())
         lines.append(f"| {number} | {what} | {tests} | {result} |")
     return "\n".join(lines)
@@ -142,12 +144,21 @@ def _is_of(name: str, wanted: list[str]) -> bool:
     return any(name.startswith(part if "::" in part else f"{part}::") for part in wanted)
 
 
-def main(junits: list[Path], page: Path) -> None:
+def main(junits: list[Path], page: Path, *, keep: bool = False) -> None:
     text = page.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{head}\n{tables(*read(junits))}\n{tail}")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    lines = tables(*read(junits)).splitlines()
+    if keep:
+        before = {_label(line): line for line in text[start:end].splitlines()}
+        lines = [before.get(_label(line), line) if NOT_RUN in line else line for line in lines]
+    page.write_text("\n".join([text[:start], *lines, text[end:]]))
+
+
+def _label(line: str) -> str:
+    return line.split("|")[1] if line.startswith("|") else line
 
 
 if __name__ == "__main__":
-    *files, target = map(Path, sys.argv[1:])
-    main(files, target)
+    keeps = "--keep" in sys.argv
+    *files, target = (Path(argument) for argument in sys.argv[1:] if argument != "--keep")
+    main(files, target, keep=keeps)

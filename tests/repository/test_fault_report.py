@@ -46,6 +46,21 @@ def test_the_page_gets_what_the_run_said(tmp_path: Path) -> None:
     assert row(text, "| F5 ").endswith("| not run |")
 
 
+def test_a_run_of_some_tests_keeps_the_other_rows(tmp_path: Path) -> None:
+    (tmp_path / "faults.xml").write_text(JUNIT)
+    page = tmp_path / "page.md"
+    before = report.tables({}, {"kills": 90.0, "attacks": 50.0})
+    before = before.replace("damage` | not run |", "damage` | 6 passed |")
+    page.write_text(f"before\n{report.BEGIN}\n{before}\n{report.END}\nafter\n")
+    report.main([tmp_path / "faults.xml"], page, keep=True)
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n|") and text.endswith(f"|\n{report.END}\nafter\n")
+    assert row(text, "| SIGKILL at random times |").endswith("| 100 | 100 |"), "run again"
+    assert "| 50 |" in row(text, "| Attacks on the verifier"), "not run again"
+    assert row(text, "| F5 ").endswith("| 6 passed |") and row(text, "| F9 ").endswith("| 1 failed |")
+    assert "| not run |" in row(text, "| F3 "), "never run"
+
+
 @pytest.mark.parametrize(
     ("aim", "met", "missed"),
     [
