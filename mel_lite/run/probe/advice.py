@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from mel_lite.run.probe.result import Lessons, ProbeResult, WayGradient, percent, points, signed
 
@@ -12,14 +13,17 @@ HARD, EASY = 0.05, 0.95
 LEAST_PARSED, MOST_LEAKED, CUT_OFF = 0.5, 0.5, 0.5
 """Share of analyses that must parse, share of parsed ones that may leak, and share cut off that explains a failure."""
 NO_HELP = "Lessons will not help here"
+FIRST = "Change that first, and probe again."
+WITHOUT_LESSONS = "--algorithm grpo"
 
 
-def advise(result: ProbeResult) -> tuple[str | None, tuple[str, ...]]:
-    """Return the name of the way to choose (None: train without lessons), and the reasons, one sentence or two each."""
+def advise(result: ProbeResult) -> ProbeResult:
+    """Return the result with its choice, the options for it, and the reasons, one sentence or two each."""
     stop = _nothing_to_learn(result)
     if stop is not None:
-        return None, (stop, "Change that first, and probe again.")
-    reasons = [*_regime(result)]
+        return replace(result, choice=None, options="", advice=(stop, FIRST))
+    regime = tuple(_regime(result))
+    reasons = [*regime]
     helps, about = _lessons(result.lessons)
     reasons += about
     if result.halves is None or result.halves.low <= 0:
@@ -27,8 +31,10 @@ def advise(result: ProbeResult) -> tuple[str | None, tuple[str, ...]]:
             f"The two halves of the policy gradient do not agree (cosine {signed(result.halves)}), so no loss can be "
             "compared with it. Raise --prompts."
         )
-        reasons.append("Choose: nothing by this probe. Until then train with --algorithm grpo.")
-        return None, tuple(reasons)
+        if regime:
+            return replace(result, choice=None, options="", advice=(*reasons, FIRST))
+        reasons.append("Choose nothing by this probe. Until then train without lessons:")
+        return replace(result, choice=None, options=WITHOUT_LESSONS, advice=tuple(reasons))
     candidates = []
     for way in result.ways[1:]:
         refusal = _refusal(way, helps=helps)
@@ -37,8 +43,11 @@ def advise(result: ProbeResult) -> tuple[str | None, tuple[str, ...]]:
         elif refusal:
             reasons.append(refusal)
     best = max(candidates, key=lambda way: way.cosine.value if way.cosine else -1.0, default=None)
-    reasons.append(_choice(best, result))
-    return None if best is None else best.name, tuple(reasons)
+    if best is None:
+        reasons.append("No way to train on lessons points where the policy gradient does. Train without lessons:")
+        return replace(result, choice=None, options=WITHOUT_LESSONS, advice=tuple(reasons))
+    why, options = _choice(best, result)
+    return replace(result, choice=best.name, options=options, advice=(*reasons, why))
 
 
 def _nothing_to_learn(result: ProbeResult) -> str | None:
@@ -67,22 +76,24 @@ def _regime(result: ProbeResult) -> Iterator[str]:
     assert rate is not None, "some group is mixed"
     if rate < HARD:
         yield (
-            f"The pass rate of {rate:.0%} is too low for GRPO: {mixed} of the groups teach it something. Use easier "
-            "tasks, warm the model up (mel-lite warmup), or raise train.num_generations."
+            f"The pass rate of {percent(rate)} is too low for GRPO: {mixed} of the groups teach it something. "
+            "Use easier tasks, warm the model up (mel-lite warmup), or raise train.num_generations."
         )
     elif rate > EASY:
         yield (
-            f"The pass rate of {rate:.0%} is too high for GRPO: {mixed} of the groups teach it something. Use harder "
-            "tasks, or raise train.temperature."
+            f"The pass rate of {percent(rate)} is too high for GRPO: {mixed} of the groups teach it something. "
+            "Use harder tasks, or raise train.temperature."
         )
 
 
 def _lessons(lessons: Lessons) -> tuple[bool, list[str]]:
     """Return False when lessons cannot help, and what was found about them."""
+    if not lessons.pairs:
+        return False, [f"{NO_HELP}: no lesson prompt had a right and a wrong completion. Raise --prompts."]
     if not lessons.written:
         return False, [
-            f"{NO_HELP}: no lesson prompt had a right and a wrong completion that fit the analysis prompt. Raise "
-            "--prompts, or train.max_context_tokens."
+            f"{NO_HELP}: none of the {lessons.pairs} pairs of a right and a wrong completion fits the analysis prompt. "
+            "Raise train.max_context_tokens."
         ]
     if lessons.parsed < LEAST_PARSED * lessons.written:
         knob = "Warm the model up with analyses (mel-lite warmup)"
@@ -134,21 +145,19 @@ def _refusal(way: WayGradient, *, helps: bool) -> str | None:
     return None
 
 
-def _choice(way: WayGradient | None, result: ProbeResult) -> str:
-    if way is None:
-        return "Choose: --algorithm grpo. No way to train on lessons points where the policy gradient does."
+def _choice(way: WayGradient, result: ProbeResult) -> tuple[str, str]:
+    """Return why a way is chosen, and the options for it."""
     assert way.cosine is not None, "only a way with a gradient is chosen"
-    parts = [f"--set train.internalisation={_yaml(way.internalisation)}"]
+    options = [f"--set train.internalisation={_yaml(way.internalisation)}"]
     if way.options:
-        parts.append(f"--set 'train.internalisation_options={_yaml(way.options)}'")
+        options.append(f"--set 'train.internalisation_options={_yaml(way.options)}'")
     limit = "" if result.highest_cosine is None else f", of at most {result.highest_cosine:.2f}"
-    why = f"it points most the policy's way (cosine {signed(way.cosine)}{limit})"
+    why = f"Choose {way.name}: of all it points most the policy's way (cosine {signed(way.cosine)}{limit})."
     if way.ratio is not None and way.ratio * result.mel_weight > 1:
-        weight = _two_digits(1 / way.ratio)
-        parts.append(f"--set train.mel_weight={weight:g}")
-        why += f"; at mel_weight={result.mel_weight:g} its gradient would be {way.ratio * result.mel_weight:.1f} times"
-        why += " the policy's"
-    return f"Choose: {way.name} ({' '.join(parts)}), since {why}."
+        options.append(f"--set train.mel_weight={_two_digits(1 / way.ratio):g}")
+        why += f" At mel_weight={result.mel_weight:g} its gradient would be {way.ratio * result.mel_weight:.1f} times"
+        why += " the policy's."
+    return f"{why} Options of mel-lite train:", " ".join(options)
 
 
 def _two_digits(value: float) -> float:

@@ -114,6 +114,7 @@ def summary(
         tokens += round(share * sum(batch.replay_tokens for batch in drawn))
     parsed = sum(each.parsed is not None for each in every)
     return Lessons(
+        pairs=sum(batch.pairs for batch in drawn),
         written=len(every),
         cut_off=sum(each.analysis.finish is Finish.LENGTH for each in every),
         parsed=parsed,

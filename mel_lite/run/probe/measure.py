@@ -98,22 +98,22 @@ class _Measurement:
         self._report("policy gradient of the other prompts")
         halves = gradients.set_reference(batches[teaching:])
         ways = self._ways(gradients, batches[:teaching], drawn)
-        result = ProbeResult(
-            model="",
-            dataset="",
-            seed=args.seed,
-            prompts=count * self._groups,
-            lesson_prompts=teaching * self._groups,
-            group_size=args.num_generations,
-            replay_attempts=self._attempts,
-            mel_weight=self._mel_weight,
-            attempts=rates([group for batch in batches for group in batch.groups]),
-            lessons=lessons,
-            halves=halves,
-            ways=tuple(ways),
+        return advise(
+            ProbeResult(
+                model="",
+                dataset="",
+                seed=args.seed,
+                prompts=count * self._groups,
+                lesson_prompts=teaching * self._groups,
+                group_size=args.num_generations,
+                replay_attempts=self._attempts,
+                mel_weight=self._mel_weight,
+                attempts=rates([group for batch in batches for group in batch.groups]),
+                lessons=lessons,
+                halves=halves,
+                ways=tuple(ways),
+            )
         )
-        choice, advice = advise(result)
-        return replace(result, choice=choice, advice=advice)
 
     def _roll_out(self, number: int) -> ProbeBatch:
         trainer, size = self._trainer, self._trainer.args.num_generations

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from mel_lite.intervals import Estimate
 
-    from mel_lite.intervals import Estimate
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class Attempts:
 class Lessons:
     """Meta-experiences of the lesson prompts: counts, and means with 95 % bootstrap intervals over lessons."""
 
+    pairs: int
+    """Pairs of a right and a wrong completion of a group."""
     written: int
+    """Analyses: one for each pair that fits `max_context_tokens`."""
     cut_off: int
     """Analyses that did not end within `analysis_max_tokens`."""
     parsed: int
@@ -112,6 +116,8 @@ class ProbeResult:
     """The policy loss first."""
     choice: str | None = None
     """Name of the way to choose; None = train without lessons."""
+    options: str = ""
+    """Options of `mel-lite train` for that choice; empty where nothing can be learned."""
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Options of the run that the probe did not follow."""
@@ -127,61 +133,106 @@ class ProbeResult:
         """Return all fields as a JSON object."""
         return json.dumps(asdict(self), indent=1)
 
-    def tables(self) -> list[Table]:
-        """Render the figures."""
-        return [_rates(self), _gradients(self)]
+    def show(self, console: Console) -> None:
+        """Print the figures and the advice."""
+        console.print(_rates(self))
+        console.print(_gradients(self))
+        for line in self.advice:
+            console.print(f"- {line}", markup=False, highlight=False)
+        if self.options:
+            console.print(f"  {self.options}", markup=False, highlight=False, soft_wrap=True)
+
+
+def read_result(text: str) -> ProbeResult:
+    """Return the result whose `to_json` this is."""
+    raw = json.loads(text)
+
+    def estimated(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+        return fields | {name: Estimate(**fields[name]) for name in names if fields[name] is not None}
+
+    return ProbeResult(
+        **estimated(raw, "halves")
+        | {
+            "attempts": Attempts(**raw["attempts"]),
+            "lessons": Lessons(**estimated(raw["lessons"], "uplift", "shift_nats")),
+            "ways": tuple(WayGradient(**estimated(way, "cosine")) for way in raw["ways"]),
+            "advice": tuple(raw["advice"]),
+            "notes": tuple(raw["notes"]),
+        }
+    )
 
 
 def _rates(result: ProbeResult) -> Table:
     from rich.table import Table
 
     shown, lessons = result.attempts, result.lessons
-    table = Table("measure", "value", title="Probe", title_justify="left")
+    table = Table("measure", "value", title="Rollouts and lessons", title_justify="left", caption_justify="left")
     table.caption = (
-        f"{result.prompts} prompts x {result.group_size} completions, lessons from {result.lesson_prompts} of them, "
-        f"{result.replay_attempts} replays per lesson, seed {result.seed}"
+        f"{result.prompts} prompts x {result.group_size} completions, seed {result.seed}; lessons from "
+        f"{result.lesson_prompts} of the prompts"
     )
-    table.add_row("pass rate", percent(shown.pass_rate))
-    table.add_row("mixed / all wrong / all right", " / ".join(
+    table.add_row("completions that are right", percent(shown.pass_rate))
+    table.add_row("groups: mixed / all wrong / all right", " / ".join(
         percent(share) for share in (shown.mixed_share, shown.wrong_share, shown.right_share)
     ))  # fmt: skip
     if shown.unjudged_share > 1e-9:
-        table.add_row("not judged", percent(shown.unjudged_share))
-    table.add_row("analyses written", str(lessons.written))
-    for label, count, total in (
-        ("parsed", lessons.parsed, lessons.written),
-        ("quote a wrong step", lessons.quoted, lessons.parsed),
-        ("leaked", lessons.leaked, lessons.parsed),
-        ("kept", lessons.kept, lessons.written),
-    ):
-        table.add_row(label, f"{count} ({percent(count / total)})" if total else str(count))
-    solved = f" (solved {percent(lessons.solved)}, without {percent(lessons.resampled)})"
-    table.add_row("uplift over plain resampling", points(lessons.uplift) + (solved if lessons.replayed else ""))
-    table.add_row("scored shift, nats", signed(lessons.shift_nats))
-    even = "" if lessons.tokens_from_fork is None else f" ({percent(lessons.tokens_from_fork)} of the tokens)"
-    table.add_row("share of the shift from the fork on", percent(lessons.shift_from_fork) + even)
-    table.add_row("lessons' share of generated tokens", percent(lessons.token_share))
+        table.add_row("groups that were not judged", percent(shown.unjudged_share))
+    unfit = f" ({lessons.pairs} pairs, {lessons.pairs - lessons.written} too long)"
+    table.add_row("analyses written", f"{lessons.written}{unfit if lessons.pairs > lessons.written else ''}")
+    if lessons.written:
+        for cells in _lesson_rows(result):
+            table.add_row(*cells)
     return table
+
+
+def _lesson_rows(result: ProbeResult) -> Iterator[tuple[str, str]]:
+    lessons = result.lessons
+    for label, count, total, whole in (
+        ("cut off", lessons.cut_off, lessons.written, "of the written"),
+        ("parsed", lessons.parsed, lessons.written, "of the written"),
+        ("quote a wrong step", lessons.quoted, lessons.parsed, "of the parsed"),
+        ("name the answer (leaked)", lessons.leaked, lessons.parsed, "of the parsed"),
+        ("kept", lessons.kept, lessons.written, "of the written"),
+    ):
+        yield f"  {label}", f"{count} ({percent(count / total)} {whole})" if total else str(count)
+    yield "lessons' share of generated tokens", percent(lessons.token_share)
+    if not lessons.replayed:
+        return
+    yield (
+        "lessons replayed",
+        f"{lessons.replayed}, {result.replay_attempts} times with and {result.replay_attempts} without",
+    )
+    yield "  solved with / without", f"{percent(lessons.solved)} / {percent(lessons.resampled)}"
+    yield "  uplift over plain resampling", points(lessons.uplift)
+    yield "  scored shift, nats", signed(lessons.shift_nats)
+    even = "" if lessons.tokens_from_fork is None else f" ({percent(lessons.tokens_from_fork)} of the tokens)"
+    yield "  share of the shift from the fork on", percent(lessons.shift_from_fork) + even
 
 
 def _gradients(result: ProbeResult) -> Table:
     from rich.table import Table
 
-    title = "Gradients, and their cosine with a larger policy gradient from other prompts"
-    table = Table("loss", "cosine", "norm", "x policy", "teacher shift", "prompts", title=title, title_justify="left")
-    table.caption = f"two halves of that policy gradient: cosine {signed(result.halves)}"
+    title = "Gradients, and their cosine with a reference: the policy's on other prompts"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("loss", no_wrap=True)
+    table.add_column("cosine", no_wrap=True)
+    for header in ("norm /\npolicy's", "teacher\nshift", "prompts"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.caption = f"two halves of the reference with each other: {signed(result.halves)}"
     if result.highest_cosine is not None:
-        table.caption += f"; a perfect loss would show {result.highest_cosine:+.2f}"
+        table.caption += f"\nthe true policy gradient with the reference: {result.highest_cosine:+.2f}"
     for way in result.ways:
-        ratio = "-" if way.ratio is None else f"{way.ratio:.2g}"
+        ratio = "-" if way.ratio is None or way.cosine is None else f"{way.ratio:.2g}"
         shift = "-" if way.teacher_shift_nats is None else f"{way.teacher_shift_nats:+.2f}"
-        table.add_row(way.name, signed(way.cosine), f"{way.norm:.3g}", ratio, shift, str(way.prompts))
+        table.add_row(way.name, signed(way.cosine), ratio, shift, str(way.prompts))
     return table
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent; `-` for None."""
-    return "-" if share is None else f"{share:.0%}"
+    """Return a share in percent, with a decimal within 10 points of 0 and 100; `-` for None."""
+    if share is None:
+        return "-"
+    return f"{share:.1%}" if 0 < share < 0.1 or 0.9 < share < 1 else f"{share:.0%}"
 
 
 def points(estimate: Estimate | None) -> str:

@@ -62,12 +62,10 @@ def probe(recipe: Recipe, folder: Path, *, console: Console, prompts: int = 36, 
         result = measure(trainer, attempts=attempts, mel_weight=args.mel_weight, report=report)
         result = replace(result, model=recipe.model.name, dataset=recipe.data.train, notes=tuple(notes))
         atomic_write_text(folder / RESULT, result.to_json() + "\n")
-    for table in result.tables():
-        console.print(table)
-    for line in result.advice:
-        console.print(escape(line), highlight=False)
-    console.print(f"figures   {escape(str(folder / RESULT))}")
-    console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}")
+    result.show(console)
+    console.print(f"figures   {escape(str(folder / RESULT))}", soft_wrap=True)
+    if result.lessons.written:
+        console.print(f"lessons   mel-lite experiences list --run {escape(str(folder))}", soft_wrap=True)
     return result
 
 
