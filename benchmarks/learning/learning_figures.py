@@ -248,6 +248,7 @@ SUMMARY = {
     "bank-kept": "the same, starting with an earlier run's lessons",
     "bank-kept-shuffled": "control: it starts with the lessons of other questions",
     "bank": "bank of lessons, one per prompt, distilled",
+    "bank-shuffled": "control: one per prompt, of other questions",
     "bank-frozen": "bank of lessons, all in the prompt, distilled",
     "bank-frozen-shuffled": "control: the same with the lessons of other questions",
     "sibling": "a right solution in place of lessons, distilled",
