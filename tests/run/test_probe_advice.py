@@ -95,7 +95,7 @@ CASES: dict[str, tuple[ProbeResult, str | None, list[str]]] = {
     "halves that do not agree where GRPO learns little": (
         replace(RESULT, halves=None, attempts=Attempts(0.04, 0.2, 0.8, 0.0)),
         None,
-        ["4.0% is too low", "two halves", "Change that first, and probe again"],
+        ["4.0% is too low", "two halves", "Change the pass rate first, and probe again"],
     ),
     "no analyses with the parts": (
         lessons(parsed=9, cut_off=2),
@@ -179,6 +179,7 @@ def test_the_tables_show_the_figures() -> None:
         "the true policy gradient with the reference: +0.87",
     ):
         assert line in lines, lines
+    assert "- Lessons lift replays over plain resampling (+20.0 [+10.0, +30.0] points)." in lines
     assert lines[-1] == (
         "--set train.internalisation=distill --set 'train.internalisation_options={context: own}' "
         "--set train.mel_weight=0.5"

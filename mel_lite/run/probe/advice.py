@@ -13,7 +13,6 @@ HARD, EASY = 0.05, 0.95
 LEAST_PARSED, MOST_LEAKED, CUT_OFF = 0.5, 0.5, 0.5
 """Share of analyses that must parse, share of parsed ones that may leak, and share cut off that explains a failure."""
 NO_HELP = "Lessons will not help here"
-FIRST = "Change that first, and probe again."
 WITHOUT_LESSONS = "--algorithm grpo"
 
 
@@ -21,7 +20,7 @@ def advise(result: ProbeResult) -> ProbeResult:
     """Return the result with its choice, the options for it, and the reasons, one sentence or two each."""
     stop = _nothing_to_learn(result)
     if stop is not None:
-        return replace(result, choice=None, options="", advice=(stop, FIRST))
+        return replace(result, choice=None, options="", advice=(stop, "Change that first, and probe again."))
     regime = tuple(_regime(result))
     reasons = [*regime]
     helps, about = _lessons(result.lessons)
@@ -32,7 +31,9 @@ def advise(result: ProbeResult) -> ProbeResult:
             "compared with it. Raise --prompts."
         )
         if regime:
-            return replace(result, choice=None, options="", advice=(*reasons, FIRST))
+            return replace(
+                result, choice=None, options="", advice=(*reasons, "Change the pass rate first, and probe again.")
+            )
         reasons.append("Choose nothing by this probe. Until then train without lessons:")
         return replace(result, choice=None, options=WITHOUT_LESSONS, advice=tuple(reasons))
     candidates = []

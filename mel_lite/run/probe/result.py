@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +137,7 @@ class ProbeResult:
         """Print the figures and the advice."""
         console.print(_rates(self))
         console.print(_gradients(self))
-        for line in self.advice:
-            console.print(f"- {line}", markup=False, highlight=False)
+        console.print(_listed(self.advice))
         if self.options:
             console.print(f"  {self.options}", markup=False, highlight=False, soft_wrap=True)
 
@@ -226,6 +225,16 @@ def _gradients(result: ProbeResult) -> Table:
         shift = "-" if way.teacher_shift_nats is None else f"{way.teacher_shift_nats:+.2f}"
         table.add_row(way.name, signed(way.cosine), ratio, shift, str(way.prompts))
     return table
+
+
+def _listed(lines: Sequence[str]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    listed = Table.grid(padding=(0, 1))
+    for line in lines:
+        listed.add_row("-", Text(line))
+    return listed
 
 
 def percent(share: float | None) -> str:
