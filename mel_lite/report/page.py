@@ -128,6 +128,8 @@ def _facts(run: Run, tokens: float) -> list[tuple[str, str]]:
     """Return the run's main settings as (name, value); unknown ones are left out."""
     record = run.record
     of = f" of {run.planned_steps}" if run.planned_steps not in (None, run.steps) else ""
+    budget = run.option("train.max_generated_tokens")
+    allowed = f" (budget: {budget:,})" if isinstance(budget, int) else ""
     total_s = sum(stage_seconds(record).values()) or sum(phase_seconds(run.rows).values())
     packages = record.get("packages") or {}
     values = {
@@ -136,7 +138,7 @@ def _facts(run: Run, tokens: float) -> list[tuple[str, str]]:
         "tasks": run.option("data.train"),
         "evaluated on": "held-out training tasks" if run.option("data.eval") == HELD_OUT else run.option("data.eval"),
         "steps": f"{run.steps}{of}",
-        "generated": f"{tokens:,.0f} tokens" if tokens else None,
+        "generated": f"{tokens:,.0f} tokens{allowed}" if tokens else None,
         "took": figures.duration(total_s) if total_s else None,
         "device": record.get("device"),
         "started": _date(record),

@@ -58,8 +58,8 @@ class Run:
 
     @property
     def planned_steps(self) -> int | None:
-        """`train.max_steps`; None when the run's length is given in epochs or unknown."""
-        steps = (self.config.get("train") or {}).get("max_steps")
+        """`train.max_steps`; None when the run's length is given in epochs or tokens, or unknown."""
+        steps = None if self.option("train.max_generated_tokens") else self.option("train.max_steps")
         return steps if isinstance(steps, int) and steps > 0 else None
 
     def option(self, dotted: str) -> Any:

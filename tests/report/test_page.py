@@ -119,6 +119,14 @@ def test_the_page_says_where_the_time_went(tmp_path: Path) -> None:
     assert "All options are those of the preset" not in page and "train.max_steps 12 3" in page
 
 
+def test_a_run_with_a_token_budget_shows_the_budget_and_not_its_bound_on_steps(tmp_path: Path) -> None:
+    page = text_of(report_page(read_run(make_run(tmp_path / "run", steps=1_000_000, rows=metrics(12)))))
+    assert "steps 12 of 1000000" in page and "generated 1,200 tokens took" in page
+    folder = make_run(tmp_path / "budget", steps=1_000_000, rows=metrics(12), max_generated_tokens=1100)
+    page = text_of(report_page(read_run(folder)))
+    assert "steps 12 generated 1,200 tokens (budget: 1,100) took" in page
+
+
 def test_every_phase_of_the_clock_has_a_name_for_readers() -> None:
     sources = (path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     timed = {name for source in sources for name in re.findall(r"\bclock(?:\.rest)?\(\"(\w+)\"", source)}
