@@ -73,7 +73,7 @@ from mel_lite.training.assemble import (
 from mel_lite.training.cut_mass import CutMass
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
-from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, funnel, mean_over_ranks
+from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, fill_phases, funnel, mean_over_ranks
 from mel_lite.training.micro_batch_forward import MicroBatchForward
 from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.prompts.dynamic_sampling import build_dynamic_sampling
@@ -387,6 +387,7 @@ class MELTrainer(CleanStop, AtomicCheckpoints, MicroBatches, JudgedRewards, GRPO
             self._metrics["train"][name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        fill_phases(self._metrics["train"])
         with guarded_tables(self.side_service):
             super().log(logs, start_time)
             send_lessons(self)

@@ -174,6 +174,14 @@ class GradientMeter:
         return metrics
 
 
+def fill_phases(metrics: dict[str, list[float]]) -> None:
+    """Add 0 seconds of a phase for each step without it: TRL logs the mean, which then is the total / steps."""
+    steps = len(metrics.get("mel/generated_tokens", ()))
+    for name, values in metrics.items():
+        if name.startswith("time/"):
+            values.extend([0.0] * (steps - len(values)))
+
+
 def peak_metrics() -> dict[str, float]:
     """Return `mel/peak_memory_gib`: the peak since the process began, of the GPU or of this process's RSS.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mel_lite.training.metrics import GradientMeter, truncate_metrics
+from trainers import assert_learned, build
 
 
 def test_gradients_of_a_term_add_up_over_micro_batches() -> None:
@@ -34,3 +35,15 @@ def test_resuming_drops_later_and_half_written_metrics(tmp_path: Path) -> None:
     truncate_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     truncate_metrics(tmp_path / "none.jsonl", 2)
+
+
+def test_seconds_of_a_phase_are_means_over_all_steps_of_a_log(tmp_path: Path) -> None:
+    """The report multiplies them by the steps. Only every second of these steps samples."""
+    trainer = build(tmp_path, max_steps=4, num_iterations=2, logging_steps=4)
+    seconds_s: dict[str, float] = {}
+    trainer.clock.on_end = lambda end: seconds_s.update({end.name: seconds_s.get(end.name, 0.0) + end.seconds_s})
+    trainer.train()
+    assert_learned(trainer)
+    row = trainer.state.log_history[0]
+    for phase in ("rollout", "analysis", "update"):
+        assert 4 * row[f"time/{phase}_s"] == pytest.approx(seconds_s[phase], abs=1e-6)
