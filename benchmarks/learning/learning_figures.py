@@ -17,12 +17,14 @@ REFERENCE, PEER = "grpo", "sibling"
 WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-open", "bank-kept")
 REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
 NOT_RUN = "Not run yet."
-EARLIER = ("first", "second")
-"""Folders of the runs of the study's earlier rounds."""
+EARLIER = ("first", "second", "fifth")
+"""Folders of the rounds but the third (starved) and the second (plentiful), which lie above them."""
 LEAST_SEEDS = 3
 """Fewer common seeds get no verdict."""
 ROLLOUTS = 64
 """Completions per generation batch of every run."""
+USUAL = {"bank_teach_from": None, "pairs_per_group": 4}
+"""Options that were tried on an arm, with the value of the others."""
 MEANINGS = {
     "grpo": "GRPO",
     "grpo-dynamic": "GRPO with dynamic sampling: other prompts for groups without variance, in up to four rounds",
@@ -183,8 +185,9 @@ def tuning(regime: str) -> str:
         for run in group:
             s = run["settings"]
             weight = s.get("mel_weight", 1.0) if arm != REFERENCE else ""
-            keyed.setdefault((s.get("num_iterations", 1), s["learning_rate"], weight), []).append(run)
-        for (updates, rate, weight), same in sorted(keyed.items(), key=lambda item: str(item[0])):
+            tried = "".join(f", {name} {s[name]:g}" for name, usual in USUAL.items() if s.get(name, usual) != usual)
+            keyed.setdefault((s.get("num_iterations", 1), s["learning_rate"], weight, tried), []).append(run)
+        for (updates, rate, weight, tried), same in sorted(keyed.items(), key=lambda item: str(item[0])):
             seeds = ", ".join(str(run["seed"]) for run in same)
             last = [step for run in same for step in run["steps"][-5 * updates :]]
             entropy, clipped, reward = (
@@ -193,7 +196,7 @@ def tuning(regime: str) -> str:
             )
             took = np.mean([run["points"][-1]["took_s"] for run in same])
             lines.append(
-                f"| {arm} | {updates} | {rate:g} | {weight} | {seeds} | {avg_RP(same, 0, 'tune').mean():.1%} → "
+                f"| {arm}{tried} | {updates} | {rate:g} | {weight} | {seeds} | {avg_RP(same, 0, 'tune').mean():.1%} → "
                 f"{avg_RP(same, -1, 'tune').mean():.1%} | {reward:.2f} | {entropy:.2f} | {clipped:.1%} | {took:.0f} |"
             )
     return "\n".join(lines)
