@@ -78,8 +78,8 @@ CONTROLS = {
 }
 """Arms that are controls, with what a difference to them shows."""
 UNTUNED = (
-    "No option was tuned for any arm. Another learning rate, or another number of updates per batch (num_iterations), "
-    "can turn the order round."
+    "The command tuned no option for any arm. Another learning rate, or another number of updates per batch "
+    "(num_iterations), can reverse the order."
 )
 """A limit of every experiment."""
 MANY_STEPS = 1_000_000
