@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,10 +156,13 @@ class LiveDisplay(TrainerCallback):
         return None if self._trainer is None else self._trainer.args.max_generated_tokens
 
     def _last_step(self, state: Any) -> int:
-        """Return the number of the last step; with a token budget, as the steps so far let expect."""
+        """Return the number of the last step; with a token budget, as the steps so far let expect, in whole batches."""
         budget = self._budget()
         more = None if budget is None else self._outlook.steps_for(budget - self._generated())
-        return int(state.max_steps if more is None else min(state.max_steps, state.global_step + more))
+        if more is None:
+            return int(state.max_steps)
+        per_batch = self._trainer.args.steps_per_batch
+        return int(min(state.max_steps, per_batch * math.ceil((state.global_step + more) / per_batch)))
 
     def _view(self) -> Group:
         lines = [] if self._state is None else [self._progress_parts(self._state)]

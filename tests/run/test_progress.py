@@ -24,11 +24,11 @@ def console(*, width: int = 100, terminal: bool = True) -> Console:
     return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
 
 
-def trainer_of(clock: PhaseClock, *, budget: int | None = None, tokens: int = 0) -> Any:
+def trainer_of(clock: PhaseClock, *, budget: int | None = None, tokens: int = 0, steps_per_batch: float = 1.0) -> Any:
     return SimpleNamespace(
         clock=clock,
         engine=SimpleNamespace(total_generated_tokens=tokens),
-        args=SimpleNamespace(max_generated_tokens=budget),
+        args=SimpleNamespace(max_generated_tokens=budget, steps_per_batch=steps_per_batch),
     )
 
 
@@ -96,6 +96,8 @@ def test_with_a_token_budget_the_view_counts_tokens(now: Any) -> None:
     state.global_step, trainer.engine.total_generated_tokens = 1, 200
     display.on_step_end(None, state, None)
     assert lines(display)[0] == "step 2 of about 5  ━━━━────────────────  about 40 s left  200 of 1,000 tokens"
+    trainer.args.steps_per_batch = 3.0
+    assert lines(display)[0].startswith("step 2 of about 6 "), "the last batch gets all of its updates"
 
 
 def test_a_narrow_terminal_gets_more_lines_and_no_bar(now: Any) -> None:
