@@ -30,6 +30,7 @@ PAGES = (
     "README.md",
     "docs/kernels.md",
     "docs/learning.md",
+    "docs/learning-rounds.md",
     "docs/tuning.md",
     "docs/memory.md",
     "docs/method.md",

@@ -4,7 +4,7 @@
     python benchmarks/learning/demo.py FOLDER --arms grpo,bank
 
 The second is `mel-lite compare --arms` with the settings below. Either continues after a stop with the same command.
-The rule is in docs/learning.md. Writes demo-tuning.json or demo.json in benchmarks/results/learning.
+The rule is in docs/learning-rounds.md. Writes demo-tuning.json or demo.json in benchmarks/results/learning.
 """
 
 from __future__ import annotations

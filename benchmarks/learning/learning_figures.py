@@ -1,4 +1,4 @@
-"""Tables of docs/learning.md from benchmarks/results/learning/: every arm against GRPO on the same seeds and tasks."""
+"""Tables of the learning study from its run files: every arm against GRPO on the same seeds and tasks."""
 
 from __future__ import annotations
 

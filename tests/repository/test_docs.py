@@ -54,6 +54,7 @@ def configuration() -> ModuleType:
         "README.md",
         "docs/kernels.md",
         "docs/learning.md",
+        "docs/learning-rounds.md",
         "docs/memory.md",
         "docs/method.md",
         "docs/performance.md",
