@@ -174,6 +174,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _logits_and_hidden(model: Any, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a model's own logits (T, V) in float32, and the last hidden state (T, H) that its backbone gives alone.
+
+    A model that calls its backbone with the ids and nothing else has computed that state on the way.
+    """
+    calls: list[tuple[Any, Any, Any]] = []
+    hook = model.base_model.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    try:
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+    states = [output for args, options, output in calls if _gives_ids_alone(args, options, ids_1T)]
+    backbone = states[0] if states else model.base_model(input_ids=ids_1T, use_cache=False)
+    return logits_TV, backbone.last_hidden_state[0]
+
+
+def _gives_ids_alone(args: tuple[Any, ...], options: dict[str, Any], ids_1T: Tensor) -> bool:
+    given = {name: value for name, value in options.items() if value is not None}
+    return not args and given.pop("input_ids", None) is ids_1T and given == {"use_cache": False}
+
+
 @torch.no_grad()
 def check_head_spec(model: Any, spec: HeadSpec, token_ids: list[int] | None = None) -> None:
     """Compare a model's own log-probabilities on a few tokens with those of its last hidden state under `spec`.
@@ -186,8 +207,7 @@ def check_head_spec(model: Any, spec: HeadSpec, token_ids: list[int] | None = No
     head = model.get_output_embeddings()
     ids_1T = torch.tensor([token_ids or list(range(1, 9))], device=head.weight.device)
     with _evaluating(model):
-        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
-        hidden_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        logits_TV, hidden_TH = _logits_and_hidden(model, ids_1T)
         top_T = logits_TV.argmax(1)
         expected_T = logits_TV.log_softmax(1).gather(1, top_T[:, None])[:, 0]
         found_T, _, _ = head_logprobs(head, hidden_TH, top_T, spec=spec, compute_u=False, impl="reference")

@@ -85,6 +85,24 @@ def test_a_transform_no_config_names_is_found() -> None:
         check_head_spec(model, head_spec(model))
 
 
+def test_the_backbone_runs_once_if_the_model_gives_it_the_ids_alone() -> None:
+    model, runs = tiny("llama"), []
+    model.model.norm.register_forward_hook(lambda *_: runs.append(1))
+    check_head_spec(model, head_spec(model))
+    assert len(runs) == 1
+    original = model.forward
+
+    def shifted(input_ids: Tensor, **options: Any) -> Any:
+        embeds = model.get_input_embeddings()(input_ids)
+        embeds[:, 0] += 1
+        return original(inputs_embeds=embeds, **options)
+
+    model.forward = shifted
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not compute its logits as HeadSpec"):
+        check_head_spec(model, head_spec(model))
+    assert len(runs) == 3, "the backbone is also run on the ids"
+
+
 def test_unusable_config_value() -> None:
     with pytest.raises(ValueError, match=r"config.logits_scaling is 0.0: expected a finite number above 0"):
         head_spec(GraniteConfig(**SIZES, logits_scaling=0.0))
