@@ -147,6 +147,8 @@ def test_a_model_that_computes_something_else_is_found_by_its_numbers(monkeypatc
     attend = buckets.BucketedCache.attend
     monkeypatch.setattr(buckets.BucketedCache, "attend", lambda self, layer, *a: attend(self, layer, *a[:-1], 0.2))
     assert "log-probs differ by" in str(why_not_bucketed(model))
+    monkeypatch.setattr(buckets.BucketedCache, "attend", lambda *a: attend(*a) * torch.nan)
+    assert "log-probs differ by nan" in str(why_not_bucketed(model))
     monkeypatch.undo()
     model.model.layers[0].self_attn.layer_idx = None
     assert "its attention takes no cache of ours" in str(why_not_bucketed(model))
