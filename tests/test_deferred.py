@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -17,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import model as lora_model
 from torch import nn
 
+from mel_lite import deferred
 from mel_lite.deferred import building_plain_layers, deferring
 
 UNUSED = ("bitsandbytes", "networkx", "torch._inductor.compile_fx", "trackio", "mlflow", "matplotlib", "textual")
@@ -65,6 +69,32 @@ def test_what_is_loaded_or_not_installed_stays_as_it_is(package: list[str]) -> N
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("not_installed_at_all")
     assert sys.modules["slow_package"] is loaded
+
+
+def test_the_packages_of_all_distributions_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.metadata.packages_distributions()
+    scans: list[int] = []
+    scan = functools.cache(lambda: scans.append(1) or found)
+    monkeypatch.setattr(deferred, "_scan", scan)
+    for _ in range(2):
+        with deferring([]):
+            mine = importlib.metadata.packages_distributions()
+            assert mine == found and "torch" in mine
+            mine["torch"].clear()  # a reader's own copy
+    assert scans == [1] and importlib.metadata.packages_distributions is not deferred._distributions
+
+
+def test_no_garbage_is_collected_inside_the_block() -> None:
+    was = gc.isenabled()
+    try:
+        for state, switch in ((True, gc.enable), (False, gc.disable)):
+            switch()
+            with pytest.raises(ZeroDivisionError), deferring([]):
+                assert not gc.isenabled()
+                1 / 0  # noqa: B018
+            assert gc.isenabled() is state
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_a_lora_layer_is_built_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,11 @@ def trl(out: Path) -> None:
 def mel(out: Path) -> None:
     """Start a run of the demo without evaluation, and end with the first token that it samples."""
     from mel_lite.cli.main import main as command
-    from mel_lite.engines import hf
-    from mel_lite.engines.seeded_sampler import SeededSampler
+    from mel_lite.cli.shared import loading
+
+    with loading("loading"):
+        from mel_lite.engines import hf
+        from mel_lite.engines.seeded_sampler import SeededSampler
 
     class First(SeededSampler):
         def draw(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,10 +125,10 @@ def import_trl(out: Path) -> None:
 
 
 def import_mel(out: Path) -> None:
-    """Import what a run imports, with packages deferred as in the command."""
-    from mel_lite.deferred import deferring
+    """Import what a run imports, as in the command."""
+    from mel_lite.cli.shared import loading
 
-    with deferring():
+    with loading("loading"):
         import mel_lite.run.train  # noqa: F401
     _end(out)
 

@@ -171,14 +171,9 @@ def loading(what: str) -> Iterator[None]:
     """
     from mel_lite.deferred import deferring
 
-    # A collection visits everything that was imported before, and hardly any of it ever becomes garbage.
-    gc.disable()
-    try:
-        with spinner(what), deferring():
-            yield
-        gc.freeze()
-    finally:
-        gc.enable()
+    with spinner(what), deferring():
+        yield
+        gc.freeze()  # no later collection visits what was imported
 
 
 def spinner(what: str) -> Status:
