@@ -19,6 +19,7 @@ from typing import Any
 
 import demo_figures
 import plan_figures
+import probe
 from learning import learning_figures
 from peer_suite import suite
 from price import price_figures
@@ -35,6 +36,7 @@ PAGES = (
     "docs/memory.md",
     "docs/method.md",
     "docs/performance.md",
+    "docs/probe.md",
     "docs/status.md",
     "docs/which-card.md",
     "mel_lite/models/demo_adapter/README.md",
@@ -182,6 +184,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     },
     **step_figures.FIGURES,
     **price_figures.FIGURES,
+    "probe-demo": partial(probe.shown, "demo"),
+    "probe-random": partial(probe.shown, "random"),
     "cards": plan_figures.cards,
     "plan": plan_figures.shown,
     "plan-what-fits": plan_figures.what_fits,
