@@ -9,6 +9,7 @@ shape uses the hidden states of that model's own rollouts.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,18 +35,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="times per contender (default: 15 on a GPU, 3 on a CPU)")
-    parser.add_argument("--json", type=Path, help="output file (default: benchmarks/results/kernel-DEVICE.json)")
+    parser.add_argument("--operator", choices=["logprobs", "kl"], help="measure this one only (default: both)")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of each size (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="output file (default: benchmarks/results/kernel[-kl]-DEVICE.json)")
     parser.add_argument("--model", help="local model folder or Hub id; its rollouts give one more shape")
     parser.add_argument("--tasks", type=Path, help="JSONL file with the questions for those rollouts")
     arguments = parser.parse_args()
     if (arguments.model is None) != (arguments.tasks is None):
         parser.error("--model and --tasks must be given together")
     results = Path(__file__).parent / "results"
+    kl = "-kl" if arguments.operator == "kl" else ""
+    shapes = [
+        replace(shape, rows=arguments.rows)
+        for shape in default_shapes(torch.device(arguments.device))
+        if arguments.operator in (None, shape.operator)
+    ]
     run(
         arguments.device,
+        shapes=shapes,
         given=real(arguments.model, arguments.tasks, arguments.device) if arguments.model else None,
         rounds=arguments.rounds,
-        json_path=arguments.json or results / f"kernel-{torch.device(arguments.device).type}.json",
+        json_path=arguments.json or results / f"kernel{kl}-{torch.device(arguments.device).type}.json",
     )
 
 

@@ -21,6 +21,7 @@ import demo_figures
 import plan_figures
 import probe
 from learning import learning_figures
+from mel_lite.kernels.bench.report import OURS, SAMPLED
 from peer_suite import suite
 from price import price_figures
 from speed import step_figures
@@ -54,27 +55,29 @@ def _spread_s(times_s: list[float]) -> str:
     return f"{statistics.median(times_s):.2f} ({min(times_s):.2f} to {max(times_s):.2f})"
 
 
-def kernel_cpu() -> str:
-    """Return time, memory and errors of every contender that ran, per shape."""
-    report = _read("kernel-cpu")
+def kernel_cpu(name: str, clock: str) -> str:
+    """Return time, memory and errors of every contender that ran, per shape; `clock` is the key of the times."""
+    report = _read(name)
     machine, versions = report["machine"], report["versions"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     parts = [
-        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}; median of "
+        f"{machine['processor']}, {threads}, torch {versions['torch']}; median of "
         f"{report['rounds']} interleaved rounds (least to most), forward and backward; memory beyond the inputs, with "
         "the gradient."
     ]
+    unit = "CPU s" if clock == "cpu_times_s" else "s"
     for shape in report["shapes"]:
         kl = shape.get("operator") == "kl"
         parts.append(
             f"\nN {shape['rows']}, H {shape['width']}, V {shape['vocab']}, {shape['dtype']}, {shape['states']} states"
             f"{', KL from a teacher' if kl else ''}:"
-            f"\n\n| | s | peak MiB | error of {'KL' if kl else 'logp'} | error of u |\n|---|---|---|---|---|"
+            f"\n\n| | {unit} | peak MiB | error of {'KL' if kl else 'logp'} | error of u |\n|---|---|---|---|---|"
         )
         for result in shape["results"]:
             if result["times_s"] and result["name"] not in RETIRED:
                 errors = ["" if result[key] is None else f"{result[key]:.1e}" for key in ("logp_error", "u_error")]
                 memory = f"{(result['peak_bytes'] or 0) / 2**20:.0f}"
-                parts.append(f"| {result['name']} | {_spread_s(result['times_s'])} | {memory} | {' | '.join(errors)} |")
+                parts.append(f"| {result['name']} | {_spread_s(result[clock])} | {memory} | {' | '.join(errors)} |")
     absent = sorted({r["name"] for shape in report["shapes"] for r in shape["results"] if r["problem"]})
     if absent:
         parts.append(f"\nNot on this machine: {', '.join(absent)}.")
@@ -92,6 +95,19 @@ def kernel_cpu_line() -> str:
         f"On {report['machine']['threads']} CPU threads, at {shape['rows']} tokens and a vocabulary of "
         f"{shape['vocab']}, it takes {ours_s:.1f} s and {ours['peak_bytes'] / 2**20:.0f} MiB where full logits take "
         f"{naive_s:.1f} s and {naive['peak_bytes'] / 2**20:.0f} MiB: {naive_s / ours_s:.1f} times as fast."
+    )
+
+
+def kernel_kl_line() -> str:
+    """Compare the KL operator with two full logits, and with the estimate by the sampled token, in one sentence."""
+    shape = _read("kernel-kl-cpu")["shapes"][0]
+    by_name = {result["name"]: result for result in shape["results"]}
+    ours, naive, sampled = (by_name[name] for name in (OURS, "naive KL of two logits", SAMPLED))
+    ours_s, naive_s, sampled_s = (statistics.median(each["cpu_times_s"]) for each in (ours, naive, sampled))
+    return (
+        f"At {shape['rows']} tokens and a vocabulary of {shape['vocab']}, it takes {ours_s:.1f} CPU seconds and "
+        f"{ours['peak_bytes'] / 2**20:.0f} MiB where both full logits take {naive_s:.1f} and "
+        f"{naive['peak_bytes'] / 2**20:.0f} MiB. The estimate by the sampled token takes {sampled_s:.1f}."
     )
 
 
@@ -165,7 +181,9 @@ def peer_suite() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "kernel-cpu": kernel_cpu,
+    "kernel-cpu": partial(kernel_cpu, "kernel-cpu", "times_s"),
+    "kernel-kl-cpu-line": kernel_kl_line,
+    "kernel-kl-cpu": partial(kernel_cpu, "kernel-kl-cpu", "cpu_times_s"),
     "kernel-cpu-line": kernel_cpu_line,
     "mass": mass,
     "retrieval": retrieval,

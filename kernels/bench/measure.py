@@ -22,7 +22,7 @@ from ..api import fused_logprobs
 from ..kl import fused_kl
 from .inputs import Inputs, Shape, default_shapes, model_like
 from .peers import KL_PEERS, PEERS, Peer
-from .report import BOUND, HALF, OURS, SCORING, Result, machine, table, versions
+from .report import BOUND, HALF, OURS, SAMPLED, SCORING, Result, machine, table, versions
 from .truth import true_head, true_kl
 
 SAMPLE_ROWS = 128
@@ -94,6 +94,14 @@ def contenders(inputs: Inputs, operator: str = "logprobs") -> dict[str, Callable
         HALF: train(lambda h, w, t: ours(h, w, t, keep_N=rows % 2 == 0)),
         BOUND: _bare_products(multiplied, weight_VH),
     }
+    if operator == "kl":
+        token_N = torch.randint(len(weight_VH), rows.shape, generator=torch.Generator().manual_seed(0)).to(rows.device)
+        found[SAMPLED] = train(
+            lambda student_NH, weight_VH, teacher_NH: (
+                fused_logprobs(student_NH, weight_VH, token_N)[0]
+                - fused_logprobs(teacher_NH, weight_VH, token_N, compute_u=False)[0]
+            )
+        )
     for name, get in (KL_PEERS if operator == "kl" else PEERS).items():
         try:
             found[name] = train(get())
@@ -146,7 +154,10 @@ def measure(shape: Shape, device: torch.device, rounds: int, inputs: Inputs | No
     for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             hidden_NH.grad = None
-            by_name[name].times_s.append(_time_s(passes[name], device))
+            wall_s, cpu_s = _times_s(passes[name], device)
+            by_name[name].times_s.append(wall_s)
+            if cpu_s is not None:
+                by_name[name].cpu_times_s.append(cpu_s)
     return results
 
 
@@ -159,10 +170,10 @@ def _check(result: Result, once: Callable[[], Tensor | None], hidden_NH: Tensor,
     before = _memory_bytes(device, reset=True)
     output = once()
     result.peak_bytes = _memory_bytes(device) - before
-    if output is not None and output.dim() == 1 and result.name != HALF:
+    if output is not None and output.dim() == 1 and result.name not in (HALF, SAMPLED):
         wrong_N = (output[sample].double() - truth[0]).abs() / truth[0].abs().clamp(min=0.01)
         result.logp_error = float(wrong_N.max())
-    if hidden_NH.grad is not None and result.name != HALF:
+    if hidden_NH.grad is not None and result.name not in (HALF, SAMPLED):
         wrong_NH = hidden_NH.grad[sample].double() - truth.u_NH
         result.u_error = float(wrong_NH.norm() / truth.u_NH.norm())
 
@@ -199,16 +210,16 @@ def _memory_bytes(device: torch.device, *, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def _time_s(once: Callable[[], Any], device: torch.device) -> float:
-    """Time one pass; on a GPU by events, after flushing the cache."""
+def _times_s(once: Callable[[], Any], device: torch.device) -> tuple[float, float | None]:
+    """Return wall and CPU seconds of one pass. A GPU is timed by events, after flushing its cache; then no CPU time."""
     if device.type != "cuda":
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         once()
-        return time.perf_counter() - start_s
+        return time.perf_counter() - start_s, time.process_time() - start_cpu_s
     torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     once()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, None

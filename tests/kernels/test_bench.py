@@ -13,7 +13,7 @@ from kernel_cases import DEVICE
 from mel_lite.cli.main import app
 from mel_lite.kernels import bench
 from mel_lite.kernels.bench import measure, peers
-from mel_lite.kernels.bench.report import BOUND, HALF, OURS, SCORING, Result
+from mel_lite.kernels.bench.report import BOUND, HALF, OURS, SAMPLED, SCORING, Result
 
 
 def test_report_holds_times_errors_and_reasons(tmp_path: Path) -> None:
@@ -30,6 +30,9 @@ def test_report_holds_times_errors_and_reasons(tmp_path: Path) -> None:
     assert results[SCORING]["logp_error"] == ours["logp_error"] and results[SCORING]["u_error"] is None
     for result in results.values():
         assert (len(result["times_s"]) == 3 and min(result["times_s"]) > 0) or result["problem"], result
+    on_cpu = DEVICE == "cpu"
+    assert all(len(result["cpu_times_s"]) == on_cpu * len(result["times_s"]) for result in results.values())
+    assert not on_cpu or min(results[OURS]["cpu_times_s"]) > 0
     assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     table = logged[-1]
     assert f"N 300, H 24, V 2000, {shape.dtype}, synthetic states" in table
@@ -54,7 +57,8 @@ def test_kl_is_measured_against_two_full_logits() -> None:
     shape = bench.Shape(300, 24, 2000, "bfloat16" if DEVICE == "cuda" else "float32", operator="kl")
     report = bench.run(DEVICE, shapes=[shape], rounds=2, log=logged.append)
     results = {result["name"]: result for result in report["shapes"][0]["results"]}
-    assert list(results) == [OURS, SCORING, HALF, BOUND, *peers.KL_PEERS]
+    assert list(results) == [OURS, SCORING, HALF, BOUND, SAMPLED, *peers.KL_PEERS]
+    assert results[SAMPLED]["logp_error"] is None and results[SAMPLED]["u_error"] is None, "another quantity"
     ours, naive = results[OURS], results["naive KL of two logits"]
     assert 0 < ours["logp_error"] < 1e-5 and ours["logp_error"] <= naive["logp_error"]
     assert 0 < ours["u_error"] < 3e-3 and ours["u_error"] <= naive["u_error"]
