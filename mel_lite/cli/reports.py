@@ -83,6 +83,10 @@ def compare(
 
     if (arms is None) == (not runs):
         raise ConfigError("compare needs the folders of finished runs, or --arms to train some; not both.")
+    if arms is None:
+        given = {"--arm": arm, "--budget-tokens": budget_tokens, "--gpu": gpu, "--config": config, "--set": set_}
+        if without := next((name for name, value in given.items() if value), None):
+            raise ConfigError(f"{without} trains runs, so it needs --arms. Leave it out to compare finished runs.")
     left_out: list[str] = []
     controls: Mapping[str, Control] = {}
     if arms is None:

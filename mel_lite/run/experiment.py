@@ -151,6 +151,8 @@ def parse_arms(names: Sequence[str], own: Sequence[str], *, group_size: int | No
             raise ConfigError(
                 f"--arms {name!r} is no arm.{suggest(name, known)} Define one with --arm {name}:key=value."
             )
+    if unnamed := [text for text in own if text.partition(":")[0] not in names]:
+        raise ConfigError(f"--arm {unnamed[0]}: --arms does not name this arm. Add it there.")
     if len(set(names)) < len(names) or len(names) < 2:
         raise ConfigError(f"--arms {','.join(names)}: name at least two different arms; the first is the reference.")
     return tuple(ExperimentArm(name, _settled(name, known[name], group_size)) for name in names)
@@ -173,10 +175,11 @@ def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str
     One seed after another, so that a stopped experiment has all arms of as many seeds as possible. A run that diverged
     is skipped here and named in the comparison.
 
-    Raises: ConfigError for a recipe without held-out tasks, a folder of another experiment, or a run that failed, with
-        its log; KeyboardInterrupt when a signal stopped a run.
+    Raises: ConfigError for a recipe without held-out tasks, a folder of another experiment, an arm whose options or
+        data are refused, or a run that failed, with its log; KeyboardInterrupt when a signal stopped a run.
     """
     _check(experiment)
+    _check_arms(experiment, launch, say)
     total = len(experiment.arms) * len(experiment.seeds)
     runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     for number, (arm, seed) in enumerate(runs, start=1):
@@ -193,8 +196,7 @@ def run_experiment(experiment: Experiment, *, launch: Launch, say: Callable[[str
         if code == DivergedError.exit_code:
             say(f"{folder.name} diverged (see {log})")
         elif code:
-            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
-            raise ConfigError(f"run {folder.name} failed with exit code {code}: {last} See {log}.")
+            raise ConfigError(f"run {folder.name} failed with exit code {code}: {_last_line(log)} See {log}.")
         elif not is_done(folder):
             raise ConfigError(
                 f"run {folder.name} ended without an evaluation, so there is nothing to compare: its tasks are too few "
@@ -243,6 +245,39 @@ def in_subprocess(arguments: Sequence[str], log: Path) -> int:
                 continue
 
 
+def _check_arms(experiment: Experiment, launch: Launch, say: Callable[[str], None]) -> None:
+    """Check options and data of every arm before the first run, which can take hours, by a dry run of its own."""
+    for arm in experiment.arms:
+        seed = next((seed for seed in experiment.seeds if not is_done(experiment.run_folder(arm, seed))), None)
+        if seed is None:
+            continue
+        log = experiment.folder / "logs" / f"check-{arm.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        say(f"checking options and data of arm {arm.name}")
+        code = launch([*experiment.arguments(arm, seed), "--dry-run"], log)
+        if code in STOPPED:
+            raise KeyboardInterrupt
+        if code:
+            said = _last_line(log).removeprefix("error: ")
+            raise ConfigError(f"arm {arm.name} cannot be trained: {said} Nothing was trained. See {log}.")
+        log.unlink(missing_ok=True)
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+
+
+def _began(file: Path) -> dict[str, Any]:
+    """Return the plan with which the experiment began. Raises: ConfigError when the file is damaged."""
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        if {"budget_tokens", "base", "arms"} <= plan.keys() and isinstance(plan["arms"], dict):
+            return dict(plan)
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConfigError(f"{file} is damaged, so its options are not known. Choose another --output.")
+
+
 def _check(experiment: Experiment) -> None:
     """Check the recipe, and that the folder holds this experiment or none; more seeds or arms may join."""
     if experiment.recipe is not None and experiment.recipe.data.eval is None:
@@ -258,7 +293,7 @@ def _check(experiment: Experiment) -> None:
         "arms": {arm.name: arm.changes for arm in experiment.arms},
     }
     if file.is_file():
-        began = json.loads(file.read_text(encoding="utf-8"))
+        began = _began(file)
         for key in ("budget_tokens", "base"):
             if began[key] != plan[key]:
                 raise ConfigError(
@@ -271,5 +306,10 @@ def _check(experiment: Experiment) -> None:
                 f"{experiment.folder}: arm {changed[0]} has other options than before. Choose another --output."
             )
         plan["arms"] = began["arms"] | plan["arms"]
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json.dumps(plan, indent=1) + "\n")
+    try:
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, json.dumps(plan, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--output {experiment.folder}: it cannot be written ({error.strerror or error}). Choose another folder."
+        ) from error

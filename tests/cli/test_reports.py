@@ -58,3 +58,11 @@ def test_runs_are_compared_in_a_table_or_as_json(tmp_path: Path) -> None:
     assert values["tasks"] == 20 and values["arms"][1]["difference"]["avg_at_k"]["value"] == 0.25
     with pytest.raises(ConfigError, match="at least two runs"):
         call("compare", folders[0])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--arm", "own:train.seed=3"), ("--budget-tokens", "9"), ("--gpu", "cpu"), ("--set", "train.seed=1")]
+)
+def test_options_of_training_need_arms(tmp_path: Path, flags: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"{flags[0]} trains runs, so it needs --arms"):
+        call("compare", tmp_path / "a", tmp_path / "b", *flags)

@@ -44,10 +44,14 @@ class Launcher:
 
     def __init__(self, **codes: int) -> None:
         self.codes = codes
+        self.checked: list[str] = []
         self.runs: list[str] = []
 
     def __call__(self, arguments: Sequence[str], log: Path) -> int:
         folder = Path(arguments[arguments.index("--output-dir") + 1])
+        if "--dry-run" in arguments:
+            self.checked.append(folder.name)
+            return 0
         self.runs.append(folder.name)
         log.write_text("loading\nerror: no room\n")
         if code := self.codes.get(folder.name, 0):
@@ -111,6 +115,7 @@ def test_what_a_control_shows_is_said_in_words(tmp_path: Path) -> None:
         (["mel", "mine"], ["mine=3"], "write NAME:section.key=value"),
         (["mel", "grpo"], ["mel:train.seed=3"], "'mel' is a built-in arm"),
         (["mel", "a/b"], ["a/b:train.seed=3"], "write NAME:section.key=value"),
+        (["mel", "grpo"], ["own:train.seed=3"], "--arm own:train.seed=3: --arms does not name this arm."),
     ],
 )
 def test_arms_that_cannot_be_are_refused(names: list[str], own: list[str], message: str) -> None:
@@ -132,7 +137,8 @@ def test_all_arms_of_a_seed_come_first_and_finished_runs_are_not_repeated(tmp_pa
     launch, said = Launcher(), []
     run_experiment(experiment(tmp_path), launch=launch, say=said.append)
     assert launch.runs == ["grpo-0", "mel-0", "grpo-1", "mel-1"]
-    assert said[0].startswith("run 1/4: grpo-0, output in ") and said[0].endswith("logs/grpo-0.log")
+    assert said[:2] == [f"checking options and data of arm {name}" for name in ("grpo", "mel")]
+    assert said[2].startswith("run 1/4: grpo-0, output in ") and said[2].endswith("logs/grpo-0.log")
     run_experiment(experiment(tmp_path, seeds=range(3)), launch=launch, say=said.append)
     assert launch.runs[4:] == ["grpo-2", "mel-2"], "more seeds join"
     arms, left_out = arms_of(experiment(tmp_path, seeds=range(3)))
@@ -178,11 +184,55 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
         run_experiment(experiment(tmp_path), launch=Launcher(), say=str)
 
 
+def test_a_damaged_plan_or_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    launch = Launcher()
+    plan = tmp_path / "out" / "experiment.json"
+    plan.parent.mkdir()
+    for text in ('{"budget_tokens": 500', "[1]", '{"budget_tokens": 500, "base": [], "arms": []}'):
+        plan.write_text(text)
+        with pytest.raises(ConfigError, match=r"experiment.json is damaged.*Choose another --output"):
+            run_experiment(experiment(tmp_path), launch=launch, say=str)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "out").write_text("")
+    with pytest.raises(ConfigError, match=r"--output .*file/out: it cannot be written \(File exists\)"):
+        run_experiment(experiment(tmp_path / "file"), launch=launch, say=str)
+    assert launch.checked == launch.runs == []
+
+
+def test_an_arm_with_refused_options_stops_the_experiment_before_its_first_run(tmp_path: Path) -> None:
+    runs: list[Sequence[str]] = []
+
+    def launch(arguments: Sequence[str], log: Path) -> int:
+        if "--dry-run" not in arguments:
+            runs.append(arguments)
+            return 0
+        log.write_text("loading\nerror: unknown key train.learning_rat. Did you mean 'learning_rate'?\n")
+        return 2 if "train.learning_rat=3" in arguments else 0
+
+    tried = Experiment(
+        tmp_path / "out", parse_arms(["grpo", "own"], ["own:train.learning_rat=3"]), range(2), 500, ("--gpu", "cpu")
+    )
+    with pytest.raises(ConfigError, match=r"arm own cannot be trained: unknown key train.learning_rat. Did you mean"):
+        run_experiment(tried, launch=launch, say=str)
+    assert runs == []
+    assert [path.name for path in (tmp_path / "out" / "logs").iterdir()] == ["check-own.log"]
+
+
+def test_only_arms_with_missing_runs_are_checked(tmp_path: Path) -> None:
+    launch = Launcher(**{"mel-1": 130})
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment(tmp_path), launch=launch, say=str)
+    assert launch.checked == ["grpo-0", "mel-0"]
+    again = Launcher()
+    run_experiment(experiment(tmp_path), launch=again, say=str)
+    assert again.checked == again.runs == ["mel-1"]
+
+
 def test_a_run_without_an_evaluation_ends_the_experiment(tmp_path: Path) -> None:
     class Blind(Launcher):
         def __call__(self, arguments: Sequence[str], log: Path) -> int:
             code = super().__call__(arguments, log)
-            (Path(arguments[arguments.index("--output-dir") + 1]) / "eval" / "after.json").unlink()
+            (Path(arguments[arguments.index("--output-dir") + 1]) / "eval" / "after.json").unlink(missing_ok=True)
             return code
 
     launch = Blind()
