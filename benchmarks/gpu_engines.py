@@ -259,13 +259,13 @@ class Check:
         return list(zip(requests, self.engine.generate(requests, Sampling(new_tokens)), strict=True))
 
     def _rows(self, done: list[Any]) -> list[Any]:
-        from mel_lite.training.packing import Row
+        from mel_lite.training.batches.packing import Row
 
         device = self.model.device
         return [Row(torch.tensor(r.prompt_ids + c.ids, device=device), len(c.ids)) for r, c in done]
 
     def _scored(self, rows: list[Any]) -> torch.Tensor:
-        from mel_lite.training.packing import pack
+        from mel_lite.training.batches.packing import pack
         from mel_lite.training.scoring import score
 
         return torch.cat(score(self.model, pack(rows, pad_id=self.tokenizer.pad_token_id or 0))[0])

@@ -9,9 +9,9 @@ One generation batch, top to bottom:
         _draw                             pairs -> meta-experiences -> leak guard -> replay -> store
         _internalise                      lessons, and changes to the rollout batch (`lessons/internalise/`)
     training_step                       one micro-batch: forward and backward
-      compute_loss                        in parts, within the memory limit (`micro_batches.py`)
+      compute_loss                        in parts, within the memory limit (`training/batches`)
         _compute_loss                       TRL's policy loss + the internalisation's loss
-          _get_per_token_logps...             one forward over rollout rows and lesson rows (`micro_batches.py`)
+          _get_per_token_logps...             one forward over rollout rows and lesson rows (`training/batches`)
     nonfinite.before_update             skip an update that is not finite (`nonfinite.py`)
     around_update                       NLL of the lessons after the update, and the norms of both gradients
     _save_checkpoint                    staged, hashed, renamed (`checkpoints.py`)
@@ -70,19 +70,19 @@ from mel_lite.training.assemble import (
     free_reward_arguments,
     prepare_weights,
 )
+from mel_lite.training.batches.forward import MicroBatchForward
+from mel_lite.training.batches.micro_batches import MicroBatches
 from mel_lite.training.cut_mass import CutMass
 from mel_lite.training.engine_probe import EngineProbe
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import FunnelTotals, GradientMeter, MetricsWriter, fill_phases, funnel, mean_over_ranks
-from mel_lite.training.micro_batch_forward import MicroBatchForward
-from mel_lite.training.micro_batches import MicroBatches
 from mel_lite.training.prompts.dynamic_sampling import build_dynamic_sampling
 from mel_lite.training.prompts.sampler import EpochSampler
 from mel_lite.training.rewards import GenerationBatch, JudgedRewards, groups_of
 from mel_lite.training.rollouts import build_in_flight, check_overlap, rollout_requests, rollout_sampling
 from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import Scorer, install_scoring_heads
-from mel_lite.training.sharding import with_whole_weights
+from mel_lite.training.sharding.weights import with_whole_weights
 from mel_lite.trl_compat import released_grpo_trainer
 from mel_lite.types import Experience, Group, LessonNormalization, Pair
 from mel_lite.verify.judge import RewardJudge

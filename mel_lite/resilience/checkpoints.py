@@ -44,7 +44,7 @@ from mel_lite.resilience.whole_states import gathered, load_weights, spread_opti
 from mel_lite.training.around_update import tokens_are_spent
 from mel_lite.training.frozen_reader import FrozenReader
 from mel_lite.training.metrics import truncate_metrics
-from mel_lite.training.sharding import Sharding
+from mel_lite.training.sharding.weights import Sharding
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from mel_lite.memory.workload import Part, Workload
 from mel_lite.models.modes import evaluating
 from mel_lite.resilience.memory_gauge import Gauge
 from mel_lite.resilience.state_files import rng_state, set_rng_state
-from mel_lite.training.packing import lesson_row, pack
+from mel_lite.training.batches.packing import lesson_row, pack
 from mel_lite.training.scoring import score
 from mel_lite.types import Lesson
 

@@ -53,7 +53,7 @@ from mel_lite.text import first_line
 from mel_lite.trainer import MELTrainer
 from mel_lite.training.rollouts import check_overlap
 from mel_lite.training.savings import not_shared, why_not_shared_by
-from mel_lite.training.sharding_checks import check_sharding
+from mel_lite.training.sharding.checks import check_sharding
 from mel_lite.verify.verifiers import get_verifier
 
 

@@ -35,7 +35,7 @@ from mel_lite.models.peft_support import is_peft
 from mel_lite.training.rollouts import early_end
 from mel_lite.training.scoring import balances_experts
 from mel_lite.training.services import check_services
-from mel_lite.training.sharding_checks import check_sharding, settle_sharding
+from mel_lite.training.sharding.checks import check_sharding, settle_sharding
 from mel_lite.types import Group, ReplayCriterion
 from mel_lite.verify.judge import AnswerJudge, Judge, RewardJudge, answer_column
 from mel_lite.verify.pool import VerifyPool

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.errors import EngineError
-from mel_lite.training.packing import Row, rows_of_batch
+from mel_lite.training.batches.packing import Row, rows_of_batch
 
 COMPLETIONS = 4
 """Completions of a probe, on each rank."""

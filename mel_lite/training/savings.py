@@ -18,9 +18,9 @@ from mel_lite.errors import ConfigError
 from mel_lite.models.attention import let_prompts_be_shared, rounding_nats, why_not_full
 from mel_lite.models.modes import evaluating
 from mel_lite.text import first_line
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
+from mel_lite.training.batches.shared_prompts import pack_shared
 from mel_lite.training.scoring import score
-from mel_lite.training.shared_prompts import pack_shared
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from mel_lite.kernels import HeadSpec, check_head_spec, head_kl, head_logprobs, 
 from mel_lite.lessons.reading import Reading
 from mel_lite.models.modes import evaluating
 from mel_lite.models.placeholders import has_placeholders
-from mel_lite.training.packing import Block, Packed, Row, lesson_row, pack
-from mel_lite.training.shared_prompts import pack_shared
+from mel_lite.training.batches.packing import Block, Packed, Row, lesson_row, pack
+from mel_lite.training.batches.shared_prompts import pack_shared
 from mel_lite.types import Lesson
 
 

@@ -28,7 +28,7 @@ from mel_lite.models.load import (
     load_tokenizer,
     turn_end_id,
 )
-from mel_lite.training.packing import Block
+from mel_lite.training.batches.packing import Block
 from mel_lite.training.scoring import install_scoring_head
 from mel_lite.verify.judge import AnswerJudge
 from mel_lite.verify.thoughts import parse_tags

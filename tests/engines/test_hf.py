@@ -16,7 +16,7 @@ from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from mel_lite.models.load import ModelSpec, load_base
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 from mel_lite.training.scoring import score
 from mel_lite.types import Finish
 from tiny_models import save_tiny

@@ -67,7 +67,7 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path: Path, where: str, ca
     trainer.create_optimizer()
     trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     tried = limit(trainer, largest - 1, in_backward=where == "backward")
-    with caplog.at_level(logging.WARNING, "mel_lite.training.micro_batches"):
+    with caplog.at_level(logging.WARNING, "mel_lite.training.batches.micro_batches"):
         trainer.train()
     assert "Set max_micro_batch_tokens=" in caplog.text
     assert trainer.budget_tokens is not None and whole.budget_tokens is None

@@ -22,7 +22,7 @@ from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from mel_lite.resilience import checkpoint_files
 from mel_lite.resilience.collapse import WINDOW, CollapseChecks
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from scripted import ScriptedEngine
 from tiny_models import set_lora, tiny_tokenizer

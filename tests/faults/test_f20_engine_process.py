@@ -23,7 +23,7 @@ from mel_lite.engines.base import Completion, Engine, Request, Sampling
 from mel_lite.engines.hf import HFEngine
 from mel_lite.errors import EngineError
 from mel_lite.resilience import checkpoint_files
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 from mel_lite.training.scoring import score
 from trainers import assert_learned, build, digest, run_state, step_log, trainable
 

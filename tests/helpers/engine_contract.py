@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mel_lite.engines.base import LOOK_TOKENS, Engine, Request, Sampling
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from mel_lite.types import Finish
 from tiny_models import set_lora

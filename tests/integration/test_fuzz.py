@@ -27,7 +27,7 @@ from mel_lite.data.tasks import load_tasks
 from mel_lite.errors import DataError, MelLiteError
 from mel_lite.lessons.leak_guard import check_leak
 from mel_lite.lessons.parsing import ParseFailure, parse_analysis
-from mel_lite.training.packing import IGNORE, Row, pack, pad_rows, rows_of_batch
+from mel_lite.training.batches.packing import IGNORE, Row, pack, pad_rows, rows_of_batch
 from mel_lite.types import Finish, MetaExperience
 from scripted import ScriptedEngine
 from tiny_models import tiny_tokenizer

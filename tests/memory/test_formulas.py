@@ -19,7 +19,7 @@ from mel_lite.errors import ModelError
 from mel_lite.memory import formulas
 from mel_lite.models.blocks import blocks_of
 from mel_lite.models.load import ModelSpec, load_base
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 from mel_lite.training.scoring import install_scoring_head, score
 from tiny_models import save_tiny, tiny_config
 

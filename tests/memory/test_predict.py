@@ -15,7 +15,7 @@ from mel_lite.memory.plan import shape_for
 from mel_lite.memory.predict import predict
 from mel_lite.memory.workload import Part, workload
 from mel_lite.recipe import resolve
-from mel_lite.training.packing import Row, deal
+from mel_lite.training.batches.packing import Row, deal
 from plans import planned
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mel_lite.models.blocks import MAX_PADDING_SHARE, blocks_of, group_lengths, max_padding
-from mel_lite.training.packing import Row, pack
+from mel_lite.training.batches.packing import Row, pack
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=12)
 

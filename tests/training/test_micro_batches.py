@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 from batches import LOSS_TYPES, micro_batch, with_lessons
 from mel_lite.errors import ConfigError
 from mel_lite.models import attention
-from mel_lite.training.packing import Row, area_tokens, deal, pack
+from mel_lite.training.batches.packing import Row, area_tokens, deal, pack
 from mel_lite.training.savings import why_not_shared_by
 from mel_lite.types import Lesson
 from tiny_models import set_lora

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mel_lite.models.blocks import MAX_PADDING_SHARE
-from mel_lite.training.packing import IGNORE, Row, pack, pad_rows, rows_of_batch, with_teachers
+from mel_lite.training.batches.packing import IGNORE, Row, pack, pad_rows, rows_of_batch, with_teachers
 
 ROWS = st.lists(st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), max_size=12)
 

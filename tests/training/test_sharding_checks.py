@@ -15,8 +15,8 @@ from mel_lite import MELConfig, MELTrainer
 from mel_lite.errors import ConfigError
 from mel_lite.recipe import resolve
 from mel_lite.run.train import check
-from mel_lite.training.sharding import in_own_dtype
-from mel_lite.training.sharding_checks import check_sharding, spread_by
+from mel_lite.training.sharding.checks import check_sharding, spread_by
+from mel_lite.training.sharding.weights import in_own_dtype
 from trainers import build
 
 
@@ -102,7 +102,7 @@ def test_a_trainer_refuses_before_it_loads(tmp_path: Path, fsdp: Any) -> None:
 def test_gradients_of_single_terms_are_not_measured_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mel_lite.training.sharding.Sharding.in_lockstep", True)
+    monkeypatch.setattr("mel_lite.training.sharding.weights.Sharding.in_lockstep", True)
     trainer = build(tmp_path, grad_norm_every=3)
     assert trainer.args.grad_norm_every == trainer.gradient_meter.every == 0
     assert "grad_norm_every=3: the gradients of single loss terms are not measured" in caplog.text

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mel_lite.models.attention import SHARING_NAME, let_prompts_be_shared
-from mel_lite.training.packing import Row, Teacher, pack
+from mel_lite.training.batches.packing import Row, Teacher, pack
+from mel_lite.training.batches.shared_prompts import deal_shared, pack_shared
 from mel_lite.training.scoring import RowScores, install_scoring_head, score
-from mel_lite.training.shared_prompts import deal_shared, pack_shared
 from tiny_models import tiny_config
 
 

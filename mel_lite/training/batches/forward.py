@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mel_lite.training.packing import Row
+from mel_lite.training.batches.packing import Row
 from mel_lite.training.scoring import RowScores
 
 

@@ -24,13 +24,13 @@ from mel_lite import signals
 from mel_lite.engines.metered import PhaseClock
 from mel_lite.lessons.internalise import Internalisation, LessonShare
 from mel_lite.memory.host import return_freed_memory
+from mel_lite.training.batches.forward import MicroBatchForward
+from mel_lite.training.batches.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
+from mel_lite.training.batches.shared_prompts import deal_shared, pack_shared
 from mel_lite.training.metrics import GradientMeter
-from mel_lite.training.micro_batch_forward import MicroBatchForward
-from mel_lite.training.packing import Row, deal, lesson_row, pack, pad_rows, rows_of_batch, with_teachers
 from mel_lite.training.savings import Savings
 from mel_lite.training.scoring import RowScores, score
-from mel_lite.training.sharding import Sharding
-from mel_lite.training.shared_prompts import deal_shared, pack_shared
+from mel_lite.training.sharding.weights import Sharding
 from mel_lite.types import Lesson
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mel_lite.models.attention import SharedPrompts, lay_out
-from mel_lite.training.packing import Packed, Row
+from mel_lite.training.batches.packing import Packed, Row
 
 
 @dataclass(frozen=True, slots=True)

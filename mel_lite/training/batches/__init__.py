@@ -1,0 +1,1 @@
+"""Rows of the training forward, rollouts and lessons: packed, and computed in parts that fit into memory."""

@@ -1,0 +1,1 @@
+"""Weights and gradients that are spread over processes (FSDP2, DeepSpeed)."""
