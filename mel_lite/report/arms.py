@@ -114,7 +114,7 @@ def read_arms(folders: Sequence[Path]) -> list[Arm]:
         raise ConfigError("compare needs at least two runs, or --arms to train some. Pass the folders of two runs.")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("compare: a run is named twice. Pass each folder once.")
-    return group([read_run(folder) for folder in folders])
+    return group([read_run(folder, lessons=False) for folder in folders])
 
 
 def group(runs: Sequence[Run]) -> list[Arm]:

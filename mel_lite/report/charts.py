@@ -186,7 +186,7 @@ def _draw(axes: Any, chart: Chart, colors: dict[str, str]) -> None:
 def _legend(figure: Any, chart: Chart) -> None:
     """Put the legend below the axes, where it covers no line."""
     named = [line for line in chart.lines if line.label and not line.faint]
-    if len(named) > 1:
+    if named:
         columns = max(1, min(3, 60 // (max(len(line.label) for line in named) + 4)))
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=1.4, columnspacing=1.2)
 

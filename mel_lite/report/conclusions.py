@@ -64,7 +64,7 @@ def _conclusion(
 
 def limits(found: Comparison, arms: Sequence[Arm]) -> tuple[str, ...]:
     """Return what keeps the comparison from showing more."""
-    found_limits = []
+    found_limits = [f"{run.name}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
     fewest = min(len(arm.runs) for arm in arms)
     if found.tasks and fewest == 1:
         found_limits.append(

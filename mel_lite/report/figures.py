@@ -99,6 +99,8 @@ def headline(run: Run, found: Sequence[Measure]) -> tuple[str, str]:
     if not run.rows:
         return "No step was logged yet", "There is nothing to show so far."
     _, rates = series(run.rows, "mel/pass_rate" if series(run.rows, "mel/pass_rate")[1] else "reward")
+    if not rates:
+        return "No reward was logged", "There is no evaluation before and after, and no reward of rollouts."
     part = max(1, len(rates) // 5)
     first, last = sum(rates[:part]) / part, sum(rates[-part:]) / part
     missing = "There is no evaluation before and after on held-out tasks"

@@ -119,7 +119,9 @@ def drawn(found: list[tuple[str, charts.Chart]]) -> list[tuple[str, Any]]:
 
 def _state(run: Run) -> list[str]:
     if run.finished:
-        return []
+        if run.before is None or run.after is not None or any("after.json" in problem for problem in run.problems):
+            return []
+        return ["There is no evaluation after training: it is under way, or the run stopped before it ended."]
     of = f" of {run.planned_steps}" if run.planned_steps else ""
     return [f"This run has not finished: {run.steps}{of} steps were logged when this page was made."]
 

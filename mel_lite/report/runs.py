@@ -77,6 +77,9 @@ def read_run(folder: Path, *, lessons: bool = True) -> Run:
     problems: list[str] = []
     config = _config(folder / "config.yaml", problems)
     rows = _rows(folder / "metrics.jsonl", problems)
+    finished = any((folder / name).is_dir() for name in ("adapter", "model"))
+    if finished and not rows and not any("metrics.jsonl" in problem for problem in problems):
+        problems.append("metrics.jsonl holds no step. There are no curves.")
     found = _lessons(folder / FILE_NAME, config, problems) if lessons else ()
     before, after = (_evaluation(folder / "eval" / f"{name}.json", problems) for name in ("before", "after"))
     return Run(
@@ -88,7 +91,7 @@ def read_run(folder: Path, *, lessons: bool = True) -> Run:
         tuple(row for row in rows if any(is_number(row.get(f"eval_{name}")) for name in ("reward", "avg_at_k"))),
         before,
         after,
-        finished=any((folder / name).is_dir() for name in ("adapter", "model")),
+        finished=finished,
         lessons=found,
         problems=tuple(problems),
     )

@@ -220,7 +220,7 @@ def arms_of(experiment: Experiment) -> tuple[list[Arm], list[str]]:
         ]
         if not done:
             raise ConfigError(f"No run of arm {arm.name} ended. See the logs in {experiment.folder / 'logs'}.")
-        arms.append(Arm(arm.name, tuple(read_run(folder) for folder in done)))
+        arms.append(Arm(arm.name, tuple(read_run(folder, lessons=False) for folder in done)))
     return arms, left_out
 
 

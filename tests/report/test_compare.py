@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,15 +65,17 @@ def test_the_difference_is_paired_by_task_and_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_table_is_whole_at_any_width(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("name", ["mel", "an-arm-whose-name-is-long"])
+def test_the_table_is_whole_at_any_width(tmp_path: Path, width: int, name: str) -> None:
     found = compare(read_arms(arms_of(tmp_path)))
+    found = replace(found, arms=(found.arms[0], replace(found.arms[1], name=name)))
     screen = Console(width=width, file=io.StringIO())
     screen.print(comparison_table(found, screen.width))
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text and max(map(len, text.splitlines())) <= width
-    together = text.replace("\n", "").replace(" ", "").replace("│", "")
-    assert "43.8%" in together and "68.8%" in together and "+25.0" in together
-    assert ("Pass@1" in text) == (width >= 120) and "Avg@4" in text
+    assert "43.8%" in text and "68.8%" in text and "+25.0" in text and name in text
+    assert ("Pass@1" in text) == (width >= 120 and name == "mel") and "Avg@4" in text
+    assert found.arms[1].after["avg_at_k"].as_share().partition(" ")[2] in text, "an interval is not broken inside"
 
 
 def test_the_words_follow_the_figures(tmp_path: Path) -> None:
@@ -107,6 +110,20 @@ def test_runs_on_other_tasks_or_without_evaluation_have_curves_alone(tmp_path: P
     assert partly.tasks == 20 and "Only the 20 of 40 tasks" in partly.limits[0]
     (folders[1] / "eval" / "after.json").unlink()
     assert "No final evaluation: mel-0" in compare(read_arms(folders)).limits[0]
+
+
+def test_damaged_files_and_runs_without_steps_are_named(tmp_path: Path) -> None:
+    folders = arms_of(tmp_path, seeds=1)
+    (folders[0] / "metrics.jsonl").write_text("")
+    with (folders[1] / "metrics.jsonl").open("a") as file:
+        file.write("cut off")
+    (folders[1] / "experiences.sqlite").write_text("no store is read")
+    found = compare(read_arms(folders)).limits
+    assert found[:2] == (
+        "grpo-0: metrics.jsonl holds no step. There are no curves.",
+        "mel-0: metrics.jsonl: 1 of 13 lines cannot be read and are left out.",
+    )
+    assert not any("experience" in limit for limit in found)
 
 
 def test_unequal_costs_and_beginnings_are_named(tmp_path: Path) -> None:
@@ -179,7 +196,7 @@ def test_page_picture_and_json_are_written(tmp_path: Path) -> None:
     values = json.loads(data.read_text())
     assert values["arms"][1]["difference"]["avg_at_k"]["value"] == pytest.approx(0.25)
     text = page.read_text()
-    assert "What this cannot show" in text and "train.algorithm" in text and text.count("<svg") == 4
+    assert "What this cannot show" in text and "train.<wbr>algorithm" in text and text.count("<svg") == 4
     assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) < 150_000
     assert LIGHT["s0"] not in text.split("</style>")[1], "the page's own colors"
 

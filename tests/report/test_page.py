@@ -25,7 +25,7 @@ OLD_RUNS = Path(__file__).resolve().parents[1] / "resilience" / "old_runs"
 
 def text_of(page: str) -> str:
     """The page without style, script and tags."""
-    page = re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.DOTALL)
+    page = re.sub(r"<(style|script)\b.*?</\1>|<wbr>", "", page, flags=re.DOTALL)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
 
 
@@ -145,6 +145,27 @@ def test_a_run_without_lessons_or_evaluation_has_a_page(tmp_path: Path) -> None:
     page = text_of(report_page(read_run(folder)))
     assert "Reward: 0.15 → 0.95" in page and "this is no test" in page
     assert "plain GRPO draws none" in page and "From rollouts to lessons" not in page
+
+
+def test_a_run_without_reward_or_last_evaluation_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", before=[1, 2], after=[2, 2], lessons=0, rows=[{"step": 1, "loss": 0.5}])
+    (folder / "eval" / "after.json").unlink()
+    page = text_of(report_page(read_run(folder)))
+    assert "No reward was logged" in page
+    assert "no evaluation after training: it is under way, or the run stopped" in page
+
+
+def test_a_line_alone_of_a_chart_of_several_is_named() -> None:
+    chart = Chart("Lessons: kept, and their effect", (Line("kept / written", [1, 2], [0.5, 1.0]),), percent=True)
+    assert "kept / written" in svg(chart, "one") and "Entropy" not in svg(chart, "one")
+
+
+def test_names_of_options_break_at_their_parts_and_stay_text(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", lessons=0)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("other: {a_<b>_c: 1}\n")
+    page = report_page(read_run(folder))
+    assert "<code>other.<wbr>a_<wbr>&lt;b&gt;_<wbr>c</code>" in page and "<b>_" not in page
 
 
 def test_a_running_and_an_empty_run_have_a_page(tmp_path: Path) -> None:
