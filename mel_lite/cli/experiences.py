@@ -13,7 +13,7 @@ import typer
 from mel_lite.cli.shared import FolderArgument, JsonOption, LimitOption, RunOption, console, newest_run, print_json
 from mel_lite.errors import ConfigError, check_choice
 from mel_lite.imports import load_object
-from mel_lite.types import BankLesson, Status
+from mel_lite.types import Algorithm, BankLesson, Status
 
 experiences = typer.Typer(help="Browse the meta-experiences of a run.", no_args_is_help=True)
 
@@ -123,7 +123,9 @@ def bank(
     from mel_lite.resilience.saved_bank import saved_lessons
     from mel_lite.run.display import bank_line, bank_table
 
-    lessons = sorted(saved_lessons(run or newest_run(), field="RUN"), key=lambda lesson: -lesson.score)
+    folder = run or newest_run()
+    _check_draws_lessons(folder)
+    lessons = sorted(saved_lessons(folder, field="RUN"), key=lambda lesson: -lesson.score)
     truths = None if truth is None else _truths(truth, lessons)
     if as_json:
         known = [{}] * len(lessons) if truths is None else [{"true": each} for each in truths]
@@ -155,4 +157,20 @@ def _store(run: Path | None) -> Any:
     from mel_lite.lessons.store import ExperienceStore
 
     folder = run or newest_run()
+    _check_draws_lessons(folder)
     return ExperienceStore(folder / "experiences.sqlite", read_only=True)
+
+
+def _check_draws_lessons(folder: Path) -> None:
+    """Raises: ConfigError for a run without a store whose algorithm draws no lessons."""
+    from mel_lite.recipe import value_in
+
+    config = folder / "config.yaml"
+    if (folder / "experiences.sqlite").is_file() or not config.is_file():
+        return
+    algorithm, also = (value_in(config, f"train.{name}") for name in ("algorithm", "meta_experience"))
+    if algorithm not in (None, Algorithm.MEL) and not also:
+        raise ConfigError(
+            f"{folder} was trained with train.algorithm={algorithm}, which writes no meta-experiences. Name a run of "
+            "train.algorithm=mel; `mel-lite rollouts list` shows the rollouts of this one."
+        )

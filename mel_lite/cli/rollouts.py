@@ -86,5 +86,6 @@ def _print_found(
         shown.print(rollouts_list(rows, shown.width))
         more = f", the newest; more with --limit {2 * limit}" if len(rows) == limit else ""
         shown.print(f"{len(rows)} {'rollout' if len(rows) == 1 else 'rollouts'}{more}")
-    for problem in log.problems:
-        typer.echo(f"note: {problem}", err=True)
+    if log.problems:
+        others = f" {len(log.problems) - 1} more files cannot be read." if len(log.problems) > 1 else ""
+        typer.echo(f"note: {log.problems[0]}{others}", err=True)

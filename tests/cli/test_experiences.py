@@ -93,6 +93,14 @@ def test_a_damaged_table_is_a_note(run: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", [("list",), ("bank",), ("search", "x", "--run"), ("show", "1", "--run")])
+def test_a_run_whose_algorithm_draws_no_lessons_says_so(tmp_path: Path, command: tuple[str, ...]) -> None:
+    folder = make_run(tmp_path / "run", lessons=0, algorithm="grpo")
+    (folder / "experiences.sqlite").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"train\.algorithm=grpo, which writes no meta-experiences"):
+        call("experiences", *command, folder)
+
+
 def test_a_run_without_rollouts_is_an_error(tmp_path: Path) -> None:
     for command in (("list",), ("show", "1.0"), ("search", "x")):
         with pytest.raises(ConfigError, match="no logged rollouts"):

@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from mel_lite.cli.main import app
 from mel_lite.errors import ConfigError, DataError
 from mel_lite.report.rollouts import RolloutLog
 
@@ -97,6 +99,8 @@ def test_damaged_files_are_named_and_the_others_read(run: Path) -> None:
         f"completions/completions_{step:05d}.parquet cannot be read" for step in (11, 10, 2)
     ]
     assert "'prompt'" in log.problems[2] and path.exists()
+    done = CliRunner().invoke(app, ["rollouts", "list", str(run)])
+    assert done.stderr.count("note:") == 1 and done.stderr.rstrip().endswith("2 more files cannot be read.")
     with pytest.raises(DataError, match=r"completions_00010\.parquet cannot be read"):
         RolloutLog(run).get("10.0")
 
