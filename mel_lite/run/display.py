@@ -16,7 +16,7 @@ from mel_lite.lessons.store import ExperienceRow
 from mel_lite.memory.formulas import GIB
 from mel_lite.memory.plan import Plan
 from mel_lite.models.chat import question_text
-from mel_lite.report.figures import evaluation
+from mel_lite.report.figures import FUNNEL, evaluation
 from mel_lite.report.terminal import STATUS_STYLE, labeled, one_line
 from mel_lite.types import BankLesson
 
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
     from mel_lite.evaluate import EvalResult
     from mel_lite.resilience.worst_step import PhasePeak
 
-FUNNEL = ("groups", "mixed_groups", "pairs", "parsed", "leak_free", "replay_valid")
-
-
 PHASES = {
-    "probe": "engine check", "forks": "check of forks", "scored": "scoring", "examine": "re-examination",
-    "internalise": "scoring of teachers", "rescore": "scoring",
+    "probe": "engine check", "forks": "check of forks", "scored": "scoring of lessons", "examine": "re-examination",
+    "internalise": "scoring with notes", "rescore": "scoring after the update",
 }  # fmt: skip
 """Phases that are shown under another name than the clock's."""
 PARTS = {
@@ -180,9 +177,11 @@ def funnel_table(totals: Mapping[str, int]) -> Table:
     """Render the funnel, summed over the run."""
     table = Table("stage", "count", "share of previous", title="Funnel of this run", title_justify="left")
     previous = 0
-    for stage in FUNNEL:
+    for stage, name in FUNNEL.items():
+        if stage == "written":
+            continue
         count = totals.get(f"mel/{stage}", 0)
-        table.add_row(stage.replace("_", " "), str(count), f"{count / previous:.0%}" if previous else "")
+        table.add_row(name, str(count), f"{count / previous:.0%}" if previous else "")
         previous = count
     quoted, parsed = totals.get("mel/quoted", 0), totals.get("mel/parsed", 0)
     table.add_row("parsed ones that quote a step", str(quoted), f"{quoted / parsed:.0%} of parsed" if parsed else "")

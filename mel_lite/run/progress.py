@@ -77,6 +77,8 @@ class LiveDisplay(TrainerCallback):
             lines = flowed(parts, self._console.width, " | ", indent=4)
             self._console.print("\n".join(lines), highlight=False, markup=False)
         else:  # in a file, a step is one line however long it is
+            left_s = self._left_s(self._last_step(state) - state.global_step)
+            parts += [] if left_s is None or self._trainer is None else [f"about {duration(left_s)} left"]
             self._console.print(" | ".join(parts), soft_wrap=True, highlight=False, markup=False)
         if self._trainer is None:
             return
@@ -144,7 +146,8 @@ class LiveDisplay(TrainerCallback):
         line = f"{phase_text(phase.name, phase.parts)}{tokens}, {duration(phase.seconds_s)}"
         last = self._last_step(self._state)
         finished = phase.name in ("checkpoint", "update") or self._state.global_step >= last
-        step = f"step {self._state.global_step + (not finished)}/{last}"
+        of = "" if self._is_open_ended(last) else f"/{last}"
+        step = f"step {self._state.global_step + (not finished)}{of}"
         try:
             self._console.print(f"{step} {line}", soft_wrap=True, highlight=False, markup=False)
         except (OSError, ValueError):  # a closed file or terminal; the callbacks report it
@@ -164,6 +167,15 @@ class LiveDisplay(TrainerCallback):
         per_batch = self._trainer.args.steps_per_batch
         return int(min(state.max_steps, per_batch * math.ceil((state.global_step + more) / per_batch)))
 
+    def _is_open_ended(self, last: int) -> bool:
+        """Return True while only a bound on the steps is known: a token budget ends the run, and no step has ended."""
+        return bool(self._budget() is not None and last == self._state.max_steps)
+
+    def _left_s(self, steps_left: int) -> float | None:
+        """Return the seconds until the run ends; None before the first step has ended."""
+        phase = (self._clock.phase, time.monotonic() - self._clock.since_s) if self._clock.phase else ("", 0.0)
+        return self._outlook.remaining_s(steps_left, evaluations_left=self._evaluations_left, open_phase=phase)
+
     def _view(self) -> Group:
         lines = [] if self._state is None else [self._progress_parts(self._state)]
         clock, now_s = self._clock, time.monotonic()
@@ -181,12 +193,9 @@ class LiveDisplay(TrainerCallback):
         if budget is not None:
             share = max(share, min(1.0, self._generated() / budget)) if last < state.max_steps else 0.0
             tokens = f"{self._generated():,} of {budget:,} tokens"
-        phase = (self._clock.phase, time.monotonic() - self._clock.since_s) if self._clock.phase else ("", 0.0)
-        left_s = self._outlook.remaining_s(
-            last - state.global_step, evaluations_left=self._evaluations_left, open_phase=phase
-        )
+        left_s = self._left_s(last - state.global_step)
         step = f"step {min(state.global_step + 1, last)} of {'about ' if budget is not None else ''}{last:,}"
-        if budget is not None and last == state.max_steps:
+        if self._is_open_ended(last):
             step = f"step {state.global_step + 1}"
         bar = progress_bar(share) if self._console.width >= 70 else ""
         left = "time left: known after a step" if left_s is None else f"about {duration(left_s)} left"

@@ -116,7 +116,10 @@ def test_a_line_is_broken_between_its_parts() -> None:
     broken += ["    lessons lessons lessons lessons", "    lessons lessons", "    " + "x" * 50]
     assert flowed(parts, 40, " | ", indent=4) == broken
     assert flowed([], 40, " | ", indent=4) == []
-    assert phase_text("rollout", 64, 24) == "rollout 24/64 completions" and phase_text("scored", 0, 0) == "scoring"
+    assert (
+        phase_text("rollout", 64, 24) == "rollout 24/64 completions"
+        and phase_text("scored", 0, 0) == "scoring of lessons"
+    )
     assert phase_text("replay", 4) == "replay: 4 replays" and progress_bar(0.25, 8) == "━━──────"
 
 
@@ -131,7 +134,7 @@ def test_model_text_has_neither_markup_nor_control_characters(tmp_path: Path) ->
 
 def test_the_funnel_table_shows_what_each_stage_left() -> None:
     text = shown(funnel_table({"mel/groups": 8, "mel/mixed_groups": 4, "mel/pairs": 4, "mel/parsed": 1}))
-    assert "50%" in text and "25%" in text and "replay valid" in text
+    assert "50%" in text and "25%" in text and "groups of rollouts" in text and "kept" in text
     assert "0% of parsed" in text
     assert "67% of parsed" in shown(funnel_table({"mel/parsed": 3, "mel/quoted": 2}))
 

@@ -144,6 +144,24 @@ def test_a_file_has_one_line_for_the_update_of_a_step(now: Any) -> None:
     ]  # fmt: skip
 
 
+def test_a_file_has_the_time_left_and_no_bound_that_a_token_budget_makes_meaningless(now: Any) -> None:
+    clock, output = PhaseClock(), console(terminal=False)
+    trainer = trainer_of(clock, budget=1000)
+    trainer.collapse, trainer.latest_sample = SimpleNamespace(first_batches=SimpleNamespace(line="")), lambda: None
+    display = LiveDisplay(output, trainer)
+    display._state = state = SimpleNamespace(global_step=0, max_steps=1_000_000)
+    display._begin_step()
+    with clock("rollout"):
+        clock.expect(8)
+        now(10)
+    state.global_step, trainer.engine.total_generated_tokens = 1, 200
+    display.on_step_end(None, state, None)
+    display.on_log(None, state, None, {"reward": 0.5})
+    assert output.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "step 1 rollout: 8 completions, 10 s", "step 1/5 | reward 0.50 | about 40 s left",
+    ]  # fmt: skip
+
+
 def test_a_run_into_a_file_has_one_plain_line_per_phase_and_step(tmp_path: Path) -> None:
     shown = command(tmp_path, train__max_steps=2, train__learning_rate="1e-3").stdout
     assert "\x1b" not in shown and "\r" not in shown
