@@ -69,7 +69,7 @@ def merged(model: Any) -> Iterator[None]:
     adapted = [layer for layer in model.modules() if type(layer) is Linear]
     linears = [layer for layer in model.modules() if _can_pack() and _is_plain(layer)]
     kept: list[tuple[Any, torch.Tensor]] = []
-    room = torch.empty(max(layer.get_base_layer().weight.numel() for layer in adapted))
+    room = torch.empty(max(layer.get_base_layer().weight.numel() for layer in adapted)) if linears else None
     try:
         for layer in linears:
             layer.forward = _Packed(layer, partial(getattr, layer, "weight"))
