@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mel_lite.cli.gpu import recipe_of
+from mel_lite.cli.gpu import measured_recipe
 from mel_lite.cli.shared import (
-    NO_PRESET,
     ConfigOption,
     DatasetOption,
     EngineOption,
     GpuOption,
     ModelOption,
     SetOption,
-    chosen_preset,
     console,
-    hide_gpus,
     loading,
-    overrides_of,
 )
-from mel_lite.errors import ConfigError
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -57,24 +50,14 @@ def bench_step(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show where a training step goes: seconds, tokens and operations of each phase. Keeps nothing."""
-    if gpu is None and config is None:
-        raise ConfigError(NO_PRESET)
     flags = {
         "model.name": ("--model", model),
         "model.engine": ("--engine", engine),
         "data.train": ("--dataset", dataset),
     }
-    overrides = overrides_of(flags, set_)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        recipe, _ = recipe_of(chosen_preset(gpu), config, overrides, resumed=None)
-        if recipe.train.get("use_cpu"):
-            hide_gpus()
+    with measured_recipe(gpu, config, flags, set_, as_json=as_json) as recipe:
         with loading("loading"):
             from mel_lite.run.bench_step import bench_step as run
-        try:
-            cost = run(recipe, console=console(), steps=steps)
-        except KeyboardInterrupt:
-            typer.secho("interrupted; nothing was measured to the end", err=True)
-            raise typer.Exit(130) from None
+        cost = run(recipe, console=console(), steps=steps)
     if as_json:
         typer.echo(cost.to_json())

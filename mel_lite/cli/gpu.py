@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +15,7 @@ import typer
 
 from mel_lite.cli.shared import (
     GPUS,
+    NO_PRESET,
     ConfigOption,
     EngineOption,
     ModelOption,
@@ -19,6 +23,7 @@ from mel_lite.cli.shared import (
     chosen_preset,
     completing,
     console,
+    hide_gpus,
     loading,
     overrides_of,
 )
@@ -109,6 +114,28 @@ def recipe_of(
         overrides = [*_settings_to_keep(stored, config), *overrides]
     # Rank 0 plans for all processes: free memory may differ between them, batch shapes must not.
     return distributed.on_first(lambda: planned(gpu, config, overrides), cpu=planned_on_cpu)
+
+
+@contextmanager
+def measured_recipe(
+    gpu: str | None, config: Path | None, flags: Mapping[str, tuple[str, Any]], set_: list[str] | None, *, as_json: bool
+) -> Iterator[Any]:
+    """Give the recipe of a command that measures before a run. With `as_json`, all output in the block goes to stderr.
+
+    Raises: ConfigError without a preset and a file, or as `recipe_of`; typer.Exit when it is interrupted.
+    """
+    if gpu is None and config is None:
+        raise ConfigError(NO_PRESET)
+    overrides = overrides_of(flags, set_)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        try:
+            recipe, _ = recipe_of(chosen_preset(gpu), config, overrides, resumed=None)
+            if recipe.train.get("use_cpu"):
+                hide_gpus()
+            yield recipe
+        except KeyboardInterrupt:
+            typer.secho("interrupted; nothing was measured to the end", err=True)
+            raise typer.Exit(130) from None
 
 
 def plan(

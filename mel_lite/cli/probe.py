@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mel_lite.cli.gpu import recipe_of
+from mel_lite.cli.gpu import measured_recipe
 from mel_lite.cli.shared import (
-    NO_PRESET,
     AnswerColumnOption,
     ConfigOption,
     DatasetOption,
@@ -21,13 +18,9 @@ from mel_lite.cli.shared import (
     PromptColumnOption,
     SetOption,
     SplitOption,
-    chosen_preset,
     console,
-    hide_gpus,
     loading,
-    overrides_of,
 )
-from mel_lite.errors import ConfigError
 
 
 def probe(
@@ -49,8 +42,6 @@ def probe(
     """Measure on a few dozen prompts if lessons can help, and which internalization to choose. Trains nothing."""
     from mel_lite.run.folder import default_output_dir
 
-    if gpu is None and config is None:
-        raise ConfigError(NO_PRESET)
     flags = {
         "model.name": ("--model", model),
         "model.engine": ("--engine", engine),
@@ -60,18 +51,10 @@ def probe(
         "data.answer_column": ("--answer-column", answer_column),
         "lora.start_from": ("--adapter", None if adapter is None else str(adapter)),
     }
-    overrides = overrides_of(flags, set_)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        recipe, _ = recipe_of(chosen_preset(gpu), config, overrides, resumed=None)
-        if recipe.train.get("use_cpu"):
-            hide_gpus()
+    with measured_recipe(gpu, config, flags, set_, as_json=as_json) as recipe:
         with loading("loading"):
             from mel_lite.run.probe.run import probe as run
         folder = output_dir or default_output_dir(recipe.model.name, "probe")
-        try:
-            result = run(recipe, folder, console=console(), prompts=prompts, attempts=attempts)
-        except KeyboardInterrupt:
-            typer.secho("interrupted; nothing was measured to the end", err=True)
-            raise typer.Exit(130) from None
+        result = run(recipe, folder, console=console(), prompts=prompts, attempts=attempts)
     if as_json:
         typer.echo(result.to_json())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from mel_lite.cli import gpu as gpu_commands
@@ -122,3 +123,26 @@ def test_a_resumed_run_keeps_what_a_plan_had_chosen(monkeypatch: pytest.MonkeyPa
     (tmp_path / "mine.yaml").write_text("train: {learning_rate: 2.0e-5, optim: adamw_bnb_8bit}\n")
     again, _ = trained_with(monkeypatch, *arguments, "--config", str(tmp_path / "mine.yaml"))
     assert again.train["num_generations"] == 4 and again.train["optim"] == "adamw_bnb_8bit", "and in a file"
+
+
+def test_a_measurement_that_is_interrupted_ends_with_a_message_and_leaves_stdout_to_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {name: demo}\n")
+    for as_json, shown in ((True, ""), (False, "a table\n")):
+        flags = {"train.max_steps": ("--max-steps", 3)}
+        with (
+            pytest.raises(typer.Exit) as ended,
+            gpu_commands.measured_recipe(None, tmp_path / "mine.yaml", flags, None, as_json=as_json) as recipe,
+        ):
+            assert (recipe.model.name, recipe.train["max_steps"]) == ("demo", 3)
+            print("a table")
+            raise KeyboardInterrupt
+        written = capsys.readouterr()
+        assert ended.value.exit_code == 130 and written.out == shown
+        assert "interrupted; nothing was measured to the end" in written.err
+    with (
+        pytest.raises(ConfigError, match="No preset or config given"),
+        gpu_commands.measured_recipe(None, None, {}, None, as_json=True),
+    ):
+        pass
