@@ -199,8 +199,8 @@ def _equal(gold: Any, found: Any) -> bool:
 
     if found is None:
         return False
-    found = _with_imaginary_unit(gold, found)
     try:
+        found = _with_imaginary_unit(gold, found)
         if verify(gold, found, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True):
             return not _differ_when_tiny(gold, found)
         return _agree_when_huge(gold, found)
@@ -212,12 +212,11 @@ def _equal(gold: Any, found: Any) -> bool:
 
 def _with_imaginary_unit(gold: Any, found: Any) -> Any:
     """Return `found` with i as the imaginary unit where an exponential has no other variable, and `gold` has none."""
-    import sympy
-
     names = {symbol.name for symbol in getattr(found, "free_symbols", ())}
-    if names != {"i"} or not found.has(sympy.exp) or getattr(gold, "free_symbols", True):
+    if names != {"i"} or "exp(" not in str(found) or getattr(gold, "free_symbols", True):
         return found
-    return found.subs({symbol: sympy.I for symbol in found.free_symbols})
+    one = found**0
+    return found.subs({symbol: (-one) ** (one / 2) for symbol in found.free_symbols})
 
 
 def _differ_when_tiny(gold: Any, found: Any) -> bool:
