@@ -48,10 +48,10 @@ def _is_for_cpu(gpu: str, config: Path | None, overrides: list[tuple[str, Any]])
 
 def _settings_to_keep(stored: Path, config: Path | None) -> list[tuple[str, Any]]:
     """Return the planned settings of a run's stored config.yaml that resuming must keep, except those `config` sets."""
-    from mel_lite.memory.search import BATCH, CHECKPOINTING, GROUP, OPTIM, TOKENS
+    from mel_lite.memory.search import BATCH, CHECKPOINTING, CONTEXT, GROUP, OPTIM, TOKENS
     from mel_lite.recipe import keys_of, value_in
 
-    kept = {GROUP, BATCH, OPTIM, "train.max_context_tokens"}
+    kept = {GROUP, BATCH, OPTIM, CONTEXT}
     if value_in(stored, "train.use_cpu"):
         kept |= {TOKENS, CHECKPOINTING}  # so that its sums are rounded alike
     keys = kept & keys_of(stored)

@@ -22,7 +22,7 @@ from mel_lite.gpus import cpu_budget_bytes, preset_of
 from mel_lite.memory import formulas
 from mel_lite.memory.formulas import CONTEXT_BYTES, GIB, Shape
 from mel_lite.memory.predict import Phase, predict
-from mel_lite.memory.search import BATCH, GROUP, Search, value_of
+from mel_lite.memory.search import BATCH, CONTEXT, GROUP, Search, value_of
 from mel_lite.memory.vllm import VLLMCard
 from mel_lite.memory.workload import Workload, workload
 from mel_lite.models.adapters import lora_config
@@ -156,7 +156,8 @@ def plan(
             f"groups have {_group(chosen)} completions instead of {_group(recipe)}: nothing else fits{exception}. "
             f"Set the size yourself with --set {GROUP}=..."
         )
-    choices = _choices(chosen, load, full)
+    own_context = value_of(recipe, CONTEXT) if CONTEXT in full.pinned else None
+    choices = _choices(chosen, load, full, own_context)
     return Plan(recipe.model.name, gpu, engine, budget_bytes, phases, choices, advice, tuple(notes), _obstacle(load))
 
 
@@ -219,10 +220,12 @@ def apply(recipe: Recipe, made: Plan) -> Recipe:
     return replace(recipe, model=model, train={**recipe.train, **chosen["train"]})
 
 
-def _choices(recipe: Recipe, load: Workload, search: Search) -> dict[str, Any]:
+def _choices(recipe: Recipe, load: Workload, search: Search, own_context: int | None) -> dict[str, Any]:
     choices = {key: value_of(recipe, key) for key in search.neutral}
     if load.pairs:
-        choices["train.max_context_tokens"] = load.context_tokens
+        # The workload assumes instructions of at most INSTRUCTION_TOKENS, which the user's templates may exceed.
+        most = load.shape.context - load.analysis_tokens
+        choices[CONTEXT] = load.context_tokens if own_context is None else min(own_context, most)
         choices["train.analysis_max_tokens"] = load.analysis_tokens
     choices |= {GROUP: value_of(recipe, GROUP), BATCH: value_of(recipe, BATCH)}
     choices["train.max_completion_length"] = load.completion_tokens

@@ -31,6 +31,7 @@ MIN_GROUP = 4
 """Minimum group size. In smaller groups, a right and a wrong completion together are too rare."""
 TOKENS, CACHE = "train.max_micro_batch_tokens", "train.max_cache_tokens"
 CHECKPOINTING, OPTIM = "train.gradient_checkpointing", "train.optim"
+CONTEXT = "train.max_context_tokens"
 UTILIZATION, SEQUENCES = "model.gpu_memory_utilization", "model.max_num_seqs"
 NEUTRAL = (TOKENS, CACHE, CHECKPOINTING, OPTIM)
 CPU_NEUTRAL = (TOKENS, CACHE, CHECKPOINTING)

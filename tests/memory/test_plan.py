@@ -91,6 +91,16 @@ def test_keys_of_a_file_are_pinned(tmp_path: Path) -> None:
     assert recipe.train["max_micro_batch_tokens"] == 7000 and recipe.train["max_cache_tokens"] == 9000
 
 
+def test_a_pinned_length_of_analysis_prompts_is_kept_beyond_the_planner_s_estimate() -> None:
+    short = [("train.max_completion_length", 256), ("data.max_prompt_tokens", 256)]
+    recipe, _, _ = plan_for("24gb", None, short)
+    assert recipe.train["max_context_tokens"] == 256 + 2 * 256 + 1024, "as long as it needs with short instructions"
+    recipe, _, _ = plan_for("24gb", None, [*short, ("train.max_context_tokens", 3000)])
+    assert recipe.train["max_context_tokens"] == 3000
+    recipe, _, _ = plan_for("24gb", None, [*short, ("train.max_context_tokens", 1_000_000)])
+    assert recipe.train["max_context_tokens"] == 32_768 - recipe.train["analysis_max_tokens"], "the model's context"
+
+
 def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "qwen3", tied=False)
     short = [
