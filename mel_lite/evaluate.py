@@ -93,7 +93,8 @@ class EvalResult:
             values["scores"] = tuple(PromptScore(**score) for score in values["scores"])
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"not an evaluation result ({error}). Delete the file and evaluate again.") from error
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"not an evaluation result ({reason}). Delete the file and evaluate again.") from error
 
     def as_table(self, title: str = "evaluation") -> Table:
         """Render the results and their conditions as a rich table."""

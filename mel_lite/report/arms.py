@@ -12,6 +12,7 @@ from mel_lite.errors import ConfigError
 from mel_lite.intervals import Estimate
 from mel_lite.report.page import flat
 from mel_lite.report.runs import Run, generated_tokens, read_run, training_seconds
+from mel_lite.text import printable
 
 MEASURES = {"pass_at_1": "Pass@1", "avg_at_k": "Avg@{k}", "pass_at_k": "Pass@{k}"}
 IGNORED = (
@@ -105,6 +106,14 @@ def names_of(found: Comparison) -> dict[str, str]:
     return {name: text.format(k=found.samples) for name, text in MEASURES.items()}
 
 
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Return the name of each run for readers: its folder's name, or the whole path where two have one name."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else printable(str(run.folder)) for run, name in zip(runs, names, strict=True)
+    ]
+
+
 def read_arms(folders: Sequence[Path]) -> list[Arm]:
     """Read runs and group those that differ in their seed alone, in the order given.
 
@@ -130,7 +139,7 @@ def group(runs: Sequence[Run]) -> list[Arm]:
             groups.append((found, [run]))
         else:
             same.append(run)
-    names = _names([known for known, _ in groups], [each[0].name for _, each in groups])
+    names = _names([known for known, _ in groups], labels([each[0] for _, each in groups]))
     return [
         Arm(name, tuple(sorted(each, key=lambda run: str(run.option("train.seed")))))
         for name, (_, each) in zip(names, groups, strict=True)
@@ -143,7 +152,7 @@ def _names(options: list[dict[str, Any]], folders: list[str]) -> list[str]:
                  if len({json.dumps(each.get(key), default=str) for each in options}) > 1]  # fmt: skip
     names = []
     for each, folder in zip(options, folders, strict=True):
-        parts = [f"{key.rpartition('.')[2]}={each[key]}" for key in differing if key in each]
+        parts = [f"{key.rpartition('.')[2]}={each[key]}" for key in differing if key in each and key != "folder"]
         parts = [part.removeprefix("algorithm=") for part in parts]
         name = ", ".join(parts)
         names.append(name if 0 < len(name) <= LONGEST_NAME else folder)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mel_lite.report.arms import Against, Arm, ArmResult, Comparison
+from mel_lite.report.arms import Against, Arm, ArmResult, Comparison, labels
 from mel_lite.report.charts import Chart, Line, smoothed, thinned
 from mel_lite.report.conclusions import Control, conclusions, limits
 from mel_lite.report.runs import Run, evaluations, generated_tokens, series, training_seconds
@@ -52,7 +52,7 @@ def compare(
 def _shared_tasks(arms: Sequence[Arm]) -> tuple[list[str], int, tuple[str, ...]]:
     """Return the tasks that every run was evaluated on, the samples per task, and why there are none."""
     runs = [run for arm in arms for run in arm.runs]
-    without = [run.name for run in runs if run.after is None]
+    without = [name for name, run in zip(labels(runs), runs, strict=True) if run.after is None]
     if without:
         return [], 0, (f"No final evaluation: {', '.join(without)}. Only training curves are compared.",)
     finals = [run.after for run in runs if run.after is not None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mel_lite.intervals import Estimate
-from mel_lite.report.arms import Arm, Comparison
+from mel_lite.report.arms import Arm, Comparison, labels
 
 FEW_SEEDS = 5
 
@@ -64,7 +64,9 @@ def _conclusion(
 
 def limits(found: Comparison, arms: Sequence[Arm]) -> tuple[str, ...]:
     """Return what keeps the comparison from showing more."""
-    found_limits = [f"{run.name}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
+    runs = [run for arm in arms for run in arm.runs]
+    named = list(zip(labels(runs), runs, strict=True))
+    found_limits = [f"{name}: {problem}" for name, run in named for problem in run.problems]
     fewest = min(len(arm.runs) for arm in arms)
     if found.tasks and fewest == 1:
         found_limits.append(
@@ -78,12 +80,18 @@ def limits(found: Comparison, arms: Sequence[Arm]) -> tuple[str, ...]:
         )
     if found.tasks and any(not arm.paired_seeds for arm in found.arms[1:]):
         found_limits.append("The arms do not have the same seeds, so runs are not compared seed by seed.")
+    first = len(found.arms[0].seeds)
+    partly = [arm for arm in found.arms[1:] if 0 < arm.paired_seeds < max(first, len(arm.seeds))]
+    found_limits += [
+        f"The difference of {arm.name} is over the seeds that it shares with {found.arms[0].name} ({arm.paired_seeds}), "
+        "the figures of an arm over all of its seeds."
+        for arm in partly
+    ]
     tokens = [arm.tokens for arm in found.arms]
     if min(tokens) < 0.95 * max(tokens):
         each = ", ".join(f"{arm.name} {arm.tokens:,.0f}" for arm in found.arms)
         found_limits.append(f"The arms did not generate equally many tokens ({each}), so they did not cost the same.")
-    for arm in arms:
-        found_limits += [f"{run.name} has not finished ({run.steps} steps)." for run in arm.runs if not run.finished]
+    found_limits += [f"{name} has not finished ({run.steps} steps)." for name, run in named if not run.finished]
     if found.tasks and _begin_differently(arms):
         found_limits.append("Runs of one seed answered differently before training: they began with different models.")
     if len(found.arms) > 2 and found.tasks:

@@ -158,7 +158,7 @@ def bank_line(lessons: Sequence[BankLesson], truths: Sequence[bool | None] | Non
         which = [number for number, lesson in enumerate(lessons) if lesson.retired is retired]
         known = [] if truths is None else [truths[number] for number in which if truths[number] is not None]
         parts.append(f"{len(which)} {state}" + (f" ({sum(map(bool, known))} of {len(known)} true)" if known else ""))
-    return Text(f"{len(lessons)} lessons: {', '.join(parts)}", style="dim")
+    return Text(f"{len(lessons)} {'lesson' if len(lessons) == 1 else 'lessons'}: {', '.join(parts)}", style="dim")
 
 
 def comparison_table(before: EvalResult, after: EvalResult) -> Table:

@@ -112,6 +112,27 @@ def test_runs_on_other_tasks_or_without_evaluation_have_curves_alone(tmp_path: P
     assert "No final evaluation: mel-0" in compare(read_arms(folders)).limits[0]
 
 
+def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / part / "run", before=BEFORE, after=WORSE, lessons=0) for part in "ab"]
+    for folder in folders:
+        (folder / "config.yaml").unlink()
+        (folder / "eval" / "after.json").unlink()
+    found = compare(read_arms(folders))
+    assert [arm.name for arm in found.arms] == [str(folder) for folder in folders]
+    assert found.limits[0].startswith(f"No final evaluation: {folders[0]}, {folders[1]}.")
+
+
+def test_a_difference_over_fewer_seeds_than_the_arms_have_says_so(tmp_path: Path) -> None:
+    grpo, mel = (
+        [make_run(tmp_path / f"{arm}-{seed}", before=BEFORE, after=after, lessons=0, algorithm=arm, seed=seed)
+         for seed in seeds]
+        for arm, after, seeds in (("grpo", WORSE, (0, 1)), ("mel", BETTER, (0,)))
+    )  # fmt: skip
+    text = "The difference of mel is over the seeds that it shares with grpo (1), the figures of an arm over all of"
+    assert any(limit.startswith(text) for limit in compare(read_arms([*grpo, *mel])).limits)
+    assert not any(limit.startswith(text) for limit in compare(read_arms([grpo[0], *mel])).limits)
+
+
 def test_damaged_files_and_runs_without_steps_are_named(tmp_path: Path) -> None:
     folders = arms_of(tmp_path, seeds=1)
     (folders[0] / "metrics.jsonl").write_text("")
