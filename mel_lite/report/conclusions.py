@@ -83,8 +83,8 @@ def limits(found: Comparison, arms: Sequence[Arm]) -> tuple[str, ...]:
     first = len(found.arms[0].seeds)
     partly = [arm for arm in found.arms[1:] if 0 < arm.paired_seeds < max(first, len(arm.seeds))]
     found_limits += [
-        f"The difference of {arm.name} is over the seeds that it shares with {found.arms[0].name} ({arm.paired_seeds}), "
-        "the figures of an arm over all of its seeds."
+        f"The difference of {arm.name} is over the seeds that it shares with {found.arms[0].name} "
+        f"({arm.paired_seeds}), the figures of an arm over all of its seeds."
         for arm in partly
     ]
     tokens = [arm.tokens for arm in found.arms]
