@@ -96,9 +96,10 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
         "**+25.0 ["
     )
     assert short["a right solution in place of lessons, distilled"].startswith("+0.0 [")
-    for arm, right in (("bank-kept", [8, 6]), ("bank-forks", [4, 2])):
+    (tmp_path / "starved" / "fifth").mkdir()
+    for folder, arm, right in ((".", "bank-kept", [8, 6]), ("fifth", "bank-open", [4, 2]), ("fifth", "grpo", [4, 2])):
         for seed in (0, 1, 2):
-            (tmp_path / "starved" / f"{arm}-{seed}.json").write_text(json.dumps(run_of(arm, seed, right)))
+            (tmp_path / "starved" / folder / f"{arm}-{seed}.json").write_text(json.dumps(run_of(arm, seed, right)))
     assert "it scores +50.0 [" in figures.top() and "] points against tuned GRPO" in figures.top()
     assert figures.top().endswith("+0.0 [-8.8, +8.8], ahead on 0 of 3 seeds, a tie by the rule.")
     assert "`bank` +25.0 [" in figures.results("starved").split("Minus `sibling`, in points: ")[1]
