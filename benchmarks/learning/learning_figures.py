@@ -256,6 +256,7 @@ SUMMARY = {
     "bank-frozen": "bank of lessons, all in the prompt, distilled",
     "bank-frozen-shuffled": "control: the same with the lessons of other questions",
     "sibling": "a right solution in place of lessons, distilled",
+    "sibling-sampled": "the same, added to the sampled tokens' advantages",
     "mel": "MEL as in the paper",
     "credit": "lessons that scale the advantages (`credit`)",
     "own": "a group's own lesson, distilled",
