@@ -1,4 +1,4 @@
-"""Draw docs/run.svg from the captured terminal output of a real run: `python benchmarks/run_picture.py LOG`.
+"""Draw docs/images/run.svg from the captured terminal output of a real run: `python benchmarks/run_picture.py LOG`.
 
 Capture it in the size of the picture, with colors and without the progress bar:
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "run.svg"
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "run.svg"
 WIDTH = 120
 FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
