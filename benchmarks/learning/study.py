@@ -43,6 +43,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 BATCHES_PER_POINT = 9
 """Batches between two evaluations, which makes three to four points per run."""
+NAMED = ("num_iterations", "learning_rate", "mel_weight")
+"""Settings that every arm's name in the comparison has."""
 LOGGED = (
     "reward", "completions/mean_length", "frac_reward_zero_std", "grad_norm", "entropy", "clip_ratio/region_mean",
     "mel/mixed_groups", "mel/written", "mel/parsed",
@@ -69,17 +71,18 @@ def settings_of(label: str, options: argparse.Namespace) -> dict[str, Any]:
     arm, *given = label.split(",")
     chosen = CHOSEN[options.regime]
     tuned = {} if given or options.split == "tune" else chosen.get(arm, chosen["grpo"])
+    own = {name: yaml.safe_load(value) for name, value in (each.split("=") for each in given)}
     kept = {"lessons_from": str(options.lessons_from)} if options.lessons_from and arm.startswith("bank-kept") else {}
-    return (
-        ARMS[arm] | tuned | {name: yaml.safe_load(value) for name, value in (each.split("=") for each in given)} | kept
-    )
+    return ARMS[arm] | tuned | own | kept
 
 
 def run_label(label: str, options: argparse.Namespace) -> str:
     """Return the arm's name in the comparison. Its settings follow: `grpo` alone is an arm of the command."""
+    arm, *given = label.split(",")
     settings = {"num_iterations": 1, "learning_rate": COMMON["learning_rate"]} | settings_of(label, options)
     weight = f"-{settings['mel_weight']:g}" if "mel_weight" in settings else ""
-    return f"{label.split(',')[0]}-{settings['num_iterations']}x{float(settings['learning_rate']):g}{weight}"
+    others = [f"-{each}" for each in given if each.partition("=")[0] not in NAMED]
+    return f"{arm}-{settings['num_iterations']}x{float(settings['learning_rate']):g}{weight}{''.join(others)}"
 
 
 def train(options: argparse.Namespace) -> None:
