@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mel_lite.report.arms import Arm, Comparison
     from mel_lite.report.conclusions import Control
 
+DEFAULT_SEEDS = 3
+"""Of `compare --arms`."""
+
 
 def report(
     run: Annotated[Path | None, typer.Argument(help="Run folder. Default: the newest in runs/.")] = None,
@@ -56,10 +59,10 @@ def compare(
     arm: Annotated[
         list[str] | None, typer.Option(help="An arm of your own: NAME:section.key=value; repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="With --arms: seeds per arm.")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --arms: seeds per arm; 3 if not given.")] = None,
     first_seed: Annotated[
-        int, typer.Option(min=0, help="With --arms: the first of these seeds, which are consecutive.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="With --arms: the first of these seeds, which are consecutive; else 0.")
+    ] = None,
     budget_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="With --arms: tokens that each run generates, lessons and replays included."),
@@ -84,8 +87,11 @@ def compare(
     if (arms is None) == (not runs):
         raise ConfigError("compare needs the folders of finished runs, or --arms to train some; not both.")
     if arms is None:
-        given = {"--arm": arm, "--budget-tokens": budget_tokens, "--gpu": gpu, "--config": config, "--set": set_}
-        if without := next((name for name, value in given.items() if value), None):
+        given = {
+            "--arm": arm, "--seeds": seeds, "--first-seed": first_seed, "--budget-tokens": budget_tokens, "--gpu": gpu,
+            "--config": config, "--set": set_,
+        }  # fmt: skip
+        if without := next((name for name, value in given.items() if value not in (None, [])), None):
             raise ConfigError(f"{without} trains runs, so it needs --arms. Leave it out to compare finished runs.")
     left_out: list[str] = []
     controls: Mapping[str, Control] = {}
@@ -95,9 +101,9 @@ def compare(
         from mel_lite.run.experiment import CONTROLS
 
         controls = CONTROLS
-        found_arms, left_out = _trained(
-            arms, arm or [], range(first_seed, first_seed + seeds), budget_tokens, gpu, config, set_ or [], output
-        )
+        first = first_seed or 0
+        chosen = range(first, first + (seeds or DEFAULT_SEEDS))
+        found_arms, left_out = _trained(arms, arm or [], chosen, budget_tokens, gpu, config, set_ or [], output)
     found = compare_arms(found_arms, left_out=left_out, controls=controls)
     try:
         written = write_comparison(found_arms, found, output)

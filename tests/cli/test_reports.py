@@ -61,8 +61,12 @@ def test_runs_are_compared_in_a_table_or_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--arm", "own:train.seed=3"), ("--budget-tokens", "9"), ("--gpu", "cpu"), ("--set", "train.seed=1")]
-)
+    "flags",
+    [
+        ("--arm", "own:train.seed=3"), ("--budget-tokens", "9"), ("--gpu", "cpu"), ("--set", "train.seed=1"),
+        ("--seeds", "3"), ("--first-seed", "0"),
+    ],
+)  # fmt: skip
 def test_options_of_training_need_arms(tmp_path: Path, flags: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"{flags[0]} trains runs, so it needs --arms"):
         call("compare", tmp_path / "a", tmp_path / "b", *flags)
