@@ -193,8 +193,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo-tuning": demo_figures.tuning,
     "updates-line": demo_figures.updates,
     "learning-top": learning_figures.top,
-    "learning-summary": learning_figures.summary,
-    "learning-subject": learning_figures.subject,
+    **{
+        f"learning-{name}-{subject}": partial(figures, subject)
+        for subject in learning_figures.SUBJECTS
+        for name, figures in (("summary", learning_figures.summary), ("subject", learning_figures.subject))
+    },
     **{
         f"learning-{name}-{regime}": partial(figures, regime)
         for regime in learning_figures.REGIMES

@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bank-frozen": distill("bank", 0.3, **FROZEN),
     "bank-forks": distill("bank", 0.3, **FROZEN) | FORKS,
     "bank-open": distill("bank", 0.3, **FROZEN) | FORKS | {"bank_settled_nats": 1.0},
+    "bank-open-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN) | FORKS | {"bank_settled_nats": 1.0},
     "bank-kept": distill("bank", 0.3, **FROZEN) | FORKS,
     "bank-kept-shuffled": distill("bank", 0.3, shuffled=True, **FROZEN) | FORKS,
     "bank-frozen-signed": distill("bank", 0.3, **FROZEN | {"sign": True}),
@@ -59,5 +60,7 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "bank-shuffled": {"num_iterations": 2, "learning_rate": 2e-4, "mel_weight": 0.3},
         "sibling": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
+    "wide-plenty": {"grpo": {"num_iterations": 4, "learning_rate": 1e-4}},
+    "wide-starved": {"grpo": {"num_iterations": 4, "learning_rate": 1e-4}},
 }
 """Settings of the reported runs, by regime and arm: the best on `tune`. Arms that were not tuned take those of GRPO."""

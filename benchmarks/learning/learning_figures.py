@@ -15,7 +15,14 @@ from mel_lite.report.statistics import Estimate, interval, measures
 RUNS = Path(__file__).resolve().parents[1] / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
 WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-open", "bank-kept")
-REGIMES = {"plenty": "reward is plentiful", "starved": "reward is starved"}
+SUBJECTS = {
+    "first": {"plenty": "reward is plentiful", "starved": "reward is starved"},
+    "second": {"wide-plenty": "reward is plentiful", "wide-starved": "reward is starved"},
+}
+"""Headings by subject and regime."""
+REGIMES = {
+    regime: f"{words}, {subject} subject" for subject, regimes in SUBJECTS.items() for regime, words in regimes.items()
+}
 NOT_RUN = "Not run yet."
 EARLIER = ("first", "second", "fifth")
 """Folders of the rounds but the third (starved) and the second (plentiful), which lie above them."""
@@ -38,6 +45,7 @@ MEANINGS = {
     "bank-frozen-shuffled": "control: the same with the lessons of another question",
     "bank-forks": "`bank-frozen` with up to four lessons per group, one for every place where its rollouts part",
     "bank-open": "`bank-forks` without lessons for forks that its notes settle",
+    "bank-open-shuffled": "control: `bank-open` with the lessons of another question",
     "bank-kept": "`bank-forks` that starts with the lessons of an earlier run, whose tokens are not counted",
     "bank-kept-shuffled": "control: `bank-kept` with the lessons of another question",
     "bank-shuffled": "control: `bank` with the lessons of another question",
@@ -234,14 +242,14 @@ def lessons(regime: str, folder: str = ".") -> str:
     return "\n".join(lines)
 
 
-def subject() -> str:
-    """Return how often the start model is right, with and without notes."""
+def subject(name: str) -> str:
+    """Return how often a start model is right, with and without notes."""
     report = json.loads((RUNS / "subject.json").read_text(encoding="utf-8"))
-    names = list(next(iter(report["right"].values())))
-    lines = ["| notes in the prompt | " + " | ".join(REGIMES[regime] for regime in report["right"]) + " |"]
-    lines.append("|---" * (1 + len(report["right"])) + "|")
+    right = {words: report["right"][regime] for regime, words in SUBJECTS[name].items()}
+    lines = ["| notes in the prompt | " + " | ".join(right) + " |", "|---" * (1 + len(right)) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(f"{each[name]:.0%}" for each in report["right"].values()) + " |" for name in names
+        f"| {notes} | " + " | ".join(f"{each[notes]:.0%}" for each in right.values()) + " |"
+        for notes in next(iter(right.values()))
     ]
     return "\n".join([*lines, "", f"{report['questions']} questions x {report['samples']} samples, temperature 1."])
 
@@ -249,6 +257,7 @@ def subject() -> str:
 SUMMARY = {
     "bank-forks": "bank of lessons, several per group, distilled",
     "bank-open": "the same, without lessons for forks that its notes settle",
+    "bank-open-shuffled": "control: the same with the lessons of other questions",
     "bank-kept": "several per group, starting with an earlier run's lessons",
     "bank-kept-shuffled": "control: it starts with the lessons of other questions",
     "bank": "bank of lessons, one per prompt, distilled",
@@ -294,10 +303,10 @@ def top() -> str:
     )
 
 
-def summary() -> str:
+def summary(subject: str) -> str:
     """Return the short table: each arm in its newest round against tuned GRPO, a bank also against a right solution."""
     columns: dict[str, dict[str, str]] = {}
-    for regime, words in REGIMES.items():
+    for regime, words in SUBJECTS[subject].items():
         cells: dict[str, str] = {}
         for folder in ROUNDS:
             found = runs(regime, folder)

@@ -66,6 +66,18 @@ def strict(completion: str, answer: str) -> bool:
     return bool(re.search(r"Answer: \d\s*$", completion)) and trail(completion) == answer
 
 
+def true_rules(question: str, count: int | None = None) -> str:
+    """Return the true rules of a question's first operators, or of all, as the bank's notes have them."""
+    operators = re.findall("[a-z]+", question)[:count]
+    return "\n".join(["## Heuristics", *(f"- If I see {each}, then {each} is {truth()[each]}." for each in operators)])
+
+
+def true_solution(question: str) -> str:
+    """Return the right solution of a question."""
+    operators = re.findall("[a-z]+", question)
+    return solution([int(each) for each in re.findall(r"\d", question)], operators, [truth()[o] for o in operators])
+
+
 def rules_in(text: str) -> list[tuple[str, str]]:
     """Return (operator, reading) of every rule in a text."""
     return [(first, reading) for first, second, reading in _RULE.findall(text) if first == second]

@@ -1,4 +1,4 @@
-"""Measure the start model of the learning study: `python benchmarks/learning/learning_subject_measure.py`.
+"""Measure the start models of the learning study: `python benchmarks/learning/learning_subject_measure.py`.
 
 Per regime: the share of samples that are right on the question alone, with one true rule, with all true rules, and with
 a right solution in the prompt. Writes benchmarks/results/learning/subject.json.
@@ -7,11 +7,11 @@ a right solution in the prompt. Writes benchmarks/results/learning/subject.json.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import learning_subject as subject
+from study import SUBJECTS
 
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
@@ -23,49 +23,36 @@ OUT = Path(__file__).resolve().parents[1] / "results" / "learning" / "subject.js
 QUESTIONS, SAMPLES, MAX_TOKENS = 100, 4, 80
 
 
-def rules(question: str, count: int | None = None) -> str:
-    """Return the true rules of a question's first operators, or of all, as the bank's notes have them."""
-    operators = re.findall("[a-z]+", question)[:count]
-    return "## Heuristics\n" + "\n".join(
-        f"- If I see {each}, then {each} is {subject.truth()[each]}." for each in operators
-    )
-
-
-def sibling(question: str) -> str:
-    """Return the right solution of a question."""
-    operators = re.findall("[a-z]+", question)
-    readings = [subject.truth()[each] for each in operators]
-    return subject.solution([int(each) for each in re.findall(r"\d", question)], operators, readings)
-
-
-NOTES: dict[str, Callable[[str], str | None]] = {
-    "plain": lambda question: None,
-    "one rule": lambda question: rules(question, 1),
-    "all rules": rules,
-    "right solution": sibling,
+NOTES: dict[str, Callable[[Any, str], str | None]] = {
+    "plain": lambda subject, question: None,
+    "one rule": lambda subject, question: subject.true_rules(question, 1),
+    "all rules": lambda subject, question: subject.true_rules(question),
+    "right solution": lambda subject, question: subject.true_solution(question),
 }
 
 
-def main() -> None:
+def share(regime: str, note: Callable[[Any, str], str | None]) -> float:
+    """Return the share of samples that are right with these notes in the prompt."""
+    subject = SUBJECTS[regime]
     spec = ModelSpec(str(subject.MODEL), dtype="float32")
     model, tokenizer = load_base(spec), load_tokenizer(spec)
     templates = load_templates(str(subject.MODEL / "templates.yaml"))
     engine = HFEngine(
         model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_cache_tokens=2_000_000
     )
+    tasks = [task for task in subject.questions(regime, "tune")[:QUESTIONS] for _ in range(SAMPLES)]
+    requests = []
+    for seed, (question, _) in enumerate(tasks):
+        group, text = Group([{"role": "user", "content": question}], "", ()), note(subject, question)
+        plain = question_prompt(group, tokenizer)
+        requests.append(Request(plain if text is None else replay_prompt(group, text, tokenizer, templates), seed))
+    done = engine.generate(requests, Sampling(MAX_TOKENS))
+    texts = [tokenizer.decode(list(each.ids), skip_special_tokens=True) for each in done]
+    return sum(subject.strict(text, answer) for text, (_, answer) in zip(texts, tasks, strict=True)) / len(tasks)
 
-    def share(regime: str, note: Callable[[str], str | None]) -> float:
-        tasks = [task for task in subject.questions(regime, "tune")[:QUESTIONS] for _ in range(SAMPLES)]
-        requests = []
-        for seed, (question, _) in enumerate(tasks):
-            group, text = Group([{"role": "user", "content": question}], "", ()), note(question)
-            plain = question_prompt(group, tokenizer)
-            requests.append(Request(plain if text is None else replay_prompt(group, text, tokenizer, templates), seed))
-        done = engine.generate(requests, Sampling(MAX_TOKENS))
-        texts = [tokenizer.decode(list(each.ids), skip_special_tokens=True) for each in done]
-        return sum(subject.strict(text, answer) for text, (_, answer) in zip(texts, tasks, strict=True)) / len(tasks)
 
-    found = {regime: {name: share(regime, note) for name, note in NOTES.items()} for regime in subject.REGIMES}
+def main() -> None:
+    found = {regime: {name: share(regime, note) for name, note in NOTES.items()} for regime in SUBJECTS}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps({"questions": QUESTIONS, "samples": SAMPLES, "right": found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))

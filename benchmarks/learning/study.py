@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import learning_subject
+import wide_subject
 import yaml
 from learning_arms import ARMS, CHOSEN
 
@@ -30,17 +31,22 @@ from mel_lite.types import BankLesson, BankOptions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "learning"
-VERIFIER = "learning_subject:strict"
 COMMON: dict[str, Any] = {
-    "verifier": VERIFIER, "num_generations": 8, "per_device_train_batch_size": 64, "temperature": 1.0,
+    "num_generations": 8, "per_device_train_batch_size": 64, "temperature": 1.0,
     "weight_decay": 0.0, "logging_steps": 1, "save_steps": 1000, "report_to": "none", "use_cpu": True, "bf16": False,
     "gradient_checkpointing": False, "probe_max_diff": None, "max_idle_steps": 0, "analysis_max_tokens": 64,
-    "bank_settled_nats": None, "learning_rate": 3e-4, "templates": str(learning_subject.MODEL / "templates.yaml"),
+    "bank_settled_nats": None, "learning_rate": 3e-4,
 }  # fmt: skip
 REGIMES: dict[str, dict[str, Any]] = {
     "plenty": {"budget_tokens": 40_000, "max_completion_length": 48},
     "starved": {"budget_tokens": 60_000, "max_completion_length": 80},
+    "wide-plenty": {"budget_tokens": 40_000, "max_completion_length": 48},
+    "wide-starved": {"budget_tokens": 60_000, "max_completion_length": 80},
 }
+SUBJECTS: dict[str, Any] = {
+    regime: subject for subject in (learning_subject, wide_subject) for regime in subject.REGIMES
+}
+"""Module of the tasks and the start model by regime."""
 BATCHES_PER_POINT = 9
 """Batches between two evaluations, which makes three to four points per run."""
 NAMED = ("num_iterations", "learning_rate", "mel_weight")
@@ -57,13 +63,23 @@ LINES = ("points", "steps", "lessons")
 
 def recipe(options: argparse.Namespace, tasks: Path) -> dict[str, Any]:
     """Return the recipe that all arms share."""
+    model = SUBJECTS[options.regime].MODEL
+    of_regime = {
+        "verifier": verifier(options), "templates": str(model / "templates.yaml"),
+        "max_completion_length": REGIMES[options.regime]["max_completion_length"],
+    }  # fmt: skip
     return {
-        "model": {"name": str(learning_subject.MODEL), "dtype": "float32", "engine": "hf", "freeze_head": True},
+        "model": {"name": str(model), "dtype": "float32", "engine": "hf", "freeze_head": True},
         "lora": None,
         "data": {"train": str(tasks / "train.jsonl"), "eval": str(tasks / f"{options.split}.jsonl")},
         "eval": {"k": options.samples, "temperature": 1.0, "limit": options.tasks},
-        "train": COMMON | {"max_completion_length": REGIMES[options.regime]["max_completion_length"]},
+        "train": COMMON | of_regime,
     }
+
+
+def verifier(options: argparse.Namespace) -> str:
+    """Return the dotted path of the regime's verifier."""
+    return f"{SUBJECTS[options.regime].__name__}:strict"
 
 
 def settings_of(label: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def train(options: argparse.Namespace) -> None:
     tasks = options.folder / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
     for split in ("train", "longer", options.split):
-        learning_subject.tasks(options.regime, split).to_json(tasks / f"{split}.jsonl")
+        SUBJECTS[options.regime].tasks(options.regime, split).to_json(tasks / f"{split}.jsonl")
     config = options.folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe(options, tasks)), encoding="utf-8")
     changes = []
@@ -119,11 +135,12 @@ def result(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> di
     """Return the figures of a finished run."""
     found = read_run(folder, lessons=False)
     lessons = saved_lessons(folder) if "bank" in arm else []
+    bank = rules_of(lessons, SUBJECTS[options.regime]) if "bank" in arm else None
     settings = found.config["train"]
     return {
         "arm": arm, "seed": seed, "regime": options.regime, "split": options.split, "tokens": options.budget_tokens,
         "settings": settings, "torch": found.record["packages"]["torch"],
-        "bank": rules_of(lessons) if "bank" in arm else None, "lessons": [asdict(lesson) for lesson in lessons],
+        "bank": bank, "lessons": [asdict(lesson) for lesson in lessons],
         "points": points(found, options), "steps": steps(found),
     }  # fmt: skip
 
@@ -156,9 +173,9 @@ def longer(run: Run, options: argparse.Namespace) -> Path:
     if not file.exists():
         mel_lite(
             "eval", "--model", str(run.folder / "model"), "--dataset", str(options.folder / "tasks" / "longer.jsonl"),
-            "--verifier", VERIFIER, "--k", str(options.samples), "--temperature", "1", "--limit", str(options.tasks),
-            "--max-new-tokens", str(REGIMES[options.regime]["max_completion_length"]), "--seed",
-            str(run.option("train.seed")), "--output", str(file),
+            "--verifier", verifier(options), "--k", str(options.samples), "--temperature", "1",
+            "--limit", str(options.tasks), "--seed", str(run.option("train.seed")), "--output", str(file),
+            "--max-new-tokens", str(REGIMES[options.regime]["max_completion_length"]),
         )  # fmt: skip
     return file
 
@@ -172,11 +189,11 @@ def steps(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def rules_of(lessons: list[BankLesson]) -> dict[str, int]:
-    """Return how many rules a bank teaches, and how many of them are true."""
+def rules_of(lessons: list[BankLesson], subject: Any) -> dict[str, int]:
+    """Return how many rules a bank teaches, and how many of them are true of a subject."""
     taught = [lesson for lesson in lessons if lesson.score >= BankOptions().teach_from]
-    rules = {rule for lesson in taught for rule in learning_subject.rules_in(lesson.heuristic)}
-    truth = learning_subject.truth()
+    rules = {rule for lesson in taught for rule in subject.rules_in(lesson.heuristic)}
+    truth = subject.truth()
     return {"rules": len(rules), "true": sum(truth.get(operator) == reading for operator, reading in rules)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mel_lite.lessons.parsing import parse_analysis
+from mel_lite.lessons.prompts import load_templates, replay_prompt
+from mel_lite.models.chat import render
+from mel_lite.models.load import ModelSpec, load_tokenizer
 from mel_lite.recipe import resolve
+from mel_lite.types import Finish, Group
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
 
@@ -86,7 +93,8 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert "| 62.5% | +25.0 [" in rows["bank"] and "| 3 of 3 | wins |" in rows["bank"] and "+100.0 [" in rows["bank"]
     assert "| 25.0% | -12.5 [" in rows["mel"] and "| 0 of 3 | loses |" in rows["mel"]
     assert "| 37.5% | +0.0 [" in rows["sibling"] and "| 0 of 3 | tie |" in rows["sibling"]
-    short = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in figures.summary().splitlines()[2:]}
+    lines = figures.summary("first").splitlines()[2:]
+    short = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in lines}
     assert short["(tuned GRPO itself: start, end)"] == "0%, 37.5% |"
     assert short["MEL as in the paper"].startswith("**-12.5 [") and short["MEL as in the paper"].endswith(
         "0 of 3 seeds** |"
@@ -117,13 +125,18 @@ def test_the_packaged_recipe_is_an_arm_of_the_study() -> None:
     assert {name: train[name] for name in arms["bank-forks"]} == arms["bank-forks"]
 
 
-def test_questions_are_held_out_and_only_all_right_totals_pass() -> None:
-    subject = importlib.import_module("learning_subject")
+@pytest.mark.parametrize("name", ["learning_subject", "wide_subject"])
+def test_held_out_questions_are_in_no_training_split(name: str) -> None:
+    subject = importlib.import_module(name)
     for regime in subject.REGIMES:
         splits = {split: {text for text, _ in subject.questions(regime, split)} for split in subject.SPLITS}
         assert [len(splits[name]) for name in ("test", "longer", "tune", "train")] == [150, 100, 150, 3000]
         assert not splits["train"] & (splits["test"] | splits["tune"] | splits["longer"])
         assert not splits["tune"] & splits["test"]
+
+
+def test_only_all_right_totals_pass() -> None:
+    subject = importlib.import_module("learning_subject")
     truth = subject.truth()
     text = subject.solution((3, 5, 2), ("zap", "dax"), (truth["zap"], truth["dax"]))
     answer = subject.trail(text)
@@ -134,3 +147,55 @@ def test_questions_are_held_out_and_only_all_right_totals_pass() -> None:
         text.removesuffix("\n" + lucky[-1]), answer
     )
     assert subject.rules_in("- If I see zap, then zap is take.\n- If I see a, then b is c.") == [("zap", "take")]
+
+
+def test_the_wide_subject_judges_whole_solutions_so_that_no_wrong_reading_passes() -> None:
+    subject = importlib.import_module("wide_subject")
+    truth = subject.truth()
+    assert len(truth) == len(set(subject.OPERATORS)) == 64
+    first, second = (next(each for each in truth if truth[each] == word) for word in ("add", "larger"))
+    question = subject.Question((3, 0, 2), (first, second))
+    assert question.lines(["add", "larger"]) == [f"3 {first} add 0 3", f"3 {second} larger 2 3", "Answer: 3"]
+    lucky = "\n".join(question.lines(["take", "larger"]))
+    assert lucky.endswith("Answer: 3"), "the same totals by another reading"
+    right = subject.true_solution(question.text)
+    assert subject.strict(right, question.answer) and not subject.strict(lucky, question.answer)
+    assert not subject.strict(right.removesuffix("\nAnswer: 3"), question.answer)
+    assert subject.rules_in(subject.true_rules(question.text)) == [(first, "add"), (second, "larger")]
+    assert len(subject.rules_in(subject.true_rules(question.text, 1))) == 1
+    for readings in subject.mix().values():
+        assert sum(readings.values()) == pytest.approx(1) and all(share > 0 for share in readings.values())
+
+
+def test_the_wide_start_model_was_trained_on_the_prompts_of_the_package() -> None:
+    training, subject = (importlib.import_module(name) for name in ("wide_training", "wide_subject"))
+    spec = ModelSpec(str(subject.MODEL), dtype="float32")
+    tokenizer, templates = load_tokenizer(spec), load_templates(str(subject.MODEL / "templates.yaml"))
+    rng = random.Random(0)
+    for name, make in training.KINDS.items():
+        example = make(rng, 4)
+        roles = ("system", "user") if name == "analyse" else ("user",)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, example.turns, strict=True)]
+        text = training.prompt_of(example)
+        assert list(render(turns, tokenizer, prefill=example.prefill)) == tokenizer(text)["input_ids"], name
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    lesson = training.lesson("3 bam add 2 5", "bam", "add", "take")
+    parsed = parse_analysis(lesson, finish=Finish.STOP)
+    assert parsed.heuristic == "- If I see bam, I write bam take." and "`3 bam add 2 5`" in parsed.bifurcation
+    group = Group([{"role": "user", "content": "3 bam 2?"}], "", ())
+    note = training.TEMPLATES["replay_user"].format(experience=lesson, question="3 bam 2?")
+    prompt = training.prompt_of(training.Example((note,), "", ""))
+    assert list(replay_prompt(group, lesson, tokenizer, templates)) == tokenizer(prompt)["input_ids"]
+
+
+@pytest.mark.slow
+def test_training_the_wide_start_model_lowers_the_nll_of_every_kind() -> None:
+    training = importlib.import_module("wide_training")
+    torch.manual_seed(0)
+    tokenizer = training.make_tokenizer()
+    model = training.make_model(tokenizer)
+    saved: list[int] = []
+    log = training.train(model, tokenizer, 100, 200, lambda: saved.append(1))
+    assert [row["step"] for row in log] == [100, 200] and len(saved) == 2
+    assert set(log[0]) == {"step", "repeat", "lookups"} and set(log[1]) == {"step", *training.KINDS}
+    assert log[1]["analyse"] < 3.0 and log[1]["rules"] < 3.0, "a uniform guess is 6.1 nats"
