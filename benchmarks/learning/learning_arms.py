@@ -42,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sibling-unsigned": distill("sibling", sign=False),
     "sibling-frozen": distill("sibling", 0.3, **FROZEN),
     "sibling+bank": distill("sibling+bank"),
+    "sibling+bank-open": distill("sibling+bank", 0.3, **FROZEN) | FORKS | {"bank_settled_nats": 1.0},
     "sibling-sampled": distill("sibling", form="sampled"),
     "no-notes": distill("none", 0.3, reader="frozen", sign=False),
     "credit": {"algorithm": "mel", "internalisation": "credit", "replay_criterion": "scored"},
@@ -60,7 +61,18 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "bank-shuffled": {"num_iterations": 2, "learning_rate": 2e-4, "mel_weight": 0.3},
         "sibling": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
-    "wide-plenty": {"grpo": {"num_iterations": 4, "learning_rate": 1e-4}},
-    "wide-starved": {"grpo": {"num_iterations": 4, "learning_rate": 1e-4}},
+    "wide-plenty": {
+        "grpo": {"num_iterations": 4, "learning_rate": 6e-4},
+        "bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
+        "bank-open-shuffled": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
+        "sibling": {"num_iterations": 4, "learning_rate": 4e-4, "mel_weight": 0.3},
+    },
+    "wide-starved": {
+        "grpo": {"num_iterations": 4, "learning_rate": 6e-4},
+        "bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+        "bank-open-shuffled": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+        "sibling": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+        "sibling+bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+    },
 }
 """Settings of the reported runs, by regime and arm: the best on `tune`. Arms that were not tuned take those of GRPO."""

@@ -53,6 +53,7 @@ MEANINGS = {
     "sibling-frozen": "`sibling` as `bank-frozen` reads: the start policy, where the notes change its mind",
     "sibling-sampled": "`sibling`, as an addition to the sampled tokens' advantages",
     "sibling+bank": "a sibling where there is one, else the bank",
+    "sibling+bank-open": "`bank-open`, with a sibling as notes where there is one",
     "no-notes": "control: KL to the start policy without notes",
     "credit": "GRPO's advantage scaled per token by the group's own lesson against another one",
 }

@@ -29,9 +29,9 @@ def draw(axis: Any, regime: str) -> None:
 
 
 def main() -> None:
-    shown = [regime for regime in REGIMES if runs(regime)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(6.5 * len(shown), 4.6), squeeze=False)
-    for axis, regime in zip(axes[0], shown, strict=True):
+    shown = [regime for regime in reversed(REGIMES) if runs(regime)]
+    figure, axes = pyplot.subplots(len(shown) // 2, 2, figsize=(13, 4.6 * (len(shown) // 2)))
+    for axis, regime in zip(axes.flat, shown, strict=True):
         draw(axis, regime)
     figure.tight_layout()
     figure.savefig(PAGE, dpi=110)
