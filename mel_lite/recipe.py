@@ -119,6 +119,8 @@ def resolve(
 ) -> Recipe:
     """Return the recipe of a preset, then a file, then overrides (`a.b`, value); later values win.
 
+    `a.b.c` overrides one option of the mapping `a.b`, such as `train.internalisation_options.context`.
+
     Raises: ConfigError for an unknown preset, section or key (with the nearest known one), or a value of a wrong type.
     """
     values: dict[str, Any] = {name: {} for name in [*SECTIONS, "train"]}
@@ -127,10 +129,12 @@ def resolve(
     if config is not None:
         _merge(values, _load_yaml(config), str(config))
     for dotted, value in overrides:
-        section, dot, key = dotted.partition(".")
+        section, dot, path = dotted.partition(".")
         if not dot:
             raise ConfigError(f"--set {dotted}={value}: write section.key=value, e.g. --set train.learning_rate=1e-5.")
-        _merge(values, {section: {key: value}}, f"--set {dotted}")
+        key, *inner = path.split(".")
+        held = (values.get(section) or {}).get(key)
+        _merge(values, {section: {key: _replaced(held, inner, value, f"{section}.{key}")}}, f"--set {dotted}")
     if "name" not in values["model"]:
         raise ConfigError("No model is named. Use --gpu, --model, or set model.name in the --config file.")
     written = {key for key, _ in overrides}
@@ -142,6 +146,16 @@ def resolve(
     if values["train"].get("templates") == DEMO and name != DEMO and "train.templates" not in written:
         del values["train"]["templates"]  # only the demo's warm start has learned what its short prompts ask for
     return _build(values)
+
+
+def _replaced(held: Any, keys: Sequence[str], value: Any, name: str) -> Any:
+    """Return `value`, or the mapping `held` with `value` at the end of `keys`."""
+    if not keys:
+        return value
+    if held is not None and not isinstance(held, dict):
+        raise ConfigError(f"--set {name}.{'.'.join(keys)}: {name} is {held!r}, not a mapping. Set {name} as a whole.")
+    first, *rest = keys
+    return {**(held or {}), first: _replaced((held or {}).get(first), rest, value, f"{name}.{first}")}
 
 
 def _merge(values: dict[str, Any], new: dict[str, Any], origin: str) -> None:

@@ -33,6 +33,21 @@ def test_the_24gb_preset_is_the_papers_setting() -> None:
     assert "DAPO-Math-17k" in recipe.data.train and recommended_verifier(recipe.data.train) == "math"
 
 
+def test_a_longer_key_replaces_one_option_of_a_mapping() -> None:
+    name = "train.internalisation_options"
+    recipe = resolve(preset="cpu", config=Path("bank"), overrides=[parse_set(f"{name}.context=sibling+bank")])
+    bank = resolve(preset="cpu", config=Path("bank")).train["internalisation_options"]
+    assert bank["context"] == "bank" and recipe.train["internalisation_options"] == bank | {"context": "sibling+bank"}
+    deeper = [(f"{name}.distill.context", "own"), (f"{name}.distill.sign", False)]
+    assert resolve(preset="cpu", overrides=deeper).train["internalisation_options"] == {
+        "distill": {"context": "own", "sign": False}
+    }
+    with pytest.raises(ConfigError, match=r"--set train.save_steps.x: train.save_steps is \d+, not a mapping"):
+        resolve(preset="cpu", overrides=[("train.save_steps.x", 1)])
+    with pytest.raises(ConfigError, match="unknown section 'trian'"):
+        resolve(preset="cpu", overrides=[("trian.a.b", 1)])
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train: {learning_rate: 3.0e-5, max_steps: 7}\nlora: {r: 4}\n")
