@@ -65,7 +65,8 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "grpo": {"num_iterations": 4, "learning_rate": 6e-4},
         "bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
         "bank-open-shuffled": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
-        "sibling": {"num_iterations": 4, "learning_rate": 4e-4, "mel_weight": 0.3},
+        "sibling": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+        "sibling+bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
     },
     "wide-starved": {
         "grpo": {"num_iterations": 4, "learning_rate": 6e-4},

@@ -14,7 +14,7 @@ from mel_lite.report.statistics import Estimate, interval, measures
 
 RUNS = Path(__file__).resolve().parents[1] / "results" / "learning"
 REFERENCE, PEER = "grpo", "sibling"
-WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-open", "bank-kept")
+WITH_BANK = ("bank", "bank-frozen", "bank-forks", "bank-open", "bank-kept", "sibling+bank-open")
 SUBJECTS = {
     "first": {"plenty": "reward is plentiful", "starved": "reward is starved"},
     "second": {"wide-plenty": "reward is plentiful", "wide-starved": "reward is starved"},
@@ -195,7 +195,7 @@ def tuning(regime: str) -> str:
             s = run["settings"]
             weight = s.get("mel_weight", 1.0) if arm != REFERENCE else ""
             tried = "".join(f", {name} {s[name]:g}" for name, usual in USUAL.items() if s.get(name, usual) != usual)
-            keyed.setdefault((s.get("num_iterations", 1), s["learning_rate"], weight, tried), []).append(run)
+            keyed.setdefault((s.get("num_iterations", 1), float(s["learning_rate"]), weight, tried), []).append(run)
         for (updates, rate, weight, tried), same in sorted(keyed.items(), key=lambda item: str(item[0])):
             seeds = ", ".join(str(run["seed"]) for run in same)
             last = [step for run in same for step in run["steps"][-5 * updates :]]
@@ -257,8 +257,9 @@ def subject(name: str) -> str:
 
 SUMMARY = {
     "bank-forks": "bank of lessons, several per group, distilled",
-    "bank-open": "the same, without lessons for forks that its notes settle",
+    "bank-open": "several per group, but none for forks that its notes settle",
     "bank-open-shuffled": "control: the same with the lessons of other questions",
+    "sibling+bank-open": "a right solution where there is one, else the bank of lessons, distilled",
     "bank-kept": "several per group, starting with an earlier run's lessons",
     "bank-kept-shuffled": "control: it starts with the lessons of other questions",
     "bank": "bank of lessons, one per prompt, distilled",
@@ -292,15 +293,15 @@ MINUS_PEER = ", minus a right solution"
 
 def top() -> str:
     """Return the result in two sentences, for the first lines of the README."""
-    third, fifth = runs("starved"), runs("starved", "fifth")
-    kept = lead(third["bank-kept"], third[REFERENCE])
-    own = lead(fifth["bank-open"], fifth[REFERENCE])
+    said = {}
+    for regime, words in SUBJECTS["second"].items():
+        against, ahead = lead(*(runs(regime)[arm] for arm in ("bank-open", REFERENCE)))
+        said[regime] = f"{against.as_points()} points where {words}, ahead on {ahead} seeds"
+    first, ahead = lead(*(runs("starved", "fifth")[arm] for arm in ("bank-open", REFERENCE)))
     return (
-        "Measured on a small model whose reward is starved: with the lessons of an earlier run, whose tokens are not "
-        "counted, it scores "
-        f"{kept[0].as_points()} points against tuned GRPO at the same number of tokens, ahead on {kept[1]} seeds. "
-        f"When it has to find its lessons first: {own[0].as_points()}, ahead on {own[1]} seeds, "
-        f"{OUTCOMES[verdict(*own)]}."
+        "Measured on a small model that obeys its lessons: with the lessons that a run writes, distilled, it scores, "
+        f"against tuned GRPO at the same number of tokens, {said['wide-starved']}, and {said['wide-plenty']}. On one "
+        f"that obeys them less, and writes some false ones: {first.as_points()}, {OUTCOMES[verdict(first, ahead)]}."
     )
 
 

@@ -104,12 +104,18 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
         "**+25.0 ["
     )
     assert short["a right solution in place of lessons, distilled"].startswith("+0.0 [")
-    (tmp_path / "starved" / "fifth").mkdir()
-    for folder, arm, right in ((".", "bank-kept", [8, 6]), ("fifth", "bank-open", [4, 2]), ("fifth", "grpo", [4, 2])):
+    made = (
+        ("starved/fifth", "bank-open", [4, 2]), ("starved/fifth", "grpo", [4, 2]), ("wide-plenty", "grpo", [4, 2]),
+        ("wide-plenty", "bank-open", [6, 4]), ("wide-starved", "grpo", [4, 2]), ("wide-starved", "bank-open", [8, 6]),
+    )  # fmt: skip
+    for folder, arm, right in made:
+        (tmp_path / folder).mkdir(exist_ok=True)
         for seed in (0, 1, 2):
-            (tmp_path / "starved" / folder / f"{arm}-{seed}.json").write_text(json.dumps(run_of(arm, seed, right)))
-    assert "it scores +50.0 [" in figures.top() and "] points against tuned GRPO" in figures.top()
-    assert figures.top().endswith("+0.0 [-8.8, +8.8], ahead on 0 of 3 seeds, a tie by the rule.")
+            (tmp_path / folder / f"{arm}-{seed}.json").write_text(json.dumps(run_of(arm, seed, right)))
+    top = figures.top()
+    assert "number of tokens, +50.0 [" in top and "] points where reward is starved, ahead on 3 of 3 seeds, and" in top
+    assert "+25.0 [" in top and "] points where reward is plentiful, ahead on 3 of 3 seeds." in top
+    assert top.endswith("+0.0 [-8.8, +8.8], a tie by the rule.")
     assert "`bank` +25.0 [" in figures.results("starved").split("Minus `sibling`, in points: ")[1]
     halfway = run_of("grpo", 3, [4, 2])
     halfway["points"].insert(1, {"tokens": 500, "step": 2, "took_s": 4.0, "avg_at_k": 0.5})
