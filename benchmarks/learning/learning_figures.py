@@ -258,7 +258,7 @@ def subject(name: str) -> str:
 SUMMARY = {
     "bank-forks": "bank of lessons, several per group, distilled",
     "bank-open": "several per group, but none for forks that its notes settle",
-    "bank-open-shuffled": "control: the same with the lessons of other questions",
+    "bank-open-shuffled": "control: several per group, of other questions",
     "sibling+bank-open": "a right solution where there is one, else the bank of lessons, distilled",
     "bank-kept": "several per group, starting with an earlier run's lessons",
     "bank-kept-shuffled": "control: it starts with the lessons of other questions",
