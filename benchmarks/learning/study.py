@@ -136,7 +136,8 @@ def result(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> di
     found = read_run(folder, lessons=False)
     lessons = saved_lessons(folder) if "bank" in arm else []
     bank = rules_of(lessons, SUBJECTS[options.regime]) if "bank" in arm else None
-    settings = found.config["train"]
+    # The regime decides the templates, and their path names the machine.
+    settings = {name: value for name, value in found.config["train"].items() if name != "templates"}
     return {
         "arm": arm, "seed": seed, "regime": options.regime, "split": options.split, "tokens": options.budget_tokens,
         "settings": settings, "torch": found.record["packages"]["torch"],

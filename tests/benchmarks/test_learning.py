@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ def test_the_study_trains_arms_with_the_command_and_writes_their_figures(tmp_pat
         file = tmp_path / "results" / "plenty" / "tune" / f"{label}-100.json"
         found = json.loads(file.read_text())
         assert found["arm"] == label.split(",")[0] and found["settings"]["num_iterations"] == 2
+        assert str(STUDY) not in file.read_text() and str(tmp_path) not in file.read_text()
         tokens, steps = ([point[name] for point in found["points"]] for name in ("tokens", "step"))
         assert tokens[0] == steps[0] == 0 and tokens[-1] >= 14_000 > found["steps"][-3]["tokens"]
         assert steps[-1] == len(found["steps"]) and steps[-1] % 2 == 0, "all updates on the last batch"
@@ -123,6 +125,14 @@ def test_tables_compare_arms_by_seed_and_name_the_rule_s_verdict(
     assert [round(figures.mean_avg(halfway, point), 3) for point in range(3)] == [0.0, 0.5, 0.375]
     assert "| grpo | 4 | 2 | 20% | 9 | 37.5% |  |  |  | 40.6% |" in figures.results("starved")
     assert figures.per_seed("starved").splitlines()[2] == "| grpo | 37.5% | 37.5% | 37.5% | 37.5% |"
+
+
+def test_no_result_names_a_path_of_the_machine_that_made_it() -> None:
+    results = STUDY.parent / "results"
+    files = sorted(results.rglob("*.json"))
+    assert len(files) > 300
+    named = [file.name for file in files if re.search(r'"/(?:home|root|work|tmp|mnt|opt|Users)/', file.read_text())]
+    assert not named
 
 
 def test_the_packaged_recipe_is_an_arm_of_the_study() -> None:
