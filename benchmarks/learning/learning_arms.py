@@ -48,6 +48,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "credit": {"algorithm": "mel", "internalisation": "credit", "replay_criterion": "scored"},
 }
 
+WIDE: dict[str, Any] = {"num_iterations": 4, "learning_rate": 6e-4}
+"""The best updates and rate of every arm on the second subject."""
+
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "starved": {
         "grpo": {"num_iterations": 4, "learning_rate": 1e-4},
@@ -62,18 +65,11 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "sibling": {"num_iterations": 3, "learning_rate": 1e-4, "mel_weight": 0.3},
     },
     "wide-plenty": {
-        "grpo": {"num_iterations": 4, "learning_rate": 6e-4},
-        "bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
-        "bank-open-shuffled": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 1.0},
-        "sibling": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
-        "sibling+bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
+        "grpo": WIDE,
+        "bank-open": WIDE | {"mel_weight": 1.0},
+        "bank-open-shuffled": WIDE | {"mel_weight": 1.0},
+        "sibling": WIDE | {"mel_weight": 0.3},
     },
-    "wide-starved": {
-        "grpo": {"num_iterations": 4, "learning_rate": 6e-4},
-        "bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
-        "bank-open-shuffled": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
-        "sibling": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
-        "sibling+bank-open": {"num_iterations": 4, "learning_rate": 6e-4, "mel_weight": 0.3},
-    },
+    "wide-starved": {"grpo": WIDE, "sibling": WIDE | {"mel_weight": 0.3}},
 }
 """Settings of the reported runs, by regime and arm: the best on `tune`. Arms that were not tuned take those of GRPO."""

@@ -102,9 +102,14 @@ def questions(regime: str, split: str) -> tuple[tuple[str, str], ...]:
 
 def tasks(regime: str, split: str) -> datasets.Dataset:
     """Return the tasks with the columns `prompt` (a conversation) and `answer` (for `strict`)."""
+    return dataset(questions(regime, split))
+
+
+def dataset(rows: Sequence[tuple[str, str]]) -> datasets.Dataset:
+    """Return (question, answer) as tasks."""
     import datasets
 
-    rows: list[dict[str, Any]] = [
-        {"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in questions(regime, split)
+    made: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in rows
     ]
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset.from_list(made)

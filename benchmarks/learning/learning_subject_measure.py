@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from study import SUBJECTS
 
 from mel_lite.engines.base import Request, Sampling
 from mel_lite.engines.hf import HFEngine
-from mel_lite.lessons.prompts import load_templates, question_prompt, replay_prompt
+from mel_lite.lessons.prompts import Templates, load_templates, question_prompt, replay_prompt
 from mel_lite.models.load import ModelSpec, eos_ids, load_base, load_tokenizer
 from mel_lite.types import Group
 
@@ -31,15 +32,21 @@ NOTES: dict[str, Callable[[Any, str], str | None]] = {
 }
 
 
-def share(regime: str, note: Callable[[Any, str], str | None]) -> float:
-    """Return the share of samples that are right with these notes in the prompt."""
-    subject = SUBJECTS[regime]
-    spec = ModelSpec(str(subject.MODEL), dtype="float32")
+@lru_cache
+def loaded(folder: Path) -> tuple[HFEngine, Any, Templates]:
+    """Return a start model's engine, tokenizer and prompts."""
+    spec = ModelSpec(str(folder), dtype="float32")
     model, tokenizer = load_base(spec), load_tokenizer(spec)
-    templates = load_templates(str(subject.MODEL / "templates.yaml"))
     engine = HFEngine(
         model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_cache_tokens=2_000_000
     )
+    return engine, tokenizer, load_templates(str(folder / "templates.yaml"))
+
+
+def share(regime: str, note: Callable[[Any, str], str | None]) -> float:
+    """Return the share of samples that are right with these notes in the prompt."""
+    subject = SUBJECTS[regime]
+    engine, tokenizer, templates = loaded(subject.MODEL)
     tasks = [task for task in subject.questions(regime, "tune")[:QUESTIONS] for _ in range(SAMPLES)]
     requests = []
     for seed, (question, _) in enumerate(tasks):

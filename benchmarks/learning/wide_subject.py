@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from learning_subject import READINGS
+from learning_subject import READINGS, SPLITS, dataset
 
 if TYPE_CHECKING:
     import datasets
@@ -36,7 +36,6 @@ REGIMES = {"wide-plenty": (1, 2, 3), "wide-starved": (5, 6)}
 """Operators per question."""
 LONGER = {"wide-plenty": (4,), "wide-starved": (7,)}
 """Operators of the `longer` questions, which no run is trained on."""
-SPLITS = {"test": 150, "longer": 100, "tune": 150, "train": 3000}
 _RULE = re.compile(r"I write (\w+) (\w+)\.")
 
 
@@ -140,9 +139,4 @@ def questions(regime: str, split: str) -> tuple[tuple[str, str], ...]:
 
 def tasks(regime: str, split: str) -> datasets.Dataset:
     """Return the tasks with the columns `prompt` (a conversation) and `answer` (for `strict`)."""
-    import datasets
-
-    rows: list[dict[str, Any]] = [
-        {"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in questions(regime, split)
-    ]
-    return datasets.Dataset.from_list(rows)
+    return dataset(questions(regime, split))
